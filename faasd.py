@@ -103,7 +103,7 @@ log = logging.getLogger("faasd")
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 
 # Images. A flag exists where a user may need another value; see parse_arguments.
-MAX_IMAGE_SIZE = 16 * GIB           # bytes: an archive, its layers uncompressed, its files written out (--max-image-size)
+MAX_IMAGE_SIZE = 16 * GIB           # bytes of an archive, of its layers uncompressed, of their files (--max-image-size)
 MAX_IMAGE_ENTRIES = 1_000_000       # entries of all layers together (--max-image-entries)
 MAX_ARCHIVE_MEMBERS = 100_000       # members of the outer archive
 MAX_JSON_SIZE = 4 * MIB             # one manifest, index or config; the OCI distribution spec asks for 4 MiB
@@ -150,6 +150,7 @@ FIRST_HOST = 10                     # the first function's address is .10
 
 # Control API.
 MAX_HEADER_SECONDS = 60.0           # socket timeout while a client sends
+UPLOAD_END_SECONDS = 5.0            # how long a stop waits for the threads of cut uploads
 FOLLOW_SECONDS = 15.0               # how often `logs --follow` looks whether its client is still there
 API_ROOT = "/functions"
 
@@ -238,7 +239,7 @@ DURATION_UNITS = {"": 1.0, "ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
 
 def parse_size(text: str) -> int:
     """Return the bytes that text names: `64m`, `1g`, `512k`, or plain bytes. Raises BadRequest."""
-    match = re.fullmatch(r"(\d{1,15})([bkmg]?)b?", text.strip().lower())
+    match = re.fullmatch(r"([0-9]{1,15})([bkmg]?)b?", text.strip().lower())
     if not match:
         raise BadRequest(f"bad size {text!r}: write 512m, 1g or a number of bytes")
     return int(match[1]) * SIZE_UNITS[match[2]]
@@ -246,7 +247,7 @@ def parse_size(text: str) -> int:
 
 def parse_duration(text: str) -> float:
     """Return the seconds that text names: `500ms`, `30s`, `5m`, or plain seconds. Raises BadRequest."""
-    match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,6})?)(ms|s|m|h|)", text.strip().lower())
+    match = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,6})?)(ms|s|m|h|)", text.strip().lower())
     if not match:
         raise BadRequest(f"bad duration {text!r}: write 500ms, 30s, 5m or a number of seconds")
     return float(match[1]) * DURATION_UNITS[match[2]]
@@ -254,14 +255,14 @@ def parse_duration(text: str) -> float:
 
 def parse_count(text: str) -> int:
     """Return a whole number from 1 on. Raises BadRequest."""
-    if not re.fullmatch(r"\d{1,9}", text) or int(text) < 1:
+    if not re.fullmatch(r"[0-9]{1,9}", text) or int(text) < 1:
         raise BadRequest(f"bad number {text!r}: write a whole number from 1 on")
     return int(text)
 
 
 def parse_cpus(text: str) -> float:
     """Return a number of CPUs such as 0.5 or 2. Raises BadRequest."""
-    if not re.fullmatch(r"\d{1,4}(\.\d{1,3})?", text) or float(text) < 0.01:
+    if not re.fullmatch(r"[0-9]{1,4}(\.[0-9]{1,3})?", text) or float(text) < 0.01:
         raise BadRequest(f"bad number of cpus {text!r}: write 0.5, 1 or 2")
     return float(text)
 
@@ -535,7 +536,7 @@ class OciIndex:
                 raise ImageError(f"{member}: an entry is not an object")
             if self._wanted(descriptor):
                 found += self._from_descriptor(descriptor, tags or self._tags(descriptor), depth)
-        # Below the top an index lists one image for several platforms; the first that fits is the best (image-index.md).
+        # Below the top an index lists one image for several platforms: the first that fits is the best (image-index.md)
         return found if depth == 0 else found[:1]
 
     def _from_descriptor(self, descriptor: dict, tags: tuple[str, ...], depth: int) -> list[Candidate]:
@@ -1581,7 +1582,7 @@ def read_mounts() -> list[tuple[str, str]]:
     mounts = []
     for line in Path("/proc/self/mountinfo").read_text().splitlines():
         before, _, after = line.partition(" - ")
-        mounts.append((re.sub(r"\\(\d{3})", lambda m: chr(int(m[1], 8)), before.split()[4]), after.split()[0]))
+        mounts.append((re.sub(r"\\([0-9]{3})", lambda m: chr(int(m[1], 8)), before.split()[4]), after.split()[0]))
     return mounts
 
 
@@ -1599,7 +1600,7 @@ def runc_warning(version: str) -> str | None:
 
     version is what `runc --version` prints first, such as "runc version 1.1.5+ds1".
     """
-    match = re.match(r"runc version (\d+)\.(\d+)\.(\d+)", version)
+    match = re.match(r"runc version ([0-9]+)\.([0-9]+)\.([0-9]+)", version)
     if not match:
         return None
     number = tuple(map(int, match.groups()))
@@ -1687,7 +1688,7 @@ class Network:
 
     def _claim_from_daemons(self) -> None:
         """Bind an abstract Unix socket named after the subnet: those are per network namespace, as addresses are."""
-        for name in re.findall(r"@faasd/([\d./]+)$", Path("/proc/net/unix").read_text(), re.MULTILINE):
+        for name in re.findall(r"@faasd/([0-9./]+)$", Path("/proc/net/unix").read_text(), re.MULTILINE):
             if ipaddress.ip_network(name).overlaps(self.subnet):
                 self._refuse(f"another faasd uses {name}")
         self._claim = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -2236,6 +2237,7 @@ class Function:
         self.log = log_
         self.version: Version | None = None     # None: cannot run, error says why
         self.error = ""
+        self.leaving = False                    # being removed: no longer written down
         self.requests = 0                       # connections that asked for something, since the daemon started
         self.errors = 0                         # of these: no answer, or a bad exit
         self.changing = asyncio.Lock()          # held by who puts or removes image directories
@@ -2247,6 +2249,12 @@ class Function:
     @property
     def running(self) -> int:
         return len(self._invocations)
+
+    @property
+    def state(self) -> str:
+        if self.leaving:
+            return "removing"
+        return "ready" if self.version else "broken"
 
     # -- accept --
 
@@ -2336,10 +2344,11 @@ class Function:
                 invocation.outcome, invocation.reason = "start-failed", str(failure)
                 await self._speak(client, invocation, 504 if failure.timed_out else 502, str(failure))
             except asyncio.CancelledError:      # drain
-                invocation.outcome = "stopped"
                 if container is not None:
                     invocation.exit_status = await container.finish(0)
-                await self._speak(client, invocation, 503, "faasd is stopping or the function is being removed")
+                if client.fileno() >= 0:        # else the client has its answer, and only the cleaning was cut short
+                    invocation.outcome = "stopped"
+                    await self._speak(client, invocation, 503, "faasd is stopping, or the function is being removed")
 
     @staticmethod
     async def _handle(client: socket.socket, container: Container, timeout: float) -> bool:
@@ -2389,7 +2398,7 @@ class Function:
     def describe(self) -> dict:
         """Return everything that is known of the function, for the control API."""
         record, version = self.record, self.version
-        document = {"name": record.name, "address": record.address, "state": "ready" if version else "broken",
+        document = {"name": record.name, "address": record.address, "state": self.state,
                     "version": record.version, "created": record.created, "updated": record.updated,
                     "running": self.running, "requests": self.requests, "errors": self.errors,
                     "options": asdict(record.options)}
@@ -2414,7 +2423,7 @@ class Registry:
         self._path = path
 
     def load(self) -> list[FunctionRecord]:
-        """Return the functions. Raises FaasdError if the file is damaged or of a newer faasd; it is never overwritten."""
+        """Return the functions. Raises FaasdError if the file is damaged or newer; it is never overwritten."""
         try:
             document = json.loads(self._path.read_text())
             if document["format"] != REGISTRY_FORMAT:
@@ -2446,7 +2455,8 @@ class Registry:
             finally:
                 os.close(directory)
         except OSError as error:
-            temporary.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):          # whatever is there does not get better by our trying
+                temporary.unlink()
             raise storage_error(error, "writing the registry") from error
 
 
@@ -2565,7 +2575,7 @@ class LogFormatter(logging.Formatter):
 def configure_logging(as_json: bool, verbose: bool) -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(LogFormatter(as_json))
-    log.addHandler(handler)
+    logging.getLogger().addHandler(handler)     # asyncio's warnings come the same way
     log.setLevel(logging.DEBUG if verbose else logging.INFO)
 
 
@@ -2595,6 +2605,7 @@ class ControlServer(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
     def __init__(self, path: Path, daemon: Daemon):
         self.daemon = daemon
         self._path = path
+        self._connections: set[socket.socket] = set()
         path.unlink(missing_ok=True)    # of a killed daemon; faasd.lock says that none runs
         before = os.umask(0o177)        # bind must not leave a moment in which anybody can connect
         try:
@@ -2624,10 +2635,21 @@ class ControlServer(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
             log.error("control API cannot accept: %s", error.strerror)
             return
         request.setblocking(True)
+        self._connections.add(request)
         self.process_request(request, address)
 
+    def shutdown_request(self, request) -> None:
+        self._connections.discard(request)
+        super().shutdown_request(request)
+
+    def end_uploads(self) -> None:
+        """Let threads that read from a client meet the end of file, so that they clean up before the daemon goes."""
+        for connection in list(self._connections):
+            with contextlib.suppress(OSError):          # the client was faster
+                connection.shutdown(socket.SHUT_RD)
+
     def handle_error(self, request, client_address) -> None:
-        log.error("control API failed", exc_info=sys.exception() if sys.version_info >= (3, 11) else None)
+        log.exception("control API failed")
 
     def server_close(self) -> None:
         super().server_close()
@@ -2638,9 +2660,11 @@ class ControlHandler(http.server.BaseHTTPRequestHandler):
     """Answers one connection of the control API. Runs in a thread of its own; state is the loop's, reached by _call."""
 
     protocol_version = "HTTP/1.1"
+    default_request_version = "HTTP/1.1"    # not 0.9, which would answer nonsense without a status line
     server_version = f"faasd/{__version__}"
     timeout = MAX_HEADER_SECONDS
     server: ControlServer
+    requestline = command = ""              # until http.server has read them; its own error answers may come before
 
     # -- plumbing --
 
@@ -2648,26 +2672,40 @@ class ControlHandler(http.server.BaseHTTPRequestHandler):
         self.client_address = ("local", 0)      # http.server expects a host and a port
         super().setup()
 
+    def handle(self) -> None:
+        try:
+            super().handle()
+        except (ConnectionError, TimeoutError):
+            log.info("control API: a client left in the middle of %r", self._subject())
+
+    def _subject(self) -> str:
+        # Without the query: it carries environment variables, which may be secrets.
+        return self.requestline.partition("?")[0][:200]
+
     def log_message(self, format: str, *args) -> None:
         log.debug("control API: " + format, *args)
 
     def log_request(self, code="-", size="-") -> None:
-        # Without the query: it carries environment variables, which may be secrets.
-        log.info('control API: "%s %s" %s', self.command, self.path.partition("?")[0], int(code))
+        log.info("control API: %r %d", self._subject(), code)
 
     def _call(self, coroutine):
         """Run a coroutine on the daemon's loop and return its result. Ends it when the client leaves."""
-        future = asyncio.run_coroutine_threadsafe(coroutine, self.server.daemon.loop)
+        loop = self.server.daemon.loop
+        started: list[asyncio.Task] = []
+        future = asyncio.run_coroutine_threadsafe(run_to_end(coroutine, started), loop)
+        watching = True
         while True:
             try:
-                return future.result(timeout=1.0)
+                task = future.result(timeout=1.0)
+                return task.result()
+            except concurrent.futures.CancelledError:
+                raise Stopping("faasd is stopping, or you left") from None
             except TimeoutError:
                 if future.done():
                     raise
-                if self._client_left():
-                    future.cancel()
-            except concurrent.futures.CancelledError:
-                raise Stopping("faasd is stopping, or you left") from None
+                if watching and self._client_left():    # once: what then runs is the task's cleaning
+                    loop.call_soon_threadsafe(started[0].cancel)
+                    watching = False
 
     def _client_left(self) -> bool:
         readable, _, _ = select.select([self.connection], [], [], 0)
@@ -2711,9 +2749,6 @@ class ControlHandler(http.server.BaseHTTPRequestHandler):
         except ValueError as error:
             self.close_connection = True
             self._reply(400, {"error": f"bad query: {error}"})
-        except (BrokenPipeError, ConnectionResetError, TimeoutError):
-            self.close_connection = True
-            log.info("control API: client left during %s %s", self.command, url.path)
 
     do_GET = do_POST = do_DELETE = _dispatch
 
@@ -2796,7 +2831,7 @@ class ControlHandler(http.server.BaseHTTPRequestHandler):
                 continue
             return
         length = self.headers.get("Content-Length", "")
-        if not re.fullmatch(r"\d{1,18}", length):
+        if not re.fullmatch(r"[0-9]{1,18}", length):
             raise FaasdError("the request needs a Content-Length or chunked encoding", status=411)
         yield from self._exactly(int(length))
 
@@ -2836,6 +2871,14 @@ class ControlHandler(http.server.BaseHTTPRequestHandler):
     def _write_chunk(self, data: bytes) -> None:
         if data:                        # an empty chunk would end the body
             self.wfile.write(b"%x\r\n%s\r\n" % (len(data), data))
+
+
+async def run_to_end(coroutine, started: list[asyncio.Task]) -> asyncio.Task:
+    """Run a coroutine as a task and return the task when it is over, even if it is cancelled: then it has cleaned."""
+    task = asyncio.ensure_future(coroutine)
+    started.append(task)
+    await asyncio.wait([task])
+    return task
 
 
 def parse_since(text: str) -> str:
@@ -2934,13 +2977,19 @@ class Daemon:
         for directory in self._images_dir.iterdir():
             if not any(directory.iterdir()):
                 directory.rmdir()
+        for path in (self.settings.state_dir / "logs").iterdir():
+            if path.name.split(".")[0] not in {record.name for record in records}:
+                path.unlink()
         for address in self._network.labelled():
             log.warning("removing address %s that a killed daemon left", address)
             self._network.remove(address)
 
     def _empty_tmp(self) -> None:
         for path in (self.settings.state_dir / "tmp").iterdir():
-            shutil.rmtree(path)
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
 
     async def _restore(self, record: FunctionRecord) -> None:
         """Bring a function back on its address. One that cannot be is kept, marked as broken; the others go on."""
@@ -2959,6 +3008,7 @@ class Daemon:
         if server is not None:
             self.loop.remove_reader(server)
             server.server_close()
+            server.end_uploads()
         for function in self._functions.values():
             function.stop_listening()
         for task in self._tasks:
@@ -2971,6 +3021,9 @@ class Daemon:
             await asyncio.gather(*(f.drain(0) for f in self._functions.values()))
         second.cancel()
         await asyncio.gather(drain, *self._tasks, return_exceptions=True)
+        deadline = self.loop.time() + UPLOAD_END_SECONDS
+        while self._changes and self.loop.time() < deadline:
+            await asyncio.sleep(0.01)
         for address in self._network.labelled():
             self._network.remove(address)
         self._host.dismantle()
@@ -3020,10 +3073,10 @@ class Daemon:
                     if created:
                         function = await self._commit_new(name, version)
                     else:
-                        self._commit_replacement(function, version)
+                        await self._commit_replacement(function, version)
             function.log.write("-", ">", f"deployed version={version.image['version']} created={created}")
             log.info("function=%s version=%s deployed at %s", name, version.image["version"], function.record.address)
-            return created, function.describe()
+            return created, self._describe(function)
 
     async def _unpack(self, archive: Path, tag: str) -> dict:
         """Run the unpacking child; return image.json. Raises FaasdError with what the child said."""
@@ -3103,20 +3156,22 @@ class Daemon:
         function.replace_version(version)
         await self._open_function(function)
         try:
-            self._save({**self._functions, name: function})
+            await self._save({**self._functions, name: function})
         except FaasdError:
             await self._close_function(function)
             raise
+        if old:
+            old.log.close()
         self._functions[name] = function
         return function
 
-    def _commit_replacement(self, function: Function, version: Version) -> None:
+    async def _commit_replacement(self, function: Function, version: Version) -> None:
         """Make version the function's, for invocations that start from now on."""
         before = function.record
         function.record = FunctionRecord(before.name, before.address, before.created, now(),
                                          version.image["version"], version.options)
         try:
-            self._save(self._functions)
+            await self._save(self._functions)
         except FaasdError:
             function.record = before
             raise
@@ -3166,8 +3221,18 @@ class Daemon:
         await function.drain(self.settings.drain_timeout)
         await asyncio.to_thread(self._network.remove, function.record.address)
 
-    def _save(self, functions: dict[str, Function]) -> None:
-        self._registry.save(function.record for function in functions.values())
+    async def _forget_function(self, function: Function) -> None:
+        async with self._commit:
+            function.leaving = True
+            try:
+                await self._save(self._functions)
+            except FaasdError:
+                function.leaving = False
+                raise
+
+    async def _save(self, functions: dict[str, Function]) -> None:
+        records = [function.record for function in functions.values() if not function.leaving]
+        await asyncio.to_thread(self._registry.save, records)
 
     def _get(self, name: str) -> Function:
         if name not in self._functions:
@@ -3175,10 +3240,13 @@ class Daemon:
         return self._functions[name]
 
     async def describe_all(self) -> list[dict]:
-        return [self._functions[name].describe() for name in sorted(self._functions)]
+        return [self._describe(self._functions[name]) for name in sorted(self._functions)]
 
     async def describe(self, name: str) -> dict:
-        return {**self._get(name).describe(), "port": self.settings.port}
+        return self._describe(self._get(name))
+
+    def _describe(self, function: Function) -> dict:
+        return {**function.describe(), "port": self.settings.port}
 
     async def function_log(self, name: str) -> FunctionLog:
         return self._get(name).log
@@ -3190,7 +3258,7 @@ class Daemon:
         try:
             with self._registered():
                 # Written down first: what is removed from here on must not come back half after a crash.
-                self._save({key: value for key, value in self._functions.items() if key != name})
+                await self._forget_function(function)
                 await self._close_function(function)
                 del self._functions[name]
                 async with function.changing:
@@ -3246,7 +3314,7 @@ def parse_subnet(text: str) -> ipaddress.IPv4Network:
 
 def parse_port(text: str) -> int:
     """Return a TCP port. Raises BadRequest."""
-    if not re.fullmatch(r"\d{1,5}", text) or not 1 <= int(text) <= 65535:
+    if not re.fullmatch(r"[0-9]{1,5}", text) or not 1 <= int(text) <= 65535:
         raise BadRequest(f"bad port {text!r}: write a number from 1 to 65535")
     return int(text)
 

@@ -1,0 +1,287 @@
+"""What integration tests share: a real daemon in temporary directories, images with a handler of ours, snapshots.
+
+Everything a test makes carries PREFIX in its name, so that tests/test_zz_leftovers.py can look for what is left.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import http.client
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+from pathlib import Path
+
+TOP = Path(__file__).resolve().parent.parent
+PREFIX = "faasd-test."
+HANDLER = Path(__file__).with_name("handler.py")
+READY_SECONDS = 30      # for anything that must happen at all; no test is about how fast
+
+
+# A network namespace that nobody has set up has no routes; this machine's own has some.
+IN_PRIVATE_NETWORK = len(Path("/proc/net/route").read_text().splitlines()) <= 1
+
+
+def wait_until(condition, what: str, seconds: float = READY_SECONDS):
+    """Return the first true value of condition(); fail if there is none in time."""
+    deadline = time.monotonic() + seconds
+    while not (value := condition()):
+        if time.monotonic() > deadline:
+            raise AssertionError(f"still not so after {seconds} s: {what}")
+        time.sleep(0.01)
+    return value
+
+
+def temporary_directory() -> Path:
+    return Path(tempfile.mkdtemp(prefix=PREFIX))
+
+
+# -- images --
+
+_python_layer: bytes | None = None
+
+
+def python_layer() -> bytes:
+    """Return the tar of a layer with this machine's python3, as `faas pack` makes it."""
+    global _python_layer
+    if _python_layer is None:
+        pack = [sys.executable, TOP / "faas", "pack", HANDLER]
+        packed = subprocess.run(pack, stdout=subprocess.PIPE, check=True).stdout
+        with tarfile.open(fileobj=io.BytesIO(packed)) as archive:
+            manifest = json.load(archive.extractfile("manifest.json"))[0]
+            config = json.load(archive.extractfile(manifest["Config"]))
+            python_layer.entrypoint = config["config"]["Entrypoint"][:1]
+            _python_layer = archive.extractfile(manifest["Layers"][0]).read()
+    return _python_layer
+
+
+def layer(files: dict[str, bytes | str]) -> bytes:
+    """Return the tar of a layer with files of that content, all 0755 root:root."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        for name, content in files.items():
+            data = content.encode() if isinstance(content, str) else content
+            entry = tarfile.TarInfo(name)
+            entry.size, entry.mode = len(data), 0o755
+            tar.addfile(entry, io.BytesIO(data))
+    return buffer.getvalue()
+
+
+def docker_archive(layers: list[bytes], config: dict, tag: str = "test:latest") -> bytes:
+    """Return an image archive as `docker save` wrote it for years."""
+    names = [f"{number}/layer.tar" for number in range(len(layers))]
+    document = {"architecture": {"x86_64": "amd64", "aarch64": "arm64"}.get(os.uname().machine), "os": "linux",
+                "config": config, "rootfs": {"type": "layers", "diff_ids": [
+                    f"sha256:{hashlib.sha256(data).hexdigest()}" for data in layers]}}
+    config_bytes = json.dumps(document).encode()
+    config_name = f"{hashlib.sha256(config_bytes).hexdigest()}.json"
+    manifest = json.dumps([{"Config": config_name, "RepoTags": [tag], "Layers": names}]).encode()
+    return layer({**dict(zip(names, layers, strict=True)), config_name: config_bytes, "manifest.json": manifest})
+
+
+def handler_image(source: str | bytes | None = None, label: str = "1", **config) -> bytes:
+    """Return an image that runs a handler: tests/handler.py, or a source of the test's own.
+
+    label makes images differ; config adds to or replaces fields of the image config.
+    """
+    base = python_layer()
+    source = HANDLER.read_bytes() if source is None else source
+    settings = {"Entrypoint": [*python_layer.entrypoint, "/handler.py"], "Labels": {"label": label},
+                "Env": ["PYTHONDONTWRITEBYTECODE=1", f"LABEL={label}"], **config}
+    return docker_archive([base, layer({"handler.py": source})], settings)
+
+
+# -- the daemon --
+
+class Daemon:
+    """A faasd of the test's own, started as a user would, on temporary directories."""
+
+    def __init__(self, *arguments: str, directory: Path | None = None, env: dict[str, str] | None = None,
+                 wrapper: tuple[str, ...] = ()):
+        if not IN_PRIVATE_NETWORK:
+            raise RuntimeError("tests use 10.0.0.0/24 and must have a network namespace of their own: run ./test.sh")
+        self.directory = directory or temporary_directory()
+        self.state_dir, self.run_dir = self.directory / "state", self.directory / "run"
+        self.socket = self.run_dir / "faasd.sock"
+        self.arguments, self.env, self.wrapper = arguments, env, wrapper
+        self.process: subprocess.Popen | None = None
+
+    def command(self) -> list[str]:
+        return [*self.wrapper, sys.executable, str(TOP / "faasd.py"), "--state-dir", str(self.state_dir),
+                "--run-dir", str(self.run_dir), *self.arguments]
+
+    def start(self) -> Daemon:
+        self.log_file = (self.directory / "log").open("ab")
+        begin = self.log_file.tell()
+        self.process = subprocess.Popen(self.command(), stdin=subprocess.DEVNULL, stderr=self.log_file,
+                                        env={**os.environ, **(self.env or {})})
+
+        def ready() -> bool:
+            if self.process.poll() is not None:
+                raise AssertionError(f"faasd ended with {self.process.returncode}: {self.log()[begin:]}")
+            return "ready: " in self.log()[begin:]
+        try:
+            wait_until(ready, "faasd is ready")
+        except BaseException:
+            self.kill()
+            raise
+        return self
+
+    def log(self) -> str:
+        return (self.directory / "log").read_text()
+
+    def stop(self, number: int = signal.SIGTERM) -> int:
+        """Stop the daemon, return its exit status."""
+        self.process.send_signal(number)
+        status = self.process.wait(READY_SECONDS * 2)
+        self.log_file.close()
+        return status
+
+    def kill(self) -> None:
+        """Kill the daemon, as the out-of-memory killer would."""
+        self.process.kill()
+        self.process.wait()
+        self.log_file.close()
+
+    def __enter__(self) -> Daemon:
+        return self.start()
+
+    def __exit__(self, *exception) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stop, check that nothing is left, remove the directories."""
+        try:
+            if self.process.poll() is None:
+                status = self.stop()
+                assert status == 0, f"exit status {status}: {self.log()[-2000:]}"
+                left = remains(self)
+                assert not left, f"left behind: {left}"
+        finally:
+            shutil.rmtree(self.directory)
+
+    # -- clients --
+
+    def faas(self, *arguments: str, stdin: bytes | None = None, check: bool = True) -> subprocess.CompletedProcess:
+        """Run the real CLI; output is text."""
+        result = subprocess.run([sys.executable, TOP / "faas", "--socket", self.socket, *arguments],
+                                input=stdin, stdin=subprocess.DEVNULL if stdin is None else None,
+                                capture_output=True, check=False)
+        result.stdout, result.stderr = result.stdout.decode(), result.stderr.decode()
+        if check and result.returncode != 0:
+            raise AssertionError(f"faas {arguments}: {result.returncode}: {result.stderr}{self.log()[-2000:]}")
+        return result
+
+    def deploy(self, name: str, image: bytes | None = None, *options: str) -> str:
+        """Deploy through the CLI and return the address."""
+        out = self.faas("new", name, *options, stdin=image or handler_image()).stdout
+        return re.fullmatch(rf"✓ Deployed {name} at ([\d.]+)\n", out)[1]
+
+    def api(self, method: str, path: str, body: bytes = b"") -> tuple[int, bytes]:
+        """Send one request to the control API; return status and body."""
+        connection = UnixConnection(self.socket)
+        with contextlib.closing(connection):
+            connection.request(method, path, body)
+            response = connection.getresponse()
+            return response.status, response.read()
+
+    def info(self, name: str) -> dict:
+        return json.loads(self.faas("--json", "info", name).stdout)
+
+    def rootfs(self, name: str) -> Path:
+        rootfs, = (self.state_dir / "images" / name).glob("*/rootfs")
+        return rootfs
+
+    def wait_idle(self, name: str) -> None:
+        """Wait until no invocation of a function is running, with all its cleaning."""
+        wait_until(lambda: self.info(name)["running"] == 0, f"{name} is idle")
+
+
+class UnixConnection(http.client.HTTPConnection):
+    def __init__(self, path: Path):
+        super().__init__("localhost", timeout=READY_SECONDS)
+        self._path = str(path)
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.sock.settimeout(READY_SECONDS)
+        self.sock.connect(self._path)
+
+
+def curl(*arguments: str, check: bool = True) -> str:
+    """Run the real curl and return what it prints."""
+    result = subprocess.run(["curl", "--silent", "--show-error", "--max-time", str(READY_SECONDS * 2), *arguments],
+                            capture_output=True, text=True, check=False)
+    if check and result.returncode != 0:
+        raise AssertionError(f"curl {arguments} ended with {result.returncode}: {result.stderr}")
+    return result.stdout
+
+
+def get(address: str, path: str = "/", port: int = 80) -> tuple[int, str]:
+    """Return status and body of a GET by curl."""
+    out = curl("--write-out", "\n%{http_code}", f"http://{address}:{port}{path}")
+    body, _, status = out.rpartition("\n")
+    return int(status), body
+
+
+# -- what is there --
+
+def cgroup_directories(name: str = PREFIX) -> list[str]:
+    """Return cgroups with name in their path."""
+    return sorted(str(path) for path in Path("/sys/fs/cgroup").glob(f"**/*{name}*"))
+
+
+def processes(name: str = PREFIX) -> list[str]:
+    """Return the command lines of processes that have name in it."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            line = path.read_bytes().replace(b"\0", b" ").decode(errors="replace")
+            if name in line and path.parent.name != str(os.getpid()):
+                found.append(f"{path.parent.name}: {line}")
+    return found
+
+
+def mounts(name: str = PREFIX) -> list[str]:
+    return [line for line in Path("/proc/self/mountinfo").read_text().splitlines() if name in line]
+
+
+def addresses() -> list[str]:
+    """Return the addresses on lo that carry faasd's label."""
+    out = subprocess.run(["ip", "-o", "-4", "addr", "show", "dev", "lo"], capture_output=True, text=True, check=True)
+    return re.findall(r"inet ([\d./]+) .*lo:faas", out.stdout)
+
+
+def remains(daemon: Daemon) -> list[str]:
+    """Return what a stopped daemon should not have left."""
+    name = daemon.directory.name
+    found = [*processes(name), *mounts(name), *cgroup_directories(name), *addresses()]
+    found += [str(path) for path in daemon.run_dir.rglob("*") if path.name != "faasd.lock"]
+    found += [str(path) for path in (daemon.state_dir / "tmp").iterdir()]
+    return found
+
+
+def footprint(daemon: Daemon) -> dict[str, object]:
+    """Return what must be the same before and after any number of invocations."""
+    listed = subprocess.run(["runc", "--root", daemon.run_dir / "runc", "list", "--quiet"], capture_output=True,
+                            text=True, check=True).stdout.split()
+    return {"containers": listed, "mounts": len(mounts("")), "cgroups": cgroup_directories(daemon.directory.name)[1:],
+            "descriptors": len(os.listdir(f"/proc/{daemon.process.pid}/fd")),
+            "run_dir": sorted(str(path) for path in daemon.run_dir.rglob("*")),
+            "children": Path(f"/proc/{daemon.process.pid}/task/{daemon.process.pid}/children").read_text()}
+
+
+def resident_memory(pid: int, field: str = "VmRSS") -> int:
+    """Return a process's memory in bytes: VmRSS now, VmHWM at most so far."""
+    return int(re.search(rf"{field}:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())[1]) * 1024
+

@@ -1,0 +1,335 @@
+"""The daemon's life: when it refuses to start, how it stops, what it brings back, what it clears away."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import unittest
+from concurrent.futures import ThreadPoolExecutor
+
+import support
+from support import curl, get, wait_until
+
+import faasd
+
+
+def ip(*arguments: str) -> str:
+    return subprocess.run(["ip", *arguments], capture_output=True, text=True, check=True).stdout
+
+
+class Refusals(unittest.TestCase):
+    """One line, exit status 2 (or 1 where it is not the command line), and nothing made."""
+
+    def setUp(self):
+        self.directory = support.temporary_directory()
+        self.addCleanup(shutil.rmtree, self.directory)
+
+    def refuse(self, *arguments: str, wrapper: tuple[str, ...] = (), status: int = 2, env: dict | None = None) -> str:
+        """Start a daemon that must refuse, return its one line."""
+        daemon = support.Daemon(*arguments, directory=self.directory, wrapper=wrapper)
+        result = subprocess.run(daemon.command(), capture_output=True, text=True, timeout=support.READY_SECONDS,
+                                env={**os.environ, **(env or {})}, check=False)
+        self.assertEqual(result.returncode, status, result.stderr)
+        line = result.stderr.splitlines()[-1]
+        self.assertTrue(line.startswith(("faasd: ", "faasd.py: error: ")), result.stderr)
+        self.assertNotIn("Traceback", result.stderr)
+        return line
+
+    def test_not_root(self):
+        # In a user namespace without a mapping nobody is root, though all files can be read.
+        line = self.refuse(wrapper=("unshare", "--user"))
+        self.assertEqual(line, "faasd: faasd needs root, for namespaces, addresses and file owners: sudo ./faasd.py")
+
+    def test_no_runtime(self):
+        self.assertIn("no runc on this machine: apt install runc", self.refuse(env={"PATH": "/nonexistent"}))
+        self.assertIn("no /opt/none on this machine", self.refuse("--runtime", "/opt/none"))
+
+    def test_runtime_that_does_not_run(self):
+        self.assertIn("false --version failed", self.refuse("--runtime", "false", status=1))
+        self.assertEqual(support.addresses(), [])
+
+    def test_already_running(self):
+        with support.Daemon() as daemon:
+            for arguments in (("--run-dir", str(daemon.run_dir)), ("--state-dir", str(daemon.state_dir))):
+                line = self.refuse(*arguments, "--subnet", "10.1.0.0/24")
+                self.assertIn("faasd is already running on ", line)
+            self.assertEqual(daemon.api("GET", "/healthz")[0], 200)
+
+    def test_bad_arguments(self):
+        for arguments, words in (
+                (("--subnet", "10.0.0.0/33"), "bad subnet"), (("--subnet", "10.0.0.1/24"), "has host bits set"),
+                (("--subnet", "fd00::/64"), "bad subnet"), (("--subnet", "10.0.0.0/29"), "is too small"),
+                (("--port", "0"), "bad port"), (("--port", "http"), "bad port"), (("--drain-timeout", "x"), "bad dur"),
+                (("--max-image-size", "-1"), "bad size '-1'"), (("--nonsense",), "unrecognized arguments"),
+                (("--run-dir", "/tmp/" + "x" * 90), "is too long")):
+            with self.subTest(arguments):
+                self.assertIn(words, self.refuse(*arguments))
+
+    def test_subnet_assigned_elsewhere(self):
+        ip("addr", "add", "10.0.0.77/24", "dev", "lo")
+        self.addCleanup(ip, "addr", "del", "10.0.0.77/24", "dev", "lo")
+        line = self.refuse()
+        self.assertIn("subnet 10.0.0.0/24 is in use: 10.0.0.0/24 is assigned to lo; choose another with --subnet", line)
+
+    def test_subnet_routed_elsewhere(self):
+        for route in ("10.0.0.128/25", "10.0.0.0/8", "10.0.0.3/32"):
+            with self.subTest(route):
+                ip("route", "add", route, "dev", "lo")
+                try:
+                    self.assertRegex(self.refuse(), "is in use: 10[0-9./]+ is routed to lo; choose another")
+                finally:
+                    ip("route", "del", route, "dev", "lo")
+
+    def test_default_route_in_pieces_is_no_conflict(self):
+        ip("route", "add", "0.0.0.0/1", "dev", "lo")
+        self.addCleanup(ip, "route", "del", "0.0.0.0/1", "dev", "lo")
+        with support.Daemon() as daemon:
+            self.assertEqual(daemon.api("GET", "/healthz")[0], 200)
+
+    def test_subnet_of_another_daemon(self):
+        with support.Daemon("--subnet", "10.7.0.0/24") as daemon:
+            for subnet in ("10.7.0.0/24", "10.7.0.0/16", "10.7.0.128/25"):
+                self.assertIn("another faasd uses 10.7.0.0/24", self.refuse("--subnet", subnet))
+            self.assertEqual(daemon.api("GET", "/healthz")[0], 200)
+
+    def test_loopback_down(self):
+        self.assertIn("the loopback interface is down: ip link set lo up", self.refuse(wrapper=("unshare", "--net")))
+
+    def test_registry_damaged_or_newer(self):
+        state = self.directory / "state"
+        state.mkdir()
+        for content, words in (("{", "is damaged"), ("[]", "is damaged"), ('{"format": 1}', "is damaged"),
+                               ('{"format": 1, "functions": [{"name": "x"}]}', "is damaged"),
+                               ('{"format": 2, "functions": []}', "has format 2, this faasd knows 1")):
+            with self.subTest(content):
+                (state / "registry.json").write_text(content)
+                self.assertIn(words, self.refuse(status=1))
+                self.assertEqual((state / "registry.json").read_text(), content)
+
+
+class Stop(unittest.TestCase):
+    def test_running_invocations_finish_and_new_ones_are_refused(self):
+        daemon = support.Daemon().start()
+        self.addCleanup(daemon.close)
+        address = daemon.deploy("f", support.handler_image(label="slow"))
+        with ThreadPoolExecutor() as pool:
+            running = [pool.submit(get, address, "/label?3") for _ in range(4)]
+            wait_until(lambda: daemon.info("f")["running"] == 4, "4 invocations")
+            wait_until(lambda: len(support.processes(daemon.directory.name)) >= 5, "containers")
+            daemon.process.send_signal(signal.SIGTERM)
+            wait_until(lambda: "stopping" in daemon.log(), "it stops")
+            with self.assertRaises(ConnectionRefusedError):
+                socket.create_connection((address, 80)).close()
+            self.assertEqual([future.result() for future in running], [(200, "slow")] * 4)
+        self.assertEqual(daemon.process.wait(support.READY_SECONDS), 0)
+        self.assertEqual(support.remains(daemon), [])
+
+    def end_by_force(self, *signals: int, drain: str) -> None:
+        daemon = support.Daemon("--drain-timeout", drain).start()
+        self.addCleanup(daemon.close)
+        address = daemon.deploy("f")
+        with ThreadPoolExecutor() as pool:
+            hanging = pool.submit(get, address, "/hang")
+            half = pool.submit(curl, f"http://{address}/half-and-hang", check=False)
+            wait_until(lambda: len([p for p in support.processes(daemon.directory.name) if " run " in p]) == 2, "runc")
+            wait_until(lambda: Restart.waiting(daemon) == 0, "both handlers are ready")
+            time.sleep(0.5)                 # until the half has been sent
+            for number in signals:
+                daemon.process.send_signal(number)
+            status, body = hanging.result()
+            self.assertEqual(status, 503)
+            self.assertIn("faasd is stopping", body)
+            self.assertEqual(half.result(), "only this")
+        self.assertEqual(daemon.process.wait(support.READY_SECONDS), 0)
+        self.assertEqual(support.remains(daemon), [])
+
+    def test_what_overruns_the_drain_timeout_is_killed(self):
+        self.end_by_force(signal.SIGTERM, drain="1s")
+
+    def test_second_signal_stops_at_once(self):
+        self.end_by_force(signal.SIGINT, signal.SIGTERM, drain="1h")
+
+    def test_exit_status_of_an_idle_daemon(self):
+        for number in (signal.SIGINT, signal.SIGTERM):
+            daemon = support.Daemon().start()
+            self.addCleanup(daemon.close)
+            self.assertEqual(daemon.stop(number), 0)
+            self.assertEqual(support.remains(daemon), [])
+
+    def test_foreign_addresses_stay(self):
+        ip("addr", "add", "10.9.0.1/32", "dev", "lo", "label", "lo:other")
+        ip("addr", "add", "10.8.0.1/32", "dev", "lo", "label", "lo:faas")       # of a daemon with another subnet
+        self.addCleanup(ip, "addr", "del", "10.9.0.1/32", "dev", "lo")
+        self.addCleanup(ip, "addr", "del", "10.8.0.1/32", "dev", "lo")
+        with support.Daemon() as daemon:
+            daemon.deploy("f")
+            self.assertEqual(support.addresses(), ["10.8.0.1/32", "10.0.0.10/32"])
+            daemon.stop()
+            left = ip("-o", "addr", "show", "dev", "lo")
+            self.assertIn("10.9.0.1", left)
+            self.assertIn("10.8.0.1", left)
+            self.assertNotIn("10.0.0.10", left)
+
+    def test_stop_during_an_upload(self):
+        with support.Daemon() as daemon:
+            client = socket.socket(socket.AF_UNIX)
+            self.addCleanup(client.close)
+            client.connect(str(daemon.socket))
+            client.sendall(b"POST /functions/f HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000\r\n\r\nabc")
+            wait_until(lambda: list((daemon.state_dir / "tmp").iterdir()), "the upload has begun")
+            self.assertEqual(daemon.stop(), 0)
+            self.assertEqual(support.remains(daemon), [])
+            self.assertNotIn("Traceback", daemon.log())
+
+    def test_service_manager_is_told(self):
+        directory = support.temporary_directory()
+        self.addCleanup(shutil.rmtree, directory)
+        manager = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.addCleanup(manager.close)
+        manager.bind(str(directory / "notify"))
+        manager.settimeout(support.READY_SECONDS)
+        with support.Daemon(env={"NOTIFY_SOCKET": str(directory / "notify")}):
+            self.assertEqual(manager.recv(100), b"READY=1")
+        self.assertEqual(manager.recv(100), b"STOPPING=1")
+
+
+class Restart(unittest.TestCase):
+    def test_functions_come_back_on_their_addresses(self):
+        with support.Daemon() as daemon:
+            addresses = {name: daemon.deploy(name, support.handler_image(label=name)) for name in ("a", "b", "c")}
+            self.assertEqual(sorted(addresses.values()), ["10.0.0.10", "10.0.0.11", "10.0.0.12"])
+            daemon.faas("rm", "b")
+            before = {name: daemon.info(name) for name in ("a", "c")}
+            daemon.stop()
+            daemon.start()
+            for name in ("a", "c"):
+                self.assertEqual(get(addresses[name], "/label"), (200, name))
+                after = daemon.info(name)
+                for key in ("address", "created", "updated", "version", "digest", "options", "command"):
+                    self.assertEqual(after[key], before[name][key])
+            self.assertEqual(daemon.deploy("d"), "10.0.0.11")       # the lowest free one
+
+    def test_function_whose_image_is_gone_is_broken_and_can_be_deployed_again(self):
+        with support.Daemon() as daemon:
+            daemon.deploy("a")
+            address = daemon.deploy("b")
+            daemon.stop()
+            shutil.rmtree(daemon.rootfs("b"))
+            daemon.start()
+            self.assertEqual(get("10.0.0.10")[0], 200)
+            info = daemon.info("b")
+            self.assertEqual((info["state"], info["address"]), ("broken", address))
+            self.assertIn("deploy it again", info["error"])
+            self.assertEqual(daemon.deploy("b"), address)
+            self.assertEqual(get(address)[0], 200)
+
+    def test_kill_9_during_50_invocations(self):
+        with support.Daemon() as daemon:
+            address = daemon.deploy("f", support.handler_image(label="back"))
+            daemon.deploy("g")
+            with ThreadPoolExecutor(50) as pool:
+                clients = [pool.submit(curl, f"http://{address}/label?3600", check=False) for _ in range(50)]
+                wait_until(lambda: len(list((daemon.run_dir / "containers").iterdir())) == 50, "50 containers", 120)
+                wait_until(lambda: self.waiting(daemon) == 0, "all are ready", 120)
+                orphans = support.processes(daemon.directory.name)
+                self.assertGreaterEqual(len(orphans), 50)
+                (daemon.state_dir / "tmp" / "cut-upload").mkdir()
+                (daemon.state_dir / "images" / "f" / "0123456789ab").mkdir()
+                (daemon.state_dir / "logs" / "gone.log").touch()
+                ip("addr", "add", "10.0.0.99/32", "dev", "lo", "label", "lo:faas")
+                daemon.kill()
+                daemon.start()
+                # Orphans end with the start, so that their clients are done as well.
+                self.assertEqual([future.result() for future in clients], [""] * 50)
+            self.assertEqual(get(address, "/label"), (200, "back"))
+            self.assertEqual(get("10.0.0.11")[0], 200)
+            daemon.wait_idle("f")
+            footprint = support.footprint(daemon)
+            self.assertEqual((footprint["containers"], footprint["cgroups"]), ([], []))
+            self.assertEqual(list((daemon.run_dir / "containers").iterdir()), [])
+            self.assertEqual(list((daemon.state_dir / "tmp").iterdir()), [])
+            self.assertFalse((daemon.state_dir / "images" / "f" / "0123456789ab").exists())
+            self.assertFalse((daemon.state_dir / "logs" / "gone.log").exists())
+            self.assertEqual(support.addresses(), ["10.0.0.10/32", "10.0.0.11/32"])
+            runs = [line for line in support.processes(daemon.directory.name) if " run " in line]
+            self.assertEqual(runs, [])
+
+    @staticmethod
+    def waiting(daemon: support.Daemon) -> int:
+        """Return how many containers are not connected yet: their control socket listens."""
+        return sum(f"{daemon.run_dir}/containers/" in line and line.split()[3] == "00010000"
+                   for line in open("/proc/net/unix"))
+
+    def test_port_taken_at_restart_leaves_the_others_running(self):
+        with support.Daemon() as daemon:
+            daemon.deploy("a")
+            daemon.deploy("b")
+            daemon.stop()
+            ip("addr", "add", "10.6.0.1/32", "dev", "lo")
+            self.addCleanup(ip, "addr", "del", "10.6.0.1/32", "dev", "lo")
+            squatter = socket.socket()
+            self.addCleanup(squatter.close)
+            squatter.setsockopt(socket.SOL_IP, socket.IP_FREEBIND, 1)
+            squatter.bind(("10.0.0.10", 80))
+            squatter.listen()
+            daemon.start()
+            self.assertEqual(daemon.info("a")["state"], "broken")
+            self.assertIn("port 80 on 10.0.0.10 is taken", daemon.info("a")["error"])
+            self.assertEqual(get("10.0.0.11")[0], 200)
+
+
+class Socket(unittest.TestCase):
+    def test_user_who_ran_sudo_needs_none_for_the_client(self):
+        """The socket belongs to SUDO_UID, mode 0660; others may not open it."""
+        with support.Daemon(env={"SUDO_UID": "12345"}) as daemon:
+            daemon.directory.chmod(0o755)
+            status = os.stat(daemon.socket)
+            self.assertEqual((status.st_uid, status.st_gid, status.st_mode & 0o777), (12345, 0, 0o660))
+
+            def version_as(uid: int) -> int:
+                # curl, not faas: the interpreter itself may lie where only root can read.
+                return subprocess.run(["setpriv", f"--reuid={uid}", f"--regid={uid}", "--clear-groups", "curl", "-sS",
+                                       "--unix-socket", daemon.socket, "http://x/version"], capture_output=True,
+                                      check=False).returncode
+            self.assertEqual(version_as(12345), 0)
+            self.assertEqual(version_as(12346), 7)      # curl: could not connect
+
+    def test_state_is_closed_to_others(self):
+        with support.Daemon() as daemon:
+            self.assertEqual(os.stat(daemon.state_dir).st_mode & 0o777, 0o700)
+            self.assertEqual(os.stat(daemon.run_dir / "containers").st_mode & 0o777, 0o700)
+
+    def test_containers_are_on_a_tmpfs(self):
+        with support.Daemon() as daemon:
+            kinds = dict(faasd.read_mounts())
+            path = daemon.run_dir / "containers"
+            kind = next(kinds[str(p)] for p in [path, *path.parents] if str(p) in kinds)
+            self.assertEqual(kind, "tmpfs")
+
+
+class Version(unittest.TestCase):
+    def test_runtime_and_its_holes_are_named_at_start(self):
+        first = subprocess.run(["runc", "--version"], capture_output=True, text=True, check=True).stdout.splitlines()[0]
+        with support.Daemon() as daemon:
+            self.assertIn(first, daemon.log())
+            self.assertEqual("check your package's changelog" in daemon.log(), faasd.runc_warning(first) is not None)
+            self.assertEqual(json.loads(daemon.api("GET", "/version")[1])["runtime"], first)
+
+    def test_json_log(self):
+        with support.Daemon("--log-format", "json") as daemon:
+            for line in daemon.log().splitlines():
+                self.assertEqual(set(json.loads(line)), {"time", "level", "message"})
+
+    def test_help(self):
+        out = subprocess.run([sys.executable, support.TOP / "faasd.py", "--help"], capture_output=True, text=True,
+                             check=True).stdout
+        for option in ("--state-dir", "--run-dir", "--subnet", "--port", "--runtime", "--drain-timeout"):
+            self.assertIn(option, out)
+
+
+if __name__ == "__main__":
+    unittest.main()

@@ -1,0 +1,407 @@
+"""Deploying, redeploying and removing functions through the real CLI, and everything that may go wrong on the way."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import unittest
+from concurrent.futures import ThreadPoolExecutor
+
+import support
+from support import get, wait_until
+
+EXITS = "import sys; print('on stdout'); print('no config \\x1b[2J', file=sys.stderr); sys.exit(4)"
+SLEEPS = "import time; print('waiting for nothing', flush=True); time.sleep(3600)"
+
+
+class DeployCase(unittest.TestCase):
+    def setUp(self):
+        self.daemon = support.Daemon().start()
+        self.addCleanup(self.daemon.close)
+
+    def assert_nothing_there(self, name: str):
+        """No directory, address, registry entry or log of a function that was refused."""
+        self.assertEqual(list((self.daemon.state_dir / "images").iterdir()), [])
+        self.assertEqual(list((self.daemon.state_dir / "logs").iterdir()), [])
+        self.assertEqual(list((self.daemon.state_dir / "tmp").iterdir()), [])
+        self.assertEqual(support.addresses(), [])
+        registry = self.daemon.state_dir / "registry.json"
+        self.assertTrue(not registry.exists() or json.loads(registry.read_text())["functions"] == [])
+        self.assertEqual(support.footprint(self.daemon)["containers"], [])
+        self.assertIn(f"no function '{name}'", self.daemon.faas("info", name, check=False).stderr)
+
+    def refuse(self, *arguments: str, stdin: bytes | None = None) -> list[str]:
+        """Run a faas command that must fail with status 1 and return its lines."""
+        result = self.daemon.faas(*arguments, stdin=stdin, check=False)
+        self.assertEqual((result.returncode, result.stdout), (1, ""), result.stderr)
+        self.assertTrue(result.stderr.startswith("faas: "), result.stderr)
+        self.assertNotIn("Traceback", result.stderr + self.daemon.log())
+        return result.stderr.splitlines()
+
+
+class Deploy(DeployCase):
+    def test_whole_life(self):
+        self.assertEqual(self.daemon.faas("list").stdout.split(),
+                         "NAME IP STATE RUNNING REQUESTS IMAGE CREATED COMMAND".split())
+        address = self.daemon.deploy("hello", support.handler_image(), "--memory", "64m", "--cpus", "0.5")
+        self.assertEqual(address, "10.0.0.10")
+        self.assertEqual(support.addresses(), ["10.0.0.10/32"])
+        self.assertEqual(get(address, "/x"), (200, "hello /x"))
+        self.assertEqual(self.daemon.faas("ip", "hello").stdout, "10.0.0.10\n")
+        self.daemon.wait_idle("hello")
+        row = self.daemon.faas("list").stdout.splitlines()[1].split()
+        self.assertEqual(row[:6], ["hello", "10.0.0.10", "ready", "0", "1", "test:latest"])
+        info = self.daemon.info("hello")
+        self.assertEqual((info["options"]["memory"], info["options"]["cpus"]), (64 << 20, 0.5))
+        self.assertEqual(self.daemon.faas("logs", "hello").stdout.count("outcome=answered"), 1)
+        self.assertEqual(self.daemon.faas("rm", "hello").returncode, 0)
+        self.assert_nothing_there("hello")
+        with self.assertRaises(OSError):
+            socket.create_connection((address, 80), timeout=5).close()
+
+    def test_lowest_free_address(self):
+        image = support.handler_image()
+        for number in range(4):
+            self.assertEqual(self.daemon.deploy(f"f{number}", image), f"10.0.0.{10 + number}")
+        self.daemon.faas("rm", "f2", "f1")
+        self.assertEqual(self.daemon.deploy("g", image), "10.0.0.11")
+        self.assertEqual(self.daemon.deploy("h", image), "10.0.0.12")
+
+    def test_several_deploys_at_once_get_different_addresses(self):
+        image = support.handler_image()
+        with ThreadPoolExecutor(6) as pool:
+            addresses = list(pool.map(lambda n: self.daemon.deploy(f"f{n}", image), range(6)))
+        self.assertEqual(sorted(addresses), [f"10.0.0.{n}" for n in range(10, 16)])
+        for address in addresses:
+            self.assertEqual(get(address)[0], 200)
+
+    def test_one_change_of_a_function_at_a_time(self):
+        image = support.handler_image()
+        client = socket.socket(socket.AF_UNIX)
+        self.addCleanup(client.close)
+        client.connect(str(self.daemon.socket))
+        client.sendall(b"POST /functions/f HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(image))
+        wait_until(lambda: list((self.daemon.state_dir / "tmp").iterdir()), "the first upload has begun")
+        self.assertIn("a deploy is under way", self.refuse("new", "f", stdin=image)[0])
+        client.sendall(image)
+        self.assertIn(b" 201 ", client.recv(65536))
+        self.assertEqual(get("10.0.0.10")[0], 200)
+
+    def test_options_of_the_image_config(self):
+        image = support.handler_image(User="1234:5678", WorkingDir="/work/dir", Volumes={"/data": {}},
+                                      Env=["A=image", "B=image", "HOME=/custom", "LABEL=x"])
+        address = self.daemon.deploy("f", image, "-e", "A=user", "--", "word")
+        facts = json.loads(get(address, "/facts")[1])
+        self.assertEqual((facts["ids"][:2], facts["cwd"]), ([1234, 5678], "/work/dir"))
+        self.assertEqual([facts["env"][key] for key in ("A", "B", "HOME")], ["user", "image", "/custom"])
+        self.assertEqual(facts["argv"], ["/handler.py", "word"])
+        self.assertIn("/data", [mount for mount, *_ in facts["mounts"]])
+
+    def test_volume_with_content_keeps_it_and_is_private(self):
+        base, top = support.python_layer(), support.layer({"handler.py": support.HANDLER.read_bytes(),
+                                                           "etc/conf/file": "content"})
+        image = support.docker_archive([base, top], {"Entrypoint": [*support.python_layer.entrypoint, "/handler.py"],
+                                                     "Volumes": {"/etc/conf": {}}})
+        address = self.daemon.deploy("f", image)
+        self.assertEqual(get(address, "/read?/etc/conf/file"), (200, "content"))
+        self.assertEqual(get(address, "/write?/etc/conf/new"), (200, "done"))
+        self.assertEqual(get(address, "/read?/etc/conf/new")[0], 502)
+
+    def test_logs(self):
+        address = self.daemon.deploy("f")
+        self.assertEqual(self.daemon.faas("logs", "f").stdout.count("\n"), 1)       # the deploy itself
+        for number in range(3):
+            get(address, f"/{number}")
+        self.daemon.wait_idle("f")
+        self.assertEqual(re.findall(r"GET /(\d)", self.daemon.faas("logs", "f", "-n", "2").stdout), ["1", "2"])
+        self.assertEqual(self.daemon.faas("logs", "f", "--since", "2030-01-01T00:00:00Z").stdout, "")
+        self.assertEqual(self.daemon.faas("logs", "f", "--since", "1h").stdout.count("outcome="), 3)
+        follower = subprocess.Popen([sys.executable, support.TOP / "faas", "--socket", self.daemon.socket, "logs", "f",
+                                     "-f", "-n", "1"], stdout=subprocess.PIPE, text=True)
+        try:
+            self.assertIn("GET /2", follower.stdout.readline())
+            get(address, "/followed")
+            self.assertIn("GET /followed", follower.stdout.readline())
+        finally:
+            follower.send_signal(signal.SIGINT)
+            follower.wait()
+            follower.stdout.close()
+
+    def test_log_is_rotated_and_capped(self):
+        address = self.daemon.deploy("f")
+        for _ in range(18):
+            self.assertEqual(get(address, f"/stderr?{1 << 20}")[0], 200)
+        self.daemon.wait_idle("f")
+        sizes = [path.stat().st_size for path in (self.daemon.state_dir / "logs").iterdir()]
+        self.assertEqual(len(sizes), 2)
+        self.assertLessEqual(max(sizes), 8 << 20)
+        self.assertGreater(sum(sizes), 8 << 20)
+
+
+class FailedDeploy(DeployCase):
+    """Whatever goes wrong: one clear line, nothing left, and the version before goes on serving."""
+
+    def setUp(self):
+        super().setUp()
+        self.good = support.handler_image(label="good")
+
+    def both_ways(self, *options: str, image: bytes) -> str:
+        """Deploy what must fail, as a new function and over an existing one; return the output of the first."""
+        lines = self.refuse("new", "bad", *options, stdin=image)
+        self.assert_nothing_there("bad")
+        address = self.daemon.deploy("f", self.good)
+        before = self.daemon.info("f")
+        self.refuse("new", "f", *options, stdin=image)
+        self.assertEqual(get(address, "/label"), (200, "good"))
+        self.daemon.wait_idle("f")
+        self.assertEqual({**self.daemon.info("f"), "requests": 0}, before)
+        self.assertEqual(len(list((self.daemon.state_dir / "images" / "f").iterdir())), 1)
+        return "\n".join(lines)
+
+    def test_handler_exits(self):
+        out = self.both_ways(image=support.handler_image(EXITS))
+        self.assertRegex(out, "^faas: function bad does not start: the handler exited with status 4 before it conn")
+        self.assertIn("  on stdout\n", out)
+        self.assertIn("  no config \\x1b[2J", out)
+
+    def test_handler_never_connects(self):
+        out = self.both_ways("--start-timeout", "1s", image=support.handler_image(SLEEPS))
+        self.assertIn("the handler did not connect to /control.sock within 1 s", out)
+        self.assertIn("  waiting for nothing", out)
+
+    def test_command_that_does_not_exist(self):
+        out = self.both_ways(image=support.handler_image(Entrypoint=["/no/such/program"]))
+        self.assertIn("/no/such/program", out)
+
+    def test_no_command(self):
+        out = self.both_ways(image=support.handler_image(Entrypoint=None, Cmd=None))
+        self.assertIn("the image names no command to run: give one after `--`", out)
+
+    def test_not_an_image(self):
+        for data, words in ((b"", "no image on stdin"), (b"x" * 5000, "tar"), (self.good[:-200_000], "cut short"),
+                            (self.good[:1_000_000], "cut short"), (support.layer({"a": "b"}), "holds no image")):
+            with self.subTest(words):
+                self.assertIn(words, self.refuse("new", "bad", stdin=data)[0])
+                self.assert_nothing_there("bad")
+
+    def test_producer_before_the_pipe_fails(self):
+        """docker save of an image that does not exist prints an error and nothing else."""
+        out = subprocess.run(f"false | '{sys.executable}' '{support.TOP}/faas' --socket '{self.daemon.socket}' new x",
+                             shell=True, capture_output=True, text=True, check=False)
+        self.assertEqual(out.returncode, 1)
+        self.assertIn("the command before the pipe printed nothing", out.stderr)
+
+    def test_upload_is_cut(self):
+        client = socket.socket(socket.AF_UNIX)
+        client.connect(str(self.daemon.socket))
+        client.sendall(b"POST /functions/bad HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n400\r\nabc")
+        client.shutdown(socket.SHUT_WR)
+        self.assertIn(b"the upload was cut short", client.recv(65536))
+        client.close()
+        self.assert_nothing_there("bad")
+
+    def test_client_leaves_during_the_proof(self):
+        """Ctrl-C at `faas new` while the handler starts: what was begun is undone."""
+        process = subprocess.Popen([sys.executable, support.TOP / "faas", "--socket", self.daemon.socket, "new", "bad",
+                                    "--start-timeout", "1h"], stdin=subprocess.PIPE, stderr=subprocess.PIPE)
+        process.stdin.write(support.handler_image(SLEEPS))
+        process.stdin.close()
+        wait_until(lambda: support.footprint(self.daemon)["containers"], "the proof runs")
+        process.send_signal(signal.SIGINT)
+        self.assertEqual(process.wait(support.READY_SECONDS), 130)
+        process.stderr.close()
+        wait_until(lambda: not list((self.daemon.state_dir / "tmp").iterdir()), "it is undone")
+        self.assert_nothing_there("bad")
+        self.assertEqual(self.daemon.deploy("bad", self.good), "10.0.0.10")
+
+    def test_port_is_taken(self):
+        squatter = socket.socket()
+        self.addCleanup(squatter.close)
+        squatter.bind(("0.0.0.0", 80))
+        squatter.listen()
+        line = self.refuse("new", "bad", stdin=self.good)[0]
+        self.assertIn("port 80 on 10.0.0.10 is taken by another program", line)
+        self.assertIn("--port", line)
+        self.assert_nothing_there("bad")
+
+    def test_subnet_is_full(self):
+        with support.Daemon("--subnet", "10.3.0.0/28") as daemon:
+            for number in range(5):
+                self.assertEqual(daemon.deploy(f"f{number}", self.good), f"10.3.0.{10 + number}")
+            result = daemon.faas("new", "g", stdin=self.good, check=False)
+            self.assertEqual(result.returncode, 1)
+            self.assertIn("subnet 10.3.0.0/28 has no free address", result.stderr)
+            self.assertEqual(len(list((daemon.state_dir / "images").iterdir())), 5)
+
+    def test_bad_options(self):
+        for options, words in (("env=novalue", "bad environment entry"), ("memory=1m", "at least 6m"),
+                               ("memory=lots", "bad size"), ("cpus=0", "bad number of cpus"), ("pids=0", "bad number"),
+                               ("timeout=-1", "bad duration"), ("start_timeout=0", "must be over 0"),
+                               ("colour=red", "unknown option"), ("cmd=%00", "NUL")):
+            with self.subTest(options):
+                status, body = self.daemon.api("POST", f"/functions/bad?{options}", self.good)
+                self.assertEqual(status, 400)
+                self.assertIn(words, json.loads(body)["error"])
+        self.assert_nothing_there("bad")
+
+    def test_image_over_the_limits(self):
+        with support.Daemon("--max-image-size", "1m") as daemon:
+            result = daemon.faas("new", "f", stdin=self.good, check=False)
+            self.assertIn("the archive is over 1048576 bytes (--max-image-size)", result.stderr)
+            self.assertEqual(list((daemon.state_dir / "images").iterdir()), [])
+            self.assertEqual(list((daemon.state_dir / "tmp").iterdir()), [])
+
+    def test_full_disk(self):
+        directory = support.temporary_directory()
+        disk = directory / "disk"
+        disk.mkdir()
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=40m", "tmpfs", disk], check=True)
+        try:
+            with support.Daemon("--state-dir", str(disk)) as daemon:
+                result = daemon.faas("new", "f", stdin=self.good, check=False)
+                self.assertEqual(result.returncode, 1)
+                self.assertIn("no space left on the device; free some and try again", result.stderr)
+                self.assertEqual(sorted(path.name for path in disk.rglob("*")), ["faasd.lock", "images", "logs", "tmp"])
+        finally:
+            subprocess.run(["umount", disk], check=True)
+            shutil.rmtree(directory)
+
+
+class Redeploy(DeployCase):
+    def test_under_load_no_request_is_dropped(self):
+        """In-flight ones finish on the old version, new ones meet the new one, all on the same address."""
+        images = {label: support.handler_image(label=label) for label in ("v1", "v2", "v3")}
+        address = self.daemon.deploy("f", images["v1"])
+        slow = ThreadPoolExecutor(2)
+        in_flight = [slow.submit(get, address, "/label?8") for _ in range(2)]
+        wait_until(lambda: self.daemon.info("f")["running"] >= 2, "two are in flight")
+        answers: list[tuple[int, str]] = []
+        stop = threading.Event()
+
+        def load():
+            while not stop.is_set():
+                answers.append(get(address, "/label"))
+        clients = [threading.Thread(target=load) for _ in range(4)]
+        for client in clients:
+            client.start()
+        try:
+            for label in ("v2", "v3"):
+                count = len(answers) + 8
+                wait_until(lambda least=count: len(answers) > least, "requests before the redeploy")
+                self.assertEqual(self.daemon.deploy("f", images[label]), address)
+                self.assertEqual(get(address, "/label"), (200, label))
+            count = len(answers) + 8
+            wait_until(lambda: len(answers) > count, "requests after the redeploy")
+        finally:
+            stop.set()
+            for client in clients:
+                client.join()
+        self.assertEqual({status for status, _ in answers}, {200})
+        self.assertEqual({label for _, label in answers}, {"v1", "v2", "v3"})
+        self.assertEqual([future.result() for future in in_flight], [(200, "v1")] * 2)
+        slow.shutdown()
+        current = self.daemon.info("f")["version"]
+        wait_until(lambda: os.listdir(self.daemon.state_dir / "images" / "f") == [current], "old images are removed")
+
+    def test_same_image_with_other_options(self):
+        image = support.handler_image()
+        address = self.daemon.deploy("f", image, "-e", "X=1")
+        first = self.daemon.info("f")
+        with ThreadPoolExecutor() as pool:
+            slow = pool.submit(get, address, "/label?3")
+            wait_until(lambda: self.daemon.info("f")["running"] == 1, "one is in flight")
+            self.assertEqual(self.daemon.deploy("f", image, "-e", "X=2"), address)
+            second = self.daemon.info("f")
+            self.assertEqual(json.loads(get(address, "/facts")[1])["env"]["X"], "2")
+            self.assertEqual(slow.result(), (200, "1"))
+        self.assertEqual((first["version"], first["created"]), (second["version"], second["created"]))
+        self.assertEqual(get(address)[0], 200)
+        # Options are those of the last deploy, not the sum of all.
+        self.daemon.deploy("f", image)
+        self.assertNotIn("X", json.loads(get(address, "/facts")[1])["env"])
+
+    def test_back_to_the_image_before_while_it_is_still_in_use(self):
+        old, new = support.handler_image(label="old"), support.handler_image(label="new")
+        address = self.daemon.deploy("f", old)
+        with ThreadPoolExecutor() as pool:
+            slow = pool.submit(get, address, "/label?4")
+            wait_until(lambda: self.daemon.info("f")["running"] == 1, "one is in flight")
+            self.daemon.deploy("f", new)
+            self.daemon.deploy("f", old)
+            self.assertEqual(slow.result(), (200, "old"))
+        time.sleep(0.5)
+        self.assertEqual(get(address, "/label"), (200, "old"))
+
+    def test_survives_a_restart(self):
+        address = self.daemon.deploy("f", support.handler_image(label="one"))
+        self.daemon.deploy("f", support.handler_image(label="two"), "--timeout", "7")
+        self.daemon.stop()
+        self.daemon.start()
+        self.assertEqual(get(address, "/label"), (200, "two"))
+        self.assertEqual(self.daemon.info("f")["options"]["timeout"], 7)
+
+
+class Remove(DeployCase):
+    def test_running_invocations_finish_first(self):
+        address = self.daemon.deploy("f", support.handler_image(label="last words"))
+        with ThreadPoolExecutor() as pool:
+            slow = pool.submit(get, address, "/label?3")
+            wait_until(lambda: self.daemon.info("f")["running"] == 1, "one is in flight")
+            removal = pool.submit(self.daemon.faas, "rm", "f")
+            wait_until(lambda: self.daemon.info("f")["state"] == "removing", "it is being removed")
+            self.assertIn("a removal is under way", self.refuse("new", "f", stdin=support.handler_image())[0])
+            self.assertEqual(slow.result(), (200, "last words"))
+            removal.result()
+        self.assert_nothing_there("f")
+
+    def test_unknown_function(self):
+        self.daemon.deploy("f")
+        result = self.daemon.faas("rm", "nope", "f", check=False)
+        self.assertEqual(result.returncode, 1)
+        self.assertIn("no function 'nope'", result.stderr)
+        self.assert_nothing_there("f")
+        for command in ("ip", "info", "logs"):
+            self.assertIn("no function 'nope'", self.refuse(command, "nope")[0])
+
+
+class Memory(DeployCase):
+    def test_upload_and_unpacking_are_streamed(self):
+        """A 300 MiB layer, and the daemon and its child stay under 64 MiB each; bench/deploy.py does it with 2 GiB."""
+        blob = os.urandom(1 << 20) * 300
+        image = support.docker_archive(
+            [support.python_layer(), support.layer({"handler.py": support.HANDLER.read_bytes(), "blob": blob})],
+            {"Entrypoint": [*support.python_layer.entrypoint, "/handler.py"]})
+        del blob
+        peak = {"child": 0}
+        done = threading.Event()
+
+        def watch():
+            while not done.is_set():
+                for line in support.processes(self.daemon.directory.name):
+                    pid, _, command = line.partition(": ")
+                    if " unpack " in command:
+                        try:
+                            peak["child"] = max(peak["child"], support.resident_memory(int(pid), "VmHWM"))
+                        except (FileNotFoundError, TypeError):
+                            continue
+                time.sleep(0.02)
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        try:
+            self.daemon.deploy("f", image)
+        finally:
+            done.set()
+            watcher.join()
+        self.assertGreater(peak["child"], 0)
+        self.assertLess(peak["child"], 64 << 20)
+        self.assertLess(support.resident_memory(self.daemon.process.pid, "VmHWM"), 64 << 20)
+
+
+if __name__ == "__main__":
+    unittest.main()

@@ -1,0 +1,374 @@
+"""What a client meets: good handlers, bad handlers, and what stays behind of either. Real daemon, runc and curl."""
+
+import json
+import os
+import re
+import socket
+import threading
+import time
+import unittest
+from concurrent.futures import ThreadPoolExecutor
+
+import support
+from support import curl, get, wait_until
+
+import faasd
+
+
+class InvocationCase(unittest.TestCase):
+    """One daemon and one function for all tests of a class; every test ends with nothing of its own left."""
+
+    options: tuple[str, ...] = ()
+
+    @classmethod
+    def setUpClass(cls):
+        cls.daemon = support.Daemon().start()
+        cls.addClassCleanup(cls.daemon.close)
+        cls.address = cls.daemon.deploy("f", support.handler_image(), *cls.options)
+
+    def setUp(self):
+        self.before = support.footprint(self.daemon)
+        self.log_start = len(self.function_log())
+
+    def tearDown(self):
+        self.daemon.wait_idle("f")
+        self.assertEqual(support.footprint(self.daemon), self.before)
+        self.assertEqual(get(self.address, "/alive"), (200, "hello /alive"))
+
+    def function_log(self) -> str:
+        path = self.daemon.state_dir / "logs" / "f.log"
+        return path.read_text() if path.exists() else ""
+
+    def last_line(self) -> str:
+        """Return the log line of this test's only invocation, once it is over."""
+        def line():
+            found = re.findall(r"> (outcome=.*)", self.function_log()[self.log_start:])
+            return found[-1] if found else None
+        return wait_until(line, "the invocation is logged")
+
+    def connect(self) -> socket.socket:
+        client = socket.create_connection((self.address, 80), timeout=support.READY_SECONDS)
+        self.addCleanup(client.close)
+        return client
+
+    def exchange(self, path: str) -> bytes:
+        """Send a request and return all that comes until the end of file."""
+        client = self.connect()
+        client.sendall(f"GET {path} HTTP/1.1\r\nHost: f\r\n\r\n".encode())
+        received = b""
+        while data := client.recv(65536):
+            received += data
+        return received
+
+
+class GoodHandler(InvocationCase):
+    def test_answer_and_log_line(self):
+        self.assertEqual(get(self.address, "/x"), (200, "hello /x"))
+        self.assertRegex(self.last_line(), r'^outcome=answered client=10\.0\.0\.10:\d+ request="GET /x HTTP/1\.1" wait='
+                                           r'[\d.]+ms start=[\d.]+ms run=[\d.]+ms received=\d\d+ sent=\d\d+ exit=0$')
+
+    def test_every_connection_has_its_own_container(self):
+        ids = {get(self.address, "/id")[1] for _ in range(5)}
+        self.assertEqual(len(ids), 5)
+        self.assertTrue(all(re.fullmatch("[0-9a-f]{12}", container) for container in ids))
+
+    def test_post_with_a_large_body_that_the_handler_does_not_read(self):
+        out = curl("--data-binary", "x" * 100_000, f"http://{self.address}/y")
+        self.assertEqual(out, "hello /y")
+
+    def test_half_closed_client_is_answered(self):
+        client = self.connect()
+        client.sendall(b"GET /half HTTP/1.0\r\n\r\n")
+        client.shutdown(socket.SHUT_WR)
+        received = b""
+        while data := client.recv(65536):
+            received += data
+        self.assertTrue(received.endswith(b"hello /half"), received)
+
+    def test_client_that_hangs_up_at_once_harms_nobody(self):
+        client = self.connect()
+        client.sendall(b"GET / HTTP/1.0\r\n\r\n")
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+        client.close()
+        self.assertRegex(self.last_line(), "outcome=(no-answer|closed|answered)")
+
+    def test_silent_client_costs_no_container(self):
+        before = self.daemon.info("f")["requests"]
+        silent = [self.connect() for _ in range(20)]
+        self.assertEqual(get(self.address)[0], 200)
+        self.assertEqual(self.daemon.info("f")["requests"], before + 1)
+        for client in silent:
+            client.close()
+
+    def test_handler_gets_a_blocking_socket(self):
+        self.assertEqual(get(self.address, "/blocking"), (200, "True"))
+
+    def test_two_way_traffic(self):
+        client = self.connect()
+        client.sendall(b"GET /echo HTTP/1.1\r\n\r\n")
+        self.assertIn(b"101", client.recv(65536))
+        for number in range(100):
+            client.sendall(b"%d" % number)
+            self.assertEqual(client.recv(65536), b"%d" % number)
+
+    def test_a_gigabyte_streams_past_the_daemon(self):
+        size = 1 << 30
+        before = support.resident_memory(self.daemon.process.pid)
+        cpu = os.sysconf("SC_CLK_TCK")
+
+        def daemon_ticks():
+            fields = open(f"/proc/{self.daemon.process.pid}/stat").read().rpartition(")")[2].split()
+            return int(fields[11]) + int(fields[12])
+        ticks = daemon_ticks()
+        out = curl("--output", "/dev/null", "--write-out", "%{size_download}", f"http://{self.address}/stream?{size}")
+        self.assertEqual(int(out), size)
+        self.assertLess(support.resident_memory(self.daemon.process.pid) - before, 4 << 20)
+        self.assertLess(daemon_ticks() - ticks, cpu, "the daemon worked on a stream it should not see")
+        self.assertIn(f"sent={size + 63}", self.last_line())
+
+
+class InsideContainer(InvocationCase):
+    """What a handler finds around itself."""
+
+    options = ("-e", "MINE=1", "-e", "LABEL=mine", "--pids", "20", "--memory", "128m", "--", "an argument", "another")
+
+    def facts(self) -> dict:
+        return json.loads(get(self.address, "/facts")[1])
+
+    def test_environment_and_arguments(self):
+        facts = self.facts()
+        env = facts["env"]
+        self.assertEqual((env["MINE"], env["LABEL"], env["FAAS_FUNCTION"]), ("1", "mine", "f"))
+        self.assertEqual(env["FAAS_VERSION"], self.daemon.info("f")["version"])
+        self.assertRegex(env["FAAS_CONTAINER_ID"], "^[0-9a-f]{12}$")
+        self.assertEqual((env["HOME"], env["PATH"]), ("/", faasd.DEFAULT_PATH))
+        self.assertEqual(facts["argv"][1:], ["an argument", "another"])
+        self.assertEqual((facts["cwd"], facts["hostname"], facts["ids"]), ("/", "f", [0, 0, []]))
+
+    def test_no_descriptor_of_the_daemon_leaks(self):
+        """stdin, stdout and stderr, the control connection, the client: nothing else (rule H.2)."""
+        fds = self.facts()["fds"]
+        self.assertEqual(sorted(fds)[:3], ["0", "1", "2"])
+        self.assertEqual(fds["0"], "/dev/null")
+        self.assertEqual(fds["1"], fds["2"])
+        others = [link for number, link in fds.items() if number not in "012"]
+        self.assertEqual(len([link for link in others if link.startswith("socket:")]), 2)
+        self.assertEqual([link for link in others if not link.startswith("socket:")], [])
+
+    def test_isolation(self):
+        facts = self.facts()
+        status = facts["status"]
+        self.assertEqual({status["CapEff"], status["CapBnd"], status["CapPrm"]}, {"0" * 16})
+        self.assertEqual(status["NoNewPrivs"], "1")
+        self.assertEqual(facts["interfaces"], ["lo"])
+        self.assertEqual(facts["processes"], ["1"])
+        for name in ("pid", "mnt", "net", "ipc", "uts", "cgroup"):
+            self.assertNotEqual(facts["namespaces"][name], os.readlink(f"/proc/self/ns/{name}"), name)
+
+    def test_only_temporary_files_can_be_written(self):
+        self.assertEqual(get(self.address, "/write?/tmp/file")[1], "done")
+        for path in ("/file", "/etc/hosts", "/handler.py", "/proc/sys/kernel/hostname", "/sys/file"):
+            self.assertIn(get(self.address, f"/write?{path}")[1], ("Read-only file system", "Permission denied",
+                                                                  "No such file or directory"), path)
+        self.assertFalse((self.daemon.rootfs("f") / "file").exists())
+
+    def test_nothing_of_one_invocation_is_there_in_the_next(self):
+        self.assertEqual(get(self.address, "/write?/tmp/left")[1], "done")
+        status, body = get(self.address, "/read?/tmp/left")
+        self.assertEqual(status, 502, body)
+
+    def test_localhost_has_a_name(self):
+        self.assertIn("localhost", get(self.address, "/read?/etc/hosts")[1])
+
+    def test_second_connect_is_refused(self):
+        self.assertEqual(get(self.address, "/second-connect"), (200, "Connection refused"))
+
+    def test_junk_on_the_control_connection(self):
+        status, body = get(self.address, "/junk")
+        self.assertIn((status, body), [(200, "junk sent")])
+
+    def test_limit_of_processes(self):
+        status, body = get(self.address, "/forks")
+        self.assertEqual(status, 200)
+        self.assertLess(int(body), 20)
+
+    def test_limit_of_memory(self):
+        self.assertEqual(get(self.address, f"/memory?{16 << 20}")[0], 200)
+        status, body = get(self.address, f"/memory?{512 << 20}")
+        self.assertEqual(status, 502)
+        self.assertIn("was killed by SIGKILL (out of memory?)", body)
+
+
+class BadHandler(InvocationCase):
+    """DESIGN section 2.5: 502 where it exited without a byte, 504 where it overran, else as the handler left it."""
+
+    options = ("--timeout", "2")
+
+    def assert_refused(self, out: bytes, status: int, line: str):
+        head, _, body = out.partition(b"\r\n\r\n")
+        self.assertTrue(head.startswith(f"HTTP/1.1 {status} ".encode()), out)
+        self.assertIn(b"Content-Length: %d" % len(body), head)
+        self.assertRegex(body.decode(), rf"^faasd: function f: {line} \(container [0-9a-f]{{12}}\)\n$")
+
+    def test_exits_without_a_byte(self):
+        for status, text in ((0, "exited with status 0"), (7, "exited with status 7"),
+                             (139, "was killed by SIGSEGV")):
+            with self.subTest(status):
+                self.log_start = len(self.function_log())
+                self.assert_refused(self.exchange(f"/exit?{status}"), 502, f"the handler {text} without an answer")
+                self.assertRegex(self.last_line(), rf'outcome=no-answer .* exit={status} status=502 reason="the hand')
+                self.assertIn("| about to exit", self.function_log())
+
+    def test_exits_badly_after_an_answer(self):
+        before = self.daemon.info("f")["errors"]
+        self.assertEqual(get(self.address, "/answer-and-exit?9"), (200, "good-bye"))
+        self.assertRegex(self.last_line(), "outcome=answered .* exit=9$")
+        self.assertEqual(self.daemon.info("f")["errors"], before + 1)
+
+    def test_hangs_and_ignores_signals(self):
+        self.assert_refused(self.exchange("/hang"), 504, "the handler did not finish in time")
+        self.assertRegex(self.last_line(), "outcome=timeout .* exit=137 status=504")
+
+    def test_sends_half_an_answer_and_dies(self):
+        out = self.exchange("/half-and-die")
+        self.assertTrue(out.endswith(b"\r\n\r\nonly this"), out)
+        self.assertRegex(self.last_line(), "outcome=answered .* exit=139$")
+
+    def test_sends_half_an_answer_and_hangs(self):
+        out = self.exchange("/half-and-hang")
+        self.assertTrue(out.endswith(b"\r\n\r\nonly this"), out)
+        self.assertRegex(self.last_line(), "outcome=timeout .* exit=137")
+        self.assertNotIn("status=", self.last_line())
+
+    def test_forks_and_lingers(self):
+        self.assertEqual(get(self.address, "/fork-and-linger"), (200, "parent"))
+        self.assertRegex(self.last_line(), "outcome=answered .* exit=0$")
+
+    def test_forks_and_nobody_answers(self):
+        self.assert_refused(self.exchange("/fork-silently"), 504, "the handler did not finish in time")
+
+    def test_lets_go_and_stays(self):
+        self.assertEqual(get(self.address, "/let-go-and-stay"), (200, "stays"))
+        self.assertRegex(self.last_line(), "outcome=answered .* exit=137$")
+
+    def test_writes_100_megabytes_to_stderr(self):
+        before = support.resident_memory(self.daemon.process.pid)
+        self.assertEqual(get(self.address, f"/stderr?{100 << 20}"), (200, "written"))
+        self.last_line()
+        self.assertIn("(output over 1048576 bytes is dropped)", self.function_log())
+        self.assertLess(len(self.function_log()), 3 << 20)
+        self.assertLess(support.resident_memory(self.daemon.process.pid) - before, 8 << 20)
+
+    def test_cannot_forge_log_lines(self):
+        self.assertEqual(get(self.address, "/controls")[0], 200)
+        self.last_line()
+        self.assertIn(r"| evil \x1b[2J\r2026-01-01T00:00:00.000Z forged > outcome=answered\x9b\u2028end",
+                      self.function_log())
+
+    def test_request_line_cannot_forge_either(self):
+        client = self.connect()
+        client.sendall(b"GET /\x1b[2J\rforged HTTP/1.1\r\n\r\n")
+        self.assertIn(b"200 OK", client.recv(65536))
+        self.assertIn(r'request="GET /\x1b[2J\rforged HTTP/1.1"', self.last_line())
+
+
+class FailsToStart(InvocationCase):
+    """The proof at deploy passed, and then something in the rootfs changed."""
+
+    options = ("--start-timeout", "2")
+
+    def tearDown(self):
+        (self.daemon.rootfs("f") / "misbehave").unlink(missing_ok=True)
+        super().tearDown()
+
+    def misbehave(self, how: str):
+        (self.daemon.rootfs("f") / "misbehave").write_text(how)
+
+    def test_exits_before_it_is_ready(self):
+        self.misbehave("exit")
+        out = self.exchange("/")
+        self.assertIn(b"502 Bad Gateway", out)
+        self.assertIn(b"the handler exited with status 3 before it connected to /control.sock", out)
+        self.assertRegex(self.last_line(), 'outcome=start-failed .* status=502 reason="the handler exited with')
+        self.assertIn("| I refuse to start", self.function_log())
+
+    def test_never_connects(self):
+        self.misbehave("never-connect")
+        out = self.exchange("/")
+        self.assertIn(b"504 Gateway Timeout", out)
+        self.assertIn(b"the handler did not connect to /control.sock within 2 s", out)
+        self.assertRegex(self.last_line(), "outcome=start-failed .* status=504")
+
+
+class NoTimeout(InvocationCase):
+    options = ("--timeout", "0")
+
+    def test_connection_outlives_the_default_timeout(self):
+        client = self.connect()
+        client.sendall(b"GET /echo HTTP/1.1\r\n\r\n")
+        self.assertIn(b"101", client.recv(65536))
+        time.sleep(faasd.Options().timeout + 1)
+        client.sendall(b"still here?")
+        self.assertEqual(client.recv(65536), b"still here?")
+
+
+class ShortTimeout(InvocationCase):
+    options = ("--timeout", "1")
+
+    def test_connection_ends_at_the_timeout(self):
+        client = self.connect()
+        client.sendall(b"GET /echo HTTP/1.1\r\n\r\n")
+        received = b""
+        while data := client.recv(65536):
+            received += data
+        self.assertEqual(received, b"HTTP/1.1 101 Switching Protocols\r\n\r\n")
+
+
+class Load(InvocationCase):
+    def test_1000_connections_8_at_a_time(self):
+        with ThreadPoolExecutor(8) as pool:
+            answers = list(pool.map(lambda _: self.exchange("/id"), range(1000)))
+        self.assertEqual({answer.partition(b"\r\n")[0] for answer in answers}, {b"HTTP/1.1 200 OK"})
+        ids = {answer.partition(b"\r\n\r\n")[2] for answer in answers}
+        self.assertEqual(len(ids), 1000)
+
+    def test_burst_of_64_waits_in_order_and_loses_none(self):
+        with ThreadPoolExecutor(64) as pool:
+            answers = list(pool.map(lambda _: self.exchange("/id"), range(64)))
+        self.assertEqual(len({answer.partition(b"\r\n\r\n")[2] for answer in answers}), 64)
+        self.assertTrue(all(answer.startswith(b"HTTP/1.1 200 OK") for answer in answers))
+
+    def test_starts_in_flight_are_at_most_the_cpus(self):
+        """Count runc processes whose handler is not there yet, while more clients wait than there are CPUs."""
+        most = 0
+        stop = threading.Event()
+        root = f"--root {self.daemon.run_dir}/runc run"
+
+        def watch():
+            nonlocal most
+            while not stop.is_set():
+                starting = 0
+                for line in support.processes(self.daemon.directory.name):
+                    pid, _, command = line.partition(": ")
+                    starting += root in command and os.path.exists(f"/proc/{pid}") and not self.is_ready(command)
+                most = max(most, starting)
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        try:
+            with ThreadPoolExecutor(32) as pool:
+                list(pool.map(lambda _: self.exchange("/label?0.5"), range(32)))
+        finally:
+            stop.set()
+            watcher.join()
+        self.assertLessEqual(most, os.cpu_count())
+        self.assertGreater(most, 0)
+
+    def is_ready(self, command: str) -> bool:
+        """The control socket is in /proc/net/unix as listening for as long as the handler has not connected."""
+        container = command.split()[-1]
+        return not any(f"/{container}/control.sock" in line and line.split()[3] == "00010000"
+                       for line in open("/proc/net/unix"))
+
+
+if __name__ == "__main__":
+    unittest.main()

@@ -1,0 +1,173 @@
+"""The pure parts of faasd.py, which need neither root nor a daemon."""
+
+import ipaddress
+import json
+import logging
+import tempfile
+import unittest
+from pathlib import Path
+
+import faasd
+
+
+class Parsing(unittest.TestCase):
+    def test_sizes(self):
+        for text, size in (("64m", 64 << 20), ("1g", 1 << 30), ("512k", 512 << 10), ("4096", 4096), ("1G", 1 << 30),
+                           ("2mb", 2 << 20)):
+            self.assertEqual(faasd.parse_size(text), size)
+        for text in ("", "m", "-1", "1.5g", "1t", "1 m", "９", "1e9", "1" * 30):
+            self.assertRaises(faasd.BadRequest, faasd.parse_size, text)
+
+    def test_durations(self):
+        for text, seconds in (("500ms", 0.5), ("30s", 30), ("5m", 300), ("1.5", 1.5), ("0", 0), ("2h", 7200)):
+            self.assertEqual(faasd.parse_duration(text), seconds)
+        for text in ("", "s", "-1", "1d", "inf", "nan", "1e3", "1" * 30):
+            self.assertRaises(faasd.BadRequest, faasd.parse_duration, text)
+
+    def test_names(self):
+        for name in ("a", "0", "a-b", "a" * 63):
+            self.assertEqual(faasd.check_name(name), name)
+        for name in ("", "-a", "a-", "A", "a_b", "a.b", "a" * 64, "a\n", "ä", "..", "a/b"):
+            self.assertRaises(faasd.BadRequest, faasd.check_name, name)
+
+    def test_since(self):
+        self.assertEqual(faasd.parse_since("2026-01-31T12:00:00Z"), "2026-01-31T12:00:00.000")
+        self.assertEqual(faasd.parse_since("2026-01-31T14:00:00+02:00"), "2026-01-31T12:00:00.000")
+        self.assertRegex(faasd.parse_since("10m"), r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}$")
+        for text in ("", "soon", "-5m", "99999999999h"):
+            self.assertRaises(faasd.BadRequest, faasd.parse_since, text)
+
+    def test_subnets(self):
+        self.assertEqual(str(faasd.parse_subnet("10.1.0.0/16")), "10.1.0.0/16")
+        for text in ("10.0.0.1/24", "10.0.0.0/29", "fd00::/8", "x", ""):
+            self.assertRaises(faasd.BadRequest, faasd.parse_subnet, text)
+
+    def test_lowest_free_address(self):
+        network = faasd.Network(ipaddress.IPv4Network("10.0.0.0/28"))
+        self.assertEqual(network.lowest_free([]), "10.0.0.10")
+        self.assertEqual(network.lowest_free(["10.0.0.10", "10.0.0.12"]), "10.0.0.11")
+        self.assertRaises(faasd.Conflict, network.lowest_free, [f"10.0.0.{n}" for n in range(10, 15)])
+
+
+class Text(unittest.TestCase):
+    def test_control_characters(self):
+        for text, escaped in (("plain ünïcode", "plain ünïcode"), ("a\tb", "a\tb"), ("a\nb", "a\\nb"),
+                              ("\x1b[2J", "\\x1b[2J"), ("\x7f\x9b", "\\x7f\\x9b"), ("\u2028", "\\u2028"),
+                              ("\u202e", "\\u202e")):
+            self.assertEqual(faasd.escape_controls(text), escaped)
+
+    def test_an_error_is_one_line(self):
+        self.assertEqual(str(faasd.ImageError("two\nlines  and\ttab")), "two lines and tab")
+
+    def test_exit_statuses(self):
+        self.assertEqual(faasd.describe_exit(3), "exited with status 3")
+        self.assertEqual(faasd.describe_exit(139), "was killed by SIGSEGV")
+        self.assertEqual(faasd.describe_exit(137), "was killed by SIGKILL (out of memory?)")
+        self.assertEqual(faasd.describe_exit(128 + 99), "was killed by signal 99")
+
+    def test_log_lines_cannot_be_forged(self):
+        record = logging.LogRecord("faasd", logging.INFO, "", 0, "a\x1bb", (), None)
+        self.assertRegex(faasd.LogFormatter(False).format(record), r"^\S+Z info a\\x1bb$")
+        self.assertEqual(json.loads(faasd.LogFormatter(True).format(record))["message"], "a\x1bb")
+
+
+class RuntimeWarnings(unittest.TestCase):
+    def test_versions(self):
+        for version, warned in (("runc version 1.1.5+ds1", True), ("runc version 1.1.11", True),
+                                ("runc version 1.1.12", True), ("runc version 1.2.7", True),
+                                ("runc version 1.2.8", False), ("runc version 1.3.0-rc.1", True),
+                                ("runc version 1.3.2", True), ("runc version 1.3.3", False),
+                                ("runc version 1.4.0", False), ("crun version 1.8.1", False), ("", False)):
+            self.assertEqual(faasd.runc_warning(version) is not None, warned, version)
+        self.assertIn("CVE-2024-21626", faasd.runc_warning("runc version 1.1.11"))
+        self.assertNotIn("CVE-2024-21626", faasd.runc_warning("runc version 1.1.12"))
+
+
+class Spec(unittest.TestCase):
+    """One literal image; each test changes one thing."""
+
+    image = {"version": "0123456789ab", "digest": "sha256:00", "process": {
+        "entrypoint": ["/e"], "cmd": ["c"], "env": ["PATH=/bin", "A=1"], "cwd": "/w", "uid": 1, "gid": 2, "groups": [3],
+        "volumes": []}}
+
+    def spec(self, image: dict | None = None, options: faasd.Options = faasd.Options(), **changes) -> dict:  # noqa: B008
+        arguments = {"rootfs": "/r", "control_socket": "/c", "cgroup": "/g", "container_id": "ID", "limit_swap": True}
+        return faasd.build_spec("name", image or self.image, options, **{**arguments, **changes})
+
+    def test_process(self):
+        process = self.spec()["process"]
+        self.assertEqual((process["args"], process["cwd"]), (["/e", "c"], "/w"))
+        self.assertEqual(process["user"], {"uid": 1, "gid": 2, "additionalGids": [3]})
+        self.assertEqual(process["env"], ["PATH=/bin", "A=1", "FAAS_FUNCTION=name", "FAAS_VERSION=0123456789ab",
+                                          "FAAS_CONTAINER_ID=ID"])
+
+    def test_safe_by_default(self):
+        spec = self.spec()
+        self.assertTrue(spec["root"]["readonly"])
+        self.assertTrue(spec["process"]["noNewPrivileges"])
+        self.assertEqual(set(map(tuple, spec["process"]["capabilities"].values())), {()})
+        self.assertEqual({n["type"] for n in spec["linux"]["namespaces"]},
+                         {"pid", "mount", "network", "ipc", "uts", "cgroup"})
+        self.assertEqual(spec["linux"]["resources"]["devices"], [{"allow": False, "access": "rwm"}])
+        self.assertIn("/proc/kcore", spec["linux"]["maskedPaths"])
+        self.assertIn("/proc/sys", spec["linux"]["readonlyPaths"])
+
+    def test_limits(self):
+        resources = self.spec(options=faasd.Options(memory=1 << 26, cpus=0.5, pids=9))["linux"]["resources"]
+        self.assertEqual(resources["memory"], {"limit": 1 << 26, "swap": 1 << 26})
+        self.assertEqual(resources["cpu"], {"quota": 50_000, "period": 100_000})
+        self.assertEqual(resources["pids"], {"limit": 9})
+        self.assertNotIn("swap", self.spec(limit_swap=False)["linux"]["resources"]["memory"])
+
+    def test_command(self):
+        self.assertEqual(self.spec(options=faasd.Options(cmd=("x", "y")))["process"]["args"], ["/e", "x", "y"])
+        empty = {**self.image, "process": {**self.image["process"], "entrypoint": [], "cmd": []}}
+        self.assertRaises(faasd.ImageError, self.spec, empty)
+
+    def test_env_overrides_in_place(self):
+        self.assertEqual(faasd.merge_env(["A=1", "B=2", "A=3"], ["A=4", "C=5"]), ["A=4", "B=2", "C=5"])
+        self.assertEqual(faasd.merge_env(["AB=1"], ["A=2"]), ["AB=1", "A=2"])
+
+    def test_volumes(self):
+        volumes = [{"path": "/v", "mode": 0o750, "uid": 5, "gid": 6, "copy_up": True}]
+        image = {**self.image, "process": {**self.image["process"], "volumes": volumes}}
+        mount, = (m for m in self.spec(image)["mounts"] if m["destination"] == "/v")
+        self.assertEqual(mount["options"], ["nosuid", "nodev", "size=64m", "mode=750", "uid=5", "gid=6", "tmpcopyup"])
+
+    def test_only_the_id_differs_between_containers(self):
+        class NoCgroups:
+            can_limit_swap = True
+
+            @staticmethod
+            def path(container_id):
+                return f"/p/{container_id}"
+        # A user's text that looks like anything at all is left alone.
+        options = faasd.Options(env=("X=@CONTAINER@ {} %s $ID",))
+        bundle = faasd.Bundle("name", self.image, options, Path("/r"), Path("/run/faasd"), NoCgroups)
+        first, second = bundle.render("aaaaaaaaaaaa"), bundle.render("bbbbbbbbbbbb")
+        self.assertEqual(first.replace(b"a" * 12, b"b" * 12), second)
+        self.assertEqual(first.count(b"a" * 12), 3)
+        self.assertIn("X=@CONTAINER@ {} %s $ID", json.loads(first)["process"]["env"])
+
+
+class RegistryFile(unittest.TestCase):
+    def test_round_trip(self):
+        with tempfile.TemporaryDirectory() as directory:
+            registry = faasd.Registry(Path(directory) / "registry.json")
+            self.assertEqual(registry.load(), [])
+            record = faasd.FunctionRecord("n", "10.0.0.10", "t", "u", "v", faasd.Options(env=("A=1",), cmd=("x",)))
+            registry.save([record])
+            self.assertEqual(registry.load(), [record])
+            self.assertEqual([path.name for path in Path(directory).iterdir()], ["registry.json"])
+
+    def test_failed_save_leaves_the_old_file(self):
+        with tempfile.TemporaryDirectory() as directory:
+            registry = faasd.Registry(Path(directory) / "registry.json")
+            registry.save([])
+            (Path(directory) / ".registry.json.new").mkdir()
+            self.assertRaises(faasd.FaasdError, registry.save, [])
+            self.assertEqual(registry.load(), [])
+
+
+if __name__ == "__main__":
+    unittest.main()
