@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# Make the base image of tests/test_docker.py, where no registry can be reached: this machine's own Debian release with
+# python3-minimal, as a tar for `docker import`. Kept in /var/cache/faasd-ci, and made only if it is not there.
+set -euo pipefail
+here=$(dirname "$(readlink -f "$0")")
+image=/var/cache/faasd-ci/base.tar
+
+[ -e "$image" ] && exit
+work=$(mktemp -d /var/tmp/faasd-base.XXXXXX)
+trap 'rm -rf --one-file-system "$work"' EXIT
+"$here/bootstrap.sh" host "$work/root" python3-minimal
+mkdir -p "$(dirname "$image")"
+tar --create --numeric-owner --xattrs --directory "$work/root" \
+    --exclude=./var/cache/apt/'*' --exclude=./var/lib/apt/lists/'*' --exclude=./var/lib/dpkg/info/'*' \
+    --exclude=./usr/share/{doc,info,locale,man,zoneinfo}/'*' --file "$image.part" .
+mv "$image.part" "$image"

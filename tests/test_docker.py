@@ -1,0 +1,264 @@
+"""The true Docker path: docker build, docker save | ./faas new, curl, with a Docker engine of our own.
+
+The engine (ci/docker_engine.sh) has its data, state and sockets in one temporary directory and no network. The base image
+is Debian made by ci/base_image.sh, since no registry can be counted on. Skipped, with the reason, where either is missing.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import stat
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+import unittest
+from pathlib import Path
+
+import support
+import test_quickstart
+
+BASE_IMAGE = Path("/var/cache/faasd-ci/base.tar")
+
+# Layers that do to each other what Dockerfiles do; each step is one rule of how layers stack.
+LAYERED = r"""
+ARG BASE
+FROM $BASE
+RUN mkdir -p /t/dir/sub /t/gone/deep && echo one > /t/one && echo two > /t/two && echo old > /t/dir/sub/old \
+ && ln -s two /t/link && ln -s dir /t/dirlink && ln /t/two /t/hard && echo x > /t/gone/deep/file
+RUN rm /t/one && rm -r /t/gone
+RUN ln -snf /t/dir/sub /t/link && rm -r /t/dir/sub && mkdir /t/dir/sub && echo new > /t/dir/sub/new
+RUN rm /t/dirlink && mkdir /t/dirlink && echo in > /t/dirlink/inside
+RUN mv /t/dir /t/moved && ln -s moved /t/dir && echo more >> /t/two
+RUN ln /t/two /t/hard2 && chown 1000:1001 /t/two && chmod 4750 /t/two && mkfifo /t/fifo && mkdir -m 1777 /t/sticky && touch "/t/ünï cödé"
+RUN mkdir /t/gone && echo back > /t/gone/again
+RUN true
+WORKDIR /t/work
+COPY test_handler.py /handler.py
+ENV GREETING="a b" EMPTY=
+USER 1000
+CMD ["python3", "/handler.py"]
+"""
+# What Docker puts into a container's root and faasd prepares for runc: not part of the image.
+NOT_THE_IMAGES = (".dockerenv", "dev", "proc", "sys", "tmp", "control.sock", "etc/hostname", "etc/hosts",
+                  "etc/resolv.conf", "etc/mtab")
+
+
+def why_not() -> str:
+    """The reason why these tests cannot run here, or nothing."""
+    if os.geteuid() != 0:
+        return "not root"
+    if missing := [name for name in ("docker", "dockerd", "containerd", "runc", "curl") if not shutil.which(name)]:
+        return f"not installed: {', '.join(missing)}"
+    if not BASE_IMAGE.exists():
+        return f"no {BASE_IMAGE}; tests/ci/base_image.sh makes it"
+    return "" if support.IN_PRIVATE_NETWORK else "not in a network namespace of its own: run ./test.sh"
+
+
+class Engine:
+    """A running Docker engine, all of it in one directory."""
+
+    def __init__(self, configuration: dict):
+        self.directory = Path(tempfile.mkdtemp(prefix=f"{support.PREFIX}docker.", dir="/var/tmp"))
+        self.env = {**os.environ, "DOCKER_HOST": f"unix://{self.directory}/docker.sock", "DOCKER_BUILDKIT": "0",
+                    "DOCKER_CONFIG": str(self.directory / "client")}
+        for name in ("DOCKER_CONTEXT", "DOCKER_TLS_VERIFY", "DOCKER_API_VERSION"):
+            self.env.pop(name, None)
+        (self.directory / "daemon.json").write_text(json.dumps(configuration))
+        self.process = subprocess.Popen([support.TOP / "tests/ci/docker_engine.sh", self.directory], stdin=subprocess.PIPE)
+
+    def wait_until_ready(self) -> None:
+        deadline = time.monotonic() + 60
+        while self.docker("version", check=False).returncode != 0:
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                log = self.directory / "dockerd.log"
+                last = log.read_text().strip().splitlines()[-1:] if log.exists() else []
+                raise unittest.SkipTest(f"dockerd does not run here: {' '.join(last)}")
+            time.sleep(0.1)
+
+    def docker(self, *arguments, check: bool = True, **options) -> subprocess.CompletedProcess:
+        done = subprocess.run(["docker", *arguments], env=self.env, stdin=subprocess.DEVNULL, text=True,
+                              capture_output=True, timeout=120, **options)
+        if check and done.returncode != 0:
+            raise AssertionError(f"docker {' '.join(map(str, arguments))}: {done.returncode}\n{done.stdout}{done.stderr}")
+        return done
+
+    def build_images(self) -> None:
+        self.build("test-handler", support.TOP / "Dockerfile.test-handler", support.TOP)
+        context = self.directory / "context"
+        context.mkdir()
+        shutil.copy(support.TOP / "test_handler.py", context)
+        (context / "Dockerfile").write_text(LAYERED)
+        self.build("layered", context / "Dockerfile", context)
+
+    def build(self, tag: str, dockerfile: Path | str, context: Path) -> None:
+        self.docker("build", "--network=none", "--build-arg", "BASE=faasd-base", "-f", dockerfile, "-t", tag, context)
+
+    def close(self) -> None:
+        self.process.stdin.close()
+        try:
+            self.process.wait(30)
+        except subprocess.TimeoutExpired:
+            self.process.kill()         # takes the engine's pid namespace with it
+            self.process.wait()
+        shutil.rmtree(self.directory)
+
+
+def describe_file(path: str, mode: int, uid: int, gid: int, content: str) -> tuple:
+    return path, oct(mode), uid, gid, content
+
+
+def tree_of_archive(stream) -> set[tuple]:
+    """What a `docker export` holds: path, type and mode, owner, and the content's digest or the link's target."""
+    kinds = {tarfile.DIRTYPE: stat.S_IFDIR, tarfile.SYMTYPE: stat.S_IFLNK, tarfile.REGTYPE: stat.S_IFREG,
+             tarfile.FIFOTYPE: stat.S_IFIFO, tarfile.CHRTYPE: stat.S_IFCHR, tarfile.BLKTYPE: stat.S_IFBLK}
+    tree, by_path = set(), {}
+    with tarfile.open(fileobj=stream, mode="r|") as archive:
+        for entry in archive:
+            path = entry.name.removeprefix("./").rstrip("/")
+            if entry.islnk():
+                what = by_path[entry.linkname.removeprefix("./")]
+            else:
+                content = (hashlib.sha256(archive.extractfile(entry).read()).hexdigest() if entry.isreg()
+                           else entry.linkname if entry.issym() else "")
+                mode = kinds[entry.type] | (0o777 if entry.issym() else entry.mode)
+                what = (mode, entry.uid, entry.gid, content)
+            by_path[path] = what
+            tree.add(describe_file(path, *what))
+    return tree
+
+
+def tree_of_directory(root: Path) -> set[tuple]:
+    """The same of a directory, never following a link."""
+    tree = set()
+    for directory, directories, files in os.walk(root):
+        for name in directories + files:
+            path = os.path.join(directory, name)
+            status = os.lstat(path)
+            content = ""
+            if stat.S_ISREG(status.st_mode):
+                content = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+            elif stat.S_ISLNK(status.st_mode):
+                content = os.readlink(path)
+            tree.add(describe_file(os.path.relpath(path, root), status.st_mode, status.st_uid, status.st_gid, content))
+    return tree
+
+
+def of_the_image(tree: set[tuple]) -> set[tuple]:
+    return {entry for entry in tree if entry[0] not in ("", ".")
+            and not any(entry[0] == name or entry[0].startswith(name + "/") for name in NOT_THE_IMAGES)}
+
+
+@unittest.skipIf(why_not(), why_not())
+class EngineTest(unittest.TestCase):
+    configuration: dict = {}            # daemon.json
+
+    @classmethod
+    def setUpClass(cls):
+        cls.engine = Engine(cls.configuration)
+        cls.addClassCleanup(cls.engine.close)
+        cls.engine.wait_until_ready()
+        cls.engine.docker("import", BASE_IMAGE, "faasd-base")
+
+
+class DockerPath(EngineTest):
+    """With the store that Docker has had for years: archives are those of `docker save` before and after 25."""
+
+    @classmethod
+    def setUpClass(cls):
+        super().setUpClass()
+        cls.engine.build_images()
+
+    def setUp(self):
+        """Start a daemon with nothing in it, so that the first function is always at .10."""
+        self.daemon = support.Daemon().start()
+        self.addCleanup(self.daemon.close)
+
+    def faas(self, *arguments, stdin) -> subprocess.CompletedProcess:
+        return subprocess.run([sys.executable, support.TOP / "faas", "--socket", self.daemon.socket, *arguments],
+                              stdin=stdin, capture_output=True, text=True, timeout=120)
+
+    def save_into_faas(self, images: list[str], *arguments) -> subprocess.CompletedProcess:
+        """`docker save IMAGES | ./faas ARGUMENTS`"""
+        save = subprocess.Popen(["docker", "save", *images], env=self.engine.env, stdin=subprocess.DEVNULL,
+                                stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        with save:
+            return self.faas(*arguments, stdin=save.stdout)
+
+    def assert_deployed(self, done: subprocess.CompletedProcess, name: str, address: str) -> None:
+        self.assertEqual(done.returncode, 0, done.stderr)
+        self.assertEqual(done.stdout.strip().splitlines()[-1:], [f"✓ Deployed {name} at {address}"], done)
+
+    def assert_refused(self, done: subprocess.CompletedProcess, *words: str) -> None:
+        self.assertEqual(done.returncode, 1, done)
+        self.assertRegex(done.stderr, r"\Afaas: [^\n]+\n\Z")
+        for word in words:
+            self.assertIn(word, done.stderr)
+        self.assertEqual(json.loads(self.daemon.faas("--json", "list").stdout), [])
+        self.assertEqual(list((self.daemon.state_dir / "images").glob("*")), [])
+
+    def test_build_save_new_curl(self):
+        self.assert_deployed(self.save_into_faas(["test-handler"], "new", "test-handler"), "test-handler", "10.0.0.10")
+        answer = support.curl("http://10.0.0.10/path?x=1")
+        self.assertIn("Hello from FaaS handler!", answer)
+        self.assertIn("GET /path?x=1", answer)
+
+    def test_layers_stack_as_docker_stacks_them(self):
+        self.assert_deployed(self.save_into_faas(["layered"], "new", "layered"), "layered", "10.0.0.10")
+        self.assertIn("Hello from FaaS handler!", support.curl("http://10.0.0.10/path?x=1"))
+        container = self.engine.docker("create", "layered").stdout.strip()
+        with subprocess.Popen(["docker", "export", container], env=self.engine.env, stdout=subprocess.PIPE) as export:
+            docker = of_the_image(tree_of_archive(export.stdout))
+        rootfs = self.daemon.rootfs("layered")
+        ours = of_the_image(tree_of_directory(rootfs))
+        self.assertGreater(len(docker), 1000)
+        self.assertEqual(sorted(ours ^ docker), [])
+        self.assertTrue(any(path == "t/gone/again" for path, *_ in ours))
+        self.assertEqual(os.stat(rootfs / "t/two").st_ino, os.stat(rootfs / "t/hard2").st_ino)
+
+    def test_two_images_in_one_archive(self):
+        images = ["test-handler", "layered"]
+        self.assert_refused(self.save_into_faas(images, "new", "two"), "test-handler:latest", "layered:latest")
+        done = self.save_into_faas(images, "new", "two", "--tag", "test-handler:latest")
+        self.assert_deployed(done, "two", "10.0.0.10")
+
+    def test_two_tags_of_one_image(self):
+        self.engine.docker("tag", "test-handler", "test-handler:again")
+        done = self.save_into_faas(["test-handler", "test-handler:again"], "new", "one")
+        self.assert_deployed(done, "one", "10.0.0.10")
+
+    def test_docker_save_of_an_unknown_image(self):
+        self.assert_refused(self.save_into_faas(["nosuch"], "new", "nosuch"), "empty")
+
+    def test_docker_export_is_not_an_image(self):
+        container = self.engine.docker("create", "test-handler").stdout.strip()
+        with subprocess.Popen(["docker", "export", container], env=self.engine.env, stdout=subprocess.PIPE) as export:
+            self.assert_refused(self.faas("new", "exported", stdin=export.stdout), "docker save")
+
+
+class ContainerdStore(DockerPath):
+    """The same with images in containerd, the default of new installations since Docker 29."""
+
+    configuration = {"features": {"containerd-snapshotter": True}}
+
+    @classmethod
+    def setUpClass(cls):
+        version = subprocess.run(["dockerd", "--version"], capture_output=True, text=True, check=True).stdout
+        if int(re.search(r"version (\d+)", version)[1]) < 25:
+            raise unittest.SkipTest(f"no containerd image store in this Docker: {version.strip()}")
+        super().setUpClass()
+
+
+class QuickstartWithDocker(EngineTest):
+    def test_docker_build(self):
+        self.engine.docker("tag", "faasd-base", "python:3.13-alpine")       # what Dockerfile.test-handler builds on
+        output = test_quickstart.run_quickstart(self, self.engine.env)
+        self.assertIn("docker save test-handler", output)
+        self.assertNotIn("faas pack", output)
+
+
+if __name__ == "__main__":
+    unittest.main()
