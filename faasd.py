@@ -136,7 +136,7 @@ PEEK_BYTES = 2048                   # of the request, for the log line
 ACCEPT_BATCH = 64                   # connections accepted before other events get their turn
 ACCEPT_PAUSE = 0.5                  # seconds without accepting when descriptors have run out
 TCP_ESTABLISHED, TCP_CLOSE, TCP_CLOSE_WAIT = 1, 7, 8          # include/net/tcp_states.h
-TCP_INFO_NOTSENT, TCP_INFO_RECEIVED, TCP_INFO_SENT = 144, 128, 200    # offsets in struct tcp_info (linux/tcp.h)
+TCP_INFO_RECEIVED, TCP_INFO_NOTSENT, TCP_INFO_SENT = 128, 144, 200    # offsets in struct tcp_info (linux/tcp.h)
 
 # Logs.
 LOG_FILE_SIZE = 8 * MIB             # NAME.log is renamed to NAME.log.1 above this, so a function keeps at most twice it
@@ -1762,9 +1762,9 @@ class TcpState:
     def of(cls, client: socket.socket) -> TcpState:
         info = client.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
         received, = struct.unpack_from("Q", info, TCP_INFO_RECEIVED)
-        sent, = struct.unpack_from("Q", info, TCP_INFO_SENT)
+        sent, sent_again = struct.unpack_from("QQ", info, TCP_INFO_SENT)
         waiting, = struct.unpack_from("I", info, TCP_INFO_NOTSENT)
-        return cls(info[0], received, sent + waiting)
+        return cls(info[0], received, sent - sent_again + waiting)
 
     @property
     def can_answer(self) -> bool:
@@ -3109,7 +3109,8 @@ class Daemon:
         """
         directory = self._images_dir / name / image["version"]
         try:
-            present = json.loads((directory / "image.json").read_text())["digest"] == image["digest"]
+            present = (json.loads((directory / "image.json").read_text())["digest"] == image["digest"]
+                       and (directory / "rootfs").is_dir())
         except (OSError, ValueError, KeyError):
             present = False
         if present:

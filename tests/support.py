@@ -241,6 +241,12 @@ def cgroup_directories(name: str = PREFIX) -> list[str]:
     return sorted(str(path) for path in Path("/sys/fs/cgroup").glob(f"**/*{name}*"))
 
 
+def container_cgroups(daemon: Daemon) -> list[str]:
+    """Return the cgroups below the daemon's own, in all hierarchies."""
+    return sorted(str(path) for parent in cgroup_directories(daemon.directory.name) for path in Path(parent).iterdir()
+                  if path.is_dir())
+
+
 def processes(name: str = PREFIX) -> list[str]:
     """Return the command lines of processes that have name in it."""
     found = []
@@ -275,7 +281,7 @@ def footprint(daemon: Daemon) -> dict[str, object]:
     """Return what must be the same before and after any number of invocations."""
     listed = subprocess.run(["runc", "--root", daemon.run_dir / "runc", "list", "--quiet"], capture_output=True,
                             text=True, check=True).stdout.split()
-    return {"containers": listed, "mounts": len(mounts("")), "cgroups": cgroup_directories(daemon.directory.name)[1:],
+    return {"containers": listed, "mounts": len(mounts("")), "cgroups": container_cgroups(daemon),
             "descriptors": len(os.listdir(f"/proc/{daemon.process.pid}/fd")),
             "run_dir": sorted(str(path) for path in daemon.run_dir.rglob("*")),
             "children": Path(f"/proc/{daemon.process.pid}/task/{daemon.process.pid}/children").read_text()}

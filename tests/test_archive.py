@@ -679,8 +679,7 @@ BOMBS = [
                                                         header("f", size=64 << 20) + b"9" * (8 << 20)),
      400, ""),
     ("sparse file of an exabyte", lambda: layer(sparse_gnu("f", 1 << 60, [(0, b"x")])), 413, "--max-image-size"),
-    ("xattrs by the thousand", lambda: layer(file("f", records={f"SCHILY.xattr.user.{at}": "v" * 50
-                                                                for at in range(8000)})), 400, "cannot unpack f"),
+    ("PAX header of digits (CVE-2024-6232)", lambda: layer(pax(b"1" * 700_000), file("f")), 400, ""),
 ]
 
 
@@ -691,7 +690,7 @@ class Bombs(Sandbox):
 
     def check_bomb(self, make, status: int, pattern: str):
         """An answer in JSON; status 0: what is large is valid. Never a traceback, a kill, or a hang."""
-        child = self.unpack_child(self.wrap(make()), timeout=60)
+        child = self.unpack_child(self.wrap(make()), timeout=30)
         self.assertEqual(child.stderr, "")
         if status == 0:
             self.assertEqual(child.returncode, 0, child)

@@ -10,11 +10,15 @@ import sys
 import time
 import unittest
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import support
 from support import curl, get, wait_until
 
 import faasd
+
+
+IP_FREEBIND = 15        # ip(7); the socket module has no name for it
 
 
 def ip(*arguments: str) -> str:
@@ -262,7 +266,7 @@ class Restart(unittest.TestCase):
     def waiting(daemon: support.Daemon) -> int:
         """Return how many containers are not connected yet: their control socket listens."""
         return sum(f"{daemon.run_dir}/containers/" in line and line.split()[3] == "00010000"
-                   for line in open("/proc/net/unix"))
+                   for line in Path("/proc/net/unix").read_text().splitlines())
 
     def test_port_taken_at_restart_leaves_the_others_running(self):
         with support.Daemon() as daemon:
@@ -273,7 +277,8 @@ class Restart(unittest.TestCase):
             self.addCleanup(ip, "addr", "del", "10.6.0.1/32", "dev", "lo")
             squatter = socket.socket()
             self.addCleanup(squatter.close)
-            squatter.setsockopt(socket.SOL_IP, socket.IP_FREEBIND, 1)
+            squatter.setsockopt(socket.SOL_IP, IP_FREEBIND, 1)
+            squatter.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             squatter.bind(("10.0.0.10", 80))
             squatter.listen()
             daemon.start()

@@ -167,7 +167,7 @@ class FailedDeploy(DeployCase):
     def test_handler_exits(self):
         out = self.both_ways(image=support.handler_image(EXITS))
         self.assertRegex(out, "^faas: function bad does not start: the handler exited with status 4 before it conn")
-        self.assertIn("  on stdout\n", out)
+        self.assertIn("\n  on stdout", out)
         self.assertIn("  no config \\x1b[2J", out)
 
     def test_handler_never_connects(self):
@@ -184,7 +184,7 @@ class FailedDeploy(DeployCase):
         self.assertIn("the image names no command to run: give one after `--`", out)
 
     def test_not_an_image(self):
-        for data, words in ((b"", "no image on stdin"), (b"x" * 5000, "tar"), (self.good[:-200_000], "cut short"),
+        for data, words in ((b"", "the image is empty"), (b"x" * 5000, "tar"), (self.good[:-200_000], "cut short"),
                             (self.good[:1_000_000], "cut short"), (support.layer({"a": "b"}), "holds no image")):
             with self.subTest(words):
                 self.assertIn(words, self.refuse("new", "bad", stdin=data)[0])
@@ -223,6 +223,7 @@ class FailedDeploy(DeployCase):
     def test_port_is_taken(self):
         squatter = socket.socket()
         self.addCleanup(squatter.close)
+        squatter.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         squatter.bind(("0.0.0.0", 80))
         squatter.listen()
         line = self.refuse("new", "bad", stdin=self.good)[0]
@@ -245,13 +246,13 @@ class FailedDeploy(DeployCase):
                                ("timeout=-1", "bad duration"), ("start_timeout=0", "must be over 0"),
                                ("colour=red", "unknown option"), ("cmd=%00", "NUL")):
             with self.subTest(options):
-                status, body = self.daemon.api("POST", f"/functions/bad?{options}", self.good)
+                status, body = self.daemon.api("POST", f"/functions/bad?{options}", b"never read")
                 self.assertEqual(status, 400)
                 self.assertIn(words, json.loads(body)["error"])
         self.assert_nothing_there("bad")
 
     def test_image_over_the_limits(self):
-        with support.Daemon("--max-image-size", "1m") as daemon:
+        with support.Daemon("--max-image-size", "1m", "--subnet", "10.2.0.0/24") as daemon:
             result = daemon.faas("new", "f", stdin=self.good, check=False)
             self.assertIn("the archive is over 1048576 bytes (--max-image-size)", result.stderr)
             self.assertEqual(list((daemon.state_dir / "images").iterdir()), [])
@@ -263,7 +264,9 @@ class FailedDeploy(DeployCase):
         disk.mkdir()
         subprocess.run(["mount", "-t", "tmpfs", "-o", "size=40m", "tmpfs", disk], check=True)
         try:
-            with support.Daemon("--state-dir", str(disk)) as daemon:
+            daemon = support.Daemon("--subnet", "10.2.0.0/24")
+            daemon.state_dir = disk
+            with daemon:
                 result = daemon.faas("new", "f", stdin=self.good, check=False)
                 self.assertEqual(result.returncode, 1)
                 self.assertIn("no space left on the device; free some and try again", result.stderr)

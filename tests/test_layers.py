@@ -134,10 +134,10 @@ add_cases(Paths, [
       for target in ["/etc/passwd", UP + "etc", f"{CANARY}/file", "./a//b/../c", "a b\n", b"\xff\xfe",
                                    "t" * 101, "t" * 4095]],
     ("A3 target in a GNU long link", [layer(gnu_long("t" * 300, b"K"), symlink("l", "x"))], {"l": "link " + "t" * 300}),
-    ("A3 target too long", [layer(symlink("l", "t" * 4096))], Refused(400, "cannot unpack l", {})),
-    ("A3 empty target", [layer(symlink("l", ""))], Refused(400, "cannot unpack l", {})),
+    ("A3 target too long", [layer(symlink("l", "t" * 4096))], Refused(400, "cannot unpack /?l", {})),
+    ("A3 empty target", [layer(symlink("l", ""))], Refused(400, "cannot unpack /?l", {})),
     ("A3 target with NUL", [layer(symlink("l", "x", records={"linkpath": "a\0b"}))],
-     Refused(400, "cannot unpack l", {})),
+     Refused(400, "cannot unpack /?l", {})),
 
     *[(f"A4 root entry {name!r} may not be a {what}", [layer(file("keep", "k"), bad)],
        Refused(400, "root is not a directory", {"keep": "file k"}))
@@ -156,7 +156,7 @@ add_cases(Paths, [
     ("A5 component of 256 bytes in the middle", [layer(file("new/" + "n" * 256 + "/x"))],
      Refused(400, "over 255 bytes", {})),
     ("A5 component of 256 bytes through a link", [layer(symlink("l", "n" * 256 + "/y"), file("l/x"))],
-     Refused(400, "cannot unpack l/x", {"l": "link " + "n" * 256 + "/y"})),
+     Refused(400, "cannot unpack /?l/x", {"l": "link " + "n" * 256 + "/y"})),
     ("A5 control characters in a refused name", [layer(file("\x1b[2J\n/" + "n" * 256))], Refused(400, "over 255 bytes")),
     ("A5 control characters in a name are just bytes", [layer(file("\x1b[2J\n", "x"))], {"\x1b[2J\n": "file x"}),
     ("A5 two hundred and fifty levels", [layer(file("d/" * 250 + "x"))],
@@ -407,7 +407,7 @@ add_cases(Objects, [
     ("C4 global header, then a local one", [layer(pax({"path": "g"}, b"g"), pax({"path": "x"}), file("n", "in"))], ONE),
     ("C4 Solaris extended header", [layer(pax({"path": "x"}, b"X"), file("n", "in"))], ONE),
     ("C4 device with a number no kernel takes", [layer(device("c", b"3", 1 << 40, 1))],
-     Refused(400, "cannot unpack c")),
+     Refused(400, "cannot unpack /?c")),
     ("C4 data on a directory, link and fifo is not data",
      [layer(directory("d", size=5), fifo("f", size=9), symlink("l", "t", size=700), file("x", "in"))],
      ONE | {"d": "dir", "f": "fifo", "l": "link t"}),
@@ -560,7 +560,7 @@ class Metadata(Sandbox):
     def test_D1_owners_that_mean_leave_it_or_nothing(self):
         for name, bad in [("minus one", file("x", uid=0xFFFFFFFF)), ("negative", file("x", uid=-1)),
                           ("too large", file("x", gid=1 << 40)), ("PAX", file("x", records={"uid": "-1"})),
-                          ("PAX of 4000 digits", file("x", records={"uid": "9" * 4000}))]:
+                          ("PAX of 900 digits", file("x", records={"uid": "9" * 900}))]:
             with self.subTest(name), self.refused(400, "bad owner"):
                 self.apply(layer(bad))
 
@@ -601,7 +601,7 @@ class Metadata(Sandbox):
 
     def test_D2_times_that_are_none(self):
         """Whatever they say, the entry is unpacked: no time is worth refusing an image."""
-        for value in ("nan", "inf", "-inf", "1e400", "-1e400", "", "x", "9" * 5000, "-1.5", "1e999999999"):
+        for value in ("nan", "inf", "-inf", "1e400", "-1e400", "", "x", "9" * 900, "-1.5", "1e999999999"):
             with self.subTest(value[:20]):
                 self.apply(layer(file("f", records={"mtime": value}), directory("d", records={"mtime": value})))
         self.apply(layer(file("neg", records={"mtime": "-1.5"}), file("base256", mtime=-2), file("big", mtime=1 << 60)))
@@ -668,13 +668,21 @@ class Metadata(Sandbox):
 
     def test_D3_bad_xattr_names(self):
         for name in ("", "user.", "user." + "n" * 300, "user.a\0b"):
-            with self.subTest(name[:20]), self.refused(400, "cannot unpack f"):
+            with self.subTest(name[:20]), self.refused(400, "cannot unpack /?f"):
                 self.apply(layer(file("f", records={"SCHILY.xattr." + name: "v"})))
 
-    def test_D3_an_xattr_that_is_too_large_is_not_a_full_disk(self):
-        """ext4 says ENOSPC where an attribute does not fit into its block; there is room on the disk."""
-        with self.refused(400, "cannot unpack f"):
-            self.apply(layer(file("f", records={"SCHILY.xattr.user.large": "v" * 70_000})))
+    def test_D3_xattrs_that_do_not_fit_are_not_a_full_disk(self):
+        """ext4 says ENOSPC where an attribute does not fit beside the others; others take it, or have another word."""
+        for name, records in (("one", {"SCHILY.xattr.user.a": "v" * 20_000}), ("too large for any", {
+                "SCHILY.xattr.user.a": "v" * 70_000}), ("many", {f"SCHILY.xattr.user.{n}": "v" * 50 for n in range(500)})):
+            with self.subTest(name):
+                try:
+                    self.apply(layer(file("f", records=records)))
+                except faasd.FaasdError as error:
+                    self.assertEqual(error.status, 400, error)
+                    self.assertRegex(str(error), "cannot unpack /?f")
+                else:
+                    self.assertEqual(len(self.xattr("f")), len(records))
 
 
 class Damage(Sandbox):
