@@ -86,7 +86,7 @@ import time
 import urllib.parse
 import zlib
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timedelta, timezone
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
@@ -108,10 +108,12 @@ MAX_IMAGE_ENTRIES = 1_000_000       # entries of all layers together (--max-imag
 MAX_ARCHIVE_MEMBERS = 100_000       # members of the outer archive
 MAX_JSON_SIZE = 4 * MIB             # one manifest, index or config; the OCI distribution spec asks for 4 MiB
 MAX_RECORD_SIZE = MIB               # all headers of one tar entry: PAX records, long names, sparse maps
+MAX_DIGITS = 1024                   # in a row, within such headers; no name or number has as many
 MAX_LINK_HOPS = 40                  # symbolic links followed for one path, as the kernel does (path_resolution(7))
 MAX_INDEX_DEPTH = 4                 # OCI indexes inside indexes
 MAX_PATH_DEPTH = 256                # directories above an entry; keeps recursive removal far from its limits
 MAX_NAME_LENGTH = 255               # bytes of one component (NAME_MAX)
+MAX_PATH_LENGTH = 3072              # bytes of a path in an image config: PATH_MAX less what the rootfs is below
 MAX_ACCOUNTS_SIZE = MIB             # /etc/passwd and /etc/group of an image
 UNPACK_ADDRESS_SPACE = GIB          # bytes; RLIMIT_AS of the unpacking child, whatever a parser is talked into
 COPY_CHUNK = 256 * KIB              # bytes read or written at a time
@@ -140,6 +142,7 @@ TCP_INFO_RECEIVED, TCP_INFO_NOTSENT, TCP_INFO_SENT = 128, 144, 200    # offsets 
 
 # Logs.
 LOG_FILE_SIZE = 8 * MIB             # NAME.log is renamed to NAME.log.1 above this, so a function keeps at most twice it
+MAX_MESSAGE = 600                   # characters of an error message
 MAX_LINE = 8 * KIB                  # a longer line of a handler is cut into several
 MAX_OUTPUT = MIB                    # bytes of output kept of one container; the rest is read and dropped
 TAIL_LINES = 20                     # lines of output shown when a deploy fails
@@ -171,7 +174,9 @@ class FaasdError(Exception):
     status = 500
 
     def __init__(self, message: str, output: Iterable[str] = (), status: int | None = None):
-        super().__init__(" ".join(message.split()))
+        # Names and tags out of an image go into messages: they must not move a cursor, nor fill a screen.
+        line = escape_controls(" ".join(message.split()))
+        super().__init__(line if len(line) <= MAX_MESSAGE else line[:MAX_MESSAGE] + "…")
         self.output = list(output)
         if status is not None:
             self.status = status
@@ -328,11 +333,16 @@ class TarReader:
         return {}                       # a new one each time: global PAX headers are ignored (rule C.4)
 
     def read(self, count: int) -> bytes:
-        if not 0 <= count <= self._budget:
-            raise LimitExceeded(f"a tar entry's headers are over {MAX_RECORD_SIZE} bytes (MAX_RECORD_SIZE)"
-                                if count > 0 else "bad tar header: negative size", status=413 if count > 0 else 400)
+        if count < 0:
+            raise ImageError("bad tar header: negative size")
+        if count > self._budget:
+            raise LimitExceeded(f"a tar entry's headers are over {MAX_RECORD_SIZE} bytes (MAX_RECORD_SIZE)")
         self._budget -= count
-        return self._stream.read(count)
+        data = self._stream.read(count)
+        # Until Python 3.12.6 the parser's time is quadratic in the length of a run of digits (CVE-2024-6232).
+        if count > tarfile.BLOCKSIZE and max(map(len, re.findall(rb"[0-9]+", data)), default=0) > MAX_DIGITS:
+            raise ImageError(f"bad tar header: a run of over {MAX_DIGITS} digits")
+        return data
 
     def tell(self) -> int:
         return self._stream.tell()
@@ -353,7 +363,7 @@ class TarReader:
                 raise ImageError("the tar stream is cut short in the middle of a header") from None
             except (tarfile.TarError, ValueError, IndexError, OverflowError, RecursionError) as error:
                 raise ImageError(f"bad tar header at byte {at}: {error}") from None
-            if entry.size < 0 or self.offset < at:
+            if entry.size < 0 or self.offset < self.tell():     # either would lead back, and round for ever
                 raise ImageError(f"bad tar header at byte {at}: negative size")
             yield entry
 
@@ -454,7 +464,6 @@ class Candidate:
     tags: tuple[str, ...]
     config: str                     # member name
     layers: tuple[str, ...]         # member names
-    verified: bool                  # the layers' names are digests of their bytes (OCI)
 
     @property
     def label(self) -> str:
@@ -485,9 +494,22 @@ def take(document: dict, key: str, kind: type, what: str):
 def take_strings(document: dict, key: str, what: str) -> list[str]:
     """Return document[key] as a list of strings that a process can be given."""
     values = take(document, key, list, what)
-    if not all(isinstance(value, str) and "\0" not in value for value in values):
+    if not all(isinstance(value, str) for value in values):
         raise ImageError(f"{what}: {key!r} is not a list of strings")
+    for value in values:
+        encode_text(value, f"{what}: {key!r}")
     return values
+
+
+def encode_text(text: str, what: str) -> bytes:
+    """Return a string of a JSON document as UTF-8. Raises ImageError for one that no system call takes."""
+    try:
+        data = text.encode()
+    except UnicodeEncodeError:          # JSON can write half a surrogate pair
+        raise ImageError(f"{what} is not valid Unicode") from None
+    if b"\0" in data:
+        raise ImageError(f"{what} has a NUL byte")
+    return data
 
 
 def blob_name(descriptor: dict) -> str:
@@ -507,7 +529,7 @@ def docker_candidates(archive: Archive) -> list[Candidate]:
             raise ImageError("manifest.json: an entry is not an object")
         candidates.append(Candidate(tags=tuple(take_strings(entry, "RepoTags", "manifest.json")),
                                     config=take(entry, "Config", str, "manifest.json"),
-                                    layers=tuple(take_strings(entry, "Layers", "manifest.json")), verified=False))
+                                    layers=tuple(take_strings(entry, "Layers", "manifest.json"))))
     return candidates
 
 
@@ -517,41 +539,38 @@ class OciIndex:
     def __init__(self, archive: Archive, architecture: str):
         self._archive = archive
         self._architecture = architecture
-        self._visited: set[str] = set()
-        self._others: list[str] = []            # platforms passed over, for the error message
+        self._found: dict[str, list[Candidate]] = {}    # by member: one document may be listed under several tags
+        self._others: list[str] = []                    # platforms passed over, for the error message
 
     def candidates(self) -> list[Candidate]:
-        found = self._from_index("index.json", (), 0)
+        found = []
+        for descriptor in self._wanted("index.json"):
+            tags = self._tags(descriptor)
+            found += [replace(candidate, tags=tags) for candidate in self._resolve(blob_name(descriptor), 1)]
         if not found and self._others:
             raise ImageError(f"the image is for {', '.join(dict.fromkeys(self._others))}; "
                              f"this machine is linux/{self._architecture}")
         return found
 
-    def _from_index(self, member: str, tags: tuple[str, ...], depth: int) -> list[Candidate]:
-        if depth > MAX_INDEX_DEPTH:
-            raise LimitExceeded(f"OCI indexes are nested deeper than {MAX_INDEX_DEPTH} (MAX_INDEX_DEPTH)", status=400)
-        found = []
-        for descriptor in take(self._document(member), "manifests", list, member):
-            if not isinstance(descriptor, dict):
-                raise ImageError(f"{member}: an entry is not an object")
-            if self._wanted(descriptor):
-                found += self._from_descriptor(descriptor, tags or self._tags(descriptor), depth)
-        # Below the top an index lists one image for several platforms: the first that fits is the best (image-index.md)
-        return found if depth == 0 else found[:1]
-
-    def _from_descriptor(self, descriptor: dict, tags: tuple[str, ...], depth: int) -> list[Candidate]:
-        member = blob_name(descriptor)
-        if member in self._visited:
-            return []
-        self._visited.add(member)
+    def _resolve(self, member: str, depth: int) -> list[Candidate]:
+        """Return what a manifest, or the best entry of an index, stands for."""
+        if member in self._found:
+            return self._found[member]
         document = self._document(member)
         if "manifests" in document:
-            return self._from_index(member, tags, depth + 1)
-        layers = take(document, "layers", list, member)
-        if not all(isinstance(layer, dict) for layer in layers):
-            raise ImageError(f"{member}: a layer is not an object")
-        return [Candidate(tags=tags, config=blob_name(take(document, "config", dict, member)),
-                          layers=tuple(blob_name(layer) for layer in layers), verified=True)]
+            if depth > MAX_INDEX_DEPTH:                 # also how an index that contains itself ends
+                raise ImageError(f"OCI indexes are nested deeper than {MAX_INDEX_DEPTH} (MAX_INDEX_DEPTH)")
+            # It lists one image for several platforms: the first that fits is the best (image-index.md).
+            nested = (self._resolve(blob_name(d), depth + 1) for d in self._wanted(member))
+            found = next(filter(None, nested), [])
+        else:
+            layers = take(document, "layers", list, member)
+            if not all(isinstance(layer, dict) for layer in layers):
+                raise ImageError(f"{member}: a layer is not an object")
+            found = [Candidate(tags=(), config=blob_name(take(document, "config", dict, member)),
+                               layers=tuple(blob_name(layer) for layer in layers))]
+        self._found[member] = found
+        return found
 
     def _document(self, member: str) -> dict:
         document = parse_json(self._archive.read_document(member), dict, member)
@@ -561,17 +580,18 @@ class OciIndex:
             raise ImageError(f"{member} is a schema 1 manifest; save the image with a newer tool")
         return document
 
-    def _wanted(self, descriptor: dict) -> bool:
-        platform_ = take(descriptor, "platform", dict, "a descriptor")
-        if not platform_:
-            return True                         # the config will tell
-        name = f"{platform_.get('os')}/{platform_.get('architecture')}"
-        if name == "unknown/unknown":           # attestations (docker buildx)
-            return False
-        if name != f"linux/{self._architecture}":
-            self._others.append(name)
-            return False
-        return True
+    def _wanted(self, member: str) -> Iterator[dict]:
+        """Yield the descriptors of an index that may be for this machine."""
+        for descriptor in take(self._document(member), "manifests", list, member):
+            if not isinstance(descriptor, dict):
+                raise ImageError(f"{member}: an entry is not an object")
+            platform_ = take(descriptor, "platform", dict, "a descriptor")
+            name = f"{platform_.get('os')}/{platform_.get('architecture')}"
+            # Without a platform the config will tell; unknown/unknown are attestations (docker buildx).
+            if not platform_ or name == f"linux/{self._architecture}":
+                yield descriptor
+            elif name != "unknown/unknown":
+                self._others.append(name)
 
     @staticmethod
     def _tags(descriptor: dict) -> tuple[str, ...]:
@@ -585,16 +605,19 @@ def tag_matches(tag: str, wanted: str) -> bool:
     return any(tag == name or tag.endswith("/" + name) for name in (wanted, wanted + ":latest"))
 
 
+def list_tags(candidates: list[Candidate]) -> str:
+    return ", ".join(sorted({tag for candidate in candidates for tag in candidate.tags or (candidate.label,)}))
+
+
 def choose_candidate(candidates: list[Candidate], tag: str) -> Candidate:
     """Return the one image meant, else raise an ImageError that lists the choice (F.3)."""
     if not candidates:
         raise ImageError("the archive holds no image")
     fitting = [c for c in candidates if not tag or any(tag_matches(t, tag) for t in c.tags)]
     if not fitting:
-        raise ImageError(f"no image is tagged {tag!r}: the archive has {', '.join(c.label for c in candidates)}")
+        raise ImageError(f"no image is tagged {tag!r}: the archive has {list_tags(candidates)}")
     if len({(c.config, c.layers) for c in fitting}) > 1:
-        raise ImageError(f"the archive holds several images, choose one with --tag: "
-                         f"{', '.join(sorted({t for c in fitting for t in c.tags or (c.label,)}))}")
+        raise ImageError(f"the archive holds several images, choose one with --tag: {list_tags(fitting)}")
     return fitting[0]
 
 
@@ -611,6 +634,8 @@ def choose_image(archive: Archive, tag: str, architecture: str) -> Image:
     else:
         raise ImageError("this tar holds no image: neither manifest.json nor index.json; use `docker save`")
     chosen = choose_candidate(candidates, tag)
+    if not archive.complete:
+        raise ImageError("the archive is cut short: did the command before the pipe fail?")
     data = archive.read_document(chosen.config)
     config = parse_json(data, dict, "the image config")
     check_platform(config, architecture)
@@ -637,7 +662,8 @@ def pair_layers(chosen: Candidate, config: dict) -> list[Layer]:
         match = DIGEST_PATTERN.fullmatch(diff_id)
         if not match:
             raise ImageError(f"diff_id {diff_id!r} is not sha256:…; other algorithms are not supported")
-        layers.append(Layer(member, match[1], posixpath.basename(member) if chosen.verified else None))
+        blob = re.fullmatch(r"(?:\./)?blobs/sha256/([0-9a-f]{64})", member)
+        layers.append(Layer(member, match[1], blob[1] if blob else None))
     return layers
 
 
@@ -788,6 +814,10 @@ class LayerStream:
     def tell(self) -> int:
         return self._position
 
+    def close(self) -> None:
+        """End the decompression, and the program that does it, before the archive is closed."""
+        self._chunks.close()
+
     def verify(self, layer: Layer) -> None:
         """Read to the end and compare the digests (E.2)."""
         while self.take(COPY_CHUNK):
@@ -854,7 +884,20 @@ class Rootfs:
             if kind != stat.S_IFDIR:
                 repair(here)
             real = here
+            if real.count(b"/") > MAX_PATH_DEPTH:       # links lead deeper than a name tells
+                raise ImageError(f"a path in the image is over {MAX_PATH_DEPTH} directories deep (MAX_PATH_DEPTH)")
         return real
+
+    def is_directory(self, path: bytes) -> bool:
+        """Tell whether a path that was real once still is: no component of it has become a link since."""
+        while path:
+            try:
+                if self.kind(path) != stat.S_IFDIR:
+                    return False
+            except NotADirectoryError:
+                return False
+            path = path.rpartition(b"/")[0]
+        return True
 
     def kind(self, path: bytes) -> int:
         """Return the file type (S_IFMT) of the last component itself, 0 if there is none."""
@@ -921,6 +964,9 @@ def show(path: bytes) -> str:
     return escape_controls(path.decode("utf-8", "backslashreplace"))
 
 
+SELINUX_XATTR = "security.selinux"      # labels are the host's affair
+
+
 class LayerApplier:
     """Applies one layer's entries to a rootfs (rules A to D)."""
 
@@ -945,7 +991,8 @@ class LayerApplier:
             except (OverflowError, ValueError) as error:        # a number that no system call takes
                 raise ImageError(f"cannot unpack {show(name)}: {error}") from None
         for path, mtime in self._directory_times.items():
-            if self._rootfs.kind(path) == stat.S_IFDIR:
+            # A parent may have become a link to the host meanwhile, and utime would follow it there.
+            if self._rootfs.is_directory(path):
                 os.utime(self._rootfs.host(path), ns=(mtime, mtime))
 
     @staticmethod
@@ -954,11 +1001,10 @@ class LayerApplier:
         if b"\0" in name or (not name and not entry.isdir()):
             raise ImageError("a layer's entry has an empty name or one with a NUL byte")
         path = posixpath.normpath(b"/" + name.lstrip(b"/")).rstrip(b"/")
-        components = path.split(b"/")
-        if any(len(component) > MAX_NAME_LENGTH for component in components):
-            raise ImageError(f"a name in the image is over {MAX_NAME_LENGTH} bytes: {show(name[:80])}…")
-        if len(components) > MAX_PATH_DEPTH:
+        if path.count(b"/") > MAX_PATH_DEPTH + 1:
             raise ImageError(f"a path in the image is over {MAX_PATH_DEPTH} directories deep (MAX_PATH_DEPTH)")
+        if any(len(component) > MAX_NAME_LENGTH for component in path.split(b"/")):
+            raise ImageError(f"a name in the image is over {MAX_NAME_LENGTH} bytes: {show(name[:80])}…")
         return path
 
     def _apply_entry(self, entry: tarfile.TarInfo, path: bytes, stream: LayerStream) -> None:
@@ -976,8 +1022,6 @@ class LayerApplier:
             self._set_metadata(b"", entry)
             return
         real = self._rootfs.make_directory(directory) + b"/" + name
-        if real.count(b"/") > MAX_PATH_DEPTH:           # a link may have led deeper than the name tells
-            raise ImageError(f"a path in the image is over {MAX_PATH_DEPTH} directories deep (MAX_PATH_DEPTH)")
         self._create(entry, real, stream)
         self._claim(real)
 
@@ -989,14 +1033,15 @@ class LayerApplier:
     # -- whiteouts --
 
     def _apply_whiteout(self, directory: bytes, hidden: bytes) -> None:
+        opaque = hidden == b".wh..opq"
+        if not opaque and (hidden in (b"", b".", b"..") or hidden.startswith(b".wh.")):
+            raise ImageError(f"bad whiteout {show(directory)}/.wh.{show(hidden)}")
         try:
             real = self._rootfs.find_directory(directory)
         except Missing:
             return
-        if hidden == b".wh..opq":
+        if opaque:
             self._hide_lower_children(real)
-        elif hidden in (b"", b".", b"..") or hidden.startswith(b".wh."):
-            raise ImageError(f"bad whiteout {show(directory)}/.wh.{show(hidden)}")
         elif real + b"/" + hidden in self._own:         # same layer has it too: only what lies below is hidden (B.2)
             self._hide_lower_children(real + b"/" + hidden)
         else:
@@ -1046,12 +1091,11 @@ class LayerApplier:
         """Link to a file of this or a lower layer; the entry's own metadata counts for nothing (C.3)."""
         target = posixpath.normpath(b"/" + entry.linkname.encode("utf-8", "surrogateescape").lstrip(b"/"))
         directory, _, name = target.rpartition(b"/")
-        try:
+        kind = stat.S_IFDIR if not name else 0          # the root itself
+        with contextlib.suppress(Missing):
             real = self._rootfs.find_directory(directory) + b"/" + name
-        except Missing:
-            real = b""
-        kind = self._rootfs.kind(real)
-        if not name or kind in (0, stat.S_IFDIR):
+            kind = self._rootfs.kind(real)
+        if kind in (0, stat.S_IFDIR):
             raise ImageError(f"hard link {show(path)} points to {show(target)}, "
                              f"which {'is a directory' if kind else 'does not exist'}")
         if real == path or real.startswith(path + b"/"):
@@ -1110,16 +1154,20 @@ class LayerApplier:
     def _set_xattrs(self, host: bytes, entry: tarfile.TarInfo) -> None:
         if entry.isdir():                               # a directory over a directory takes nothing over (D.3)
             for name in os.listxattr(host, follow_symlinks=False):
-                os.removexattr(host, name, follow_symlinks=False)
+                if name != SELINUX_XATTR:               # the host's own label
+                    os.removexattr(host, name, follow_symlinks=False)
         for key, value in entry.pax_headers.items():
             name = key.removeprefix("SCHILY.xattr.")
-            if name == key or name == "security.selinux":
+            if name in (key, SELINUX_XATTR):
                 continue
             if name.startswith("user.") and not (entry.isreg() or entry.isdir()):
                 continue                                # xattr(7): only files and directories carry them
             try:
                 os.setxattr(host, name, value.encode("utf-8", "surrogateescape"), follow_symlinks=False)
             except OSError as error:
+                if error.errno == errno.ENOSPC and os.statvfs(self._rootfs.path).f_bavail > len(value):
+                    raise ImageError(f"cannot unpack {entry.name}: extended attribute {name} is too large for this "
+                                     "machine's file system") from None     # ENOSPC says that too (setxattr(2))
                 if error.errno != errno.ENOTSUP:
                     raise
                 if not self._warned_xattrs:
@@ -1152,20 +1200,27 @@ class Account:
     home: str
 
 
+MAX_ID = 0xFFFFFFFE                     # the highest uid and gid; one more means "none" (chown(2))
+
+
+def is_id(text: str) -> bool:
+    return re.fullmatch("[0-9]{1,10}", text) is not None and int(text) <= MAX_ID
+
+
 def account_lines(data: bytes, fields: int) -> Iterator[list[str]]:
     """Yield the fields of each usable line of passwd(5) or group(5)."""
     for line in data.decode("utf-8", "replace").splitlines():
         parts = line.split(":")
-        if len(parts) >= fields and parts[2].isascii() and parts[2].isdigit():
+        if len(parts) >= fields and is_id(parts[2]):
             yield parts
 
 
 def parse_id(text: str, what: str) -> int | None:
     """Return text as a uid or gid, None if it is a name. Raises ImageError for a number no id can be."""
-    if not (text.isascii() and text.isdigit()):
+    if not re.fullmatch("[0-9]+", text):
         return None
-    if len(text) > 10 or int(text) > 0xFFFFFFFE:
-        raise ImageError(f"the image's {what} {text} is too large")
+    if not is_id(text):
+        raise ImageError(f"the image's {what} {text[:12]} is too large")
     return int(text)
 
 
@@ -1207,14 +1262,24 @@ def with_default(env: list[str], key: str, value: str) -> list[str]:
     return env if any(entry.startswith(key + "=") for entry in env) else [*env, f"{key}={value}"]
 
 
-def check_working_directory(path: str) -> str:
-    """Return an image's WorkingDir as an absolute, normalised path. Raises ImageError."""
-    if "\0" in path or not (path or "/").startswith("/"):
-        raise ImageError(f"the image's WorkingDir {path!r} is not an absolute path")
-    path = "/" + posixpath.normpath(path or "/").lstrip("/")
-    if path == "/proc" or path.startswith("/proc/"):
-        raise ImageError(f"the image's WorkingDir {path!r} lies in /proc (CVE-2024-21626)")
-    return path
+def config_path(text: str, what: str) -> bytes:
+    """Return a path of an image config, normalised, without a slash at its end: b"" is the root. Raises ImageError."""
+    path = encode_text(text, what)
+    if not path.startswith(b"/"):
+        raise ImageError(f"{what} {text!r} is not an absolute path")
+    path = b"/" + posixpath.normpath(path).lstrip(b"/")
+    if len(path) > MAX_PATH_LENGTH or any(len(component) > MAX_NAME_LENGTH for component in path.split(b"/")):
+        raise ImageError(f"{what} is too long")
+    return path.rstrip(b"/")
+
+
+def prepare_working_directory(rootfs: Rootfs, text: str) -> str:
+    """Make an image's WorkingDir, as Docker does, and return it. Raises ImageError (G.2)."""
+    path = config_path(text or "/", "the image's WorkingDir")
+    for seen in (path, rootfs.make_directory(path)):        # as it is written, and where links lead
+        if seen == b"/proc" or seen.startswith(b"/proc/"):
+            raise ImageError(f"the image's WorkingDir {text!r} lies in /proc (CVE-2024-21626)")
+    return path.decode() or "/"
 
 
 RESERVED_TARGETS = ("/dev", "/proc", "/sys", CONTROL_SOCKET)       # mounted in every container
@@ -1224,7 +1289,7 @@ def prepare_volumes(rootfs: Rootfs, paths: Iterable[str]) -> list[dict]:
     """Make the directories of an image's volumes and return what their tmpfs should look like (G.4)."""
     volumes = {}
     for path in paths:
-        real = os.fsdecode(rootfs.make_directory(os.fsencode(posixpath.normpath("/" + path))))
+        real = os.fsdecode(rootfs.make_directory(config_path("/" + path, "the image's volume")))
         if real in ("", "/tmp") or any(real == r or real.startswith(r + "/") for r in RESERVED_TARGETS):
             if real == "/tmp":                          # is one already
                 continue
@@ -1259,8 +1324,7 @@ def resolve_process(config: dict, rootfs: Rootfs) -> dict:
     account = resolve_user(take(settings, "User", str, what),
                            rootfs.read_file(b"/etc/passwd", MAX_ACCOUNTS_SIZE),
                            rootfs.read_file(b"/etc/group", MAX_ACCOUNTS_SIZE))
-    cwd = check_working_directory(take(settings, "WorkingDir", str, what))
-    rootfs.make_directory(cwd.rstrip("/").encode("utf-8", "surrogateescape"))
+    cwd = prepare_working_directory(rootfs, take(settings, "WorkingDir", str, what))
     env = [entry for entry in take_strings(settings, "Env", what) if "=" in entry]
     env = with_default(with_default(env, "PATH", DEFAULT_PATH), "HOME", account.home)
     return {
@@ -1285,8 +1349,8 @@ def inflate_archive(path: Path, budget: Budget) -> Path:
         if decompress is None:
             return path
         inflated = path.with_name("inflated.tar")
-        with inflated.open("wb") as out:
-            for data in decompress(blob.chunks()):
+        with inflated.open("wb") as out, contextlib.closing(decompress(blob.chunks())) as chunks:
+            for data in chunks:
                 budget.spend_read(len(data))
                 out.write(data)
     path.unlink()
@@ -1311,9 +1375,9 @@ def unpack_image(path: Path, directory: Path, tag: str, max_size: int, max_entri
             budget = Budget(max_size, max_entries)
             for layer in image.layers:
                 # A rootfs of its own for each layer: what one has resolved, the next may change.
-                stream = LayerStream(archive.open(layer.member), budget)
-                LayerApplier(Rootfs(rootfs_path), budget).apply(stream)
-                stream.verify(layer)
+                with contextlib.closing(LayerStream(archive.open(layer.member), budget)) as stream:
+                    LayerApplier(Rootfs(rootfs_path), budget).apply(stream)
+                    stream.verify(layer)
         rootfs = Rootfs(rootfs_path)
         process = resolve_process(image.config, rootfs)
         prepare_mount_targets(rootfs)

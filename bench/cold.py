@@ -28,6 +28,7 @@ sys.path.insert(0, str(TOP))
 import faasd  # noqa: E402
 
 ADDRESS = "10.0.0.10"
+PAUSE = 0.05        # seconds
 
 
 def start_daemon(directory: Path) -> subprocess.Popen:
@@ -107,8 +108,10 @@ def main(rounds: int) -> None:
         bare = BareRuns(directory)
         samples: dict[str, list[float]] = {"request": [], "ready": [], "run": []}
         for number in range(rounds + 3):
-            sample = (request(), *bare.run())
-            time.sleep(0.05)            # until faasd has cleaned up, which is not what is measured here
+            first = request()
+            time.sleep(PAUSE)           # until faasd has cleaned up; and both sides start from an idle machine
+            sample = (first, *bare.run())
+            time.sleep(PAUSE)
             if number >= 3:             # the first ones warm the page cache
                 for name, seconds in zip(samples, sample, strict=True):
                     samples[name].append(seconds * 1000)

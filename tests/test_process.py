@@ -245,7 +245,7 @@ class Processes(Sandbox):
         self.assertEqual([volume["path"] for volume in process["volumes"]], ["/a", "/a/b", "/a/b/c"])
 
     def test_image_json_is_what_was_returned(self):
-        document = self.unpack(archives.podman(with_files(file("f", "12345"), Cmd=["x"], Env=["A=\udcff"])))
+        document = self.unpack(archives.podman(with_files(file("f", "12345"), Cmd=["x"], Env=["A=ü"])))
         self.assertEqual(json.loads((self.image / "image.json").read_text()), document)
         self.assertEqual((document["size"], document["entries"]), (5, 1))
 
