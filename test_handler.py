@@ -23,6 +23,6 @@ while True:
                            b"X-FaaS-Container: %s\r\nConnection: close\r\n\r\n%s"
                            % (len(body), os.environb.get(b"FAAS_CONTAINER_ID", b"-"), body))
             client.shutdown(socket.SHUT_WR)                 # the end of the answer, whoever else has the socket
-        except ConnectionError:
+        except OSError:
             pass                                            # the client left; the next one is somebody else
     control.sendall(b"\n")                                  # ready again; faasd may send another, or close

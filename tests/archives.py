@@ -34,8 +34,8 @@ MTIME = 1_600_000_000                   # of every entry that does not say other
 HOST = faasd.host_architecture()
 FOREIGN = "s390x" if HOST != "s390x" else "amd64"
 
-# Stands for the host: what an attack through an absolute path would touch. Known before any test runs, so that tables can
-# name it; on the file system of the rootfs, so that a hard link would succeed.
+# Stands for the host: what an attack through an absolute path would touch. Known before any test runs, so that tables
+# can name it; on the file system of the rootfs, so that a hard link would succeed.
 CANARY = f"/var/tmp/faasd-canary.{os.getpid()}"
 
 
@@ -408,8 +408,8 @@ def apply_layers(rootfs: Path, layers: Iterable[bytes], max_size: int = faasd.MA
     return budget
 
 
-# Runs a command and writes its peak of resident memory. A process of its own, because a child inherits the peak of whom it
-# was forked from, and a test that has made a bomb is large.
+# Runs a command and writes its peak of resident memory. A process of its own, because a child inherits the peak of whom
+# it was forked from, and a test that has made a bomb is large.
 WATCH = """
 import resource, subprocess, sys
 status = subprocess.call(sys.argv[2:])
@@ -521,7 +521,8 @@ class Sandbox(unittest.TestCase):
         image = image or self.image
         with tempfile.TemporaryFile("w+") as stdout, tempfile.TemporaryFile("w+") as stderr, \
                 tempfile.NamedTemporaryFile("r") as peak:
-            command = [sys.executable, "-c", WATCH, peak.name, *before, sys.executable, "-I", ROOT / "faasd.py", "unpack",
+            command = [sys.executable, "-c", WATCH, peak.name, *before, sys.executable, "-I", ROOT / "faasd.py",
+                       "unpack",
                        path, image, tag, str(max_size), str(max_entries)]
             child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr, env=env,
                                      start_new_session=True)

@@ -1,7 +1,7 @@
 """How a layer's entries become files: rules A (paths), B (whiteouts), C (objects), D (metadata) of UNPACKING.md.
 
-A case is a line in a table: what the layers hold, and the whole tree that must come of it, or the refusal. Every case is
-run with a canary outside of the rootfs (archives.CANARY), which must not change.
+A case is a line in a table: what the layers hold, and the whole tree that must come of it, or the refusal. Every case
+is run with a canary outside of the rootfs (archives.CANARY), which must not change.
 """
 
 import os
@@ -69,7 +69,8 @@ add_cases(Paths, [
     ("A1 absolute name of a host file", [layer(file(f"{CANARY}/file", "in"))], WRITTEN),
     ("A1 dotdot name of a host file", [layer(file(UP + IN_CANARY + "/file", "in"))], WRITTEN),
     ("A1 name of a host file in PAX", [layer(file("x", "in", records={"path": f"{CANARY}/file"}))], WRITTEN),
-    ("A1 name of a host file in a GNU long name", [layer(gnu_long(UP + IN_CANARY + "/file"), file("x", "in"))], WRITTEN),
+    ("A1 name of a host file in a GNU long name", [layer(gnu_long(UP + IN_CANARY + "/file"), file("x", "in"))],
+     WRITTEN),
     ("A1 name of a host file in GNU.sparse.name",
      [layer(sparse_pax(f"{CANARY}/file", 2, [(0, b"in")], "1.0"))], WRITTEN),
     ("A1 directory entry on a host directory", [layer(directory(f"../..{CANARY}/dir", mode=0o700, uid=7))],
@@ -145,7 +146,8 @@ add_cases(Paths, [
       for what, bad in [("link", symlink(name, CANARY)), ("fifo", fifo(name)), ("hard link", hardlink(name, "keep")),
                         ("char", device(name, b"3", 1, 3)), ("unknown", entry(name, b"Z"))]],
     ("A4 root entry may not be a file", [layer(file(".", "x"))], Refused(400, "root is not a directory", {})),
-    ("A4 dotdot entry may not be a link", [layer(symlink("../..", CANARY))], Refused(400, "root is not a directory", {})),
+    ("A4 dotdot entry may not be a link", [layer(symlink("../..", CANARY))],
+     Refused(400, "root is not a directory", {})),
 
     ("A5 empty file name", [layer(file("keep"), file(""))], Refused(400, "empty name", {"keep": "file "})),
     ("A5 empty link name", [layer(symlink("", "x"))], Refused(400, "empty name", {})),
@@ -157,7 +159,8 @@ add_cases(Paths, [
      Refused(400, "over 255 bytes", {})),
     ("A5 component of 256 bytes through a link", [layer(symlink("l", "n" * 256 + "/y"), file("l/x"))],
      Refused(400, "cannot unpack /?l/x", {"l": "link " + "n" * 256 + "/y"})),
-    ("A5 control characters in a refused name", [layer(file("\x1b[2J\n/" + "n" * 256))], Refused(400, "over 255 bytes")),
+    ("A5 control characters in a refused name", [layer(file("\x1b[2J\n/" + "n" * 256))],
+     Refused(400, "over 255 bytes")),
     ("A5 control characters in a name are just bytes", [layer(file("\x1b[2J\n", "x"))], {"\x1b[2J\n": "file x"}),
     ("A5 two hundred and fifty levels", [layer(file("d/" * 250 + "x"))],
      dirs("d/" * 250 + "x") | {"d/" * 250 + "x": "file "}),
@@ -295,11 +298,14 @@ add_cases(Whiteouts, [
     *[(f"B4 marker {marker!r} is refused where its directory is missing", [layer(file(marker))],
        Refused(400, "bad whiteout", {})) for marker in ["no/.wh.", "no/.wh..", "no/.wh..."]],
     ("B4 bookkeeping of aufs at the root is skipped",
-     [LOWER, layer(directory(".wh..wh.plnk"), file(".wh..wh.plnk/1.2", "x"), file(".wh..wh.aufs"), directory(".wh..wh.orph"))],
+     [LOWER, layer(directory(".wh..wh.plnk"), file(".wh..wh.plnk/1.2", "x"), file(".wh..wh.aufs"),
+                   directory(".wh..wh.orph"))],
      LOWER_TREE),
-    ("B4 entries below a marker", [LOWER, layer(file("d/.wh.a/x"))], Refused(400, "whiteout cannot be a dir", LOWER_TREE)),
+    ("B4 entries below a marker", [LOWER, layer(file("d/.wh.a/x"))],
+     Refused(400, "whiteout cannot be a dir", LOWER_TREE)),
 
-    ("B5 through a link in the image", [layer(file("usr/lib/x", "x"), file("usr/lib/y", "y"), symlink("lib", "usr/lib")),
+    ("B5 through a link in the image", [layer(file("usr/lib/x", "x"), file("usr/lib/y", "y"),
+                                              symlink("lib", "usr/lib")),
                                         layer(whiteout("lib/x"))],
      {"usr": "dir", "usr/lib": "dir", "usr/lib/y": "file y", "lib": "link usr/lib"}),
     ("B5 through a link to the host", [layer(symlink("l", CANARY)), layer(whiteout("l/file"), whiteout("l/dir"))],
@@ -361,7 +367,8 @@ add_cases(Objects, [
     ("C3 to a link to a host file: the link itself",
      [layer(symlink("l", f"{CANARY}/file"), hardlink("h", "l"))],
      {"l": f"link {CANARY}/file", "h": f"link {CANARY}/file"}),
-    ("C3 written through afterwards: never", [layer(symlink("l", f"{CANARY}/file"), hardlink("h", "l"), file("h", "in"))],
+    ("C3 written through afterwards: never", [layer(symlink("l", f"{CANARY}/file"), hardlink("h", "l"),
+                                                    file("h", "in"))],
      {"l": f"link {CANARY}/file", "h": "file in"}),
     ("C3 through a link in the way", [layer(file("real/a", "a"), symlink("l", "real"), hardlink("h", "l/a"))],
      {"real": "dir", "real/a": "file a", "l": "link real", "h": "file a"}),
@@ -417,7 +424,8 @@ add_cases(Objects, [
     ("C5 GNU long name and long link", [layer(gnu_long("t" * 150, b"K"), gnu_long("n" * 150), symlink("s", "s"))],
      {"n" * 150: "link " + "t" * 150}),
     ("C5 PAX name", [layer(file("d/" + "n" * 200, "in"))], {"d": "dir", "d/" + "n" * 200: "file in"}),
-    ("C5 PAX and GNU name together", [layer(pax({"path": "pax"}), gnu_long("gnu"), file("s", "in"))], {"pax": "file in"}),
+    ("C5 PAX and GNU name together", [layer(pax({"path": "pax"}), gnu_long("gnu"), file("s", "in"))],
+     {"pax": "file in"}),
     ("C5 ustar prefix", [layer(header("name", size=2, tail=b"pre/fix") + padded(b"in"))],
      {"pre": "dir", "pre/fix": "dir", "pre/fix/name": "file in"}),
     ("C5 name of exactly 100 bytes", [layer(file("n" * 100, "in"))], {"n" * 100: "file in"}),
@@ -437,7 +445,7 @@ add_cases(Objects, [
 class SparseFiles(Sandbox):
     """C.4: sparse files in all four formats, hand-made and by GNU tar."""
 
-    PIECES = [(0, b"start"), (8192, b"middle" * 100), (1 << 20, b"end")]
+    PIECES = ((0, b"start"), (8192, b"middle" * 100), (1 << 20, b"end"))
     SIZE = (1 << 20) + 5000
 
     @classmethod
@@ -511,7 +519,8 @@ add_cases(SparseFiles, [
     ("C4 sparse map that is not numbers",
      pax({"GNU.sparse.size": "5", "GNU.sparse.map": "0,x"}) + file("s", "x"), 400, "tar header"),
     ("C4 sparse 1.0 map without an end", pax({"GNU.sparse.major": "1", "GNU.sparse.minor": "0",
-                                              "GNU.sparse.realsize": "5"}) + file("s", "9" * 600), 400, "tar header|short"),
+                                              "GNU.sparse.realsize": "5"}) + file("s", "9" * 600), 400,
+     "tar header|short"),
 ], "check_map")
 
 
@@ -549,7 +558,8 @@ class Metadata(Sandbox):
         self.apply(layer(file("f", uid=1234, gid=4321, owner=b"root"), file("r", owner=b"daemon"),
                          directory("d", uid=7, gid=8), symlink("l", "f", uid=5, gid=6), fifo("p", uid=1, gid=1),
                          device("c", b"3", 1, 3, uid=2, gid=2)))
-        self.assertEqual([self.owner(name) for name in "frdlpc"], [(1234, 4321), (0, 0), (7, 8), (5, 6), (1, 1), (2, 2)])
+        self.assertEqual([self.owner(name) for name in "frdlpc"],
+                         [(1234, 4321), (0, 0), (7, 8), (5, 6), (1, 1), (2, 2)])
 
     def test_D1_large_owners(self):
         self.apply(layer(file("base256", uid=0xFFFFFFFE, gid=1 << 31),
@@ -609,17 +619,20 @@ class Metadata(Sandbox):
         self.assertEqual(self.status("base256").st_mtime_ns, -2 * 10**9)
 
     def test_D2_directory_times_hold_at_the_end_of_the_layer(self):
-        self.apply(layer(directory("d", mtime=11), file("d/a"), directory("d/e", mtime=12), file("d/e/x"), whiteout("d/no"),
+        self.apply(layer(directory("d", mtime=11), file("d/a"), directory("d/e", mtime=12), file("d/e/x"),
+                         whiteout("d/no"),
                          hardlink("d/h", "d/a"), directory(".", mtime=13)),
                    layer(directory("d", mtime=21), whiteout("d/a"), file("d/late")))
         self.assertEqual([self.status(path).st_mtime_ns // 10**9 for path in ("d", "d/e", ".")], [21, 12, 13])
 
     def test_D2_time_of_a_directory_that_is_one_no_more(self):
-        self.apply(layer(directory("a", mtime=1), file("a", mtime=2), directory("b", mtime=1), symlink("b", CANARY, mtime=2)))
+        self.apply(layer(directory("a", mtime=1), file("a", mtime=2), directory("b", mtime=1),
+                         symlink("b", CANARY, mtime=2)))
         self.assertEqual([self.status(path).st_mtime for path in "ab"], [2, 2])
 
     def test_D2_time_of_a_directory_that_came_back(self):
-        self.apply(layer(directory("a", mtime=1), directory("a/b", mtime=1), file("a", mtime=2), directory("a", mtime=3),
+        self.apply(layer(directory("a", mtime=1), directory("a/b", mtime=1), file("a", mtime=2),
+                         directory("a", mtime=3),
                          directory("a/b", mtime=4)))
         self.assertEqual([self.status(path).st_mtime for path in ("a", "a/b")], [3, 4])
 
@@ -628,12 +641,14 @@ class Metadata(Sandbox):
         records = {"SCHILY.xattr.user.text": "a=b\nc", "SCHILY.xattr.user.bytes": value,
                    "SCHILY.xattr.trusted.t": b"\xff\0", "SCHILY.xattr.user.ünï": "x"}
         wanted = {"user.text": b"a=b\nc", "user.bytes": value, "trusted.t": b"\xff\0", "user.ünï": b"x"}
-        self.apply(layer(file("f", "x", mode=0o400, uid=5, records=records), directory("d", mode=0o500, records=records)))
+        self.apply(layer(file("f", "x", mode=0o400, uid=5, records=records),
+                         directory("d", mode=0o500, records=records)))
         self.assertEqual((self.xattr("f"), self.xattr("d")), (wanted, wanted))
 
     def test_D3_xattrs_of_links_and_special_files_do_not_reach_the_host(self):
         records = {"SCHILY.xattr.trusted.t": "v", "SCHILY.xattr.user.u": "skipped"}
-        self.apply(layer(symlink("l", f"{CANARY}/file", records=records), symlink("d", f"{CANARY}/dir", records=records),
+        self.apply(layer(symlink("l", f"{CANARY}/file", records=records),
+                         symlink("d", f"{CANARY}/dir", records=records),
                          fifo("p", records=records), device("c", b"3", 1, 3, records=records)))
         for path in "ldpc":
             self.assertEqual(self.xattr(path), {"trusted.t": b"v"}, path)
@@ -652,7 +667,8 @@ class Metadata(Sandbox):
     def test_D3_directory_over_directory_drops_the_old_xattrs(self):
         self.apply(layer(directory("d", records={"SCHILY.xattr.trusted.old": "v", "SCHILY.xattr.user.both": "old"})),
                    layer(directory("d", mode=0o711, uid=3, mtime=9, records={"SCHILY.xattr.user.both": "new"})))
-        self.assertEqual((self.xattr("d"), self.mode("d"), self.owner("d")), ({"user.both": b"new"}, oct(0o711), (3, 0)))
+        self.assertEqual((self.xattr("d"), self.mode("d"), self.owner("d")),
+                         ({"user.both": b"new"}, oct(0o711), (3, 0)))
 
     def test_D3_the_host_umask_or_default_acl_of_a_parent_does_not_matter_to_an_acl(self):
         acl = bytes.fromhex("02000000" "01000600ffffffff" "02000400e8030000" "04000400ffffffff" "10000600ffffffff"
@@ -674,7 +690,8 @@ class Metadata(Sandbox):
     def test_D3_xattrs_that_do_not_fit_are_not_a_full_disk(self):
         """ext4 says ENOSPC where an attribute does not fit beside the others; others take it, or have another word."""
         for name, records in (("one", {"SCHILY.xattr.user.a": "v" * 20_000}), ("too large for any", {
-                "SCHILY.xattr.user.a": "v" * 70_000}), ("many", {f"SCHILY.xattr.user.{n}": "v" * 50 for n in range(500)})):
+                "SCHILY.xattr.user.a": "v" * 70_000}), ("many",
+                                                        {f"SCHILY.xattr.user.{n}": "v" * 50 for n in range(500)})):
             with self.subTest(name):
                 try:
                     self.apply(layer(file("f", records=records)))
@@ -706,7 +723,8 @@ add_cases(Damage, [
       for size in ("-1", "-512", "-4096")],
     ("E5 negative size behind a positive one",
      layer(pax({"GNU.sparse.realsize": "5"}) + header("x", size=-1536)), "negative size|tar header|cut short"),
-    ("E2 bad checksum in the middle", layer(file("a"), header("b", checksum=1), file("c")), "bad tar header at byte 512"),
+    ("E2 bad checksum in the middle", layer(file("a"), header("b", checksum=1), file("c")),
+     "bad tar header at byte 512"),
     ("E2 garbage in the middle", layer(file("a"), b"garbage!" * 64, file("c")), "bad tar header at byte 512"),
     ("E2 extension header at the end of the data", pax({"path": "x"}), "tar header"),
     ("E2 long name at the end of the data", gnu_long("x" * 200), "tar header"),

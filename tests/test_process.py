@@ -186,7 +186,7 @@ class Processes(Sandbox):
         self.assertEqual((stat.S_IMODE(status.st_mode), status.st_uid, status.st_gid), (0o700, 5, 6))
 
     def test_G2_a_deep_working_directory_or_volume_can_be_removed_again(self):
-        """A tree that shutil.rmtree cannot remove (RecursionError on Python 3.11) stops the daemon at its next start."""
+        """A tree that shutil.rmtree cannot remove (RecursionError on Python 3.11) stops the daemon's next start."""
         for process in ({"WorkingDir": "/a" * 1500}, {"Volumes": {"/v" * 1500: {}}}):
             with self.subTest(list(process)), self.refused(400, "deep|MAX_PATH_DEPTH"):
                 self.process(**process)
@@ -258,9 +258,11 @@ add_cases(Processes, [
     *[(f"G2 WorkingDir {path!r}", [], {"WorkingDir": path}, 400, pattern)
       for path, pattern in (("relative", "not an absolute"), ("./x", "not an absolute"), ("../x", "not an absolute"),
                             ("C:\\x", "not an absolute"), ("/proc", "CVE-2024-21626"),
-                            ("/proc/self/fd/7", "CVE-2024-21626"), ("//proc/self/fd/7", "CVE-2024-21626"), ("/x/../proc/self/fd/8", "CVE-2024-21626"),
+                            ("/proc/self/fd/7", "CVE-2024-21626"), ("//proc/self/fd/7", "CVE-2024-21626"),
+                            ("/x/../proc/self/fd/8", "CVE-2024-21626"),
                             ("/./proc/", "CVE-2024-21626"), ("/../proc/1/cwd", "CVE-2024-21626"))],
-    ("G2 WorkingDir is a link to /proc", [symlink("w", "/proc/self/fd/7")], {"WorkingDir": "/w"}, 400, "CVE-2024-21626"),
+    ("G2 WorkingDir is a link to /proc", [symlink("w", "/proc/self/fd/7")], {"WorkingDir": "/w"}, 400,
+     "CVE-2024-21626"),
     ("G2 WorkingDir lies below a link to /proc", [symlink("w", "proc")], {"WorkingDir": "/w/self/fd/7"}, 400,
      "CVE-2024-21626"),
     ("G2 WorkingDir is a chain of links to /proc", [symlink("w", "x"), symlink("x", "y/../proc/self/cwd")],
@@ -273,7 +275,8 @@ add_cases(Processes, [
     *[(f"H1 volume {path!r} is in the way", entries, {"Volumes": {path: {}}}, 400, "in the way")
       for path, entries in (("/", []), ("", []), (".", []), ("/proc", []), ("/proc/sys", []), ("/dev", []),
                             ("/dev/shm", []), ("/sys/fs/cgroup", []), ("/control.sock", []), ("/x/../proc", []),
-                            ("/l", [symlink("l", "/")]), ("/l/x", [symlink("l", "/proc")]), ("/l", [symlink("l", "sys")]),
+                            ("/l", [symlink("l", "/")]), ("/l/x", [symlink("l", "/proc")]),
+                            ("/l", [symlink("l", "sys")]),
                             ("//proc", []))],
     ("H1 volume through a loop", [symlink("l", "l")], {"Volumes": {"/l": {}}}, 400, "MAX_LINK_HOPS"),
 ], "check_error")
@@ -311,7 +314,8 @@ class MountTargets(Sandbox):
     def test_H1_made_with_the_right_mode_whatever_the_umask(self):
         os.umask(0o777)
         rootfs = self.check()
-        self.assertEqual([stat.S_IMODE(os.lstat(rootfs / name).st_mode) for name in (*self.TARGETS, "control.sock", "etc")],
+        self.assertEqual([stat.S_IMODE(os.lstat(rootfs / name).st_mode)
+                          for name in (*self.TARGETS, "control.sock", "etc")],
                          [0o755, 0o755, 0o755, 0o755, 0o644, 0o755])
 
     def test_H1_directories_of_the_image_stay(self):
@@ -324,7 +328,8 @@ class MountTargets(Sandbox):
         self.assertEqual((rootfs / "etc/hosts").read_text(), "1.2.3.4 x\n")
 
     def test_H1_hosts_that_docker_emptied_are_filled(self):
-        for entry in (file("etc/hosts"), file("etc/hosts", " \n"), symlink("etc/hosts", f"{CANARY}/file"), fifo("etc/hosts"),
+        for entry in (file("etc/hosts"), file("etc/hosts", " \n"), symlink("etc/hosts", f"{CANARY}/file"),
+                      fifo("etc/hosts"),
                       symlink("etc/hosts", f"{CANARY}/new"), directory("etc/hosts")):
             rootfs = self.check(entry)
             self.assertIn("127.0.0.1\tlocalhost", (rootfs / "etc/hosts").read_text())

@@ -93,7 +93,8 @@ class Tools(unittest.TestCase):
             (cls.directory / name).mkdir()
         cls.policy = cls.directory / "policy.json"
         cls.policy.write_text('{"default": [{"type": "insecureAcceptAnything"}]}')
-        cls.storage = ("--root", cls.directory / "root", "--runroot", cls.directory / "runroot", "--storage-driver", "vfs")
+        cls.storage = ("--root", cls.directory / "root", "--runroot", cls.directory / "runroot", "--storage-driver",
+                       "vfs")
         cls.store = f"containers-storage:[vfs@{cls.directory}/root+{cls.directory}/runroot]"
         for kind in ("docker", "oci"):
             cls.build(kind)
@@ -153,14 +154,16 @@ class Tools(unittest.TestCase):
         process = document["process"]
         self.assertEqual((process["entrypoint"], process["cmd"], process["env"]),
                          (["/bin/tool", "-x"], ["serve", "now"], ["A=b c", "PATH=/bin", "HOME=/home/app"]))
-        self.assertEqual((process["uid"], process["gid"], process["groups"], process["cwd"]), (1000, 1001, [30], "/srv/app"))
+        self.assertEqual((process["uid"], process["gid"], process["groups"], process["cwd"]),
+                         (1000, 1001, [30], "/srv/app"))
         self.assertEqual((process["labels"]["l"], process["exposed_ports"]), ("v", ["80"]))
         self.assertEqual([volume["path"] for volume in process["volumes"]], ["/data"])
         return document
 
     def config_digest(self, kind: str) -> str:
         """The image's id, which is its config's digest."""
-        return "sha256:" + json.loads(self.buildah("inspect", "--type", "image", f"localhost/app:{kind}"))["FromImageID"]
+        return "sha256:" + json.loads(self.buildah("inspect", "--type", "image",
+                                                   f"localhost/app:{kind}"))["FromImageID"]
 
     def tar(self, layout: Path) -> Path:
         archive = self.path(f"{layout.name}.tar")
@@ -172,9 +175,11 @@ class Tools(unittest.TestCase):
 
     def test_F1_buildah_docker_archive(self):
         archive = self.path("a.tar")
-        self.buildah("push", "--signature-policy", self.policy, "localhost/app:docker", f"docker-archive:{archive}:app:1")
+        self.buildah("push", "--signature-policy", self.policy, "localhost/app:docker",
+                     f"docker-archive:{archive}:app:1")
         document = self.check(archive, "docker")
-        self.assertEqual((document["digest"], document["tag"]), (self.config_digest("docker"), "docker.io/library/app:1"))
+        self.assertEqual((document["digest"], document["tag"]),
+                         (self.config_digest("docker"), "docker.io/library/app:1"))
 
     def test_F2_buildah_oci_archive(self):
         archive = self.path("a.tar")
@@ -185,7 +190,8 @@ class Tools(unittest.TestCase):
         if reason := missing("podman"):
             self.skipTest(reason)
         archive = self.path("a.tar")
-        self.run_tool("podman", *self.storage, "--tmpdir", self.directory / "tmp", "save", "--quiet", *arguments, "-o", archive,
+        self.run_tool("podman", *self.storage, "--tmpdir", self.directory / "tmp", "save", "--quiet", *arguments, "-o",
+                      archive,
                       f"localhost/app:{kind}")
         return archive
 
@@ -198,7 +204,8 @@ class Tools(unittest.TestCase):
         self.assertEqual(document["digest"], self.config_digest("oci"))
 
     def test_F1_podman_two_images(self):
-        archive = self.podman_save("docker", "--multi-image-archive", "--format", "docker-archive", "localhost/base:docker")
+        archive = self.podman_save("docker", "--multi-image-archive", "--format", "docker-archive",
+                                   "localhost/base:docker")
         with self.assertRaisesRegex(faasd.ImageError, "--tag: localhost/app:docker, localhost/base:docker"):
             self.unpack(archive)
         image = Path(tempfile.mkdtemp(dir=self.directory))

@@ -1,0 +1,210 @@
+"""The client: usage, exit statuses, and how it takes a daemon that answers early, late or not at all."""
+
+import json
+import os
+import pty
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import unittest
+
+import support
+
+FAAS = [sys.executable, str(support.TOP / "faas")]
+
+
+def faas(*arguments: str, stdin: bytes | None = b"", env: dict | None = None) -> subprocess.CompletedProcess:
+    result = subprocess.run([*FAAS, *arguments], input=stdin, capture_output=True, env={**os.environ, **(env or {})},
+                            check=False)
+    result.stdout, result.stderr = result.stdout.decode(), result.stderr.decode()
+    return result
+
+
+class Usage(unittest.TestCase):
+    def test_one_line_and_status_2(self):
+        for arguments, words in (
+                ((), "required: COMMAND"), (("nonsense",), "invalid choice"), (("new",), "required: NAME"),
+                (("new", "Bad_Name"), "use 1 to 63 of a-z"), (("ip", "a" * 64), "use 1 to 63"),
+                (("rm",), "required: NAME"),
+                (("new", "f", "--memory", "lots"), "write 512m"), (("new", "f", "--memory", "-1"), "write 512m"),
+                (("new", "f", "--cpus", "x"), "write 0.5"), (("new", "f", "--pids", "0"), "whole number"),
+                (("new", "f", "--timeout", "1d"), "write 500ms"), (("logs", "f", "-n", "x"), "whole number"),
+                (("new", "f", "-e", "=x"), "bad environment entry"), (("list", "--", "x"), "only new takes a command"),
+                (("list", "extra"), "unrecognized arguments")):
+            with self.subTest(arguments):
+                result = faas(*arguments, stdin=b"x")
+                self.assertEqual((result.returncode, result.stdout), (2, ""), result.stderr)
+                self.assertRegex(result.stderr, r"\Afaas: [^\n]+\n\Z")
+                self.assertIn(words, result.stderr)
+
+    def test_stdin_is_a_terminal(self):
+        master, slave = pty.openpty()
+        try:
+            result = subprocess.run([*FAAS, "new", "f"], stdin=slave, capture_output=True, text=True, check=False)
+        finally:
+            os.close(master)
+            os.close(slave)
+        self.assertEqual(result.returncode, 2)
+        self.assertIn("docker save IMAGE | faas new NAME", result.stderr)
+
+    def test_help_names_every_command_and_option(self):
+        out = faas("--help").stdout
+        for command in ("new", "ip", "list", "info", "logs", "rm", "version", "pack"):
+            self.assertRegex(out, rf"\n    {command} ")
+            self.assertEqual(faas(command, "--help").returncode, 0)
+        for option in ("--file", "--tag", "--env", "--env-file", "--memory", "--cpus", "--pids", "--timeout",
+                       "--start-timeout"):
+            self.assertIn(option, faas("new", "--help").stdout)
+
+    def test_files_that_cannot_be_read(self):
+        for arguments in (("-f", "/nonexistent"), ("-f", "/"), ("--env-file", "/nonexistent")):
+            result = faas("new", "f", *arguments, stdin=b"x")
+            self.assertEqual((result.returncode, result.stderr.count("\n")), (1, 1), result.stderr)
+            self.assertIn("cannot read /", result.stderr)
+
+    def test_no_daemon(self):
+        for command in (("list",), ("new", "f"), ("rm", "f")):
+            result = faas("--socket", "/nonexistent/faasd.sock", *command, stdin=b"x")
+            self.assertEqual(result.returncode, 1)
+            self.assertIn("cannot reach faasd at /nonexistent/faasd.sock: No such file or directory "
+                          "(is it running? sudo ./faasd.py)", result.stderr)
+        result = faas("version", env={"FAAS_SOCKET": "/nonexistent"})
+        self.assertEqual(result.returncode, 1)
+        self.assertRegex(result.stdout, "^client   faas ")
+
+    def test_broken_output_pipe_is_quiet(self):
+        out = subprocess.run(f"'{FAAS[0]}' '{FAAS[1]}' new --help | true", shell=True, capture_output=True, text=True,
+                             check=False)
+        self.assertEqual(out.stderr, "")
+
+
+class ScriptedDaemon(threading.Thread):
+    """Accepts one connection, reads a request up to some point and says what it is told: no real daemon does so on
+    demand."""
+
+    def __init__(self, path, answer: bytes, read: int):
+        super().__init__()
+        self.request = b""
+        self._answer, self._read = answer, read
+        self._listener = socket.socket(socket.AF_UNIX)
+        self._listener.bind(str(path))
+        self._listener.listen()
+        self.start()
+
+    def run(self):
+        connection, _ = self._listener.accept()
+        with connection, self._listener:
+            while len(self.request) < self._read and (data := connection.recv(65536)):
+                self.request += data
+            connection.sendall(self._answer)
+
+
+def response(status: int, document: dict) -> bytes:
+    body = json.dumps(document).encode()
+    return b"HTTP/1.1 %d X\r\nContent-Length: %d\r\n\r\n%s" % (status, len(body), body)
+
+
+class Conversation(unittest.TestCase):
+    def setUp(self):
+        self.directory = support.temporary_directory()
+        self.addCleanup(shutil.rmtree, self.directory)
+        self.socket = self.directory / "s"
+
+    def talk(self, answer: bytes, *arguments: str, read: int = 1, stdin: bytes = b"x") -> subprocess.CompletedProcess:
+        daemon = ScriptedDaemon(self.socket, answer, read)
+        result = faas("--socket", str(self.socket), *arguments, stdin=stdin)
+        daemon.join()
+        self.request = daemon.request
+        return result
+
+    def test_early_refusal_of_a_long_upload(self):
+        result = self.talk(response(409, {"error": "a deploy is under way"}), "new", "f", stdin=bytes(50 << 20))
+        self.assertEqual((result.returncode, result.stderr), (1, "faas: a deploy is under way\n"))
+
+    def test_output_of_the_handler_is_shown_and_escaped(self):
+        result = self.talk(response(422, {"error": "it exited", "output": ["one", "two \x1b[2J"]}), "new", "f")
+        self.assertEqual(result.stderr, "faas: it exited\n  one\n  two \\x1b[2J\n")
+
+    def test_daemon_that_dies(self):
+        for answer in (b"", b"HTTP/1.1 200", b"HTTP/1.1 500 X\r\nContent-Length: 5\r\n\r\nxx"):
+            with self.subTest(answer):
+                result = self.talk(answer, "new", "f")
+                self.assertEqual((result.returncode, result.stderr.count("\n")), (1, 1), result.stderr)
+                self.assertIn("faasd went away before it had answered", result.stderr)
+                self.socket.unlink()            # before the next one
+
+    def test_options_are_sent_as_they_are_typed(self):
+        env_file = self.directory / "env"
+        env_file.write_text("# comment\nA=1\n\n  B=2 = 3\nMINE\nNOT_SET\n")
+        os.environ["MINE"] = "from outside"
+        self.addCleanup(os.environ.pop, "MINE")
+        self.talk(response(201, {"name": "f", "address": "10.0.0.10"}), "new", "f", "--tag", "a:b", "--env-file",
+                  str(env_file), "-e", "C=ü", "-e", "MINE", "-e", "NOT_SET", "--memory", "64m", "--timeout", "500ms",
+                  "--", "-x", "--", "y z")
+        query = re.search(rb"POST /functions/f\?(\S+) HTTP", self.request)[1].decode()
+        self.assertEqual(query, "tag=a%3Ab&env=A%3D1&env=B%3D2+%3D+3&env=MINE%3Dfrom+outside&env=C%3D%C3%BC"
+                                "&env=MINE%3Dfrom+outside&memory=64m&timeout=500ms&cmd=-x&cmd=--&cmd=y+z")
+        self.assertIn(b"Transfer-Encoding: chunked", self.request)
+
+    def test_file_has_a_length(self):
+        (self.directory / "image").write_bytes(b"abc")
+        self.talk(response(201, {"name": "f", "address": "10.0.0.10"}), "new", "f", "-f", str(self.directory / "image"))
+        self.assertIn(b"Content-Length: 3\r\n", self.request)
+
+    def test_check_mark_in_any_locale(self):
+        result = self.talk(response(201, {"name": "f", "address": "10.0.0.10"}), "new", "f")
+        self.assertEqual(result.stdout, "✓ Deployed f at 10.0.0.10\n")
+
+    def test_progress_on_a_terminal_only(self):
+        answer = response(201, {"name": "f", "address": "10.0.0.10"})
+        self.assertEqual(self.talk(answer, "new", "f", stdin=b"x").stderr, "")
+        self.socket.unlink()
+        image = self.directory / "image"
+        image.write_bytes(bytes(3 << 20))
+        daemon = ScriptedDaemon(self.socket, answer, 3 << 20)
+        master, slave = pty.openpty()
+        process = subprocess.Popen([*FAAS, "--socket", str(self.socket), "new", "f", "-f", str(image)],
+                                   stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=slave)
+        os.close(slave)
+        shown = b""
+        try:
+            while data := os.read(master, 65536):
+                shown += data
+        except OSError:                 # EIO: the other side is closed
+            pass
+        os.close(master)
+        self.assertEqual(process.wait(), 0)
+        daemon.join()
+        self.assertRegex(shown.decode(), r"uploading \[#+ *\] +\d+%  \d\.\d MiB  [\d.]+ [KMG]iB/s")
+        self.assertIn("3.0 MiB uploaded; unpacking and starting", shown.decode())
+
+
+class WithDaemon(unittest.TestCase):
+    def test_json_is_one_document(self):
+        with support.Daemon() as daemon:
+            def document(*arguments: str):
+                return json.loads(daemon.faas("--json", *arguments).stdout)
+            self.assertEqual(document("list"), [])
+            out = daemon.faas("new", "f", "--json", stdin=support.handler_image()).stdout
+            self.assertEqual(json.loads(out)["address"], "10.0.0.10")
+            self.assertEqual([f["name"] for f in document("list")], ["f"])
+            self.assertEqual(document("ip", "f"), "10.0.0.10")
+            self.assertEqual(document("info", "f")["state"], "ready")
+            self.assertEqual(len(document("logs", "f")), 1)
+            self.assertEqual(set(document("version")), {"client", "daemon"})
+            self.assertEqual(document("rm", "f"), {"removed": ["f"]})
+
+    def test_info_for_people(self):
+        with support.Daemon() as daemon:
+            daemon.deploy("f", support.handler_image(), "-e", "A=b c", "--timeout", "0")
+            out = daemon.faas("info", "f").stdout
+            for line in ("address:       10.0.0.10:80", "state:         ready", "memory:        512.0 MiB",
+                         "timeout:       none", "env:           'A=b c'"):
+                self.assertIn(line + "\n", out)
+
+
+if __name__ == "__main__":
+    unittest.main()

@@ -1,0 +1,145 @@
+"""`faas pack`: an image without Docker, which runs, and is the same each time."""
+
+import hashlib
+import io
+import json
+import os
+import pty
+import shutil
+import socket
+import subprocess
+import sys
+import tarfile
+import unittest
+
+import support
+
+HANDLER = support.TOP / "test_handler.py"
+
+
+def pack(*arguments, python: str = sys.executable) -> bytes:
+    return subprocess.run([python, support.TOP / "faas", "pack", *arguments], capture_output=True, check=True).stdout
+
+
+class Pack(unittest.TestCase):
+    @classmethod
+    def setUpClass(cls):
+        cls.image = pack(HANDLER)
+        cls.members = {}
+        with tarfile.open(fileobj=io.BytesIO(cls.image)) as archive:
+            for member in archive:
+                cls.members[member.name] = archive.extractfile(member).read()
+        cls.manifest = json.loads(cls.members["manifest.json"])[0]
+        cls.config = json.loads(cls.members[cls.manifest["Config"]])
+
+    def test_same_input_gives_the_same_bytes(self):
+        self.assertEqual(hashlib.sha256(pack(HANDLER)).hexdigest(), hashlib.sha256(self.image).hexdigest())
+
+    def test_digests(self):
+        diff_ids = [f"sha256:{hashlib.sha256(self.members[name]).hexdigest()}" for name in self.manifest["Layers"]]
+        self.assertEqual(self.config["rootfs"]["diff_ids"], diff_ids)
+        self.assertEqual(self.manifest["Config"],
+                         f"{hashlib.sha256(self.members[self.manifest['Config']]).hexdigest()}.json")
+        self.assertEqual(self.manifest["RepoTags"], ["test-handler:latest"])
+
+    def test_entries(self):
+        for name in self.manifest["Layers"]:
+            with tarfile.open(fileobj=io.BytesIO(self.members[name])) as layer:
+                names = layer.getnames()
+                for entry in layer:
+                    self.assertEqual((entry.uid, entry.gid, entry.mtime, entry.uname), (0, 0, 0, ""), entry.name)
+                    self.assertIn(oct(entry.mode), ("0o755", "0o644", "0o1777"), entry.name)
+                    self.assertFalse(entry.name.startswith("/") or ".." in entry.name.split("/"), entry.name)
+                    self.assertTrue(entry.isreg() or entry.isdir(), entry.name)
+                    parent = os.path.dirname(entry.name)
+                    self.assertTrue(not parent or parent in names, f"{entry.name} comes without its directory")
+        self.assertIn("handler.py", names)
+
+    def test_python_needs_no_compiling(self):
+        with tarfile.open(fileobj=io.BytesIO(self.members[self.manifest["Layers"][0]])) as layer:
+            names = set(layer.getnames())
+            sources = [name for name in names if name.endswith("/socket.py")]
+            self.assertEqual(len(sources), 1)
+            directory, tag = os.path.dirname(sources[0]), sys.implementation.cache_tag
+            byte_code = layer.extractfile(f"{directory}/__pycache__/socket.{tag}.pyc").read(8)
+        self.assertEqual(byte_code[4:], b"\1\0\0\0")        # hash-based, and the hash is never checked (PEP 552)
+        self.assertFalse([name for name in names if "/test/" in name or "site-packages" in name])
+
+    def test_other_pythons_of_this_machine(self):
+        """The handler answers from an image of each: what `faas` runs with is what it packs."""
+        pythons = {os.path.realpath(path) for path in ("/usr/bin/python3", sys.executable) if os.path.exists(path)}
+        with support.Daemon() as daemon:
+            for number, python in enumerate(sorted(pythons)):
+                image = pack(HANDLER, python=python)
+                address = daemon.deploy(f"f{number}", image)
+                status, body = support.get(address, "/packed")
+                self.assertEqual((status, body), (200, "Hello from FaaS handler!\nGET /packed HTTP/1.1\n"))
+                self.assertEqual(daemon.info(f"f{number}")["command"], [python, "/handler.py"])
+
+    def test_from_a_virtual_environment(self):
+        directory = support.temporary_directory()
+        self.addCleanup(shutil.rmtree, directory)
+        try:
+            subprocess.run([sys.executable, "-m", "venv", "--without-pip", directory / "venv"], check=True,
+                           capture_output=True)
+        except subprocess.CalledProcessError as error:
+            self.skipTest(f"python3 -m venv does not work here: {error.stderr[-200:]}")
+        self.assertEqual(pack(HANDLER, python=directory / "venv/bin/python3"), self.image)
+
+    def test_refusals(self):
+        for arguments, words in ((("/nonexistent.py",), "not there"), (("/",), "a handler is one file")):
+            result = subprocess.run([sys.executable, support.TOP / "faas", "pack", *arguments], capture_output=True,
+                                    text=True, check=False)
+            self.assertEqual((result.returncode, result.stdout), (1, ""))
+            self.assertIn(words, result.stderr)
+        master, slave = pty.openpty()
+        result = subprocess.run([sys.executable, support.TOP / "faas", "pack", HANDLER], stdout=slave,
+                                stderr=subprocess.PIPE, text=True, check=False)
+        os.close(master)
+        os.close(slave)
+        self.assertEqual(result.returncode, 2)
+        self.assertIn("faas pack HANDLER > image.tar", result.stderr)
+
+    @unittest.skipUnless(shutil.which("skopeo"), "skopeo is not installed")
+    def test_skopeo_takes_it(self):
+        directory = support.temporary_directory()
+        self.addCleanup(shutil.rmtree, directory)
+        (directory / "image.tar").write_bytes(self.image)
+        subprocess.run(["skopeo", "--tmpdir", directory, "--insecure-policy", "copy", "--quiet",
+                        f"docker-archive:{directory}/image.tar", f"oci:{directory}/oci"],
+                       check=True, capture_output=True)
+        index = json.loads((directory / "oci/index.json").read_text())
+        self.assertEqual(len(index["manifests"]), 1)
+
+
+class Handler(unittest.TestCase):
+    """test_handler.py, which everybody will copy."""
+
+    @classmethod
+    def setUpClass(cls):
+        cls.daemon = support.Daemon().start()
+        cls.addClassCleanup(cls.daemon.close)
+        cls.address = cls.daemon.deploy("f", pack(HANDLER))
+
+    def test_every_kind_of_client(self):
+        for arguments, body in (((), "Hello from FaaS handler!\nGET / HTTP/1.1\n"),
+                                (("--data", "x=1"), "Hello from FaaS handler!\nPOST / HTTP/1.1\n"),
+                                (("--http1.0",), "Hello from FaaS handler!\nGET / HTTP/1.0\n")):
+            self.assertEqual(support.curl(*arguments, f"http://{self.address}/"), body)
+        self.assertIn("X-FaaS-Container: ", support.curl("--head", f"http://{self.address}/"))
+        self.daemon.wait_idle("f")
+        log = self.daemon.faas("logs", "f", "-n", "4").stdout
+        self.assertEqual(log.count("outcome=answered"), 4)
+        self.assertEqual(log.count("exit=0"), 4)
+
+    def test_clients_that_leave(self):
+        for data in (b"G", b"GET / HTTP/1.1\r\n\r\n", b"\0" * 100):
+            with socket.create_connection((self.address, 80), timeout=support.READY_SECONDS) as client:
+                client.sendall(data)
+        self.daemon.wait_idle("f")
+        log = self.daemon.faas("logs", "f").stdout
+        self.assertNotIn("Traceback", log)
+
+
+if __name__ == "__main__":
+    unittest.main()
