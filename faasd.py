@@ -155,7 +155,6 @@ FIRST_HOST = 10                     # the first function's address is .10
 MAX_HEADER_SECONDS = 60.0           # socket timeout while a client sends
 UPLOAD_END_SECONDS = 5.0            # how long a stop waits for the threads of cut uploads
 FOLLOW_SECONDS = 15.0               # how often `logs --follow` looks whether its client is still there
-API_ROOT = "/functions"
 
 REGISTRY_FORMAT = 1
 NAME_PATTERN = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")      # a DNS label (RFC 1123)

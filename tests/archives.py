@@ -522,8 +522,7 @@ class Sandbox(unittest.TestCase):
         with tempfile.TemporaryFile("w+") as stdout, tempfile.TemporaryFile("w+") as stderr, \
                 tempfile.NamedTemporaryFile("r") as peak:
             command = [sys.executable, "-c", WATCH, peak.name, *before, sys.executable, "-I", ROOT / "faasd.py",
-                       "unpack",
-                       path, image, tag, str(max_size), str(max_entries)]
+                       "unpack", path, image, tag, str(max_size), str(max_entries)]
             child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr, env=env,
                                      start_new_session=True)
             try:

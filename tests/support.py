@@ -12,6 +12,7 @@ import io
 import json
 import os
 import re
+import secrets
 import shutil
 import signal
 import socket
@@ -23,7 +24,7 @@ import time
 from pathlib import Path
 
 TOP = Path(__file__).resolve().parent.parent
-PREFIX = "faasd-test."
+PREFIX = f"faasd-test.{secrets.token_hex(3)}."         # of this run: another may be under way
 HANDLER = Path(__file__).with_name("handler.py")
 READY_SECONDS = 30      # for anything that must happen at all; no test is about how fast
 
@@ -49,10 +50,16 @@ def temporary_directory() -> Path:
 # -- images --
 
 _python_layer: bytes | None = None
+SPARE = re.compile(r"/python3[.0-9]+/(?!(encodings|json|re|collections|importlib|lib-dynload)(/|$))[a-z_]+/"
+                   r"|/lib-dynload/(?!_socket|select|math|array|_json|_struct|_posix)"
+                   r"|/lib(crypto|ssl|sqlite3|ncurses|readline|tinfo|lzma|bz2|ffi|tirpc|krb5|gssapi|db-)")
 
 
 def python_layer() -> bytes:
-    """Return the tar of a layer with this machine's python3, as `faas pack` makes it."""
+    """Return the tar of a layer with this machine's python3, as `faas pack` makes it, less what handler.py can spare.
+
+    tests/test_pack.py runs the whole of it; here it would only be copied a hundred times.
+    """
     global _python_layer
     if _python_layer is None:
         pack = [sys.executable, TOP / "faas", "pack", HANDLER]
@@ -61,8 +68,17 @@ def python_layer() -> bytes:
             manifest = json.load(archive.extractfile("manifest.json"))[0]
             config = json.load(archive.extractfile(manifest["Config"]))
             python_layer.entrypoint = config["config"]["Entrypoint"][:1]
-            _python_layer = archive.extractfile(manifest["Layers"][0]).read()
+            _python_layer = strip_layer(archive.extractfile(manifest["Layers"][0]))
     return _python_layer
+
+
+def strip_layer(packed) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=packed) as whole, tarfile.open(fileobj=buffer, mode="w") as tar:
+        for entry in whole:
+            if not SPARE.search(entry.name):
+                tar.addfile(entry, whole.extractfile(entry) if entry.isreg() else None)
+    return buffer.getvalue()
 
 
 def layer(files: dict[str, bytes | str]) -> bytes:
@@ -196,7 +212,9 @@ class Daemon:
             return response.status, response.read()
 
     def info(self, name: str) -> dict:
-        return json.loads(self.faas("--json", "info", name).stdout)
+        status, body = self.api("GET", f"/functions/{name}")
+        assert status == 200, body
+        return json.loads(body)
 
     def rootfs(self, name: str) -> Path:
         rootfs, = (self.state_dir / "images" / name).glob("*/rootfs")
@@ -237,8 +255,9 @@ def get(address: str, path: str = "/", port: int = 80) -> tuple[int, str]:
 # -- what is there --
 
 def cgroup_directories(name: str = PREFIX) -> list[str]:
-    """Return cgroups with name in their path."""
-    return sorted(str(path) for path in Path("/sys/fs/cgroup").glob(f"**/*{name}*"))
+    """Return the cgroups with name in theirs, at the top of each hierarchy of v1 and v2."""
+    top = Path("/sys/fs/cgroup")
+    return sorted(str(path) for pattern in (f"*{name}*", f"*/*{name}*") for path in top.glob(pattern) if path.is_dir())
 
 
 def container_cgroups(daemon: Daemon) -> list[str]:
@@ -279,12 +298,20 @@ def remains(daemon: Daemon) -> list[str]:
 
 def footprint(daemon: Daemon) -> dict[str, object]:
     """Return what must be the same before and after any number of invocations."""
-    listed = subprocess.run(["runc", "--root", daemon.run_dir / "runc", "list", "--quiet"], capture_output=True,
-                            text=True, check=True).stdout.split()
-    return {"containers": listed, "mounts": len(mounts("")), "cgroups": container_cgroups(daemon),
+    name = daemon.directory.name
+    return {"containers": list_containers(daemon), "mounts": mounts(name), "cgroups": container_cgroups(daemon),
             "descriptors": len(os.listdir(f"/proc/{daemon.process.pid}/fd")),
             "run_dir": sorted(str(path) for path in daemon.run_dir.rglob("*")),
             "children": Path(f"/proc/{daemon.process.pid}/task/{daemon.process.pid}/children").read_text()}
+
+
+def list_containers(daemon: Daemon) -> list[str]:
+    """Return what `runc list` knows; without a root directory it knows nothing, which newer ones call an error."""
+    root = daemon.run_dir / "runc"
+    if not root.exists():
+        return []
+    return subprocess.run(["runc", "--root", root, "list", "--quiet"], capture_output=True, text=True,
+                          check=True).stdout.split()
 
 
 def resident_memory(pid: int, field: str = "VmRSS") -> int:

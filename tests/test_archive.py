@@ -15,9 +15,35 @@ from pathlib import Path
 
 import faasd
 from tests import archives
-from tests.archives import CANARY, FOREIGN, HOST, Image, Refused, Sandbox, add_cases, attestation, blob, descriptor
-from tests.archives import directory, dumps, file, gz, gz_members, hardlink, header, layer, oci_manifest, outer, padded
-from tests.archives import pax, sparse_gnu, sparse_pax, symlink, tagged, whiteout
+from tests.archives import (
+    CANARY,
+    FOREIGN,
+    HOST,
+    Image,
+    Refused,
+    Sandbox,
+    add_cases,
+    attestation,
+    blob,
+    descriptor,
+    directory,
+    dumps,
+    file,
+    gz,
+    gz_members,
+    hardlink,
+    header,
+    layer,
+    oci_manifest,
+    outer,
+    padded,
+    pax,
+    sparse_gnu,
+    sparse_pax,
+    symlink,
+    tagged,
+    whiteout,
+)
 
 APP = Image()
 TWICE = layer(file("again", "a"))

@@ -202,8 +202,8 @@ class FailedDeploy(DeployCase):
         client.connect(str(self.daemon.socket))
         client.sendall(b"POST /functions/bad HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n400\r\nabc")
         client.shutdown(socket.SHUT_WR)
-        self.assertIn(b"the upload was cut short", client.recv(65536))
-        client.close()
+        with client, client.makefile("rb") as answer:
+            self.assertIn(b"the upload was cut short", answer.read())
         self.assert_nothing_there("bad")
 
     def test_client_leaves_during_the_proof(self):

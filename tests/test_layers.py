@@ -11,9 +11,29 @@ import unittest
 
 import faasd
 from tests import archives
-from tests.archives import CANARY, Refused, Sandbox, add_cases, device, directory, entry, fifo, file, gnu_long
-from tests.archives import hardlink, header, layer, opaque, padded, pax, record, sparse_gnu, sparse_pax, symlink
-from tests.archives import whiteout
+from tests.archives import (
+    CANARY,
+    Refused,
+    Sandbox,
+    add_cases,
+    device,
+    directory,
+    entry,
+    fifo,
+    file,
+    gnu_long,
+    hardlink,
+    header,
+    layer,
+    opaque,
+    padded,
+    pax,
+    record,
+    sparse_gnu,
+    sparse_pax,
+    symlink,
+    whiteout,
+)
 
 UP = "../" * 30
 LOWER = layer(directory("d"), file("d/a", "lower"), file("d/b", "lower"), directory("d/sub"), file("d/sub/x", "lower"),
@@ -131,7 +151,7 @@ add_cases(Paths, [
     ("A2 forty-one hops are not", [layer(directory("end"), chain(41), file("l1/x", "in"))],
      Refused(400, "MAX_LINK_HOPS")),
 
-    *[(f"A3 target is kept verbatim", [layer(symlink("l", target))], {"l": f"link {os.fsdecode(target)}"})
+    *[("A3 target is kept verbatim", [layer(symlink("l", target))], {"l": f"link {os.fsdecode(target)}"})
       for target in ["/etc/passwd", UP + "etc", f"{CANARY}/file", "./a//b/../c", "a b\n", b"\xff\xfe",
                                    "t" * 101, "t" * 4095]],
     ("A3 target in a GNU long link", [layer(gnu_long("t" * 300, b"K"), symlink("l", "x"))], {"l": "link " + "t" * 300}),

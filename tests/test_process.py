@@ -8,8 +8,20 @@ from pathlib import Path
 
 import faasd
 from tests import archives
-from tests.archives import CANARY, Image, Refused, Sandbox, add_cases, device, directory, fifo, file, hardlink, layer
-from tests.archives import symlink
+from tests.archives import (
+    CANARY,
+    Image,
+    Refused,
+    Sandbox,
+    add_cases,
+    device,
+    directory,
+    fifo,
+    file,
+    hardlink,
+    layer,
+    symlink,
+)
 
 PASSWD = b"""root:x:0:0:root:/root:/bin/sh
 daemon:x:1:1::/usr/sbin:/bin/false

@@ -1,0 +1,86 @@
+"""Every command of the README is run: here, or where COVERED says."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import unittest
+
+import support
+
+README = (support.TOP / "README.md").read_text()
+
+# Commands that other tests or CI run as they are written.
+COVERED = {
+    "sudo ./faasd.py": "tests/support.py starts it so, with directories of its own",
+    "sudo ./faasd.py --subnet 10.20.0.0/24 --port 8080": "test_daemon_on_another_subnet_and_port below",
+    "docker save test-handler | ./faas new test-handler": "tests/test_docker.py",
+    "docker build -t test-handler -f Dockerfile.test-handler .": "tests/test_docker.py",
+    "curl http://10.0.0.10/": "tests/test_docker.py",
+    "./quickstart.sh": "tests/test_quickstart.py",
+    "sudo ./test.sh": ".ci/run",
+}
+# What stands for something of the user's own.
+PLACEHOLDERS = {"NAME": "my-function", "IMAGE": "image", "HANDLER.py": "test_handler.py", " ARGUMENT…": " one two"}
+
+
+def commands() -> list[str]:
+    """Return the commands of the README's code blocks, without comments."""
+    lines = re.findall(r"^ {4}(\S.*)$", README, re.MULTILINE)
+    return [re.split(r"\s{2,}#|\s+# →", line)[0].strip() for line in lines]
+
+
+class Readme(unittest.TestCase):
+    def test_commands(self):
+        directory = support.temporary_directory()
+        self.addCleanup(shutil.rmtree, directory)
+        for name in ("faas", "test_handler.py"):
+            shutil.copy(support.TOP / name, directory)
+        run = [command for command in commands() if command not in COVERED]
+        self.assertGreater(len(run), 9, "the README has lost its commands, or this test cannot find them")
+        # Made first, for the commands before it take it.
+        run.sort(key=lambda command: "pack test_handler.py" not in command)
+        with support.Daemon() as daemon:
+            # The engine itself is tests/test_docker.py's; here its output is that of `faas pack`.
+            env = {**os.environ, "FAAS_SOCKET": str(daemon.socket), "PATH": f"{directory}:{os.environ['PATH']}"}
+            (directory / "docker").write_text("#!/bin/sh\ncat image.tar\n")
+            (directory / "docker").chmod(0o755)
+            for command in run:
+                with self.subTest(command):
+                    for placeholder, value in PLACEHOLDERS.items():
+                        command = command.replace(placeholder, value)
+                    if "logs" in command:
+                        command = f"timeout 1 {command}; [ $? = 124 ]"      # it follows until it is ended
+                    result = subprocess.run(["bash", "-o", "pipefail", "-c", command], cwd=directory, env=env,
+                                            stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+                    self.assertEqual(result.returncode, 0, f"{command}: {result.stderr}")
+            self.assertEqual(daemon.faas("ip", "test-handler").stdout, "10.0.0.10\n")
+
+    def test_what_is_said_to_be_covered_is_there(self):
+        for command in COVERED:
+            self.assertIn(command, commands())
+
+    def test_daemon_on_another_subnet_and_port(self):
+        with support.Daemon("--subnet", "10.20.0.0/24", "--port", "8080") as daemon:
+            self.assertEqual(daemon.deploy("f"), "10.20.0.10")
+            self.assertEqual(support.get("10.20.0.10", port=8080)[0], 200)
+            self.assertEqual(daemon.info("f")["port"], 8080)
+
+    def test_options_of_new_are_those_of_the_program(self):
+        out = subprocess.run([sys.executable, support.TOP / "faas", "new", "--help"], capture_output=True, text=True,
+                             check=True).stdout
+        for option in re.findall(r"^\| `(--?[a-z-]+)", README, re.MULTILINE):
+            self.assertIn(option, out)
+
+    def test_links_lead_somewhere(self):
+        for name in ("README.md", "RUNC.md", "TESTING.md", "IMPLEMENTATION_STATUS.md"):
+            text = (support.TOP / name).read_text()
+            for target in re.findall(r"\]\(([^)#:]+)\)", text):
+                self.assertTrue((support.TOP / target).exists(), f"{name} links to {target}")
+            for path in re.findall(r"`((?:tests|bench|\.ci)/[\w./]+)`", text):
+                self.assertTrue((support.TOP / path).exists(), f"{name} names {path}")
+
+
+if __name__ == "__main__":
+    unittest.main()
