@@ -2018,7 +2018,8 @@ class Container:
             return False
         try:
             socket.send_fds(self._control, [b"\0"], [client.fileno()])
-        except (BrokenPipeError, ConnectionResetError):
+        except OSError as error:        # EPIPE, ECONNRESET: it is gone; ETOOMANYREFS: the kernel takes no more
+            log.info("container=%s cannot be handed a client: %s", self.id, error.strerror)
             return False
         return True
 
@@ -2115,7 +2116,8 @@ class ContainerHost:
     def _remove_orphans(self) -> None:
         for pid in self._runtime_processes():           # first: a runc that lives could still start a container
             log.warning("killing orphaned %s, pid %d", self.runtime.program, pid)
-            os.kill(pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):       # it was about to end
+                os.kill(pid, signal.SIGKILL)
         left = {path.name for path in self.containers_dir.iterdir()}
         for container_id in left | self.runtime.containers() | self.cgroups.containers():
             log.warning("container=%s removing what a killed daemon left of it", container_id)
@@ -2507,7 +2509,8 @@ class Registry:
         document = {"format": REGISTRY_FORMAT, "functions": [asdict(record) for record in records]}
         temporary = self._path.with_name(".registry.json.new")
         try:
-            with temporary.open("w") as file:
+            # Only for root: options have environment variables, which may be secrets.
+            with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
                 json.dump(document, file, indent=1)
                 file.flush()
                 os.fsync(file.fileno())
@@ -3037,7 +3040,7 @@ class Daemon:
             if (directory.parent.name, directory.name) not in kept:
                 log.warning("removing an image without a function: %s", directory)
                 shutil.rmtree(directory)
-        for directory in self._images_dir.iterdir():
+        for directory in self._images_dir.glob("*/"):
             if not any(directory.iterdir()):
                 directory.rmdir()
         for path in (self.settings.state_dir / "logs").iterdir():
@@ -3337,8 +3340,8 @@ def parse_arguments(argv: list[str]) -> Settings:
     """Return the settings of a command line; exits with status 2 and a line on bad usage, as argparse does."""
     parser = argparse.ArgumentParser(prog="faasd.py", description="A serverless runtime for one Linux machine.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--state-dir", type=Path, default=Path("/var/lib/faasd"), help="images, registry and logs")
-    parser.add_argument("--run-dir", type=Path, default=Path("/run/faasd"), help="control socket and containers")
+    parser.add_argument("--state-dir", type=resolved_path, default="/var/lib/faasd", help="images, registry and logs")
+    parser.add_argument("--run-dir", type=resolved_path, default="/run/faasd", help="control socket and containers")
     parser.add_argument("--subnet", type=checked(parse_subnet), default="10.0.0.0/24", metavar="CIDR",
                         help="functions get its addresses, from .10 up")
     parser.add_argument("--port", type=checked(parse_port), default="80", help="the port functions listen on")
@@ -3363,6 +3366,11 @@ def checked(parse: Callable[[str], object]) -> Callable[[str], object]:
         except BadRequest as error:
             raise argparse.ArgumentTypeError(str(error)) from None
     return convert
+
+
+def resolved_path(text: str) -> Path:
+    """Return an absolute path without links: runc takes paths relative to the bundle, the mount table has real ones."""
+    return Path(text).resolve()
 
 
 def parse_subnet(text: str) -> ipaddress.IPv4Network:
@@ -3402,9 +3410,9 @@ def make_directories(settings: Settings) -> None:
     try:
         settings.run_dir.mkdir(mode=0o755, parents=True, exist_ok=True)
         settings.state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-        settings.state_dir.chmod(0o700)         # devices and setuid files of images are for nobody on the host
         for name in ("images", "logs", "tmp"):
-            (settings.state_dir / name).mkdir(mode=0o700, exist_ok=True)
+            (settings.state_dir / name).mkdir(exist_ok=True)
+            (settings.state_dir / name).chmod(0o700)    # devices and setuid files of images are for nobody on the host
     except OSError as error:
         raise UsageError(f"cannot make {error.filename}: {error.strerror}") from error
 

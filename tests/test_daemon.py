@@ -308,6 +308,32 @@ class Socket(unittest.TestCase):
             self.assertEqual(os.stat(daemon.state_dir).st_mode & 0o777, 0o700)
             self.assertEqual(os.stat(daemon.run_dir / "containers").st_mode & 0o777, 0o700)
 
+    def test_registry_is_closed_to_others_wherever_it_is(self):
+        directory = support.temporary_directory()
+        self.addCleanup(shutil.rmtree, directory)
+        state = directory / "state"
+        state.mkdir(mode=0o755)
+        daemon = support.Daemon()
+        daemon.state_dir = state
+        with daemon:
+            daemon.deploy("f", support.handler_image(), "-e", "SECRET=1")
+            self.assertEqual(os.stat(state).st_mode & 0o777, 0o755, "a directory of the user's own was changed")
+            for name, mode in (("registry.json", 0o600), ("images", 0o700), ("logs", 0o700), ("tmp", 0o700)):
+                self.assertEqual(os.stat(state / name).st_mode & 0o777, mode, name)
+            self.assertNotIn("SECRET", daemon.log())
+
+    def test_directories_through_links(self):
+        """Relative names and links: runc and the mount table know only real, absolute ones."""
+        directory = support.temporary_directory()
+        self.addCleanup(shutil.rmtree, directory)
+        (directory / "real").mkdir()
+        (directory / "link").symlink_to("real")
+        daemon = support.Daemon()
+        daemon.state_dir, daemon.run_dir = directory / "link/state", directory / "link/run"
+        daemon.socket = daemon.run_dir / "faasd.sock"
+        with daemon:
+            self.assertEqual(get(daemon.deploy("f"))[0], 200)
+
     def test_containers_are_on_a_tmpfs(self):
         with support.Daemon() as daemon:
             kinds = dict(faasd.read_mounts())
