@@ -694,7 +694,29 @@ def gunzip(compressed: Iterator[bytes]) -> Iterator[bytes]:
 
 
 def unzstd(compressed: Iterator[bytes]) -> Iterator[bytes]:
-    """Decompress zstd with the `zstd` program: the standard library has none before Python 3.14 (E.1)."""
+    """Decompress zstd of any number of frames, in pieces of bounded size (E.1)."""
+    try:
+        from compression import zstd
+    except ImportError:                 # before Python 3.14
+        yield from unzstd_by_program(compressed)
+        return
+    frame = None
+    for data in compressed:
+        while data or frame is not None and not frame.needs_input:
+            frame = frame or zstd.ZstdDecompressor()
+            try:
+                yield frame.decompress(data, COPY_CHUNK)
+            except zstd.ZstdError as error:
+                raise ImageError(f"zstd data in the archive is damaged: {error}") from None
+            data = frame.unused_data if frame.eof else b""
+            if frame.eof:
+                frame = None
+    if frame is not None:
+        raise ImageError("zstd data in the archive is cut short")
+
+
+def unzstd_by_program(compressed: Iterator[bytes]) -> Iterator[bytes]:
+    """Decompress zstd with the `zstd` program, fed by a thread."""
     program = shutil.which("zstd")
     if program is None:
         raise ImageError("a layer is compressed with zstd and this machine has no zstd program: "
@@ -722,7 +744,7 @@ def unzstd(compressed: Iterator[bytes]) -> Iterator[bytes]:
         finally:
             feeder.join()
     if child.returncode != 0 or failure:
-        raise ImageError("a layer's zstd data is damaged or cut short")
+        raise ImageError("zstd data in the archive is damaged or cut short")
 
 
 def find_decompressor(blob: SpanReader) -> Callable[[Iterator[bytes]], Iterator[bytes]] | None:
@@ -765,7 +787,7 @@ class LayerStream:
     """The uncompressed bytes of one layer: read once, forward, hashing on both sides of the decompression."""
 
     def __init__(self, blob: SpanReader, budget: Budget):
-        self._blob_hash, self._diff_hash = hashlib.sha256(), hashlib.sha256()
+        self._diff_hash = self._blob_hash = hashlib.sha256()    # the same bytes, unless they are compressed
         self._budget = budget
         self._position = 0
         self._chunk = memoryview(b"")
@@ -773,7 +795,10 @@ class LayerStream:
 
     def _decompress(self, blob: SpanReader) -> Iterator[bytes]:
         decompress = find_decompressor(blob)
-        return decompress(self._hashed(blob)) if decompress else self._hashed(blob)
+        if decompress is None:
+            return blob.chunks()
+        self._blob_hash = hashlib.sha256()
+        return decompress(self._hashed(blob))
 
     def _hashed(self, blob: SpanReader) -> Iterator[bytes]:
         for data in blob.chunks():
@@ -963,6 +988,8 @@ def show(path: bytes) -> str:
     return escape_controls(path.decode("utf-8", "backslashreplace"))
 
 
+# Errors that are not the image's.
+HOST_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EMFILE, errno.ENFILE, errno.ENOMEM}
 SELINUX_XATTR = "security.selinux"      # labels are the host's affair
 
 
@@ -984,7 +1011,7 @@ class LayerApplier:
             try:
                 self._apply_entry(entry, self._clean(entry, name), stream)
             except OSError as error:
-                if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                if error.errno in HOST_FAULTS:
                     raise storage_error(error, "unpacking the image") from None
                 raise ImageError(f"cannot unpack {show(name)}: {error.strerror}") from None
             except (OverflowError, ValueError) as error:        # a number that no system call takes
@@ -1208,9 +1235,9 @@ def is_id(text: str) -> bool:
 
 def account_lines(data: bytes, fields: int) -> Iterator[list[str]]:
     """Yield the fields of each usable line of passwd(5) or group(5)."""
-    for line in data.decode("utf-8", "replace").splitlines():
+    for line in data.decode("utf-8", "replace").split("\n"):
         parts = line.split(":")
-        if len(parts) >= fields and is_id(parts[2]):
+        if len(parts) >= fields and is_id(parts[2]) and "\0" not in line:
             yield parts
 
 
@@ -1324,7 +1351,7 @@ def resolve_process(config: dict, rootfs: Rootfs) -> dict:
                            rootfs.read_file(b"/etc/passwd", MAX_ACCOUNTS_SIZE),
                            rootfs.read_file(b"/etc/group", MAX_ACCOUNTS_SIZE))
     cwd = prepare_working_directory(rootfs, take(settings, "WorkingDir", str, what))
-    env = [entry for entry in take_strings(settings, "Env", what) if "=" in entry]
+    env = [entry for entry in take_strings(settings, "Env", what) if "=" in entry]     # runc refuses one without
     env = with_default(with_default(env, "PATH", DEFAULT_PATH), "HOME", account.home)
     return {
         "entrypoint": take_strings(settings, "Entrypoint", what), "cmd": take_strings(settings, "Cmd", what),

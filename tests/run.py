@@ -121,8 +121,6 @@ def run_file(path: Path, verbose: bool) -> FileResult:
     start = time.monotonic()
 
     def interrupt(number, frame):
-        if result.shouldStop:
-            return                      # the first one is at work
         if number == signal.SIGALRM:
             raise Interrupted(f"the test took over {TEST_SECONDS} s")
         result.stop()

@@ -262,7 +262,7 @@ class FailedDeploy(DeployCase):
         directory = support.temporary_directory()
         disk = directory / "disk"
         disk.mkdir()
-        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=40m", "tmpfs", disk], check=True)
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=10m", "tmpfs", disk], check=True)
         try:
             daemon = support.Daemon("--subnet", "10.2.0.0/24")
             daemon.state_dir = disk
