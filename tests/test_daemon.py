@@ -252,6 +252,7 @@ class Restart(unittest.TestCase):
             self.assertEqual(get(address, "/label"), (200, "back"))
             self.assertEqual(get("10.0.0.11")[0], 200)
             daemon.wait_idle("f")
+            daemon.wait_idle("g")
             footprint = support.footprint(daemon)
             self.assertEqual((footprint["containers"], footprint["cgroups"]), ([], []))
             self.assertEqual(list((daemon.run_dir / "containers").iterdir()), [])
