@@ -133,7 +133,7 @@ COMMAND_TIMEOUT = 30.0              # seconds for ip, mount and runc delete
 DEFER_ACCEPT_SECONDS = 15           # TCP_DEFER_ACCEPT; the kernel rounds up to its SYN-ACK retransmissions (tcp(7))
 FIRST_BYTE_SECONDS = 30             # for the rare connection that is accepted without data
 LINGER_SECONDS = 2.0                # reading what the client still sends after our own 502 or 504
-LINGER_BYTES = 16 * MIB
+LINGER_BYTES = 16 * MIB             # of it, at most
 PEEK_BYTES = 2048                   # of the request, for the log line
 ACCEPT_BATCH = 64                   # connections accepted before other events get their turn
 ACCEPT_PAUSE = 0.5                  # seconds without accepting when descriptors have run out
@@ -1639,7 +1639,7 @@ class Cgroups:
         for directory in self._directories(self.path(container_id)):
             with contextlib.suppress(FileNotFoundError, OSError):       # runc may be removing it just now
                 pids.update(map(int, (directory / "cgroup.procs").read_text().split()))
-        return pids
+        return pids - {0}                       # a process that our pid namespace does not see
 
     def kill(self, container_id: str) -> None:
         """Send SIGKILL to every process of a container."""
@@ -2031,6 +2031,10 @@ class Container:
         try:
             self._control, _ = self._listener.accept()
         except BlockingIOError:
+            return
+        except OSError as error:        # out of descriptors; trying again at once would spin
+            log.error("container=%s cannot accept its handler: %s", self.id, error.strerror)
+            self._close_listener()
             return
         self._close_listener()          # who connects again is refused
         self._control.setblocking(False)
@@ -3016,7 +3020,8 @@ class Daemon:
         self.loop = asyncio.get_running_loop()
         self.runtime_version = ""
         self._network = network
-        self._runtime = Runtime(settings.runtime, settings.run_dir / "runc")
+        # By its full name: it is started with a PATH that may differ from ours.
+        self._runtime = Runtime(shutil.which(settings.runtime) or settings.runtime, settings.run_dir / "runc")
         self._host = ContainerHost(settings.run_dir, self._runtime)
         self._registry = Registry(settings.state_dir / "registry.json")
         self._functions: dict[str, Function] = {}
