@@ -52,18 +52,23 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import bisect
 import collections
 import concurrent.futures
 import contextlib
 import ctypes
+import enum
 import errno
 import fcntl
+import functools
 import grp
 import hashlib
 import http.server
 import ipaddress
+import itertools
 import json
 import logging
+import math
 import os
 import platform
 import posixpath
@@ -129,9 +134,24 @@ KILL_RETRY = 0.02                   # seconds between two rounds of killing one 
 KILL_TIMEOUT = 10.0                 # seconds before runc itself is killed and its remains are deleted
 COMMAND_TIMEOUT = 30.0              # seconds for ip, mount and runc delete
 
+# Warm pool.
+WARM_SECONDS = 300.0                # a function used within these keeps at least one warm container
+RATE_SECONDS = 5.0                  # over which arrivals are averaged
+WARM_HEADROOM = 2.0                 # times as many as come in while one starts
+FIRST_START_SECONDS = 0.05          # taken for the start of a container until some have started
+SURPLUS_SECONDS = 20.0              # how long more containers than asked for may go on waiting
+MAX_WARM_SECONDS = 3600.0           # age at which a container that waits is replaced by a new one
+HEALTHY_SECONDS = 10.0              # a warm container that dies younger counts as a failed start
+FIRST_RETRY_SECONDS, MAX_RETRY_SECONDS = 1.0, 60.0     # between failed starts that nobody waits for
+START_SLOT_SECONDS = 1.0            # how long a start counts against the starts allowed at a time
+WARM_PER_CPU = 16                   # default of --max-warm, which is no more than …
+WARM_MEMORY = 64 * MIB              # … one for each of these bytes of the machine's memory
+MAX_TRIES = 2                       # hand-overs of a client whose container dies before it has taken it
+
 # Clients.
 DEFER_ACCEPT_SECONDS = 15           # TCP_DEFER_ACCEPT; the kernel rounds up to its SYN-ACK retransmissions (tcp(7))
 FIRST_BYTE_SECONDS = 30             # for the rare connection that is accepted without data
+HALF_CLOSE_SECONDS = 0.05           # after accept: a client that closes its direction then still wants an answer
 LINGER_SECONDS = 2.0                # reading what the client still sends after our own 502 or 504
 LINGER_BYTES = 16 * MIB             # of it, at most
 PEEK_BYTES = 2048                   # of the request, for the log line
@@ -145,7 +165,16 @@ LOG_FILE_SIZE = 8 * MIB             # NAME.log is renamed to NAME.log.1 above th
 MAX_MESSAGE = 600                   # characters of an error message
 MAX_LINE = 8 * KIB                  # a longer line of a handler is cut into several
 MAX_OUTPUT = MIB                    # bytes of output kept of one container; the rest is read and dropped
+LOG_DELAY = 0.02                    # seconds in which lines are gathered before they are written
+MAX_UNWRITTEN_LINES = 100_000
 TAIL_LINES = 20                     # lines of output shown when a deploy fails
+
+# Metrics.
+OUTCOMES = ("answered", "closed", "no-answer", "timeout", "start-failed", "queue-full", "queue-timeout", "abandoned",
+            "stopped")
+BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)   # seconds
+RECENT_SAMPLES = 1000               # of which percentiles are made
+LAG_PROBE_SECONDS = 0.1
 
 # Network.
 ADDRESS_LABEL = "lo:faas"           # how our addresses are told from everybody else's; at most 15 bytes (IFNAMSIZ)
@@ -156,7 +185,7 @@ MAX_HEADER_SECONDS = 60.0           # socket timeout while a client sends
 UPLOAD_END_SECONDS = 5.0            # how long a stop waits for the threads of cut uploads
 FOLLOW_SECONDS = 15.0               # how often `logs --follow` looks whether its client is still there
 
-REGISTRY_FORMAT = 1
+REGISTRY_FORMAT = 2
 NAME_PATTERN = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")      # a DNS label (RFC 1123)
 DIGEST_PATTERN = re.compile(r"sha256:([0-9a-f]{64})")
 ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64", "armv7l": "arm", "i686": "386",
@@ -262,6 +291,18 @@ def parse_count(text: str) -> int:
     if not re.fullmatch(r"[0-9]{1,9}", text) or int(text) < 1:
         raise BadRequest(f"bad number {text!r}: write a whole number from 1 on")
     return int(text)
+
+
+def parse_amount(text: str) -> int:
+    """Return a whole number from 0 on. Raises BadRequest."""
+    if not re.fullmatch(r"[0-9]{1,9}", text):
+        raise BadRequest(f"bad number {text!r}: write a whole number from 0 on")
+    return int(text)
+
+
+def parse_warm(text: str) -> int | None:
+    """Return a number of warm containers, None for `auto`. Raises BadRequest."""
+    return None if text == "auto" else parse_amount(text)
 
 
 def parse_cpus(text: str) -> float:
@@ -1456,23 +1497,33 @@ class Options:
     pids: int = 64                      # processes and threads
     timeout: float = 30.0               # seconds from hand-over to the end of the handler; 0: none
     start_timeout: float = 10.0         # seconds from spawning runc to the connect
+    concurrency: int = 64               # invocations at a time
+    queue: int = 1024                   # connections that wait for one of these to end
+    queue_timeout: float = 10.0         # seconds until a connection that waits gets a 503
+    warm: int | None = None             # containers started before their client comes; None: as traffic asks for
+    reuse: int = 1                      # invocations that one container may serve
     env: tuple[str, ...] = ()           # KEY=value
     cmd: tuple[str, ...] = ()           # in the place of the image's Cmd
 
     @classmethod
     def from_query(cls, query: dict[str, list[str]]) -> Options:
         """Return the options of a request's query string. Raises BadRequest."""
-        parsers = {"memory": parse_size, "cpus": parse_cpus, "pids": parse_count,
-                   "timeout": parse_duration, "start_timeout": parse_duration}
+        return cls().changed({key: texts for key, texts in query.items() if key != "tag"})
+
+    def changed(self, query: dict[str, list[str]]) -> Options:
+        """Return the options with what a query names in the place of what was; env is merged. Raises BadRequest."""
         values: dict = {}
+        env = merge_env(self.env, query.get("env", []))
         for key, texts in query.items():
-            if key in parsers:
-                values[key] = parsers[key](texts[-1])
-            elif key in ("env", "cmd"):
+            if key in OPTION_PARSERS:
+                values[key] = OPTION_PARSERS[key](texts[-1])
+            elif key == "cmd":
                 values[key] = tuple(texts)
-            elif key != "tag":
+            elif key == "unset_env":
+                env = [entry for entry in env if entry.partition("=")[0] not in texts]
+            elif key != "env":
                 raise BadRequest(f"unknown option {key!r}")
-        return cls(**values).check()
+        return replace(self, env=tuple(env), **values).check()
 
     def check(self) -> Options:
         """Return self, else raise BadRequest for a value that no container can start with."""
@@ -1480,6 +1531,8 @@ class Options:
             raise BadRequest(f"memory must be at least {MIN_MEMORY // MIB}m: less does not start a container")
         if self.start_timeout <= 0:
             raise BadRequest("start-timeout must be over 0")
+        if self.queue_timeout <= 0:
+            raise BadRequest("queue-timeout must be over 0")
         for entry in self.env:
             if not re.fullmatch(r"[^=\0]+=[^\0]*", entry, re.DOTALL):
                 raise BadRequest(f"bad environment entry {entry!r}: write KEY=value")
@@ -1489,10 +1542,22 @@ class Options:
 
     @classmethod
     def from_json(cls, document: dict) -> Options:
-        return cls(**{**document, "env": tuple(document["env"]), "cmd": tuple(document["cmd"])})
+        """Return what to_json wrote. Raises TypeError, KeyError."""
+        return cls(**{**document, "env": tuple(document["env"]), "cmd": tuple(document["cmd"]),
+                      "warm": None if document.get("warm") == "auto" else document.get("warm")})
+
+    def to_json(self) -> dict:
+        return {**asdict(self), "warm": "auto" if self.warm is None else self.warm}
 
 
-def merge_env(base: list[str], overrides: Iterable[str]) -> list[str]:
+OPTION_PARSERS: dict[str, Callable] = {
+    "memory": parse_size, "cpus": parse_cpus, "pids": parse_count, "timeout": parse_duration,
+    "start_timeout": parse_duration, "concurrency": parse_count, "queue": parse_amount, "queue_timeout": parse_duration,
+    "warm": parse_warm, "reuse": parse_count,
+}
+
+
+def merge_env(base: Iterable[str], overrides: Iterable[str]) -> list[str]:
     """Return base with each override in the place of the entries of its key, or at the end."""
     merged = list(base)
     for entry in overrides:
@@ -1717,8 +1782,20 @@ class Runtime:
             raise FaasdError(f"{self.program} --version failed: {result.stderr.strip()[:200]}")
         return result.stdout.splitlines()[0] if result.stdout else "unknown"
 
-    def run_argv(self, bundle: Path, container_id: str) -> list[str]:
-        return [self.program, "--root", str(self.root), "run", "--bundle", str(bundle), container_id]
+    def run_argv(self, bundle: str, container_id: str) -> list[str]:
+        return [self.program, "--root", str(self.root), "run", "--bundle", bundle, container_id]
+
+    def spawn(self, bundle: str, container_id: str, output: int) -> int:
+        """Start `runc run` with stdout and stderr on the descriptor output; return its pid. Raises OSError.
+
+        posix_spawn takes half the time of subprocess.Popen, and the loop stands still for it. A session of its own:
+        a Ctrl-C on our terminal is not for handlers. Python ignores SIGPIPE, which programs do not expect to inherit.
+        """
+        return os.posix_spawn(
+            self.program, self.run_argv(bundle, container_id), {"PATH": DEFAULT_PATH}, setsid=True,
+            setsigdef=[signal.SIGPIPE],
+            file_actions=[(os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
+                          (os.POSIX_SPAWN_DUP2, output, 1), (os.POSIX_SPAWN_DUP2, output, 2)])
 
     def containers(self) -> set[str]:
         """Return the ids that the runtime keeps state for."""
@@ -1949,28 +2026,38 @@ class OutputReader:
                 self._partial = b""
 
 
+class Release(enum.Enum):
+    """How a handler let go of a client, as its control connection tells."""
+    READY = "it could take another client"
+    GONE = "it closed the connection, exited, or broke the protocol"
+    UNTAKEN = "it closed the connection without having taken the client"
+
+
 class Container:
     """One container from spawn to the last trace. Lives on the loop's thread.
 
-    Three things happen to it, each once, and anybody may wait for them: connected (the handler is ready), handled (the
-    handler let go of the control connection, or sent its READY byte), exited (runc is reaped).
+    start() returns once its handler is ready. From then on whoever holds the container has set on_release, which is
+    called with a Release when the handler says something on its control connection or is gone: at most once after
+    each client, and never after GONE, UNTAKEN or finish().
     """
 
     def __init__(self, host: ContainerHost, bundle: Bundle, write_line: Callable[[str, str], None]):
-        loop = asyncio.get_running_loop()
         self.id = secrets.token_hex(6)
+        self.write_line = write_line                    # (container id, a line of its output)
+        self.on_release: Callable[[Release], None] = lambda release: None
+        self.served = 0                                 # clients handed over
+        self.ready_at = 0.0                             # loop time of the connect
+        self.start_seconds = 0.0                        # from the spawn to the connect
         self._host = host
         self._bundle = bundle
-        self._write_line = lambda text: write_line(self.id, text)
-        self._directory = host.containers_dir / self.id
+        self._directory = f"{host.containers_dir}/{self.id}"
         self._listener: socket.socket | None = None     # until the handler connects: it may connect once
         self._control: socket.socket | None = None      # from then on
-        self._process: subprocess.Popen | None = None   # runc run
         self._output: OutputReader | None = None
+        self._pid = 0                                   # of runc run
         self._pidfd = -1
-        self.connected: asyncio.Future[None] = loop.create_future()
-        self.handled: asyncio.Future[None] = loop.create_future()
-        self.exited: asyncio.Future[int] = loop.create_future()
+        self._connected: asyncio.Future[None] = host.loop.create_future()
+        self._exited: asyncio.Future[int] = host.loop.create_future()
 
     # -- start --
 
@@ -1979,48 +2066,52 @@ class Container:
 
         Raises StartFailed when it exits or the time is over; then nothing of it is left.
         """
+        begin = self._host.loop.time()
         try:
             self._spawn()
         except OSError as error:
             await self.finish(0)
             raise StartFailed(f"cannot start a container: {error.strerror or error}", [], False) from error
-        await asyncio.wait([self.connected, self.exited], timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
-        if self.connected.done():
+        try:
+            await asyncio.wait([self._connected, self._exited], timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+        except asyncio.CancelledError:
+            await self.finish(0)
+            raise
+        if self._connected.done():
+            self.ready_at = self._host.loop.time()
+            self.start_seconds = self.ready_at - begin
             return
-        timed_out = not self.exited.done()
+        timed_out = not self._exited.done()
         status = await self.finish(0)
-        tail = self._output.tail if self._output else []
+        tail = self._output.tail
         if timed_out:
             raise StartFailed(f"the handler did not connect to {CONTROL_SOCKET} within {timeout:g} s", tail, True)
         raise StartFailed(f"the handler {describe_exit(status)} before it connected to {CONTROL_SOCKET}", tail, False)
 
     def _spawn(self) -> None:
-        loop = asyncio.get_running_loop()
-        self._directory.mkdir(mode=0o700)
-        (self._directory / "config.json").write_bytes(self._bundle.render(self.id))
+        os.mkdir(self._directory, 0o700)
+        with open(f"{self._directory}/config.json", "xb") as file:
+            file.write(self._bundle.render(self.id))
         self._listener = self._listen()
-        loop.add_reader(self._listener, self._on_connect)
+        self._host.loop.add_reader(self._listener, self._on_connect)
         reading, writing = os.pipe()
-        self._output = OutputReader(reading, self._write_line)
+        self._output = OutputReader(reading, lambda text: self.write_line(self.id, text))
         try:
-            # A session of its own: a Ctrl-C on our terminal is not for handlers.
-            self._process = subprocess.Popen(
-                self._host.runtime.run_argv(self._directory, self.id), stdin=subprocess.DEVNULL, stdout=writing,
-                stderr=writing, env={"PATH": DEFAULT_PATH}, start_new_session=True)
+            self._pid = self._host.runtime.spawn(self._directory, self.id, writing)
         finally:
             os.close(writing)
         try:
-            self._pidfd = os.pidfd_open(self._process.pid)
+            self._pidfd = os.pidfd_open(self._pid)
         except OSError:                 # out of descriptors: what cannot be watched must not run
-            self._process.kill()
-            self._process.wait()
-            self._process = None
+            os.kill(self._pid, signal.SIGKILL)
+            os.waitpid(self._pid, 0)
+            self._pid = 0
             raise
-        loop.add_reader(self._pidfd, self._on_exit)
+        self._host.loop.add_reader(self._pidfd, self._on_exit)
 
     def _listen(self) -> socket.socket:
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        path = str(self._directory / "control.sock")
+        path = f"{self._directory}/control.sock"
         listener.bind(path)
         os.chmod(path, 0o666)           # the image's user connects; on the host the directory above keeps others out
         listener.listen(1)
@@ -2038,8 +2129,8 @@ class Container:
             return
         self._close_listener()          # who connects again is refused
         self._control.setblocking(False)
-        asyncio.get_running_loop().add_reader(self._control, self._on_control)
-        self.connected.set_result(None)
+        self._host.loop.add_reader(self._control, self._on_control)
+        self._connected.set_result(None)
 
     # -- work --
 
@@ -2048,46 +2139,51 @@ class Container:
         if self._control is None:       # it connected and let go at once
             return False
         try:
-            socket.send_fds(self._control, [b"\0"], [client.fileno()])
+            self._control.sendmsg([b"\0"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("i", client.fileno()))])
         except OSError as error:        # EPIPE, ECONNRESET: it is gone; ETOOMANYREFS: the kernel takes no more
             log.info("container=%s cannot be handed a client: %s", self.id, error.strerror)
             return False
+        self.served += 1
         return True
 
     def _on_control(self) -> None:
-        """Any byte is READY for another socket; we have none to give, so that and end of file mean the same: done.
+        """Read what the handler says: one byte is READY, anything else is its end.
 
         recv without room for ancillary data: descriptors that a handler sends are closed by the kernel (unix(7)).
         """
         try:
-            self._control.recv(1)
+            release = Release.READY if len(self._control.recv(2)) == 1 else Release.GONE
         except BlockingIOError:
             return
-        except ConnectionResetError:    # it exited without having read what we sent
-            pass
-        self._close_control()
+        except ConnectionResetError:    # it closed the connection with our message still unread in it
+            release = Release.UNTAKEN
+        if release != Release.READY:
+            self._close_control()
+        self.on_release(release)
 
     # -- end --
 
     def _on_exit(self) -> None:
-        asyncio.get_running_loop().remove_reader(self._pidfd)
+        self._host.loop.remove_reader(self._pidfd)
         os.close(self._pidfd)
-        self.exited.set_result(self._process.wait())
-        self._close_control()
+        self._exited.set_result(os.waitstatus_to_exitcode(os.waitpid(self._pid, 0)[1]))
+        if self._control is not None:
+            self._on_control()          # UNTAKEN is worth knowing
+        if self._control is not None:   # somebody outside its pid namespace has it, or runc alone was killed
+            self._close_control()
+            self.on_release(Release.GONE)
 
     def _close_listener(self) -> None:
         if self._listener is not None:
-            asyncio.get_running_loop().remove_reader(self._listener)
+            self._host.loop.remove_reader(self._listener)
             self._listener.close()
             self._listener = None
 
     def _close_control(self) -> None:
         if self._control is not None:
-            asyncio.get_running_loop().remove_reader(self._control)
+            self._host.loop.remove_reader(self._control)
             self._control.close()
             self._control = None
-        if not self.handled.done():
-            self.handled.set_result(None)
 
     async def finish(self, grace: float) -> int:
         """Wait grace seconds for the container to exit, kill it if it does not, remove all of it.
@@ -2095,29 +2191,35 @@ class Container:
         Returns the exit status of runc run, which is the handler's, or 128 + the signal that ended it.
         """
         self._close_control()
-        if self._process is not None:
-            if grace:
-                await asyncio.wait([self.exited], timeout=grace)
+        if self._pid:
+            if grace and not self._exited.done():
+                await asyncio.wait([self._exited], timeout=grace)
             await self._kill()
         if self._host.has_remains(self.id):             # runc was killed, by us or by somebody else
             await asyncio.to_thread(self._host.remove_remains, self.id)
         self._close_listener()
         if self._output is not None:
             self._output.finish()
-        if self._directory.exists():
-            shutil.rmtree(self._directory)
-        return self.exited.result() if self.exited.done() else -signal.SIGKILL
+        self._remove_directory()
+        return self._exited.result() if self._exited.done() else -signal.SIGKILL
 
     async def _kill(self) -> None:
         """Kill every process of the container until runc, which waits for the first of them, is done."""
         deadline = time.monotonic() + KILL_TIMEOUT
-        while not self.exited.done() and time.monotonic() < deadline:
+        while not self._exited.done() and time.monotonic() < deadline:
             self._host.cgroups.kill(self.id)            # again and again: while starting it may have none yet
-            await asyncio.wait([self.exited], timeout=KILL_RETRY)
-        if not self.exited.done():
+            await asyncio.wait([self._exited], timeout=KILL_RETRY)
+        if not self._exited.done():
             log.error("container=%s runc does not end, killing it", self.id)
-            self._process.kill()
-            await self.exited
+            os.kill(self._pid, signal.SIGKILL)          # not reaped yet, so the pid is still its own
+            await self._exited
+
+    def _remove_directory(self) -> None:
+        for path in (f"{self._directory}/config.json", f"{self._directory}/control.sock"):
+            with contextlib.suppress(FileNotFoundError):        # it was never made
+                os.unlink(path)
+        with contextlib.suppress(FileNotFoundError):
+            os.rmdir(self._directory)
 
 
 class ContainerHost:
@@ -2127,7 +2229,7 @@ class ContainerHost:
         self.containers_dir = run_dir / "containers"
         self.runtime = runtime
         self.cgroups = Cgroups(run_dir)
-        self._run_dir = run_dir
+        self.loop = asyncio.get_running_loop()
 
     def prepare(self) -> None:
         """Make RUN_DIR/containers, on a tmpfs, and clear what a killed daemon left. Blocks. Raises FaasdError."""
@@ -2196,13 +2298,418 @@ class ContainerHost:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Warm pool: containers that are there before their client
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class ArrivalRate:
+    """Arrivals a second, each counting for less the longer ago it was: an exponential average over RATE_SECONDS."""
+
+    def __init__(self) -> None:
+        self._rate = 0.0
+        self._time = 0.0                # loop time of the last arrival
+
+    def add(self, now: float) -> None:
+        self._rate = self.at(now) + 1 / RATE_SECONDS
+        self._time = now
+
+    def at(self, now: float) -> float:
+        return self._rate * math.exp((self._time - now) / RATE_SECONDS)
+
+    def seconds_until(self, rate: float, now: float) -> float:
+        """Return how long it takes to fall to a rate that is over 0 if nobody comes."""
+        return RATE_SECONDS * math.log(self.at(now) / rate)
+
+
+class Demand:
+    """What a function's traffic asks for: how many containers should be warm for clients that have not come yet."""
+
+    def __init__(self) -> None:
+        self.rate = ArrivalRate()
+        self.last_used = -math.inf              # loop time
+        self._start_seconds = FIRST_START_SECONDS       # of a container; an average that moves by a tenth of each
+
+    def arrived(self, now: float) -> None:
+        self.rate.add(now)
+        self.last_used = now
+
+    def started(self, seconds: float) -> None:
+        self._start_seconds += (seconds - self._start_seconds) / 10
+
+    def target(self, now: float) -> int:
+        """Return 0 for a function nobody used for long, else 1 and what comes in during a start, with headroom."""
+        if now - self.last_used >= WARM_SECONDS:
+            return 0
+        return 1 + int(WARM_HEADROOM * self.rate.at(now) * self._start_seconds)
+
+    def next_change(self, now: float) -> float:
+        """Return the loop time at which target() falls next if nobody comes."""
+        more = self.target(now) - 1
+        if more < 0:
+            return math.inf
+        if more == 0:
+            return self.last_used + WARM_SECONDS
+        return now + self.rate.seconds_until(more / (WARM_HEADROOM * self._start_seconds), now)
+
+
+class Starter:
+    """Starts containers for all pools: a few at a time, because more only makes each of them slower.
+
+    Containers that a client waits for come before those made ahead, and pools come in turn, so that a flood on one
+    function delays another's start by no more than the starts that are under way.
+    """
+
+    def __init__(self, slots: int, loop: asyncio.AbstractEventLoop):
+        self._free = slots
+        self._loop = loop
+        self._now: dict[Pool, None] = {}        # pools whose clients wait, the next one first
+        self._ahead: dict[Pool, None] = {}
+        self._tasks: set[asyncio.Task] = set()
+
+    def need_now(self, pool: Pool) -> None:
+        self._now.setdefault(pool)
+        self.fill()
+
+    def need_ahead(self, pool: Pool) -> None:
+        self._ahead.setdefault(pool)
+        self.fill()
+
+    def fill(self) -> None:
+        while self._free > 0 and (pool := self._next()):
+            self._free -= 1
+            task = self._loop.create_task(self._hold_slot(pool.start()))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    def _next(self) -> Pool | None:
+        for line, lacks in ((self._now, Pool.lacks_now), (self._ahead, Pool.lacks_ahead)):
+            while line:
+                pool = next(iter(line))
+                del line[pool]
+                if lacks(pool):
+                    line[pool] = None           # at the end: it may need another, but others have their turn first
+                    return pool
+        return None
+
+    async def _hold_slot(self, start: asyncio.Task) -> None:
+        """Keep a slot taken while a container starts. One that takes long sleeps more than it computes."""
+        await asyncio.wait([start], timeout=START_SLOT_SECONDS)
+        self._free += 1
+        self.fill()
+
+
+class WarmLimit:
+    """How many containers may be warm in all pools together: a share for each pool when they are scarce."""
+
+    def __init__(self, most: int):
+        self.most = most
+        self._pools: set[Pool] = set()
+        self._refused: set[Pool] = set()
+
+    def add(self, pool: Pool) -> None:
+        self._pools.add(pool)
+
+    def remove(self, pool: Pool) -> None:
+        self._pools.discard(pool)
+        self._refused.discard(pool)
+
+    def reserved(self) -> int:
+        """Return how many are promised to functions with a number of their own."""
+        return sum(pool.options.warm or 0 for pool in self._pools)
+
+    def make_room(self, pool: Pool) -> bool:
+        """Return whether pool may have one more. Where all places are taken, another pool may have to give one up.
+
+        The coldest of those over their share gives, then the coldest of all; none gives to a pool colder than itself,
+        and what a user asked for with a number is not taken away.
+        """
+        if sum(other.ahead for other in self._pools) < self.most:
+            return True
+        share = max(1, self.most // sum(1 for other in self._pools if other.ahead or other is pool))
+        giver = min((other for other in self._pools if other is not pool and other.idle and other.options.warm is None),
+                    key=lambda other: (other.ahead <= share, other.last_used), default=None)
+        entitled = pool.options.warm is not None or pool.ahead < share
+        if giver and entitled and (giver.ahead > share or giver.last_used <= pool.last_used):
+            giver.give_up_one()
+            return True
+        self._refused.add(pool)
+        return False
+
+    def freed(self) -> None:
+        """Let pools that were refused try again."""
+        refused, self._refused = self._refused, set()
+        for pool in refused:
+            pool.reconcile()
+
+
+class Pool:
+    """The containers of one version: those that wait for a client, those on their way, and what is left of others.
+
+    reconcile() brings what is to what should be, like gunicorn's arbiter: a start under way for each client that
+    waits, and ahead of them as many warm containers as the options or the traffic ask for. It is called whenever one
+    of these may have changed, and by a timer that is set for the next moment at which time alone changes something.
+    """
+
+    def __init__(self, function: Function, version: Version, services: Services):
+        self.version = version
+        self.options = version.options
+        self.idle: list[Container] = []         # the one that has waited longest first
+        self.starting = 0
+        self.empty = asyncio.Event()            # closed, and no container is left
+        self._function = function
+        self._services = services
+        self._loop = services.host.loop
+        self._alive: set[Container] = set()
+        self._starts: set[asyncio.Task] = set()
+        self._endings: set[asyncio.Task] = set()
+        self._timer: asyncio.TimerHandle | None = None
+        self._closed = False
+        self._failures = 0                      # in a row, of containers that nobody waited for
+        self._retry_at = -math.inf              # loop time; until then none are made ahead
+        services.limit.add(self)
+
+    # -- what should be --
+
+    @property
+    def last_used(self) -> float:
+        return self._function.demand.last_used
+
+    @property
+    def ahead(self) -> int:
+        """How many containers there are, or will be in a moment, for clients that have not come yet."""
+        return len(self.idle) + max(0, self.starting - self._function.wanted)
+
+    def target(self, now: float) -> int:
+        """Return how many should be there."""
+        if self._function.draining:
+            return 0
+        wanted = self._function.demand.target(now) if self.options.warm is None else self.options.warm
+        return min(wanted, self.options.concurrency)
+
+    def lacks_now(self) -> bool:
+        return not self._closed and self._function.wanted > self.starting
+
+    def lacks_ahead(self) -> bool:
+        now = self._loop.time()
+        if self._closed or now < self._retry_at:
+            return False
+        fresh = sum(1 for container in self.idle if now - container.ready_at < MAX_WARM_SECONDS)
+        started = max(0, self.starting - self._function.wanted)
+        return fresh + started < self.target(now) and self._services.limit.make_room(self)
+
+    def reconcile(self) -> None:
+        """Start what is missing, end what is too much, and set the timer for when to look again."""
+        if self._closed:
+            return
+        now = self._loop.time()
+        self._end_surplus(now)
+        if self._function.wanted > self.starting:
+            self._services.starter.need_now(self)
+        elif self.ahead < self.target(now) or (self.idle and now - self.idle[0].ready_at >= MAX_WARM_SECONDS):
+            self._services.starter.need_ahead(self)
+        self._set_timer(now)
+
+    def _end_surplus(self, now: float) -> None:
+        """End containers that nobody asks for any more, after a while in which somebody might."""
+        target = self.target(now)
+        keep = 0.0 if self._function.draining else SURPLUS_SECONDS
+        before = len(self.idle)
+        while len(self.idle) > target:
+            oldest = self.idle[0]
+            if now - oldest.idle_since < keep and now - oldest.ready_at < MAX_WARM_SECONDS:
+                break
+            self.dismiss(self.idle.pop(0))
+        if len(self.idle) < before:
+            self._services.limit.freed()
+
+    def _set_timer(self, now: float) -> None:
+        moments = [math.inf]
+        if self._retry_at > now:
+            moments.append(self._retry_at)
+        if self.options.warm is None and not self._function.draining:
+            moments.append(self._function.demand.next_change(now))
+        if self.idle:
+            oldest = self.idle[0]
+            moments.append(max(oldest.ready_at + MAX_WARM_SECONDS, now + 1))
+            if len(self.idle) > self.target(now):
+                moments.append(oldest.idle_since + SURPLUS_SECONDS)
+        moment = min(moments)
+        # Later than needed is a mistake, earlier only a wake-up: a busy pool would otherwise set one for each client.
+        if self._timer and self._timer.when() > now and self._timer.when() <= moment:
+            return
+        if self._timer:
+            self._timer.cancel()
+        self._timer = None if moment == math.inf else self._loop.call_at(moment + 0.001, self.reconcile)
+
+    # -- containers --
+
+    def start(self) -> asyncio.Task:
+        """Start one container."""
+        self.starting += 1
+        task = self._loop.create_task(self._start_one())
+        self._starts.add(task)
+        task.add_done_callback(self._starts.discard)
+        return task
+
+    async def _start_one(self) -> None:
+        container = Container(self._services.host, self.version.bundle, self._function.log.write_output)
+        self._alive.add(container)
+        try:
+            await container.start(self.options.start_timeout)
+        except StartFailed as failure:
+            self.starting -= 1
+            self._remove(container)
+            if not self._closed:
+                self._failed(failure)
+        except asyncio.CancelledError:          # closed
+            self.starting -= 1
+            self._remove(container)
+        else:
+            self.starting -= 1
+            self._function.demand.started(container.start_seconds)
+            self.put(container)
+
+    def _failed(self, failure: StartFailed) -> None:
+        """Tell the client that waits longest; where there is none, try again after a while that grows."""
+        if not self._function.refuse_first(failure):
+            self._back_off(str(failure))
+        self.reconcile()
+
+    def _back_off(self, reason: str) -> None:
+        self._failures += 1
+        delay = min(FIRST_RETRY_SECONDS * 2 ** (self._failures - 1), MAX_RETRY_SECONDS)
+        self._retry_at = self._loop.time() + delay
+        log.warning("function=%s a warm container was lost, next one in %g s: %s", self._function.record.name, delay,
+                    reason)
+
+    def adopt(self, container: Container) -> None:
+        """Take a container that was started elsewhere, to prove a deploy."""
+        self._alive.add(container)
+        container.write_line = self._function.log.write_output
+        self.put(container)
+
+    def put(self, container: Container) -> None:
+        """Take a container that could serve somebody."""
+        if self._closed:
+            self.dismiss(container)
+            return
+        container.idle_since = self._loop.time()
+        container.on_release = functools.partial(self._lost, container)
+        self.idle.append(container)
+        self._function.dispatch()
+
+    def take(self) -> Container | None:
+        """Return the container that has waited shortest, whose memory is the warmest; None if there is none."""
+        if not self.idle:
+            return None
+        self._failures = 0
+        return self.idle.pop()
+
+    def _lost(self, container: Container, release: Release) -> None:
+        """A container that waited for a client is gone, or talks out of turn."""
+        self.idle.remove(container)
+        self.dismiss(container)
+        if self._loop.time() - container.ready_at < HEALTHY_SECONDS:
+            self._back_off(f"container {container.id}: {release.value}")
+        self.reconcile()
+
+    def give_up_one(self) -> None:
+        self.dismiss(self.idle.pop(0))
+
+    def dismiss(self, container: Container) -> None:
+        """End a container in the background. End of file tells its handler that there is no more work."""
+        container.on_release = lambda release: None
+        task = self._loop.create_task(self.end(container, EXIT_GRACE))
+        self._endings.add(task)
+        task.add_done_callback(self._endings.discard)
+
+    async def end(self, container: Container, grace: float) -> int:
+        """End a container, return its exit status; grace as in Container.finish."""
+        try:
+            return await container.finish(grace)
+        finally:
+            self._remove(container)
+
+    def _remove(self, container: Container) -> None:
+        self._alive.discard(container)
+        if self._closed and not self._alive:
+            self.empty.set()
+
+    def close(self) -> None:
+        """End all containers that serve nobody, at once; `empty` tells when those that do are gone too."""
+        self._closed = True
+        self._services.limit.remove(self)
+        if self._timer:
+            self._timer.cancel()
+        for start in self._starts:
+            start.cancel()
+        while self.idle:
+            self.dismiss(self.idle.pop())
+        if not self._alive and not self.starting:
+            self.empty.set()
+        self._services.limit.freed()
+
+
+class HangupWatch:
+    """Tells when a client that waits hangs up.
+
+    A reader of the loop cannot: the request that nobody has read yet keeps the socket readable. An epoll descriptor
+    of our own, on which only the end of the connection counts, is itself readable when there is one (epoll(7)).
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop):
+        self._epoll = select.epoll()
+        self._callbacks: dict[int, Callable[[], None]] = {}
+        self._loop = loop
+        loop.add_reader(self._epoll.fileno(), self._notify)
+
+    def watch(self, client: socket.socket, callback: Callable[[], None]) -> None:
+        """Call callback when the client has closed, or half closed, its connection."""
+        self._epoll.register(client, select.EPOLLRDHUP)
+        self._callbacks[client.fileno()] = callback
+
+    def forget(self, client: socket.socket) -> None:
+        if self._callbacks.pop(client.fileno(), None):
+            self._epoll.unregister(client)
+
+    def _notify(self) -> None:
+        for descriptor, _ in self._epoll.poll(0):
+            callback = self._callbacks.get(descriptor)
+            if callback:                        # else a callback just before this one has ended the wait
+                callback()
+
+    def close(self) -> None:
+        self._loop.remove_reader(self._epoll.fileno())
+        self._epoll.close()
+
+
+@dataclass(frozen=True)
+class Services:
+    """What all functions share."""
+    host: ContainerHost
+    starter: Starter
+    limit: WarmLimit
+    hangups: HangupWatch
+    lag: LoopLag
+    logs: LogWriter
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Function: an address, the version it runs, and its invocations
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def now() -> str:
+def timestamp() -> str:
     """Return the time for people and machines: RFC 3339, UTC, milliseconds."""
     return datetime.now(timezone.utc).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+@dataclass
+class VersionRecord:
+    """What the registry keeps of an image that a function runs, or ran and can be rolled back to."""
+    version: str                # first 12 hex digits of the image's digest: the directory of the image
+    deployed: str               # RFC 3339
+    options: Options            # those it ran under last
 
 
 @dataclass
@@ -2212,8 +2719,30 @@ class FunctionRecord:
     address: str
     created: str                # RFC 3339
     updated: str
-    version: str                # first 12 hex digits of the image's digest: the directory of the image
-    options: Options
+    versions: list[VersionRecord]       # the one that runs first, then those that ran before, latest first
+
+    @classmethod
+    def from_json(cls, document: dict) -> FunctionRecord:
+        """Return what to_json wrote, now or when the registry had format 1. Raises KeyError, TypeError."""
+        if "versions" not in document:
+            document = {**document, "versions": [{"version": document["version"], "deployed": document["updated"],
+                                                  "options": document["options"]}]}
+        versions = [VersionRecord(entry["version"], entry["deployed"], Options.from_json(entry["options"]))
+                    for entry in document["versions"]]
+        return cls(document["name"], document["address"], document["created"], document["updated"], versions)
+
+    def to_json(self) -> dict:
+        return {"name": self.name, "address": self.address, "created": self.created, "updated": self.updated,
+                "versions": [{"version": entry.version, "deployed": entry.deployed, "options": entry.options.to_json()}
+                             for entry in self.versions]}
+
+    @property
+    def version(self) -> str:
+        return self.versions[0].version
+
+    @property
+    def options(self) -> Options:
+        return self.versions[0].options
 
 
 class Version:
@@ -2225,48 +2754,49 @@ class Version:
         self.options = options
         self.command = command_line(image["process"], options)
         self.bundle = Bundle(name, image, options, directory / "rootfs", host.containers_dir.parent, host.cgroups)
-        self._users = 0                         # invocations that run on it
-        self.unused = asyncio.Event()
-        self.unused.set()
-
-    @contextlib.contextmanager
-    def used(self) -> Iterator[None]:
-        """Keep the version's files while an invocation needs them."""
-        self._users += 1
-        self.unused.clear()
-        try:
-            yield
-        finally:
-            self._users -= 1
-            if self._users == 0:
-                self.unused.set()
 
 
-@dataclass
+@dataclass(eq=False, slots=True)
 class Invocation:
-    """What the log tells of one connection. Times are of time.monotonic()."""
+    """One connection from accept to the last trace of its container. Times are the loop's."""
+    client: socket.socket
     peer: str
-    request: str                        # first line, if it was there already
+    request: bytes                      # as much of it as was there
     accepted: float
-    container: str = "-"
-    slot: float = 0.0                   # a start slot was free
-    ready: float = 0.0                  # the handler connected
+    container: Container | None = None
+    pool: Pool | None = None            # the container's
+    timer: asyncio.TimerHandle | None = None        # of the queue, then of the handler
+    tries: int = 0                      # hand-overs
+    handed: float = 0.0                 # the client was handed over
     handled: float = 0.0                # the handler let go
-    outcome: str = "?"
+    outcome: str = ""
     status: int = 0                     # of the answer that faasd itself gave, if it did
     reason: str = ""
     exit_status: int | None = None
     received: int = 0                   # bytes on the client's connection
     sent: int = 0
 
+    @property
+    def wait_seconds(self) -> float | None:
+        return self.handed - self.accepted if self.handed else None
+
+    @property
+    def start_seconds(self) -> float | None:
+        """How long the container took to start; None unless this was its first client."""
+        return self.container.start_seconds if self.container and self.container.served == 1 else None
+
+    @property
+    def run_seconds(self) -> float | None:
+        return self.handled - self.handed if self.handed and self.handled else None
+
     def line(self) -> str:
         """Return the invocation as key=value for the log."""
-        def elapsed(start: float, end: float) -> str:
-            return f"{(end - start) * 1000:.1f}ms" if start and end else "-"
-        parts = [f"outcome={self.outcome}", f"client={self.peer}", f'request="{escape_controls(self.request)}"',
-                 f"wait={elapsed(self.accepted, self.slot)}", f"start={elapsed(self.slot, self.ready)}",
-                 f"run={elapsed(self.ready, self.handled)}", f"received={self.received}", f"sent={self.sent}",
-                 f"exit={'-' if self.exit_status is None else self.exit_status}"]
+        first_line = self.request.partition(b"\n")[0].removesuffix(b"\r").decode("utf-8", "backslashreplace")
+        parts = [f"outcome={self.outcome} client={self.peer} request=\"{escape_controls(first_line)}\""]
+        for key, seconds in (("wait", self.wait_seconds), ("start", self.start_seconds), ("run", self.run_seconds)):
+            parts.append(f"{key}=-" if seconds is None else f"{key}={seconds * 1000:.1f}ms")
+        exit_status = "-" if self.exit_status is None else self.exit_status
+        parts.append(f"received={self.received} sent={self.sent} exit={exit_status}")
         if self.status:
             parts.append(f"status={self.status}")
         if self.reason:
@@ -2300,204 +2830,393 @@ async def answer(client: socket.socket, status: int, line: str) -> None:
         log.debug("answering %d: %s", status, error or "the client keeps the connection open")
 
 
-async def peek_request(client: socket.socket) -> bytes:
-    """Return the first bytes of a request without taking them; b"" if the client left without a word.
+def peek(client: socket.socket) -> bytes:
+    """Return the first bytes of a request without taking them; b"" from a client that has left without a word.
 
-    TCP_DEFER_ACCEPT has normally waited for them already. After its time, and when the kernel falls back to SYN
-    cookies, a connection is accepted without data; it still costs no container until there is some.
+    Raises BlockingIOError if there is nothing yet.
     """
-    flags = socket.MSG_PEEK | socket.MSG_DONTWAIT
     try:
-        return client.recv(PEEK_BYTES, flags)
+        return client.recv(PEEK_BYTES, socket.MSG_PEEK | socket.MSG_DONTWAIT)
     except BlockingIOError:
-        loop = asyncio.get_running_loop()
-        readable = loop.create_future()
-        loop.add_reader(client, lambda: readable.done() or readable.set_result(None))
-        try:
-            async with asyncio.timeout(FIRST_BYTE_SECONDS):
-                await readable
-            return client.recv(PEEK_BYTES, flags)
-        except (TimeoutError, OSError):
-            return b""
-        finally:
-            loop.remove_reader(client)
+        raise
     except OSError:                             # reset
         return b""
 
 
 class Function:
-    """Accepts connections on one address and gives each a container of its own. Lives on the loop's thread."""
+    """Accepts connections on one address and gives each a container of its own. Lives on the loop's thread.
 
-    def __init__(self, record: FunctionRecord, host: ContainerHost, starts: asyncio.Semaphore, log_: FunctionLog):
+    An invocation waits in `_waiting` until the pool has a container for it and fewer than `concurrency` are in flight.
+    It is in `_active` from admission until the last trace of its container is gone.
+    """
+
+    def __init__(self, record: FunctionRecord, services: Services, log_: FunctionLog):
         self.record = record
         self.log = log_
-        self.version: Version | None = None     # None: cannot run, error says why
+        self.pool: Pool | None = None           # None: cannot run, error says why
         self.error = ""
         self.leaving = False                    # being removed: no longer written down
-        self.requests = 0                       # connections that asked for something, since the daemon started
-        self.errors = 0                         # of these: no answer, or a bad exit
+        self.draining = False                   # serves whom it has accepted, and nobody else
+        self.in_flight = 0                      # invocations whose handler has the client
+        self.demand = Demand()
+        self.statistics = Statistics()
         self.changing = asyncio.Lock()          # held by who puts or removes image directories
-        self._host = host
-        self._starts = starts
+        self._services = services
+        self._loop = services.host.loop
         self._listener: socket.socket | None = None
-        self._invocations: set[asyncio.Task] = set()
+        self._waiting: collections.OrderedDict[Invocation, None] = collections.OrderedDict()
+        self._active: set[Invocation] = set()
+        self._quiet = asyncio.Event()           # nothing is active
+        self._quiet.set()
+        self._old_pools: set[Pool] = set()      # of versions that were replaced, with containers left
+        self._silent: set[asyncio.Task] = set()         # connections that have said nothing yet
+        self._tasks: set[asyncio.Task] = set()          # ends of invocations
 
     @property
-    def running(self) -> int:
-        return len(self._invocations)
+    def version(self) -> Version | None:
+        return self.pool.version if self.pool else None
 
     @property
     def state(self) -> str:
         if self.leaving:
             return "removing"
-        return "ready" if self.version else "broken"
+        return "ready" if self.pool else "broken"
+
+    @property
+    def queued(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def running(self) -> int:
+        """Invocations of which something is left, other than those that wait."""
+        return len(self._active) - len(self._waiting)
+
+    @property
+    def wanted(self) -> int:
+        """How many containers the clients that wait could use at once."""
+        return min(len(self._waiting), self.record.options.concurrency - self.in_flight)
 
     # -- accept --
 
     def listen(self, listener: socket.socket) -> None:
         """Take connections from a listening socket, which becomes the function's."""
         self._listener = listener
-        asyncio.get_running_loop().add_reader(listener, self._accept)
+        self._loop.add_reader(listener, self._accept)
 
     def _accept(self) -> None:
         for _ in range(ACCEPT_BATCH):
             try:
-                client, peer = self._listener.accept()
+                client, (host, port) = self._listener.accept()
             except (BlockingIOError, InterruptedError):
-                return
+                break
             except ConnectionAbortedError:
                 continue
             except OSError as error:            # EMFILE, ENFILE, ENOBUFS, ENOMEM: trying again at once would spin
                 log.error("function=%s cannot accept: %s", self.record.name, error.strerror)
                 self._pause()
-                return
-            task = asyncio.get_running_loop().create_task(self._serve(client, f"{peer[0]}:{peer[1]}"))
-            self._invocations.add(task)
-            task.add_done_callback(self._forget)
+                break
+            self._receive(client, f"{host}:{port}")
+        self._services.lag.probe()
 
     def _pause(self) -> None:
-        loop = asyncio.get_running_loop()
-        loop.remove_reader(self._listener)
+        self._loop.remove_reader(self._listener)
         listener = self._listener
-        loop.call_later(ACCEPT_PAUSE, lambda: self._listener is listener and loop.add_reader(listener, self._accept))
-
-    def _forget(self, task: asyncio.Task) -> None:
-        self._invocations.discard(task)
-        if not task.cancelled() and task.exception() is not None:
-            log.error("function=%s an invocation failed inside faasd", self.record.name, exc_info=task.exception())
+        self._loop.call_later(ACCEPT_PAUSE,
+                              lambda: self._listener is listener and self._loop.add_reader(listener, self._accept))
 
     def stop_listening(self) -> None:
         """Accept what the kernel has completed already, then refuse new connections."""
+        self.draining = True
         if self._listener is not None:
             self._accept()
-            asyncio.get_running_loop().remove_reader(self._listener)
+            self._loop.remove_reader(self._listener)
             self._listener.close()
             self._listener = None
+        if self.pool:
+            self.pool.reconcile()
 
-    async def drain(self, timeout: float) -> None:
-        """Let running invocations finish for timeout seconds, then end them; their clients get a 503."""
-        if self._invocations:
-            await asyncio.wait(self._invocations, timeout=timeout)
-        while self._invocations:
-            for task in self._invocations:
-                task.cancel()
-            await asyncio.wait(self._invocations)
+    def _receive(self, client: socket.socket, peer: str) -> None:
+        """Admit a client that has said something.
 
-    # -- invoke --
-
-    async def _serve(self, client: socket.socket, peer: str) -> None:
-        """Serve one connection from accept to close."""
-        accepted = time.monotonic()
-        with client:
-            request = await peek_request(client)
-            if not request:
-                return
-            self.requests += 1
-            first_line = request.split(b"\r\n")[0].split(b"\n")[0].decode("utf-8", "backslashreplace")
-            invocation = Invocation(peer=peer, request=first_line, accepted=accepted)
-            await self._invoke(client, invocation)
-        if invocation.outcome != "answered" or invocation.exit_status:
-            self.errors += 1
-        self.log.write(invocation.container, ">", invocation.line())
-        level = logging.DEBUG if invocation.outcome == "answered" else logging.WARNING
-        log.log(level, "function=%s container=%s %s", self.record.name, invocation.container, invocation.line())
-
-    async def _invoke(self, client: socket.socket, invocation: Invocation) -> None:
-        container = None
-        with contextlib.ExitStack() as holds:
-            try:
-                async with self._starts:
-                    version = self.version      # now: a redeploy while this waited counts
-                    holds.enter_context(version.used())
-                    container = Container(self._host, version.bundle, self.log.write_output)
-                    invocation.container, invocation.slot = container.id, time.monotonic()
-                    await container.start(version.options.start_timeout)
-                invocation.ready = time.monotonic()
-                in_time = await self._handle(client, container, version.options.timeout)
-                invocation.handled = time.monotonic()
-                await self._conclude(client, container, invocation, in_time)
-            except StartFailed as failure:
-                invocation.outcome, invocation.reason = "start-failed", str(failure)
-                await self._speak(client, invocation, 504 if failure.timed_out else 502, str(failure))
-            except asyncio.CancelledError:      # drain
-                if container is not None:
-                    invocation.exit_status = await container.finish(0)
-                if client.fileno() >= 0:        # else the client has its answer, and only the cleaning was cut short
-                    invocation.outcome = "stopped"
-                    await self._speak(client, invocation, 503, "faasd is stopping, or the function is being removed")
-
-    @staticmethod
-    async def _handle(client: socket.socket, container: Container, timeout: float) -> bool:
-        """Hand the client over and wait for the handler to let go; return False if that took over timeout seconds."""
-        if not container.hand_over(client):
-            return True
-        done, _ = await asyncio.wait([container.handled], timeout=timeout or None)
-        return bool(done)
-
-    async def _conclude(self, client: socket.socket, container: Container, invocation: Invocation,
-                        in_time: bool) -> None:
-        """End the client's connection: as the handler left it or, if it said nothing, with an answer of our own."""
-        state = TcpState.of(client)
-        if in_time and not state.can_answer:
-            invocation.outcome = "answered" if state.sent else "closed"
-            invocation.received, invocation.sent = state.received, state.sent
-            client.close()                      # first: what follows is nothing the client should wait for
-            invocation.exit_status = await container.finish(EXIT_GRACE)
+        TCP_DEFER_ACCEPT has normally waited for that. After its time, and when the kernel falls back to SYN cookies,
+        a connection is accepted without data; it still costs no container until there is some.
+        """
+        try:
+            request = peek(client)
+        except BlockingIOError:
+            task = self._loop.create_task(self._await_request(client, peer))
+            self._silent.add(task)
+            task.add_done_callback(self._silent.discard)
             return
-        # Whoever in the container still has the socket must be gone before we speak on it.
-        invocation.exit_status = await container.finish(EXIT_GRACE if in_time else 0)
-        if in_time:
-            invocation.outcome = "no-answer"
-            reason = f"the handler {describe_exit(invocation.exit_status)} without an answer"
-            await self._speak(client, invocation, 502, reason)
+        if request:
+            self._admit(Invocation(client, peer, request, self._loop.time()))
         else:
-            invocation.outcome = "timeout"
-            await self._speak(client, invocation, 504, "the handler did not finish in time")
+            client.close()
 
-    async def _speak(self, client: socket.socket, invocation: Invocation, status: int, reason: str) -> None:
-        """Answer the client unless the handler, or the client itself, left nothing to answer on."""
-        invocation.reason = reason
-        state = TcpState.of(client)
+    async def _await_request(self, client: socket.socket, peer: str) -> None:
+        readable = self._loop.create_future()
+        self._loop.add_reader(client, lambda: readable.done() or readable.set_result(None))
+        try:
+            await asyncio.wait_for(readable, FIRST_BYTE_SECONDS)
+        except (TimeoutError, asyncio.CancelledError):
+            client.close()
+            return
+        finally:
+            self._loop.remove_reader(client)
+        self._receive(client, peer)
+
+    # -- admit, wait --
+
+    def _admit(self, invocation: Invocation) -> None:
+        """Queue an invocation, or turn it away; it may have been handed over when this returns."""
+        options = self.record.options
+        self._active.add(invocation)
+        self._quiet.clear()
+        self.demand.arrived(invocation.accepted)
+        if self.in_flight + len(self._waiting) >= options.concurrency + options.queue:
+            self._turn_away(invocation, "queue-full", f"{options.concurrency} invocations are in flight and "
+                                                      f"{options.queue} connections wait already")
+            return
+        self._waiting[invocation] = None
+        self.dispatch()
+        if invocation in self._waiting:
+            invocation.timer = self._loop.call_later(options.queue_timeout, self._on_queue_timeout, invocation)
+            self._services.hangups.watch(invocation.client, functools.partial(self._on_hangup, invocation))
+
+    def dispatch(self) -> None:
+        """Give clients that wait containers that wait, in order, and have the pool make what is missing."""
+        limit = self.record.options.concurrency
+        while self._waiting and self.in_flight < limit and (container := self.pool.take()):
+            invocation = next(iter(self._waiting))
+            if container.hand_over(invocation.client):
+                self._leave_queue(invocation)
+                self._run(invocation, container)
+            else:
+                self.pool.dismiss(container)
+        self.pool.reconcile()
+
+    def _leave_queue(self, invocation: Invocation) -> None:
+        del self._waiting[invocation]
+        if invocation.timer:
+            invocation.timer.cancel()
+            self._services.hangups.forget(invocation.client)
+
+    def _on_queue_timeout(self, invocation: Invocation) -> None:
+        # The first ones have a start under way, whose own time limit holds.
+        if invocation not in itertools.islice(self._waiting, self.pool.starting):
+            self._leave_queue(invocation)
+            self._turn_away(invocation, "queue-timeout", "no container was free in time")
+
+    def _on_hangup(self, invocation: Invocation) -> None:
+        """Drop a client that gave up, so that it costs no container.
+
+        One that has only closed its own direction looks the same. Programs do that with the request (`nc -N`), so it
+        counts as giving up when it comes later.
+        """
+        half_closed = TcpState.of(invocation.client).state == TCP_CLOSE_WAIT
+        if half_closed and self._loop.time() - invocation.accepted < HALF_CLOSE_SECONDS:
+            self._services.hangups.forget(invocation.client)
+            return
+        self._leave_queue(invocation)
+        invocation.outcome = "abandoned"
+        invocation.client.close()
+        self._finished(invocation)
+
+    def refuse_first(self, failure: StartFailed) -> bool:
+        """Tell the client that waits longest that its container did not start; return False if there is none."""
+        if not self.wanted:
+            return False
+        invocation = next(iter(self._waiting))
+        self._leave_queue(invocation)
+        invocation.outcome = "start-failed"
+        self._background(self._speak(invocation, 504 if failure.timed_out else 502, str(failure)))
+        return True
+
+    def _turn_away(self, invocation: Invocation, outcome: str, reason: str) -> None:
+        invocation.outcome = outcome
+        self._background(self._speak(invocation, 503, reason))
+
+    # -- run --
+
+    def _run(self, invocation: Invocation, container: Container) -> None:
+        """The handler has the client now."""
+        self.in_flight += 1
+        invocation.container, invocation.pool = container, self.pool
+        invocation.tries += 1
+        invocation.handed = self._loop.time()
+        container.on_release = functools.partial(self._on_release, invocation)
+        timeout = self.pool.options.timeout
+        invocation.timer = self._loop.call_later(timeout, self._on_timeout, invocation) if timeout else None
+
+    def _on_release(self, invocation: Invocation, release: Release) -> None:
+        """The handler let go: its client has its answer, or needs one from us."""
+        if invocation.timer:
+            invocation.timer.cancel()
+        if release is Release.UNTAKEN and invocation.tries < MAX_TRIES:
+            self._try_again(invocation)
+            return
+        invocation.handled = self._loop.time()
+        state = TcpState.of(invocation.client)
         if state.can_answer:
+            self._background(self._conclude_unanswered(invocation))
+            return
+        invocation.outcome = "answered" if state.sent else "closed"
+        invocation.received, invocation.sent = state.received, state.sent
+        invocation.client.close()               # first: what follows is nothing the client should wait for
+        self.in_flight -= 1
+        container, pool = invocation.container, invocation.pool
+        if release is Release.READY and state.sent and container.served < pool.options.reuse and pool is self.pool:
+            self._finished(invocation)
+            pool.put(container)
+        else:
+            self._background(self._end(invocation))
+            self.dispatch()
+
+    def _try_again(self, invocation: Invocation) -> None:
+        """Give a client another container: the one it was sent to had died before it took it."""
+        log.info("function=%s container=%s died before it took its client", self.record.name, invocation.container.id)
+        self.in_flight -= 1
+        invocation.pool.dismiss(invocation.container)
+        invocation.container = invocation.timer = None
+        self._waiting[invocation] = None
+        self._waiting.move_to_end(invocation, last=False)
+        self.dispatch()
+
+    def _on_timeout(self, invocation: Invocation) -> None:
+        invocation.container.on_release = lambda release: None
+        invocation.handled = self._loop.time()
+        invocation.outcome = "timeout"
+        self._background(self._conclude_killed(invocation, 504, "the handler did not finish in time"))
+
+    async def _end(self, invocation: Invocation) -> None:
+        """See a container to its end whose client has its answer."""
+        invocation.exit_status = await invocation.pool.end(invocation.container, EXIT_GRACE)
+        self._finished(invocation)
+
+    async def _conclude_unanswered(self, invocation: Invocation) -> None:
+        """Answer for a handler that let go without a word. Whoever else in its container has the socket goes first."""
+        invocation.exit_status = await invocation.pool.end(invocation.container, EXIT_GRACE)
+        self._leave_flight()
+        invocation.outcome = "no-answer"
+        await self._speak(invocation, 502, f"the handler {describe_exit(invocation.exit_status)} without an answer")
+
+    async def _conclude_killed(self, invocation: Invocation, status: int, reason: str) -> None:
+        invocation.exit_status = await invocation.pool.end(invocation.container, 0)
+        self._leave_flight()
+        await self._speak(invocation, status, reason)
+
+    def _leave_flight(self) -> None:
+        self.in_flight -= 1
+        self.dispatch()
+
+    async def _speak(self, invocation: Invocation, status: int, reason: str) -> None:
+        """Answer the client unless the handler, or the client itself, left nothing to answer on; that is the end."""
+        invocation.reason = reason
+        client = invocation.client
+        if TcpState.of(client).can_answer:
             invocation.status = status
-            await answer(client, status, f"function {self.record.name}: {reason} (container {invocation.container})")
+            container = f" (container {invocation.container.id})" if invocation.container else ""
+            await answer(client, status, f"function {self.record.name}: {reason}{container}")
         state = TcpState.of(client)
         invocation.received, invocation.sent = state.received, state.sent
+        client.close()
+        self._finished(invocation)
+
+    def _finished(self, invocation: Invocation) -> None:
+        """Write an invocation down; nothing of it is left."""
+        self._active.discard(invocation)
+        if not self._active:
+            self._quiet.set()
+        self.statistics.record(invocation)
+        line = invocation.line()
+        container = invocation.container.id if invocation.container else "-"
+        self.log.write(container, ">", line)
+        if invocation.outcome != "answered":
+            log.warning("function=%s container=%s %s", self.record.name, container, line)
+        elif log.isEnabledFor(logging.DEBUG):
+            log.debug("function=%s container=%s %s", self.record.name, container, line)
+
+    def _background(self, coroutine) -> None:
+        task = self._loop.create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._forget)
+
+    def _forget(self, task: asyncio.Task) -> None:
+        self._tasks.discard(task)
+        if task.exception() is not None:
+            log.error("function=%s an invocation failed inside faasd", self.record.name, exc_info=task.exception())
+
+    # -- end --
+
+    async def drain(self, timeout: float) -> None:
+        """Let all invocations finish for timeout seconds, then end them; their clients get a 503."""
+        for task in self._silent:
+            task.cancel()
+        try:
+            async with asyncio.timeout(timeout):
+                await self._quiet.wait()
+        except TimeoutError:
+            for invocation in list(self._active):
+                self._stop(invocation)
+            await self._quiet.wait()
+        if self.pool:
+            self.pool.close()
+            await self.pool.empty.wait()
+        await self.old_versions_gone()
+
+    def _stop(self, invocation: Invocation) -> None:
+        reason = "faasd is stopping, or the function is being removed"
+        if invocation in self._waiting:
+            self._leave_queue(invocation)
+            self._turn_away(invocation, "stopped", reason)
+        elif not invocation.outcome and not invocation.handled:
+            if invocation.timer:
+                invocation.timer.cancel()
+            invocation.container.on_release = lambda release: None
+            invocation.handled = self._loop.time()
+            invocation.outcome = "stopped"
+            self._background(self._conclude_killed(invocation, 503, reason))
 
     # -- versions --
 
-    def replace_version(self, version: Version) -> Version | None:
-        """Make version the one for invocations that start from now on; return the one before."""
-        before, self.version, self.error = self.version, version, ""
-        return before
+    def replace_version(self, version: Version, container: Container | None = None) -> None:
+        """Make version the one for invocations that start from now on; container is one of it that is ready."""
+        before, self.pool, self.error = self.pool, Pool(self, version, self._services), ""
+        if before:
+            self._old_pools.add(before)
+            before.close()
+        if container:
+            self.demand.last_used = self._loop.time()
+            self.pool.adopt(container)
+        else:
+            self.dispatch()
+
+    async def old_versions_gone(self) -> None:
+        """Return when no container of a version that was replaced is left."""
+        while self._old_pools:
+            pool = next(iter(self._old_pools))
+            await pool.empty.wait()
+            self._old_pools.discard(pool)
+
+    def counts(self) -> dict:
+        """Return how many there are of what, for the control API."""
+        return {"running": self.running, "queued": self.queued, "warm": len(self.pool.idle) if self.pool else 0,
+                "starting": self.pool.starting if self.pool else 0, "requests": self.statistics.requests,
+                "errors": self.statistics.errors}
+
+    def describe_statistics(self) -> dict:
+        """Return counts and percentiles, for the control API."""
+        counted = self.statistics
+        return {"name": self.record.name, "address": self.record.address, "state": self.state, **self.counts(),
+                "rate": round(self.demand.rate.at(self._loop.time()), 3), "outcomes": dict(counted.outcomes),
+                "latency": {name: histogram.percentiles() for name, histogram in counted.durations.items()}}
 
     def describe(self) -> dict:
         """Return everything that is known of the function, for the control API."""
         record, version = self.record, self.version
         document = {"name": record.name, "address": record.address, "state": self.state,
                     "version": record.version, "created": record.created, "updated": record.updated,
-                    "running": self.running, "requests": self.requests, "errors": self.errors,
-                    "options": asdict(record.options)}
+                    **self.counts(), "options": record.options.to_json()}
         if version is None:
             return {**document, "error": self.error, "digest": "", "image": record.version, "command": [],
                     "user": "", "workdir": "", "size": 0}
@@ -2522,11 +3241,10 @@ class Registry:
         """Return the functions. Raises FaasdError if the file is damaged or newer; it is never overwritten."""
         try:
             document = json.loads(self._path.read_text())
-            if document["format"] != REGISTRY_FORMAT:
+            if document["format"] not in (1, REGISTRY_FORMAT):
                 raise FaasdError(f"{self._path} has format {document['format']!r}, this faasd knows "
                                  f"{REGISTRY_FORMAT}: use the faasd that wrote it")
-            return [FunctionRecord(**{**entry, "options": Options.from_json(entry["options"])})
-                    for entry in document["functions"]]
+            return [FunctionRecord.from_json(entry) for entry in document["functions"]]
         except FileNotFoundError:
             return []
         except OSError as error:
@@ -2537,7 +3255,7 @@ class Registry:
 
     def save(self, records: Iterable[FunctionRecord]) -> None:
         """Write the functions to disk, for good. Raises FaasdError; the file is then as it was."""
-        document = {"format": REGISTRY_FORMAT, "functions": [asdict(record) for record in records]}
+        document = {"format": REGISTRY_FORMAT, "functions": [record.to_json() for record in records]}
         temporary = self._path.with_name(".registry.json.new")
         try:
             # Only for root: options have environment variables, which may be secrets.
@@ -2558,53 +3276,131 @@ class Registry:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Logs: one file a function, and the daemon's own
+# Logs and metrics: one log a function, the daemon's own, and what is counted
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+class LogWriter:
+    """Appends to log files in a thread, because a write to a disk can take long and the loop must not stand still.
+
+    Lines come on the loop's thread and are written in their order, many at a time.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop):
+        self._loop = loop
+        self._thread = concurrent.futures.ThreadPoolExecutor(1, "log")
+        self._lines: dict[FunctionLog, list[bytes]] = {}
+        self._count = 0
+        self._writing: asyncio.Future | None = None
+        self._timer: asyncio.TimerHandle | None = None
+
+    def add(self, function_log: FunctionLog, line: bytes) -> None:
+        """Have a line written soon. When the disk takes none for long, lines are dropped rather than memory filled."""
+        if self._count >= MAX_UNWRITTEN_LINES:
+            return
+        self._count += 1
+        if self._count == MAX_UNWRITTEN_LINES:
+            log.error("the disk is too slow for the logs: lines are dropped")
+        self._lines.setdefault(function_log, []).append(line)
+        if self._timer is None and self._writing is None:
+            self._timer = self._loop.call_later(LOG_DELAY, self._write)
+
+    def _write(self) -> None:
+        self._timer = None
+        lines, self._lines, self._count = self._lines, {}, 0
+        self._writing = self._loop.run_in_executor(self._thread, self._write_all, lines)
+        self._writing.add_done_callback(self._written)
+
+    @staticmethod
+    def _write_all(batches: dict[FunctionLog, list[bytes]]) -> None:
+        for function_log, lines in batches.items():
+            function_log.append(lines)
+
+    def _written(self, future: asyncio.Future) -> None:
+        self._writing = None
+        if future.exception():
+            log.error("writing logs failed", exc_info=future.exception())
+        if self._lines:
+            self._timer = self._loop.call_later(LOG_DELAY, self._write)
+
+    async def flush(self) -> None:
+        """Return when everything is written that was added before."""
+        while self._lines or self._writing:
+            if self._timer:
+                self._timer.cancel()
+                self._write()
+            await asyncio.wait([self._writing])
+
+    async def close(self) -> None:
+        await self.flush()
+        self._thread.shutdown()
 
 
 class FunctionLog:
     """STATE_DIR/logs/NAME.log: `TIME CONTAINER | text` for output, `TIME CONTAINER > key=value …` for an invocation.
 
-    Written on the loop's thread only; any thread may read, and wait for more.
+    Lines are added on the loop's thread and written on the writer's; any thread may read, and wait for more.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, writer: LogWriter):
         self.path = path
+        self._writer = writer
         self._file = None
         self._size = 0
-        self._grown = threading.Condition()
+        self._removed = False
+        self._grown = threading.Condition()     # held to change the file
 
     def write_output(self, container_id: str, text: str) -> None:
         self.write(container_id, "|", text)
 
     def write(self, container_id: str, mark: str, text: str) -> None:
-        """Append a line; text has no control characters. Trouble with the disk must not end an invocation."""
-        line = f"{now()} {container_id} {mark} {text}\n".encode("utf-8", "backslashreplace")
-        try:
-            if self._file is None:
-                self._file = self.path.open("ab", buffering=0)
-                self._size = self._file.tell()
-            if self._size + len(line) > LOG_FILE_SIZE:
-                self.close()
-                self.path.replace(self._previous)
-                self._file = self.path.open("ab", buffering=0)
-                self._size = 0
-            self._size += self._file.write(line)
-        except OSError as error:
-            log.error("cannot write %s: %s", self.path, error.strerror)
+        """Add a line; text has no control characters."""
+        self._writer.add(self, f"{timestamp()} {container_id} {mark} {text}\n".encode("utf-8", "backslashreplace"))
+
+    def append(self, lines: list[bytes]) -> None:
+        """Write lines to the file. Trouble with the disk must not end an invocation. On the writer's thread."""
         with self._grown:
+            try:
+                while lines and not self._removed:
+                    self._append_part(lines)
+            except OSError as error:
+                log.error("cannot write %s: %s", self.path, error.strerror)
             self._grown.notify_all()
+
+    def _append_part(self, lines: list[bytes]) -> None:
+        """Write as many of the lines as fit into the file, at least one, and take them off the list."""
+        if self._file is None:
+            self._file = self.path.open("ab", buffering=0)
+            self._size = self._file.tell()
+        if self._size and self._size + len(lines[0]) > LOG_FILE_SIZE:
+            self._file.close()
+            self._file = None
+            self.path.replace(self._previous)
+            return
+        room = LOG_FILE_SIZE - self._size
+        count = 0
+        while count < len(lines) and (count == 0 or room >= len(lines[count])):
+            room -= len(lines[count])
+            count += 1
+        data = b"".join(lines[:count])
+        del lines[:count]                       # first: what cannot be written now is not tried again and again
+        self._file.write(data)
+        self._size += len(data)
 
     @property
     def _previous(self) -> Path:
         return self.path.with_name(self.path.name + ".1")
 
     def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        with self._grown:
+            if self._file is not None:
+                self._file.close()
+                self._file = None
 
     def remove(self) -> None:
+        """Remove the files; lines that are still on their way are dropped."""
+        with self._grown:
+            self._removed = True
         self.close()
         self.path.unlink(missing_ok=True)
         self._previous.unlink(missing_ok=True)
@@ -2626,7 +3422,7 @@ class FunctionLog:
         """Yield what is appended to file and its successors, b"" now and then when there is nothing."""
         try:
             while True:
-                with self._grown:       # taken to notify, so nothing is written unnoticed between read and wait
+                with self._grown:       # taken to write, so nothing is written unnoticed between read and wait
                     moved = self._moved(file)
                     data = file.read() if file else b""
                     if not data and not moved:
@@ -2655,6 +3451,119 @@ class FunctionLog:
         return file is None or os.fstat(file.fileno()).st_ino != current
 
 
+class Histogram:
+    """How often a duration was how long: counted by upper bound since the start, and the last ones exactly."""
+
+    def __init__(self) -> None:
+        self.counts = [0] * (len(BUCKETS) + 1)
+        self.sum = 0.0                          # seconds
+        self._recent: collections.deque[float] = collections.deque(maxlen=RECENT_SAMPLES)
+
+    def add(self, seconds: float) -> None:
+        self.counts[bisect.bisect_left(BUCKETS, seconds)] += 1
+        self.sum += seconds
+        self._recent.append(seconds)
+
+    def percentiles(self) -> dict[str, float] | None:
+        """Return p50, p95 and p99 of the last samples in seconds, None if there are none."""
+        ordered = sorted(self._recent)
+        if not ordered:
+            return None
+        return {f"p{percent}": ordered[len(ordered) * percent // 100] for percent in (50, 95, 99)}
+
+    def expose(self, name: str, labels: str = "") -> Iterator[str]:
+        """Yield the samples in Prometheus' text format; labels are such as `function="a"`."""
+        comma = "," if labels else ""
+        total = 0
+        for bound, count in zip([*map(repr, BUCKETS), "+Inf"], self.counts, strict=True):
+            total += count
+            yield f'{name}_bucket{{{labels}{comma}le="{bound}"}} {total}'
+        braces = f"{{{labels}}}" if labels else ""
+        yield f"{name}_sum{braces} {self.sum:.9g}"
+        yield f"{name}_count{braces} {total}"
+
+
+class Statistics:
+    """What is counted of a function's invocations since the daemon started."""
+
+    def __init__(self) -> None:
+        self.requests = 0
+        self.errors = 0                         # no answer of the handler's, or a bad exit
+        self.outcomes = dict.fromkeys(OUTCOMES, 0)
+        self.durations = {"queue": Histogram(), "start": Histogram(), "run": Histogram(), "total": Histogram()}
+
+    def record(self, invocation: Invocation) -> None:
+        self.requests += 1
+        self.outcomes[invocation.outcome] += 1
+        if invocation.outcome != "answered" or invocation.exit_status:
+            self.errors += 1
+        total = invocation.handled - invocation.accepted if invocation.handled else None
+        for name, seconds in (("queue", invocation.wait_seconds), ("start", invocation.start_seconds),
+                              ("run", invocation.run_seconds), ("total", total)):
+            if seconds is not None:
+                self.durations[name].add(seconds)
+
+
+class LoopLag:
+    """How late the loop comes to what is due: what everything else waits for while something in it takes its time.
+
+    Probed by a timer that is set when a client comes and none is set yet, so that an idle daemon does not wake up.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop):
+        self.histogram = Histogram()
+        self._loop = loop
+        self._timer: asyncio.TimerHandle | None = None
+
+    def probe(self) -> None:
+        if self._timer is None:
+            self._timer = self._loop.call_later(LAG_PROBE_SECONDS, self._measure)
+
+    def _measure(self) -> None:
+        self.histogram.add(max(0.0, self._loop.time() - self._timer.when()))
+        self._timer = None
+
+
+def process_metrics() -> Iterator[str]:
+    """Yield what every Prometheus client library tells of its process (proc_pid_stat(5))."""
+    fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+    ticks, page = os.sysconf("SC_CLK_TCK"), os.sysconf("SC_PAGE_SIZE")
+    boot = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
+    for name, kind, value, text in (
+            ("process_cpu_seconds_total", "counter", (int(fields[11]) + int(fields[12])) / ticks, "CPU time used"),
+            ("process_resident_memory_bytes", "gauge", int(fields[21]) * page, "Resident memory"),
+            ("process_open_fds", "gauge", len(os.listdir("/proc/self/fd")) - 1, "Open file descriptors"),
+            ("process_start_time_seconds", "gauge", boot + int(fields[19]) / ticks, "Start time since the epoch")):
+        yield from metric_header(name, kind, text)
+        yield f"{name} {value}"
+
+
+def metric_header(name: str, kind: str, text: str) -> tuple[str, str]:
+    return f"# HELP {name} {text}.", f"# TYPE {name} {kind}"
+
+
+def function_metrics(functions: list[Function]) -> Iterator[str]:
+    """Yield the metrics that there are of each function; a function's name needs no escapes."""
+    yield from metric_header("faasd_invocations_total", "counter", "Connections that asked for something, by outcome")
+    for function in functions:
+        for outcome, count in function.statistics.outcomes.items():
+            yield f'faasd_invocations_total{{function="{function.record.name}",outcome="{outcome}"}} {count}'
+    for key, text in (("queue", "Time from accept until a container was at hand"),
+                      ("start", "Time from spawning a container until its handler was ready"),
+                      ("run", "Time from hand-over until the handler let go")):
+        yield from metric_header(f"faasd_{key}_seconds", "histogram", text)
+        for function in functions:
+            yield from function.statistics.durations[key].expose(f"faasd_{key}_seconds",
+                                                                 f'function="{function.record.name}"')
+    for key, name, text in (("warm", "faasd_warm_containers", "Containers that wait for a client"),
+                            ("starting", "faasd_starting_containers", "Containers being started"),
+                            ("running", "faasd_running_invocations", "Invocations of which something is left"),
+                            ("queued", "faasd_queued_connections", "Connections that wait for a container")):
+        yield from metric_header(name, "gauge", text)
+        for function in functions:
+            yield f'{name}{{function="{function.record.name}"}} {function.counts()[key]}'
+
+
 class LogFormatter(logging.Formatter):
     """`TIME LEVEL message` with control characters escaped, or a JSON object a line."""
 
@@ -2665,8 +3574,9 @@ class LogFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         message = super().format(record)
         if self._as_json:
-            return json.dumps({"time": now(), "level": record.levelname.lower(), "message": message})
-        return "\n".join(f"{now()} {record.levelname.lower()} {escape_controls(line)}" for line in message.split("\n"))
+            return json.dumps({"time": timestamp(), "level": record.levelname.lower(), "message": message})
+        lines = (escape_controls(line) for line in message.split("\n"))
+        return "\n".join(f"{timestamp()} {record.levelname.lower()} {line}" for line in lines)
 
 
 def configure_logging(as_json: bool, verbose: bool) -> None:
@@ -2847,15 +3757,21 @@ class ControlHandler(http.server.BaseHTTPRequestHandler):
             self.close_connection = True
             self._reply(400, {"error": f"bad query: {error}"})
 
-    do_GET = do_POST = do_DELETE = _dispatch
+    do_GET = do_POST = do_PATCH = do_DELETE = _dispatch
 
     def _route(self, parts: list[str]) -> tuple[Callable, list[str]]:
         """Return the method that answers, and its arguments. Raises NotFound, or FaasdError with status 405."""
         routes: dict[tuple, dict[str, Callable]] = {
             ("healthz",): {"GET": self._healthz},
             ("version",): {"GET": self._version},
+            ("metrics",): {"GET": self._metrics},
+            ("stats",): {"GET": self._stats},
             ("functions",): {"GET": self._list},
-            ("functions", "*"): {"GET": self._show, "POST": self._deploy, "DELETE": self._remove},
+            ("functions", "*"): {"GET": self._show, "POST": self._deploy, "PATCH": self._change,
+                                 "DELETE": self._remove},
+            ("functions", "*", "stats"): {"GET": self._stats},
+            ("functions", "*", "versions"): {"GET": self._versions},
+            ("functions", "*", "rollback"): {"POST": self._roll_back},
             ("functions", "*", "logs"): {"GET": self._logs},
         }
         pattern = tuple("*" if i == 1 and part else part for i, part in enumerate(parts))
@@ -2878,6 +3794,29 @@ class ControlHandler(http.server.BaseHTTPRequestHandler):
 
     def _show(self, name: str, query: dict) -> None:
         self._reply(200, self._call(self.server.daemon.describe(name)))
+
+    def _change(self, name: str, query: dict) -> None:
+        if not query:
+            raise BadRequest("nothing to change: name an option")
+        self._reply(200, self._call(self.server.daemon.change(name, query)))
+
+    def _versions(self, name: str, query: dict) -> None:
+        self._reply(200, {"versions": self._call(self.server.daemon.versions(name))})
+
+    def _roll_back(self, name: str, query: dict) -> None:
+        self._reply(200, self._call(self.server.daemon.roll_back(name, query.get("version", [""])[-1])))
+
+    def _stats(self, *arguments) -> None:
+        *names, _ = arguments
+        self._reply(200, self._call(self.server.daemon.statistics(names)))
+
+    def _metrics(self, query: dict) -> None:
+        body = self._call(self.server.daemon.metrics()).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
 
     def _remove(self, name: str, query: dict) -> None:
         self._call(self.server.daemon.remove(name))
@@ -3008,6 +3947,8 @@ class Settings:
     drain_timeout: float        # seconds
     max_image_size: int         # bytes
     max_image_entries: int
+    max_warm: int               # containers
+    keep_versions: int          # images of a function, the one that runs included
     log_format: str
     verbose: bool
 
@@ -3027,7 +3968,8 @@ class Daemon:
         self._functions: dict[str, Function] = {}
         self._changes: dict[str, str] = {}              # name → what is being done to it; one thing at a time
         self._commit = asyncio.Lock()                   # from choosing an address to writing it down
-        self._starts = asyncio.Semaphore(os.cpu_count() or 1)   # more starts at once only make each slower
+        self._services = Services(self._host, Starter(os.cpu_count() or 1, self.loop), WarmLimit(settings.max_warm),
+                                  HangupWatch(self.loop), LoopLag(self.loop), LogWriter(self.loop))
         self._tasks: set[asyncio.Task] = set()          # deploys, removals and retirements under way
         self._stop_signals = asyncio.Queue()
         self._stopping = False
@@ -3067,7 +4009,7 @@ class Daemon:
         """Remove what a daemon that was killed left: containers, uploads, half-deployed images, addresses."""
         self._host.prepare()
         self._empty_tmp()
-        kept = {(record.name, record.version) for record in records}
+        kept = {(record.name, entry.version) for record in records for entry in record.versions}
         for directory in self._images_dir.glob("*/*"):
             if (directory.parent.name, directory.name) not in kept:
                 log.warning("removing an image without a function: %s", directory)
@@ -3093,10 +4035,11 @@ class Daemon:
         """Bring a function back on its address. One that cannot be is kept, marked as broken; the others go on."""
         function = self._functions[record.name] = self._make_function(record)
         try:
-            function.replace_version(self._load_version(record))
+            version = self._load_version(record.name, record.versions[0])
             await self._open_function(function)
+            function.replace_version(version)
         except FaasdError as error:
-            function.version, function.error = None, str(error)
+            function.error = str(error)
             log.error("function=%s is broken: %s", record.name, error)
 
     async def _stop(self, server: ControlServer | None) -> None:
@@ -3124,6 +4067,8 @@ class Daemon:
             await asyncio.sleep(0.01)
         for address in self._network.labelled():
             self._network.remove(address)
+        await self._services.logs.close()
+        self._services.hangups.close()
         self._host.dismantle()
         self._empty_tmp()
         log.info("stopped")
@@ -3160,21 +4105,62 @@ class Daemon:
         function is new, and its description. On any error nothing has changed. Raises FaasdError.
         """
         with self._registered():
+            self._check_warm(name, options)
             image = await self._unpack(archive, tag)
             function = self._functions.get(name)
-            changing = function.changing if function else asyncio.Lock()
-            async with changing, self._placed(name, archive.parent / "image", image) as directory:
-                version = Version(name, directory, image, options, self._host)
-                await self._prove(name, version)
-                async with self._commit:
-                    created = function is None or function.version is None
-                    if created:
-                        function = await self._commit_new(name, version)
-                    else:
-                        await self._commit_replacement(function, version)
-            function.log.write("-", ">", f"deployed version={version.image['version']} created={created}")
-            log.info("function=%s version=%s deployed at %s", name, version.image["version"], function.record.address)
+            created = function is None
+            async with function.changing if function else contextlib.nullcontext():
+                async with self._placed(name, archive.parent / "image", image) as directory:
+                    version = Version(name, directory, image, options, self._host)
+                    function = await self._install(name, version)
+            self._note(function, "deployed")
             return created, self._describe(function)
+
+    async def change(self, name: str, query: dict[str, list[str]]) -> dict:
+        """Change options of a function as a query names them; proved as a deploy is. Raises FaasdError."""
+        async with self._changing(name, "change") as function:
+            options = function.record.options.changed(query)
+            self._check_warm(name, options)
+            image = self._load_image(name, function.record.version)
+            async with function.changing:
+                version = Version(name, self._images_dir / name / function.record.version, image, options, self._host)
+                await self._install(name, version)
+            self._note(function, "changed")
+            return self._describe(function)
+
+    async def roll_back(self, name: str, wanted: str) -> dict:
+        """Go back to an earlier version and the options it ran under; wanted is the begin of its name, or "" for the
+        one before. Raises FaasdError.
+        """
+        async with self._changing(name, "rollback") as function:
+            earlier = function.record.versions[1:]
+            if not earlier:
+                raise Conflict(f"function {name} has no earlier version to go back to")
+            found = [entry for entry in earlier if entry.version.startswith(wanted)][:None if wanted else 1]
+            if len(found) != 1:
+                raise NotFound(f"function {name} has {'more than one' if found else 'no earlier'} version {wanted!r}: "
+                               f"`faas versions {name}` shows them")
+            options = found[0].options
+            self._check_warm(name, options)
+            image = self._load_image(name, found[0].version)
+            async with function.changing:
+                version = Version(name, self._images_dir / name / found[0].version, image, options, self._host)
+                function = await self._install(name, version)
+            self._note(function, "rolled back")
+            return self._describe(function)
+
+    def _check_warm(self, name: str, options: Options) -> None:
+        """Raise Conflict if more warm containers are asked for than the daemon may have."""
+        promised = sum(f.record.options.warm or 0 for f in self._functions.values() if f.record.name != name)
+        free = self.settings.max_warm - promised
+        if (options.warm or 0) > free:
+            raise Conflict(f"warm {options.warm}: only {free} of {self.settings.max_warm} warm containers are not "
+                           "promised to other functions; take fewer, or start faasd with a larger --max-warm")
+
+    def _note(self, function: Function, what: str) -> None:
+        version = function.record.version
+        function.log.write("-", ">", f"{what} version={version}")
+        log.info("function=%s version=%s %s at %s", function.record.name, version, what, function.record.address)
 
     async def _unpack(self, archive: Path, tag: str) -> dict:
         """Run the unpacking child; return image.json. Raises FaasdError with what the child said."""
@@ -3233,30 +4219,55 @@ class Daemon:
         with contextlib.suppress(OSError):
             directory.parent.rmdir()    # not empty: the function has another version
 
-    async def _prove(self, name: str, version: Version) -> None:
-        """Start one container and end it again once its handler has connected. Raises DeployFailed."""
-        container = Container(self._host, version.bundle, lambda container_id, text: None)
+    async def _install(self, name: str, version: Version) -> Function:
+        """Prove a version and make it the function's; return the function. On an error nothing has changed."""
+        container, output = await self._prove(name, version)
         try:
-            async with self._starts:
-                await container.start(version.options.start_timeout)
+            async with self._commit:
+                function = self._functions.get(name)
+                if function is None or function.pool is None:
+                    function = await self._open_new(name, function, version, container)
+                else:
+                    await self._replace(function, version, container)
+        except BaseException:
+            await container.finish(0)           # once more does no harm where its pool was closed
+            raise
+        for line in output:
+            function.log.write_output(container.id, line)
+        return function
+
+    async def _prove(self, name: str, version: Version) -> tuple[Container, list[str]]:
+        """Start one container; return it once its handler has connected, and what it printed. Raises DeployFailed.
+
+        It takes no place among the starts allowed at a time: a deploy should not wait for a flood to end.
+        """
+        output: list[str] = []
+        container = Container(self._host, version.bundle, lambda container_id, text: output.append(text))
+        try:
+            await container.start(version.options.start_timeout)
         except StartFailed as failure:
             raise DeployFailed(f"function {name} does not start: {failure}", failure.output) from failure
-        finally:
-            await container.finish(0)
+        return container, output
 
-    async def _commit_new(self, name: str, version: Version) -> Function:
+    def _versions(self, function: Function | None, version: Version) -> list[VersionRecord]:
+        """Return the versions to keep when version becomes the one that runs."""
+        others = [entry for entry in (function.record.versions if function else [])
+                  if entry.version != version.directory.name]
+        entry = VersionRecord(version.directory.name, timestamp(), version.options)
+        return [entry, *others[:self.settings.keep_versions - 1]]
+
+    async def _open_new(self, name: str, old: Function | None, version: Version, container: Container) -> Function:
         """Give a new function, or a broken one, its address and write it down; undo all of it on an error."""
-        old = self._functions.get(name)
         taken = [function.record.address for function in self._functions.values()]
         address = old.record.address if old else self._network.lowest_free(taken)
-        created = old.record.created if old else now()
-        record = FunctionRecord(name, address, created, now(), version.image["version"], version.options)
+        created = old.record.created if old else timestamp()
+        record = FunctionRecord(name, address, created, timestamp(), self._versions(old, version))
         function = self._make_function(record)
-        function.replace_version(version)
-        await self._open_function(function)
+        function.replace_version(version, container)
         try:
+            await self._open_function(function)
             await self._save({**self._functions, name: function})
-        except FaasdError:
+        except BaseException:
             await self._close_function(function)
             raise
         if old:
@@ -3264,45 +4275,52 @@ class Daemon:
         self._functions[name] = function
         return function
 
-    async def _commit_replacement(self, function: Function, version: Version) -> None:
+    async def _replace(self, function: Function, version: Version, container: Container) -> None:
         """Make version the function's, for invocations that start from now on."""
         before = function.record
-        function.record = FunctionRecord(before.name, before.address, before.created, now(),
-                                         version.image["version"], version.options)
+        function.record = replace(before, updated=timestamp(), versions=self._versions(function, version))
         try:
             await self._save(self._functions)
-        except FaasdError:
+        except BaseException:
             function.record = before
             raise
-        old = function.replace_version(version)
-        task = self.loop.create_task(self._retire(function, old))
+        function.replace_version(version, container)
+        task = self.loop.create_task(self._remove_old_images(function))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _retire(self, function: Function, old: Version) -> None:
-        """Remove a replaced version's image once its last invocation has ended."""
-        await old.unused.wait()
-        async with function.changing:           # a deploy may be about to use the same image again
-            current = function.version
-            if (current is None or old.directory != current.directory) and old.directory.exists():
-                await asyncio.to_thread(self._remove_image, old.directory)
+    async def _remove_old_images(self, function: Function) -> None:
+        """Remove images that are not kept, once no container runs on any that was replaced."""
+        await function.old_versions_gone()
+        async with function.changing:           # a deploy may be about to use one of them again
+            kept = {entry.version for entry in function.record.versions}
+            for directory in (self._images_dir / function.record.name).glob("*"):
+                if directory.name not in kept:
+                    await asyncio.to_thread(self._remove_image, directory)
 
     # -- functions --
 
     def _make_function(self, record: FunctionRecord) -> Function:
-        return Function(record, self._host, self._starts,
-                        FunctionLog(self.settings.state_dir / "logs" / f"{record.name}.log"))
+        path = self.settings.state_dir / "logs" / f"{record.name}.log"
+        return Function(record, self._services, FunctionLog(path, self._services.logs))
 
-    def _load_version(self, record: FunctionRecord) -> Version:
-        """Return the version that a record names from the disk. Raises FaasdError."""
-        directory = self._images_dir / record.name / record.version
+    def _load_image(self, name: str, version: str) -> dict:
+        """Return the image.json of a version. Raises FaasdError if the image is not what it was."""
+        directory = self._images_dir / name / version
         try:
             image = json.loads((directory / "image.json").read_text())
             if not (directory / "rootfs").is_dir():
                 raise FileNotFoundError(errno.ENOENT, "No such file or directory", "rootfs")
-            return Version(record.name, directory, image, record.options, self._host)
-        except (OSError, ValueError, KeyError) as error:
+            return image
+        except (OSError, ValueError) as error:
             raise FaasdError(f"its image in {directory} is damaged ({error}): deploy it again") from error
+
+    def _load_version(self, name: str, entry: VersionRecord) -> Version:
+        image = self._load_image(name, entry.version)
+        try:
+            return Version(name, self._images_dir / name / entry.version, image, entry.options, self._host)
+        except (KeyError, TypeError) as error:
+            raise FaasdError(f"its image {entry.version} is damaged ({error}): deploy it again") from error
 
     async def _open_function(self, function: Function) -> None:
         """Put the function's address on lo and listen there; undo it on an error. Raises FaasdError."""
@@ -3348,7 +4366,43 @@ class Daemon:
         return {**function.describe(), "port": self.settings.port}
 
     async def function_log(self, name: str) -> FunctionLog:
-        return self._get(name).log
+        """Return a function's log, with all that has happened so far in it."""
+        function = self._get(name)
+        await self._services.logs.flush()
+        return function.log
+
+    async def versions(self, name: str) -> list[dict]:
+        """Return the versions of a function, the one that runs first."""
+        function = self._get(name)
+        documents = []
+        for number, entry in enumerate(function.record.versions):
+            try:
+                image = self._load_image(name, entry.version)
+            except FaasdError:
+                image = {"digest": "", "tag": "", "size": 0}
+            documents.append({"version": entry.version, "digest": image["digest"], "size": image["size"],
+                              "image": image["tag"] or entry.version, "deployed": entry.deployed,
+                              "current": number == 0, "options": entry.options.to_json()})
+        return documents
+
+    async def statistics(self, names: list[str]) -> dict:
+        """Return counts and percentiles of functions, all of them for no names."""
+        functions = [self._get(name) for name in names or sorted(self._functions)]
+        return {"time": time.time(), "functions": [function.describe_statistics() for function in functions]}
+
+    async def metrics(self) -> str:
+        """Return everything that is counted in Prometheus' text format, version 0.0.4."""
+        functions = [self._functions[name] for name in sorted(self._functions)]
+        build = f'version="{__version__}",python="{platform.python_version()}",runtime="{self.runtime_version}"'
+        lines = [*function_metrics(functions),
+                 *metric_header("faasd_loop_lag_seconds", "histogram", "How late the event loop comes to a timer"),
+                 *self._services.lag.histogram.expose("faasd_loop_lag_seconds"),
+                 *metric_header("faasd_functions", "gauge", "Functions deployed"), f"faasd_functions {len(functions)}",
+                 *metric_header("faasd_warm_containers_limit", "gauge", "Most warm containers of all functions"),
+                 f"faasd_warm_containers_limit {self.settings.max_warm}",
+                 *metric_header("faasd_build_info", "gauge", "What runs here"), f"faasd_build_info{{{build}}} 1",
+                 *process_metrics()]
+        return "\n".join(lines) + "\n"
 
     async def remove(self, name: str) -> None:
         """Drain a function and remove its address, images and log. Raises NotFound, Conflict."""
@@ -3362,8 +4416,20 @@ class Daemon:
                 del self._functions[name]
                 async with function.changing:
                     await asyncio.to_thread(shutil.rmtree, self._images_dir / name, True)
+                await self._services.logs.flush()
                 function.log.remove()
                 log.info("function=%s removed", name)
+        finally:
+            await self.end_change(name)
+
+    @contextlib.asynccontextmanager
+    async def _changing(self, name: str, what: str) -> AsyncIterator[Function]:
+        """Have a function for ourselves. Raises NotFound, Conflict."""
+        function = self._get(name)
+        await self.begin_change(name, what)
+        try:
+            with self._registered():
+                yield function
         finally:
             await self.end_change(name)
 
@@ -3384,10 +4450,20 @@ def parse_arguments(argv: list[str]) -> Settings:
                         help="limit for an archive and for what it unpacks to")
     parser.add_argument("--max-image-entries", type=checked(parse_count), default=str(MAX_IMAGE_ENTRIES), metavar="N",
                         help="limit for the files of an image")
+    parser.add_argument("--max-warm", type=checked(parse_amount), default=str(default_max_warm()), metavar="N",
+                        help="limit for the containers that wait for a client, of all functions together")
+    parser.add_argument("--keep-versions", type=checked(parse_count), default="3", metavar="N",
+                        help="images kept of each function, for rollback")
     parser.add_argument("--log-format", choices=["text", "json"], default="text", help="of the daemon's own log")
     parser.add_argument("-v", "--verbose", action="store_true", help="log every invocation")
     parser.add_argument("--version", action="version", version=f"faasd {__version__}")
     return Settings(**vars(parser.parse_args(argv)))
+
+
+def default_max_warm() -> int:
+    """Return how many warm containers suit this machine."""
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return max(1, min((os.cpu_count() or 1) * WARM_PER_CPU, memory // WARM_MEMORY))
 
 
 def checked(parse: Callable[[str], object]) -> Callable[[str], object]:
