@@ -288,14 +288,14 @@ def parse_duration(text: str) -> float:
 
 def parse_count(text: str) -> int:
     """Return a whole number from 1 on. Raises BadRequest."""
-    if not re.fullmatch(r"[0-9]{1,9}", text) or int(text) < 1:
+    if not re.fullmatch(r"[0-9]{1,12}", text) or int(text) < 1:
         raise BadRequest(f"bad number {text!r}: write a whole number from 1 on")
     return int(text)
 
 
 def parse_amount(text: str) -> int:
     """Return a whole number from 0 on. Raises BadRequest."""
-    if not re.fullmatch(r"[0-9]{1,9}", text):
+    if not re.fullmatch(r"[0-9]{1,12}", text):
         raise BadRequest(f"bad number {text!r}: write a whole number from 0 on")
     return int(text)
 
@@ -2321,35 +2321,52 @@ class ArrivalRate:
         return RATE_SECONDS * math.log(self.at(now) / rate)
 
 
+class Average:
+    """A moving average of durations: each new one moves it by a tenth of the difference."""
+
+    def __init__(self, first: float):
+        self.seconds = first
+
+    def add(self, seconds: float) -> None:
+        self.seconds += (seconds - self.seconds) / 10
+
+
 class Demand:
-    """What a function's traffic asks for: how many containers should be warm for clients that have not come yet."""
+    """What a function's traffic asks for: how many containers should be there for clients that have not come yet."""
 
     def __init__(self) -> None:
         self.rate = ArrivalRate()
         self.last_used = -math.inf              # loop time
-        self._start_seconds = FIRST_START_SECONDS       # of a container; an average that moves by a tenth of each
+        self.start = Average(FIRST_START_SECONDS)       # from spawn to connect
+        self.run = Average(0.0)                         # from hand-over to release
 
     def arrived(self, now: float) -> None:
         self.rate.add(now)
         self.last_used = now
 
-    def started(self, seconds: float) -> None:
-        self._start_seconds += (seconds - self._start_seconds) / 10
+    def _seconds_taken(self, reused: bool) -> float:
+        """Return for how long a client takes a container away: until it is back, or until another one has started."""
+        return self.run.seconds if reused else self.start.seconds
 
-    def target(self, now: float) -> int:
-        """Return 0 for a function nobody used for long, else 1 and what comes in during a start, with headroom."""
+    def target(self, now: float, reused: bool) -> int:
+        """Return 0 for a function nobody used for long, else 1 and those taken away at this rate, with headroom."""
         if now - self.last_used >= WARM_SECONDS:
             return 0
-        return 1 + int(WARM_HEADROOM * self.rate.at(now) * self._start_seconds)
+        return 1 + int(WARM_HEADROOM * self.rate.at(now) * self._seconds_taken(reused))
 
-    def next_change(self, now: float) -> float:
+    def next_change(self, now: float, reused: bool) -> float:
         """Return the loop time at which target() falls next if nobody comes."""
-        more = self.target(now) - 1
+        more = self.target(now, reused) - 1
         if more < 0:
             return math.inf
         if more == 0:
             return self.last_used + WARM_SECONDS
-        return now + self.rate.seconds_until(more / (WARM_HEADROOM * self._start_seconds), now)
+        return now + self.rate.seconds_until(more / (WARM_HEADROOM * self._seconds_taken(reused)), now)
+
+    @property
+    def patience(self) -> float:
+        """How many seconds a client should rather wait for a container to come back than have another one started."""
+        return 2 * self.start.seconds if self.run.seconds < self.start.seconds else 0.0
 
 
 class Starter:
@@ -2479,12 +2496,19 @@ class Pool:
         """How many containers there are, or will be in a moment, for clients that have not come yet."""
         return len(self.idle) + max(0, self.starting - self._function.wanted)
 
+    @property
+    def returning(self) -> int:
+        """How many containers serve somebody now, and can serve others afterwards."""
+        return self._function.in_flight if self.options.reuse > 1 else 0
+
     def target(self, now: float) -> int:
-        """Return how many should be there."""
+        """Return how many should be there for clients that have not come yet."""
         if self._function.draining:
             return 0
-        wanted = self._function.demand.target(now) if self.options.warm is None else self.options.warm
-        return min(wanted, self.options.concurrency)
+        wanted = self.options.warm
+        if wanted is None:
+            wanted = self._function.demand.target(now, self.options.reuse > 1)
+        return max(0, min(wanted, self.options.concurrency) - self.returning)
 
     def lacks_now(self) -> bool:
         return not self._closed and self._function.wanted > self.starting
@@ -2527,7 +2551,8 @@ class Pool:
         if self._retry_at > now:
             moments.append(self._retry_at)
         if self.options.warm is None and not self._function.draining:
-            moments.append(self._function.demand.next_change(now))
+            moments.append(self._function.demand.next_change(now, self.options.reuse > 1))
+        moments.append(self._function.patient_until)
         if self.idle:
             oldest = self.idle[0]
             moments.append(max(oldest.ready_at + MAX_WARM_SECONDS, now + 1))
@@ -2566,7 +2591,7 @@ class Pool:
             self._remove(container)
         else:
             self.starting -= 1
-            self._function.demand.started(container.start_seconds)
+            self._function.demand.start.add(container.start_seconds)
             self.put(container)
 
     def _failed(self, failure: StartFailed) -> None:
@@ -2892,9 +2917,19 @@ class Function:
         return len(self._active) - len(self._waiting)
 
     @property
+    def patient_until(self) -> float:
+        """The loop time until which clients wait for a container to come back; infinite if none does."""
+        if not self._waiting or self.record.options.reuse == 1:
+            return math.inf
+        return next(iter(self._waiting)).accepted + self.demand.patience
+
+    @property
     def wanted(self) -> int:
-        """How many containers the clients that wait could use at once."""
-        return min(len(self._waiting), self.record.options.concurrency - self.in_flight)
+        """How many more containers the clients that wait could use."""
+        count = min(len(self._waiting), self.record.options.concurrency - self.in_flight)
+        if count and self._loop.time() < self.patient_until < math.inf:
+            return max(0, count - self.in_flight)
+        return count
 
     # -- accept --
 
@@ -3024,7 +3059,7 @@ class Function:
 
     def refuse_first(self, failure: StartFailed) -> bool:
         """Tell the client that waits longest that its container did not start; return False if there is none."""
-        if not self.wanted:
+        if not self._waiting:
             return False
         invocation = next(iter(self._waiting))
         self._leave_queue(invocation)
@@ -3064,6 +3099,7 @@ class Function:
         invocation.received, invocation.sent = state.received, state.sent
         invocation.client.close()               # first: what follows is nothing the client should wait for
         self.in_flight -= 1
+        self.demand.run.add(invocation.handled - invocation.handed)
         container, pool = invocation.container, invocation.pool
         if release is Release.READY and state.sent and container.served < pool.options.reuse and pool is self.pool:
             self._finished(invocation)
