@@ -2536,7 +2536,8 @@ class Pool:
     def _end_surplus(self, now: float) -> None:
         """End containers that nobody asks for any more, after a while in which somebody might."""
         target = self.target(now)
-        keep = 0.0 if self._function.draining else SURPLUS_SECONDS
+        lasting = (self.options.warm is None or self.options.reuse > 1) and not self._function.draining
+        keep = SURPLUS_SECONDS if lasting else 0.0
         before = len(self.idle)
         while len(self.idle) > target:
             oldest = self.idle[0]
@@ -3008,6 +3009,7 @@ class Function:
         self._active.add(invocation)
         self._quiet.clear()
         self.demand.arrived(invocation.accepted)
+        self.statistics.requests += 1
         if self.in_flight + len(self._waiting) >= options.concurrency + options.queue:
             self._turn_away(invocation, "queue-full", f"{options.concurrency} invocations are in flight and "
                                                       f"{options.queue} connections wait already")
@@ -3523,13 +3525,12 @@ class Statistics:
     """What is counted of a function's invocations since the daemon started."""
 
     def __init__(self) -> None:
-        self.requests = 0
-        self.errors = 0                         # no answer of the handler's, or a bad exit
+        self.requests = 0                       # connections that asked for something
+        self.errors = 0                         # of these: no answer of the handler's, or a bad exit
         self.outcomes = dict.fromkeys(OUTCOMES, 0)
         self.durations = {"queue": Histogram(), "start": Histogram(), "run": Histogram(), "total": Histogram()}
 
     def record(self, invocation: Invocation) -> None:
-        self.requests += 1
         self.outcomes[invocation.outcome] += 1
         if invocation.outcome != "answered" or invocation.exit_status:
             self.errors += 1
@@ -3741,7 +3742,7 @@ class ControlHandler(http.server.BaseHTTPRequestHandler):
             try:
                 task = future.result(timeout=1.0)
                 return task.result()
-            except concurrent.futures.CancelledError:
+            except (asyncio.CancelledError, concurrent.futures.CancelledError):
                 raise Stopping("faasd is stopping, or you left") from None
             except TimeoutError:
                 if future.done():
@@ -3787,7 +3788,7 @@ class ControlHandler(http.server.BaseHTTPRequestHandler):
             # What is left of a body is not worth reading: the next request would start in its middle.
             self.close_connection = True
             if error.status >= 500:
-                log.error("control API: %s", error, exc_info=error.__cause__)
+                log.error("control API: %s", error, exc_info=error.__cause__ if error.status == 500 else None)
             self._reply(error.status, {"error": str(error), **({"output": error.output} if error.output else {})})
         except ValueError as error:
             self.close_connection = True

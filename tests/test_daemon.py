@@ -108,7 +108,7 @@ class Refusals(unittest.TestCase):
         state.mkdir()
         for content, words in (("{", "is damaged"), ("[]", "is damaged"), ('{"format": 1}', "is damaged"),
                                ('{"format": 1, "functions": [{"name": "x"}]}', "is damaged"),
-                               ('{"format": 2, "functions": []}', "has format 2, this faasd knows 1")):
+                               ('{"format": 3, "functions": []}', "has format 3, this faasd knows 2")):
             with self.subTest(content):
                 (state / "registry.json").write_text(content)
                 self.assertIn(words, self.refuse(status=1))

@@ -310,7 +310,9 @@ class Redeploy(DeployCase):
         self.assertEqual([future.result() for future in in_flight], [(200, "v1")] * 2)
         slow.shutdown()
         current = self.daemon.info("f")["version"]
-        wait_until(lambda: os.listdir(self.daemon.state_dir / "images" / "f") == [current], "old images are removed")
+        self.assertEqual(len(os.listdir(self.daemon.state_dir / "images" / "f")), 3)
+        self.assertEqual([v["version"] for v in json.loads(self.daemon.api("GET", "/functions/f/versions")[1])["versions"]]
+                         [0], current)
 
     def test_same_image_with_other_options(self):
         image = support.handler_image()
