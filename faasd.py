@@ -2420,6 +2420,7 @@ class WarmLimit:
 
     def __init__(self, most: int):
         self.most = most
+        self.idle = 0                           # how many wait; each pool counts its own
         self._pools: set[Pool] = set()
         self._refused: set[Pool] = set()
 
@@ -2443,14 +2444,22 @@ class WarmLimit:
         if sum(other.ahead for other in self._pools) < self.most:
             return True
         share = max(1, self.most // sum(1 for other in self._pools if other.ahead or other is pool))
-        giver = min((other for other in self._pools if other is not pool and other.idle and other.options.warm is None),
-                    key=lambda other: (other.ahead <= share, other.last_used), default=None)
+        giver = self._giver(share, pool)
         entitled = pool.options.warm is not None or pool.ahead < share
         if giver and entitled and (giver.ahead > share or giver.last_used <= pool.last_used):
             giver.give_up_one()
             return True
         self._refused.add(pool)
         return False
+
+    def _giver(self, share: int, but: Pool | None = None) -> Pool | None:
+        return min((pool for pool in self._pools if pool is not but and pool.idle and pool.options.warm is None),
+                   key=lambda pool: (pool.ahead <= share, pool.last_used), default=None)
+
+    def trim(self) -> None:
+        """End what is too much: containers may come to wait that were not made for it, after a reuse for one."""
+        while self.idle > self.most and (giver := self._giver(self.most // len(self._pools))):
+            giver.give_up_one()
 
     def freed(self) -> None:
         """Let pools that were refused try again."""
@@ -2543,7 +2552,7 @@ class Pool:
             oldest = self.idle[0]
             if now - oldest.idle_since < keep and now - oldest.ready_at < MAX_WARM_SECONDS:
                 break
-            self.dismiss(self.idle.pop(0))
+            self.give_up_one()
         if len(self.idle) < before:
             self._services.limit.freed()
 
@@ -2622,24 +2631,30 @@ class Pool:
         container.idle_since = self._loop.time()
         container.on_release = functools.partial(self._lost, container)
         self.idle.append(container)
+        self._services.limit.idle += 1
         self._function.dispatch()
+        self._services.limit.trim()
 
     def take(self) -> Container | None:
         """Return the container that has waited shortest, whose memory is the warmest; None if there is none."""
         if not self.idle:
             return None
         self._failures = 0
+        self._services.limit.idle -= 1
         return self.idle.pop()
 
     def _lost(self, container: Container, release: Release) -> None:
         """A container that waited for a client is gone, or talks out of turn."""
         self.idle.remove(container)
+        self._services.limit.idle -= 1
         self.dismiss(container)
         if self._loop.time() - container.ready_at < HEALTHY_SECONDS:
             self._back_off(f"container {container.id}: {release.value}")
         self.reconcile()
 
     def give_up_one(self) -> None:
+        """End the container that has waited longest."""
+        self._services.limit.idle -= 1
         self.dismiss(self.idle.pop(0))
 
     def dismiss(self, container: Container) -> None:
@@ -2670,7 +2685,7 @@ class Pool:
         for start in self._starts:
             start.cancel()
         while self.idle:
-            self.dismiss(self.idle.pop())
+            self.give_up_one()
         if not self._alive and not self.starting:
             self.empty.set()
         self._services.limit.freed()

@@ -123,17 +123,23 @@ class Daemon:
     """A faasd of the test's own, started as a user would, on temporary directories."""
 
     def __init__(self, *arguments: str, directory: Path | None = None, env: dict[str, str] | None = None,
-                 wrapper: tuple[str, ...] = ()):
+                 wrapper: tuple[str, ...] = (), constants: dict[str, float] | None = None):
+        """arguments are the command line's; constants are set in the module before main, where waiting would take long."""
         if not IN_PRIVATE_NETWORK:
             raise RuntimeError("tests use 10.0.0.0/24 and must have a network namespace of their own: run ./test.sh")
         self.directory = directory or temporary_directory()
         self.state_dir, self.run_dir = self.directory / "state", self.directory / "run"
         self.socket = self.run_dir / "faasd.sock"
-        self.arguments, self.env, self.wrapper = arguments, env, wrapper
+        self.arguments, self.env, self.wrapper, self.constants = arguments, env, wrapper, constants
         self.process: subprocess.Popen | None = None
 
     def command(self) -> list[str]:
-        return [*self.wrapper, sys.executable, str(TOP / "faasd.py"), "--state-dir", str(self.state_dir),
+        program = [str(TOP / "faasd.py")]
+        if self.constants:
+            settings = "; ".join(f"faasd.{name} = {value}" for name, value in self.constants.items())
+            program = ["-c", f"import sys; sys.path.insert(0, {str(TOP)!r}); import faasd; {settings}; "
+                             "sys.exit(faasd.main(sys.argv[1:]))"]
+        return [*self.wrapper, sys.executable, *program, "--state-dir", str(self.state_dir),
                 "--run-dir", str(self.run_dir), *self.arguments]
 
     def start(self) -> Daemon:
@@ -225,6 +231,25 @@ class Daemon:
     def rootfs(self, name: str) -> Path:
         rootfs, = (self.state_dir / "images" / name).glob("*/rootfs")
         return rootfs
+
+    def post(self, method: str, path: str) -> dict:
+        """Change something through the API; return its answer."""
+        status, body = self.api(method, path)
+        assert status == 200, body
+        return json.loads(body)
+
+    def outcomes(self, name: str) -> dict[str, int]:
+        """Return how often each outcome occurred that did."""
+        stats, = json.loads(self.api("GET", f"/functions/{name}/stats")[1])["functions"]
+        return {outcome: count for outcome, count in stats["outcomes"].items() if count}
+
+    def wait_warm(self, name: str, count: int) -> set[str]:
+        """Wait until so many warm containers wait and none is on its way; return all containers' ids."""
+        def settled():
+            info = self.info(name)
+            return info["warm"] == count and info["starting"] == info["running"] == 0
+        wait_until(settled, f"{name} has {count} warm containers")
+        return set(list_containers(self))
 
     def wait_idle(self, name: str) -> None:
         """Wait until no invocation of a function is running, with all its cleaning."""

@@ -150,15 +150,83 @@ class Spec(unittest.TestCase):
         self.assertIn("X=@CONTAINER@ {} %s $ID", json.loads(first)["process"]["env"])
 
 
+class Demand(unittest.TestCase):
+    """What should be warm, by the clock that the test sets."""
+
+    def setUp(self):
+        self.demand = faasd.Demand()
+        self.demand.start.seconds = 0.052
+
+    def arrive(self, count: int, begin: float, seconds: float) -> float:
+        for number in range(count):
+            self.demand.arrived(begin + seconds * number / count)
+        return begin + seconds
+
+    def test_nobody_yet(self):
+        self.assertEqual(self.demand.target(1000.0, False), 0)
+        self.assertEqual(self.demand.next_change(1000.0, False), float("inf"))
+
+    def test_one_client_is_remembered_for_a_while(self):
+        self.demand.arrived(1000.0)
+        self.assertEqual(self.demand.target(1000.0, False), 1)
+        self.assertEqual(self.demand.target(1000.0 + faasd.WARM_SECONDS - 1, False), 1)
+        self.assertEqual(self.demand.target(1000.0 + faasd.WARM_SECONDS, False), 0)
+        self.assertEqual(self.demand.next_change(1000.0, False), 1000.0 + faasd.WARM_SECONDS)
+
+    def test_rate_times_start_time_with_headroom(self):
+        end = self.arrive(4000, 1000.0, 40.0)           # 100 a second: 5 during a start
+        self.assertEqual(self.demand.target(end, False), 1 + int(faasd.WARM_HEADROOM * 5))
+        self.demand.run.seconds = 0.0105                # reused containers are back after their run
+        self.assertEqual(self.demand.target(end, True), 1 + int(faasd.WARM_HEADROOM * 1))
+
+    def test_decays_at_the_moments_it_names(self):
+        now = self.arrive(4000, 1000.0, 40.0)
+        target = self.demand.target(now, False)
+        while target > 0:
+            change = self.demand.next_change(now, False)
+            self.assertEqual(self.demand.target(change - 0.001, False), target)
+            now = change + 0.001
+            self.assertEqual(self.demand.target(now, False), target - 1)
+            target -= 1
+
+
+class Metrics(unittest.TestCase):
+    def test_histogram(self):
+        histogram = faasd.Histogram()
+        self.assertIsNone(histogram.percentiles())
+        for number in range(1, 101):
+            histogram.add(number / 1000)
+        self.assertEqual(histogram.percentiles(), {"p50": 0.051, "p95": 0.096, "p99": 0.1})
+        lines = list(histogram.expose("x", 'a="b"'))
+        self.assertIn('x_bucket{a="b",le="0.01"} 10', lines)        # bounds are inclusive
+        self.assertIn('x_bucket{a="b",le="0.025"} 25', lines)
+        self.assertIn('x_bucket{a="b",le="+Inf"} 100', lines)
+        self.assertEqual(lines[-2:], ['x_sum{a="b"} 5.05', 'x_count{a="b"} 100'])
+        self.assertEqual(list(faasd.Histogram().expose("y"))[-1], "y_count 0")
+
+
 class RegistryFile(unittest.TestCase):
     def test_round_trip(self):
         with tempfile.TemporaryDirectory() as directory:
             registry = faasd.Registry(Path(directory) / "registry.json")
             self.assertEqual(registry.load(), [])
-            record = faasd.FunctionRecord("n", "10.0.0.10", "t", "u", "v", faasd.Options(env=("A=1",), cmd=("x",)))
+            versions = [faasd.VersionRecord("v2", "t", faasd.Options(env=("A=1",), cmd=("x",), warm=3)),
+                        faasd.VersionRecord("v1", "s", faasd.Options())]
+            record = faasd.FunctionRecord("n", "10.0.0.10", "t", "u", versions)
             registry.save([record])
             self.assertEqual(registry.load(), [record])
+            self.assertEqual((record.version, record.options.warm), ("v2", 3))
             self.assertEqual([path.name for path in Path(directory).iterdir()], ["registry.json"])
+
+    def test_format_1_had_one_version_and_fewer_options(self):
+        options = {"memory": 1 << 29, "cpus": 1.0, "pids": 64, "timeout": 30.0, "start_timeout": 10.0, "env": ["A=1"],
+                   "cmd": []}
+        entry = {"name": "n", "address": "10.0.0.10", "created": "t", "updated": "u", "version": "v", "options": options}
+        with tempfile.TemporaryDirectory() as directory:
+            path = Path(directory) / "registry.json"
+            path.write_text(json.dumps({"format": 1, "functions": [entry]}))
+            record, = faasd.Registry(path).load()
+        self.assertEqual(record.versions, [faasd.VersionRecord("v", "u", faasd.Options(env=("A=1",)))])
 
     def test_failed_save_leaves_the_old_file(self):
         with tempfile.TemporaryDirectory() as directory:

@@ -1,0 +1,417 @@
+"""Warm pool, admission, reuse, and what is counted: a real daemon with real containers."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import time
+import unittest
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import support
+from support import get, wait_until
+
+
+def init_pid(daemon: support.Daemon, container: str) -> int:
+    """Return the pid of a container's first process."""
+    for directory in support.container_cgroups(daemon):
+        if directory.endswith(container):
+            return int(Path(directory, "cgroup.procs").read_text().split()[0])
+    raise AssertionError(f"no container {container}")
+
+
+def request(address: str, path: str = "/", body: bytes = b"") -> socket.socket:
+    """Send a request and return the connection."""
+    client = socket.create_connection((address, 80), timeout=support.READY_SECONDS)
+    client.sendall(b"POST %s HTTP/1.1\r\nHost: f\r\nContent-Length: %d\r\n\r\n%s" % (path.encode(), len(body), body))
+    return client
+
+
+def response(client: socket.socket) -> bytes:
+    """Return all that comes until the end of file."""
+    with client:
+        received = b""
+        while data := client.recv(65536):
+            received += data
+        return received
+
+
+class PoolCase(unittest.TestCase):
+    arguments: tuple[str, ...] = ()
+    constants: dict[str, float] = {}
+
+    def setUp(self):
+        self.daemon = support.Daemon(*self.arguments, constants=self.constants).start()
+        self.addCleanup(self.daemon.close)
+
+
+class Warm(PoolCase):
+    def test_container_that_proved_the_deploy_serves_the_first_client(self):
+        address = self.daemon.deploy("f", None, "--warm", "auto")
+        proof, = self.daemon.wait_warm("f", 1)
+        self.assertEqual(get(address, "/id"), (200, proof))
+        second, = self.daemon.wait_warm("f", 1)
+        self.assertNotEqual(second, proof)
+        self.assertEqual(get(address, "/id"), (200, second))
+
+    def test_number_asked_for_is_kept(self):
+        address = self.daemon.deploy("f", None, "--warm", "3")
+        before = self.daemon.wait_warm("f", 3)
+        self.assertEqual(len(before), 3)
+        with ThreadPoolExecutor(3) as pool:
+            served = {body for _, body in pool.map(lambda _: get(address, "/id"), range(3))}
+        self.assertEqual(served, before)
+        self.assertFalse(self.daemon.wait_warm("f", 3) & before)
+
+    def test_none(self):
+        address = self.daemon.deploy("f", None, "--warm", "0")
+        wait_until(lambda: not support.list_containers(self.daemon), "the container of the proof is gone")
+        self.assertEqual(get(address)[0], 200)
+        wait_until(lambda: not support.list_containers(self.daemon), "the container is gone")
+
+    def test_after_a_restart_numbers_are_there_again_and_auto_waits_for_a_client(self):
+        addresses = [self.daemon.deploy(name, None, "--warm", warm) for name, warm in (("a", "auto"), ("b", "2"))]
+        self.assertEqual(self.daemon.stop(), 0)
+        self.daemon.start()
+        self.daemon.wait_warm("b", 2)
+        self.assertEqual(self.daemon.info("a")["warm"], 0)
+        self.assertEqual([get(address)[0] for address in addresses], [200, 200])
+        self.daemon.wait_warm("a", 1)
+
+    def test_one_that_dies_is_replaced_and_nobody_notices(self):
+        address = self.daemon.deploy("f", None, "--warm", "1")
+        before, = self.daemon.wait_warm("f", 1)
+        os.kill(init_pid(self.daemon, before), signal.SIGKILL)
+        self.assertEqual(get(address)[0], 200)
+        wait_until(lambda: before not in support.list_containers(self.daemon), "it is gone")
+        self.daemon.wait_warm("f", 1)
+        self.assertEqual(self.daemon.outcomes("f"), {"answered": 1})
+
+    def test_one_that_dies_while_it_is_handed_a_client_costs_the_client_nothing(self):
+        address = self.daemon.deploy("f", None, "--warm", "1")
+        container, = self.daemon.wait_warm("f", 1)
+        pid = init_pid(self.daemon, container)
+        os.kill(pid, signal.SIGSTOP)                    # so that it does not take the client
+        client = request(address, "/id")
+        wait_until(lambda: self.daemon.info("f")["running"] == 1, "the client is handed over")
+        os.kill(pid, signal.SIGKILL)
+        answer = response(client)
+        self.assertIn(b"200 OK", answer)
+        self.assertNotIn(container.encode(), answer)
+        self.daemon.wait_idle("f")
+        self.assertEqual(self.daemon.outcomes("f"), {"answered": 1})
+
+    def test_one_that_talks_out_of_turn_is_ended(self):
+        source = ("import socket, time\nc = socket.socket(socket.AF_UNIX)\nc.connect('/control.sock')\n"
+                  "time.sleep(0.3)\nc.send(b'x')\ntime.sleep(3600)\n")
+        self.daemon.deploy("f", support.handler_image(source), "--warm", "1")
+        wait_until(lambda: "next one in 2 s" in self.daemon.log(), "it is tried again, less often each time")
+
+    def test_redeploy_change_and_removal_end_the_old_ones_at_once(self):
+        self.daemon.deploy("f", None, "--warm", "2")
+        before = self.daemon.wait_warm("f", 2)
+        self.daemon.deploy("f", support.handler_image(label="2"), "--warm", "2")
+        redeployed = self.daemon.wait_warm("f", 2)
+        wait_until(lambda: not before & set(support.list_containers(self.daemon)), "those of the old image are gone")
+        self.daemon.post("PATCH", "/functions/f?warm=1")
+        wait_until(lambda: not redeployed & set(support.list_containers(self.daemon)), "those before the change are gone")
+        self.daemon.wait_warm("f", 1)
+        self.daemon.faas("rm", "f")
+        self.assertEqual(support.list_containers(self.daemon), [])
+
+
+class WarmInTime(PoolCase):
+    """With the minutes of the constants made seconds."""
+    constants = {"WARM_SECONDS": 3.0, "SURPLUS_SECONDS": 1.0, "RATE_SECONDS": 1.0, "WARM_HEADROOM": 20.0}
+
+    def test_traffic_asks_for_more_and_when_it_ends_for_none(self):
+        address = self.daemon.deploy("f", None, "--warm", "auto")
+        with ThreadPoolExecutor(8) as pool:
+            self.assertEqual({status for status, _ in pool.map(lambda _: get(address), range(80))}, {200})
+        wait_until(lambda: self.daemon.info("f")["warm"] > 1, "more than one is warm")
+        self.daemon.wait_warm("f", 0)
+        wait_until(lambda: not support.list_containers(self.daemon), "all are gone")
+
+
+class WarmOld(PoolCase):
+    constants = {"MAX_WARM_SECONDS": 2.0}
+
+    def test_old_one_is_replaced_before_it_is_ended(self):
+        self.daemon.deploy("f", None, "--warm", "1")
+        before, = self.daemon.wait_warm("f", 1)
+        counts = set()
+
+        def replaced():
+            counts.add(self.daemon.info("f")["warm"])
+            return before not in support.list_containers(self.daemon)
+        wait_until(replaced, "the old one is replaced")
+        self.assertNotIn(0, counts)
+
+
+class WarmLimit(PoolCase):
+    arguments = ("--max-warm", "2")
+
+    def test_coldest_function_gives_up_first(self):
+        addresses = {name: self.daemon.deploy(name, None, "--warm", "auto") for name in "abc"}
+        self.assertEqual([self.daemon.info(name)["warm"] for name in "abc"], [0, 1, 1])
+        self.assertEqual(get(addresses["a"])[0], 200)
+        self.daemon.wait_warm("a", 1)
+        self.assertEqual([self.daemon.info(name)["warm"] for name in "abc"], [1, 0, 1])
+
+    def test_no_more_is_promised_than_there_may_be(self):
+        self.daemon.deploy("a", None, "--warm", "2")
+        result = self.daemon.faas("new", "b", "--warm", "1", stdin=support.handler_image(), check=False)
+        self.assertEqual(result.returncode, 1)
+        self.assertIn("only 0 of 2 warm containers are not promised", result.stderr)
+        self.assertEqual(self.daemon.api("PATCH", "/functions/a?warm=3")[0], 409)
+        self.assertEqual(self.daemon.info("a")["options"]["warm"], 2)
+
+
+class Admission(PoolCase):
+    def deploy(self, *options: str) -> str:
+        return self.daemon.deploy("f", None, *options)
+
+    def fill(self, address: str, running: int, queued: int) -> list[socket.socket]:
+        """Send requests that hang until closed, first the running ones."""
+        clients = []
+        for number in range(running + queued):
+            clients.append(request(address, "/echo" if number < running else f"/{number}"))
+            wait_until(lambda least=number: sum(self.counts()) > least, "it is admitted")
+        wait_until(lambda: self.counts() == (running, queued), "as many run and wait as should")
+        for client in clients[:running]:
+            self.assertIn(b"101", client.recv(65536))
+        return clients
+
+    def counts(self) -> tuple[int, int]:
+        info = self.daemon.info("f")
+        return info["running"], info["queued"]
+
+    def test_over_the_queue_is_told_to_come_back(self):
+        address = self.deploy("--concurrency", "1", "--queue", "2")
+        running, *waiting = self.fill(address, 1, 2)
+        refused = response(request(address, "/too-many", b"x" * (1 << 20)))      # and reads it, whatever it sent
+        self.assertRegex(refused, rb"(?s)^HTTP/1.1 503 .*\r\nRetry-After: 1\r\n.*2 connections wait already")
+        running.close()
+        self.assertEqual([response(client).rpartition(b"\n")[2] for client in waiting], [b"hello /1", b"hello /2"])
+        self.daemon.wait_idle("f")
+        self.assertEqual(self.daemon.outcomes("f"), {"answered": 3, "queue-full": 1})
+
+    def test_waits_in_order(self):
+        address = self.deploy("--concurrency", "1")
+        running, *waiting = self.fill(address, 1, 6)
+        running.close()
+        for client in waiting:
+            self.assertIn(b"200 OK", response(client))
+        log = self.daemon.faas("logs", "f").stdout
+        self.assertEqual(re.findall(r"POST /(\d)", log), list("123456"))
+
+    def test_waited_too_long(self):
+        address = self.deploy("--concurrency", "1", "--queue-timeout", "500ms")
+        running, waiting = self.fill(address, 1, 1)
+        self.assertRegex(response(waiting), rb"(?s)^HTTP/1.1 503 .*\r\nRetry-After: 1\r\n.*no container was free in time")
+        running.close()
+        self.daemon.wait_idle("f")
+        self.assertEqual(self.daemon.outcomes("f"), {"answered": 1, "queue-timeout": 1})
+
+    def test_client_that_gives_up_costs_no_container(self):
+        address = self.deploy("--concurrency", "1")
+        running, *waiting = self.fill(address, 1, 3)
+        time.sleep(0.1)                         # later than one that only closes its own direction would
+        waiting[0].close()
+        waiting[1].setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+        waiting[1].close()
+        wait_until(lambda: self.counts() == (1, 1), "two have left the queue")
+        running.close()
+        self.assertIn(b"hello /3", response(waiting[2]))
+        self.daemon.wait_idle("f")
+        self.assertEqual(self.daemon.outcomes("f"), {"answered": 2, "abandoned": 2})
+        log = self.daemon.faas("logs", "f").stdout
+        self.assertEqual(len(re.findall(r" - > outcome=abandoned", log)), 2)
+
+    def test_client_that_closes_its_own_direction_still_gets_its_answer(self):
+        address = self.deploy("--concurrency", "1")
+        running, = self.fill(address, 1, 0)
+        client = request(address, "/half-closed")
+        client.shutdown(socket.SHUT_WR)
+        wait_until(lambda: self.counts() == (1, 1), "it waits")
+        time.sleep(0.2)                         # for whatever might come of it
+        running.close()
+        self.assertIn(b"hello /half-closed", response(client))
+
+    def test_function_that_does_not_start_does_not_keep_others_from_starting(self):
+        self.daemon.deploy("bad", None, "--start-timeout", "8")
+        good = self.daemon.deploy("good", None)
+        (self.daemon.rootfs("bad") / "misbehave").write_text("never-connect")
+        clients = [request(self.daemon.info("bad")["address"]) for _ in range(3 * os.cpu_count())]
+        wait_until(lambda: self.daemon.info("bad")["starting"] == len(clients), "all hang in their start")
+        self.assertEqual(get(good)[0], 200)
+        self.assertEqual(self.daemon.outcomes("bad"), {})
+        self.assertEqual({response(client)[:12] for client in clients}, {b"HTTP/1.1 504"})
+
+
+class Reuse(PoolCase):
+    def ids(self, address: str, count: int) -> list[str]:
+        answers = []
+        for _ in range(count):
+            answers.append(get(address, "/id"))
+            wait_until(lambda: self.daemon.info("f")["running"] == 0, "the container is back or gone")
+        self.assertEqual({status for status, _ in answers}, {200})
+        return [body for _, body in answers]
+
+    def test_container_is_ended_after_its_last_invocation(self):
+        address = self.daemon.deploy("f", None, "--reuse", "3", "--warm", "0")
+        a, b, c, d, e, f, g = self.ids(address, 7)
+        self.assertEqual((a, d, b, e), (c, f, a, d))
+        self.assertEqual(len({a, d, g}), 3)
+        wait_until(lambda: support.list_containers(self.daemon) == [g], "only the last one is left")
+
+    def test_one_that_exits_after_its_answer_or_answers_nothing_is_not_reused(self):
+        address = self.daemon.deploy("f", None, "--reuse", "100")
+        first, = self.ids(address, 1)
+        self.assertEqual(get(address, "/answer-and-exit?0"), (200, "good-bye"))
+        second, = self.ids(address, 1)
+        self.assertEqual(get(address, "/answer-and-exit?1"), (200, "good-bye"))
+        third, = self.ids(address, 1)
+        self.assertEqual(get(address, "/exit?1")[0], 502)
+        fourth, = self.ids(address, 1)
+        self.assertEqual(get(address, "/junk"), (200, "junk sent"))
+        fifth, = self.ids(address, 1)
+        self.assertEqual(len({first, second, third, fourth, fifth}), 5)
+
+    def test_timeout_ends_it(self):
+        address = self.daemon.deploy("f", None, "--reuse", "100", "--timeout", "1")
+        first, = self.ids(address, 1)
+        self.assertEqual(get(address, "/hang")[0], 504)
+        self.assertNotEqual(self.ids(address, 1), [first])
+
+    def test_as_many_as_are_busy_at_a_time(self):
+        address = self.daemon.deploy("f", None, "--reuse", "1000", "--warm", "0")
+        with ThreadPoolExecutor(4) as pool:
+            answers = list(pool.map(lambda _: get(address, "/id"), range(200)))
+        self.assertEqual({status for status, _ in answers}, {200})
+        self.assertLess(len({body for _, body in answers}), 50)
+
+    def test_busy_one_that_does_not_come_back_is_not_waited_for(self):
+        address = self.daemon.deploy("f", None, "--reuse", "1000", "--warm", "0")
+        self.ids(address, 3)                    # quick ones, so that clients are patient
+        hanging = [request(address, "/hang") for _ in range(3)]
+        self.assertEqual(get(address)[0], 200)
+        for client in hanging:
+            client.close()
+        self.daemon.faas("rm", "f", check=False)
+
+
+class ReuseInTime(PoolCase):
+    constants = {"SURPLUS_SECONDS": 1.0}
+
+    def test_idle_one_is_ended(self):
+        address = self.daemon.deploy("f", None, "--reuse", "100", "--warm", "0")
+        self.assertEqual(get(address)[0], 200)
+        wait_until(lambda: not support.list_containers(self.daemon), "it is gone")
+
+
+class Versions(PoolCase):
+    arguments = ("--keep-versions", "2")
+
+    def versions(self) -> list[str]:
+        return [entry["version"] for entry in json.loads(self.daemon.api("GET", "/functions/f/versions")[1])["versions"]]
+
+    def deploy(self, label: str) -> str:
+        address = self.daemon.deploy("f", support.handler_image(label=label), "-e", f"MARK={label}")
+        self.assertEqual(get(address, "/label"), (200, label))
+        return address
+
+    def test_back_and_forth(self):
+        for label in ("1", "2", "3"):
+            address = self.deploy(label)
+        three, two = self.versions()
+        images = self.daemon.state_dir / "images" / "f"
+        wait_until(lambda: {p.name for p in images.iterdir()} == {two, three}, "the oldest is removed")
+        self.assertEqual(self.daemon.post("POST", "/functions/f/rollback")["version"], two)
+        self.assertEqual(get(address, "/label"), (200, "2"))
+        self.assertEqual(self.daemon.info("f")["options"]["env"], ["MARK=2"])       # what it ran under
+        self.assertEqual(self.versions(), [two, three])
+        self.assertEqual(self.daemon.post("POST", f"/functions/f/rollback?version={three[:4]}")["version"], three)
+        self.assertEqual(get(address, "/label"), (200, "3"))
+        self.assertEqual(self.daemon.api("POST", "/functions/f/rollback?version=zzz")[0], 404)
+        self.assertEqual(self.daemon.stop(), 0)
+        self.daemon.start()
+        self.assertEqual(self.versions(), [three, two])
+        self.assertEqual(get(address, "/label"), (200, "3"))
+
+    def test_one_that_does_not_start_changes_nothing(self):
+        self.deploy("1")
+        bad, = (self.daemon.state_dir / "images" / "f").glob("*/rootfs")
+        address = self.deploy("2")
+        (bad / "misbehave").write_text("exit")
+        before = self.versions()
+        status, body = self.daemon.api("POST", "/functions/f/rollback")
+        self.assertEqual(status, 422)
+        self.assertIn(b"I refuse to start", body)
+        self.assertEqual(self.versions(), before)
+        self.assertEqual(get(address, "/label"), (200, "2"))
+
+    def test_nothing_to_go_back_to(self):
+        self.deploy("1")
+        self.assertEqual(self.daemon.api("POST", "/functions/f/rollback")[0], 409)
+        self.assertEqual(self.daemon.api("POST", "/functions/none/rollback")[0], 404)
+
+    def test_change_of_options(self):
+        address = self.deploy("1")
+        options = self.daemon.post("PATCH", "/functions/f?env=A=1&env=B=2&memory=64m&unset_env=MARK&timeout=5")["options"]
+        self.assertEqual((options["env"], options["memory"], options["timeout"]), (["A=1", "B=2"], 64 << 20, 5.0))
+        self.assertIn('"A": "1"', get(address, "/facts")[1])
+        options = self.daemon.post("PATCH", "/functions/f?env=A=3")["options"]
+        self.assertEqual((options["env"], options["memory"]), (["A=3", "B=2"], 64 << 20))
+        for query in ("", "?memory=1", "?warm=-1", "?reuse=0", "?queue_timeout=0", "?nonsense=1", "?tag=x"):
+            self.assertEqual(self.daemon.api("PATCH", f"/functions/f{query}")[0], 400, query)
+        status, body = self.daemon.api("PATCH", "/functions/f?cmd=-c&cmd=import+nothing_like_it")
+        self.assertEqual(status, 200, "the command is the handler's argument")
+        self.assertEqual(self.daemon.info("f")["options"]["cmd"], ["-c", "import nothing_like_it"])
+
+
+class Counted(PoolCase):
+    def metrics(self) -> str:
+        return self.daemon.api("GET", "/metrics")[1].decode()
+
+    def test_metrics_are_what_prometheus_wants_and_what_happened(self):
+        address = self.daemon.deploy("f", None, "--warm", "1")
+        self.daemon.wait_warm("f", 1)
+        for path, status in (("/", 200), ("/", 200), ("/exit?1", 502)):
+            self.assertEqual(get(address, path)[0], status)
+        self.daemon.wait_warm("f", 1)
+        text = self.metrics()
+        for line in ('faasd_invocations_total{function="f",outcome="answered"} 2',
+                     'faasd_invocations_total{function="f",outcome="no-answer"} 1',
+                     'faasd_run_seconds_count{function="f"} 3', 'faasd_queue_seconds_count{function="f"} 3',
+                     'faasd_start_seconds_bucket{function="f",le="+Inf"} 3', 'faasd_warm_containers{function="f"} 1',
+                     'faasd_running_invocations{function="f"} 0', "faasd_functions 1"):
+            self.assertIn(line, text.splitlines())
+        self.assertRegex(text, r"faasd_loop_lag_seconds_count [1-9]")
+        resident = int(re.search(r"^process_resident_memory_bytes (\d+)$", text, re.MULTILINE)[1])
+        self.assertAlmostEqual(resident, support.resident_memory(self.daemon.process.pid), delta=8 << 20)
+        if shutil.which("promtool") is None:
+            self.skipTest("promtool is not installed: apt install prometheus")
+        checked = subprocess.run(["promtool", "check", "metrics"], input=text, capture_output=True, text=True, check=False)
+        self.assertEqual((checked.returncode, checked.stdout + checked.stderr), (0, ""))
+
+
+class Idle(PoolCase):
+    def test_idle_daemon_does_not_wake_up(self):
+        address = self.daemon.deploy("f", None, "--warm", "2")
+        self.assertEqual(get(address)[0], 200)
+        self.daemon.wait_warm("f", 2)
+        time.sleep(1)                           # the probe of the loop's lag, the log's delay
+        trace = self.daemon.directory / "trace"
+        subprocess.run(["timeout", "--signal=INT", "10", "strace", "-f", "-qq", "-o", trace, "-p",
+                        str(self.daemon.process.pid)], check=False, capture_output=True)
+        calls = [line for line in trace.read_text().splitlines() if "unfinished" not in line and "detached" not in line]
+        self.assertEqual([line for line in calls if "resumed" not in line and "restart_syscall" not in line], [])
+
+
+if __name__ == "__main__":
+    unittest.main()
