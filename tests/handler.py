@@ -26,7 +26,8 @@ def misbehave_at_start():
 
 def respond(client, text, extra=""):
     body = text.encode()
-    client.sendall(f"HTTP/1.1 200 OK\r\nContent-Length: {len(body)}\r\n{extra}Connection: close\r\n\r\n".encode() + body)
+    head = f"HTTP/1.1 200 OK\r\nContent-Length: {len(body)}\r\n{extra}Connection: close\r\n\r\n"
+    client.sendall(head.encode() + body)
 
 
 def facts():

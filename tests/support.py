@@ -124,7 +124,7 @@ class Daemon:
 
     def __init__(self, *arguments: str, directory: Path | None = None, env: dict[str, str] | None = None,
                  wrapper: tuple[str, ...] = (), constants: dict[str, float] | None = None):
-        """arguments are the command line's; constants are set in the module before main, where waiting would take long."""
+        """arguments are the command line's; constants are set in the module before main, where waiting takes long."""
         if not IN_PRIVATE_NETWORK:
             raise RuntimeError("tests use 10.0.0.0/24 and must have a network namespace of their own: run ./test.sh")
         self.directory = directory or temporary_directory()
@@ -250,6 +250,10 @@ class Daemon:
             return info["warm"] == count and info["starting"] == info["running"] == 0
         wait_until(settled, f"{name} has {count} warm containers")
         return set(list_containers(self))
+
+    def versions(self, name: str) -> list[str]:
+        """Return the versions kept of a function, the one that runs first."""
+        return [entry["version"] for entry in json.loads(self.api("GET", f"/functions/{name}/versions")[1])["versions"]]
 
     def wait_idle(self, name: str) -> None:
         """Wait until no invocation of a function is running, with all its cleaning."""

@@ -5,6 +5,7 @@ import os
 import pty
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -32,7 +33,9 @@ class Usage(unittest.TestCase):
                 (("new", "f", "--memory", "lots"), "write 512m"), (("new", "f", "--memory", "-1"), "write 512m"),
                 (("new", "f", "--cpus", "x"), "write 0.5"), (("new", "f", "--pids", "0"), "whole number"),
                 (("new", "f", "--timeout", "1d"), "write 500ms"), (("logs", "f", "-n", "x"), "whole number"),
-                (("new", "f", "-e", "=x"), "bad environment entry"), (("list", "--", "x"), "only new takes a command"),
+                (("new", "f", "-e", "=x"), "bad environment entry"), (("list", "--", "x"), "only new and set take"),
+                (("set", "f"), "nothing to change"), (("set", "f", "--warm", "x"), "write auto"),
+                (("new", "f", "--queue", "-1"), "from 0 on"), (("top", "--json"), "faas --json stats"),
                 (("list", "extra"), "unrecognized arguments")):
             with self.subTest(arguments):
                 result = faas(*arguments, stdin=b"x")
@@ -52,12 +55,16 @@ class Usage(unittest.TestCase):
 
     def test_help_names_every_command_and_option(self):
         out = faas("--help").stdout
-        for command in ("new", "ip", "list", "info", "logs", "rm", "version", "pack"):
+        for command in ("new", "ip", "list", "info", "logs", "rm", "version", "pack", "set", "versions",
+                        "rollback", "stats", "top"):
             self.assertRegex(out, rf"\n    {command} ")
             self.assertEqual(faas(command, "--help").returncode, 0)
-        for option in ("--file", "--tag", "--env", "--env-file", "--memory", "--cpus", "--pids", "--timeout",
-                       "--start-timeout"):
-            self.assertIn(option, faas("new", "--help").stdout)
+        options = ("--env", "--env-file", "--memory", "--cpus", "--pids", "--timeout", "--start-timeout",
+                   "--concurrency", "--queue", "--queue-timeout", "--warm", "--reuse")
+        for command, more in (("new", ("--file", "--tag")), ("set", ("--unset-env",))):
+            out = faas(command, "--help").stdout
+            for option in (*options, *more):
+                self.assertIn(option, out)
 
     def test_files_that_cannot_be_read(self):
         for arguments in (("-f", "/nonexistent"), ("-f", "/"), ("--env-file", "/nonexistent")):
@@ -195,7 +202,66 @@ class WithDaemon(unittest.TestCase):
             self.assertEqual(document("info", "f")["state"], "ready")
             self.assertEqual(len(document("logs", "f")), 1)
             self.assertEqual(set(document("version")), {"client", "daemon"})
+            self.assertEqual(document("set", "f", "--reuse", "2")["options"]["reuse"], 2)
+            self.assertEqual([f["requests"] for f in document("stats", "f")["functions"]], [0])
+            self.assertEqual([v["current"] for v in document("versions", "f")], [True])
             self.assertEqual(document("rm", "f"), {"removed": ["f"]})
+
+    def test_set_versions_rollback(self):
+        with support.Daemon() as daemon:
+            daemon.deploy("f", None, "-e", "A=1", "-e", "B=1")
+            first, = daemon.versions("f")
+            out = daemon.faas("set", "f", "-e", "A=2", "--unset-env", "B", "--queue", "0", "--", "x y").stdout
+            self.assertEqual(out, "✓ Updated f at 10.0.0.10\n")
+            options = daemon.info("f")["options"]
+            self.assertEqual((options["env"], options["queue"], options["cmd"]), (["A=2"], 0, ["x y"]))
+            daemon.deploy("f", support.handler_image(label="2"))
+            second = daemon.versions("f")[0]
+            rows = [row.split() for row in daemon.faas("versions", "f").stdout.splitlines()]
+            self.assertEqual(rows[0], ["VERSION", "CURRENT", "DEPLOYED", "SIZE", "IMAGE"])
+            self.assertEqual([row[0] for row in rows[1:]], [second, first])
+            self.assertEqual(rows[1][1], "*")
+            self.assertEqual(daemon.faas("rollback", "f").stdout, f"✓ Rolled back f to {first}\n")
+            self.assertEqual(daemon.info("f")["options"]["env"], ["A=2"])
+            self.assertEqual(daemon.faas("rollback", "f", second[:6]).stdout, f"✓ Rolled back f to {second}\n")
+            result = daemon.faas("rollback", "f", "zz", check=False)
+            self.assertEqual((result.returncode, result.stderr.count("\n")), (1, 1), result.stderr)
+
+    def test_statistics_for_people(self):
+        with support.Daemon() as daemon:
+            address = daemon.deploy("f")
+            daemon.deploy("idle", support.handler_image())
+            for _ in range(3):
+                support.get(address)
+            daemon.wait_idle("f")
+            rows = [re.split("  +", row) for row in daemon.faas("stats").stdout.splitlines()]
+            self.assertEqual([row[:4] for row in rows], [["NAME", "STATE", "REQUESTS", "ERRORS"],
+                                                         ["f", "ready", "3", "0"], ["idle", "ready", "0", "0"]])
+            self.assertRegex(rows[1][-1], r"^[\d.]+ms/[\d.]+ms/[\d.]+ms$")
+            self.assertEqual(rows[2][-3:], ["-", "-", "-"])
+            self.assertEqual(len(daemon.faas("stats", "f").stdout.splitlines()), 2)
+            out = daemon.faas("top", "-n", "2", "-d", "0.1").stdout
+            self.assertEqual(len(re.findall(r"^faasd .* 2 functions ", out, re.MULTILINE)), 2)
+
+    def test_top_on_a_terminal_cleans_up_when_it_is_interrupted(self):
+        with support.Daemon() as daemon:
+            master, slave = pty.openpty()
+            process = subprocess.Popen([*FAAS, "--socket", str(daemon.socket), "top", "-d", "0.1"], stdout=slave,
+                                       stdin=slave, stderr=slave)
+            os.close(slave)
+            shown = b""
+            while shown.count(b"faasd ") < 2:
+                shown += os.read(master, 65536)
+            process.send_signal(signal.SIGINT)
+            try:
+                while data := os.read(master, 65536):
+                    shown += data
+            except OSError:             # EIO: the other side is closed
+                pass
+            os.close(master)
+            self.assertEqual(process.wait(), 130)
+            self.assertTrue(shown.startswith(b"\x1b[?1049h"))
+            self.assertTrue(shown.endswith(b"\x1b[?25h\x1b[?1049l"), shown[-100:])
 
     def test_info_for_people(self):
         with support.Daemon() as daemon:

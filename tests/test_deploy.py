@@ -311,8 +311,7 @@ class Redeploy(DeployCase):
         slow.shutdown()
         current = self.daemon.info("f")["version"]
         self.assertEqual(len(os.listdir(self.daemon.state_dir / "images" / "f")), 3)
-        self.assertEqual([v["version"] for v in json.loads(self.daemon.api("GET", "/functions/f/versions")[1])["versions"]]
-                         [0], current)
+        self.assertEqual(self.daemon.versions("f")[0], current)
 
     def test_same_image_with_other_options(self):
         image = support.handler_image()

@@ -1,7 +1,8 @@
 """The true Docker path: docker build, docker save | ./faas new, curl, with a Docker engine of our own.
 
-The engine (ci/docker_engine.sh) has its data, state and sockets in one temporary directory and no network. The base image
-is Debian made by ci/base_image.sh, since no registry can be counted on. Skipped, with the reason, where either is missing.
+The engine (ci/docker_engine.sh) has its data, state and sockets in one temporary directory and no network. The base
+image is Debian made by ci/base_image.sh, since no registry can be counted on. Skipped, with the reason, where either is
+missing.
 """
 
 import hashlib
@@ -33,7 +34,8 @@ RUN rm /t/one && rm -r /t/gone
 RUN ln -snf /t/dir/sub /t/link && rm -r /t/dir/sub && mkdir /t/dir/sub && echo new > /t/dir/sub/new
 RUN rm /t/dirlink && mkdir /t/dirlink && echo in > /t/dirlink/inside
 RUN mv /t/dir /t/moved && ln -s moved /t/dir && echo more >> /t/two
-RUN ln /t/two /t/hard2 && chown 1000:1001 /t/two && chmod 4750 /t/two && mkfifo /t/fifo && mkdir -m 1777 /t/sticky && touch "/t/ünï cödé"
+RUN ln /t/two /t/hard2 && chown 1000:1001 /t/two && chmod 4750 /t/two && mkfifo /t/fifo && mkdir -m 1777 /t/sticky \
+    && touch "/t/ünï cödé"
 RUN mkdir /t/gone && echo back > /t/gone/again
 RUN true
 WORKDIR /t/work
@@ -68,7 +70,8 @@ class Engine:
         for name in ("DOCKER_CONTEXT", "DOCKER_TLS_VERIFY", "DOCKER_API_VERSION"):
             self.env.pop(name, None)
         (self.directory / "daemon.json").write_text(json.dumps(configuration))
-        self.process = subprocess.Popen([support.TOP / "tests/ci/docker_engine.sh", self.directory], stdin=subprocess.PIPE)
+        self.process = subprocess.Popen([support.TOP / "tests/ci/docker_engine.sh", self.directory],
+                                        stdin=subprocess.PIPE)
 
     def wait_until_ready(self) -> None:
         deadline = time.monotonic() + 60
@@ -83,7 +86,8 @@ class Engine:
         done = subprocess.run(["docker", *arguments], env=self.env, stdin=subprocess.DEVNULL, text=True,
                               capture_output=True, timeout=120, **options)
         if check and done.returncode != 0:
-            raise AssertionError(f"docker {' '.join(map(str, arguments))}: {done.returncode}\n{done.stdout}{done.stderr}")
+            command = " ".join(map(str, arguments))
+            raise AssertionError(f"docker {command}: {done.returncode}\n{done.stdout}{done.stderr}")
         return done
 
     def build_images(self) -> None:

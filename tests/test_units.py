@@ -221,7 +221,8 @@ class RegistryFile(unittest.TestCase):
     def test_format_1_had_one_version_and_fewer_options(self):
         options = {"memory": 1 << 29, "cpus": 1.0, "pids": 64, "timeout": 30.0, "start_timeout": 10.0, "env": ["A=1"],
                    "cmd": []}
-        entry = {"name": "n", "address": "10.0.0.10", "created": "t", "updated": "u", "version": "v", "options": options}
+        entry = {"name": "n", "address": "10.0.0.10", "created": "t", "updated": "u", "version": "v",
+                 "options": options}
         with tempfile.TemporaryDirectory() as directory:
             path = Path(directory) / "registry.json"
             path.write_text(json.dumps({"format": 1, "functions": [entry]}))
