@@ -15,12 +15,12 @@ import shutil
 import subprocess
 import sys
 import tarfile
-import tempfile
 import threading
 import time
 from pathlib import Path
 
-TOP = Path(__file__).resolve().parent.parent
+import lab
+
 FILE_SIZE, SMALL_FILES = 8 << 20, 20_000
 
 
@@ -34,7 +34,7 @@ def make_image(directory: Path, mebibytes: int) -> tuple[Path, list[Path]]:
     """Write the image; return it and its layers."""
     packed = directory / "packed.tar"
     with packed.open("wb") as file:
-        subprocess.run([sys.executable, TOP / "faas", "pack", TOP / "test_handler.py"], stdout=file, check=True)
+        subprocess.run([sys.executable, lab.TOP / "faas", "pack", lab.TOP / "test_handler.py"], stdout=file, check=True)
     with tarfile.open(packed) as archive:
         manifest = json.load(archive.extractfile("manifest.json"))[0]
         config = json.load(archive.extractfile(manifest["Config"]))
@@ -98,38 +98,35 @@ def untar(layers: list[Path], directory: Path) -> float:
     return seconds
 
 
-def main(mebibytes: int) -> None:
-    directory = Path(tempfile.mkdtemp(prefix="faasd-bench.", dir="/var/tmp"))
+def measure(directory: Path, mebibytes: int, rounds: int) -> dict:
+    """Return the seconds of deploys and of tar, alternating, and the peak resident memory in bytes."""
+    figures: dict = {"deploy": [], "tar": []}
     image, layers = make_image(directory, mebibytes)
-    faas = [sys.executable, TOP / "faas", "--socket", directory / "run/faasd.sock"]
-    daemon = subprocess.Popen([sys.executable, TOP / "faasd.py", "--state-dir", directory / "state", "--run-dir",
-                               directory / "run"], stderr=(directory / "log").open("wb"))
-    try:
-        while "ready: " not in (directory / "log").read_text():
-            time.sleep(0.01)
-        watch = MemoryWatch(daemon.pid)
+    with lab.Faasd(directory) as daemon:
+        watch = MemoryWatch(daemon.process.pid)
         watch.start()
-        print(f"image of {image.stat().st_size >> 20} MiB, alternating    deploy s   tar -x s   ratio")
-        for number in range(3):
+        for number in range(rounds):
             os.sync()
             start = time.perf_counter()
-            subprocess.run([*faas, "new", f"big{number}", "-f", image], check=True, stdout=subprocess.DEVNULL)
-            deploy = time.perf_counter() - start
-            subprocess.run([*faas, "rm", f"big{number}"], check=True, stdout=subprocess.DEVNULL)
+            daemon.deploy(f"big{number}", image)
+            figures["deploy"].append(time.perf_counter() - start)
+            daemon.faas("rm", f"big{number}")
             os.sync()
-            tar = untar(layers, directory / "untar")
-            print(f"  round {number + 1}                              {deploy:9.2f}  {tar:9.2f}  {deploy / tar:6.2f}")
+            figures["tar"].append(untar(layers, directory / "untar"))
         watch.done.set()
-        print(f"peak resident memory: daemon {watch.peaks['daemon'] / (1 << 20):.1f} MiB, "
-              f"unpacking child {watch.peaks['child'] / (1 << 20):.1f} MiB")
-    finally:
-        daemon.terminate()
-        daemon.wait()
-        shutil.rmtree(directory)
+    return {**figures, "size": image.stat().st_size, "peak": watch.peaks}
+
+
+def main(mebibytes: int) -> None:
+    with lab.scratch("/var/tmp") as directory:
+        figures = measure(directory, mebibytes, 3)
+    print(f"image of {figures['size'] >> 20} MiB, alternating    deploy s   tar -x s   ratio")
+    for deploy, tar in zip(figures["deploy"], figures["tar"], strict=True):
+        print(f"                                    {deploy:9.2f}  {tar:9.2f}  {deploy / tar:6.2f}")
+    print(f"peak resident memory: daemon {figures['peak']['daemon'] / (1 << 20):.1f} MiB, "
+          f"unpacking child {figures['peak']['child'] / (1 << 20):.1f} MiB")
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] != ["--inside"]:
-        os.execvp("unshare", ["unshare", "--net", "sh", "-c", 'ip link set lo up && exec "$@"', "sh", sys.executable,
-                              sys.argv[0], "--inside", *sys.argv[1:]])
-    main(int(sys.argv[2]) if len(sys.argv) > 2 else 2048)
+    lab.in_own_network()
+    main(int(sys.argv[1]) if len(sys.argv) > 1 else 2048)

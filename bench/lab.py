@@ -1,0 +1,212 @@
+"""What the benchmarks share: a daemon in a network namespace of its own, bare `runc run`, clients, and figures."""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import contextlib
+import json
+import os
+import secrets
+import shutil
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+TOP = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(TOP))
+import faasd  # noqa: E402
+
+HANDLER = Path(__file__).with_name("handler.py")
+REQUEST = b"GET / HTTP/1.1\r\nHost: bench\r\nConnection: close\r\n\r\n"
+CLIENT_SECONDS = 60.0       # for one request; a benchmark reports what takes longer as an error
+
+
+def in_own_network() -> None:
+    """Run this program again in a network namespace of its own, unless it is in one."""
+    if os.environ.get("FAASD_BENCH_NETNS") != "1":
+        if os.geteuid() != 0:
+            sys.exit(f"{sys.argv[0]} needs root: sudo {sys.argv[0]}")
+        os.environ["FAASD_BENCH_NETNS"] = "1"
+        os.execvp("unshare", ["unshare", "--net", "sh", "-c", 'ip link set lo up && exec "$@"', "sh", sys.executable,
+                              *sys.argv])
+
+
+@contextlib.contextmanager
+def scratch(where: str = "/dev/shm"):
+    """A directory that is removed in the end; on a tmpfs it is the same for all sides of a comparison."""
+    directory = Path(tempfile.mkdtemp(prefix="faasd-bench.", dir=where))
+    try:
+        yield directory
+    finally:
+        shutil.rmtree(directory)
+
+
+class Faasd:
+    """A daemon of the benchmark's own."""
+
+    def __init__(self, directory: Path, *arguments: str):
+        self.directory = directory
+        self.state_dir, self.run_dir = directory / "state", directory / "run"
+        self.arguments = arguments
+
+    def __enter__(self) -> Faasd:
+        with (self.directory / "log").open("wb") as log:
+            self.process = subprocess.Popen([sys.executable, TOP / "faasd.py", "--state-dir", self.state_dir, "--run-dir",
+                                             self.run_dir, *self.arguments], stderr=log)
+        while " ready: " not in (self.directory / "log").read_text():
+            if self.process.poll() is not None:
+                sys.exit((self.directory / "log").read_text())
+            time.sleep(0.005)
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.process.terminate()
+        self.process.wait()
+
+    def faas(self, *arguments) -> str:
+        return subprocess.run([sys.executable, TOP / "faas", "--socket", self.run_dir / "faasd.sock", *arguments],
+                              stdout=subprocess.PIPE, text=True, check=True).stdout
+
+    def deploy(self, name: str, image: Path, *options: str) -> str:
+        """Deploy an image; return the function's address."""
+        return self.faas("new", name, "-f", image, *options).split()[-1]
+
+    def stats(self, name: str) -> dict:
+        return json.loads(self.faas("--json", "stats", name))["functions"][0]
+
+    def wait_warm(self, name: str, count: int) -> None:
+        while (stats := self.stats(name))["warm"] < count or stats["running"] or stats["starting"]:
+            time.sleep(0.02)
+
+    def cpu_seconds(self) -> float:
+        """The daemon's own CPU time; containers and runc are not in it."""
+        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+    def resident(self) -> int:
+        """Its memory in bytes."""
+        return int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def pack(directory: Path, handler: Path = HANDLER) -> Path:
+    """Return an image with this machine's Python and a handler."""
+    image = directory / f"{handler.stem}.tar"
+    with image.open("wb") as file:
+        subprocess.run([sys.executable, TOP / "faas", "pack", handler], stdout=file, check=True)
+    return image
+
+
+class BareRuns:
+    """Runs a function's bundle with nothing but runc."""
+
+    def __init__(self, directory: Path, faasd_state: Path, name: str):
+        self.run_dir = directory / "bare"
+        (self.run_dir / "containers").mkdir(parents=True)
+        self.rootfs, = (faasd_state / "images" / name).glob("*/rootfs")
+        self.image = json.loads((self.rootfs.parent / "image.json").read_text())
+        self.cgroups = faasd.Cgroups(self.run_dir)
+        self.bundle = faasd.Bundle(name, self.image, faasd.Options(), self.rootfs, self.run_dir, self.cgroups)
+        self.runtime = faasd.Runtime("runc", self.run_dir / "runc")
+
+    def run(self) -> tuple[float, float]:
+        """Return the seconds until the handler was ready, and until runc was done. It is told that there is no work."""
+        container = secrets.token_hex(6)
+        directory = self.run_dir / "containers" / container
+        directory.mkdir()
+        (directory / "config.json").write_bytes(self.bundle.render(container))
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(str(directory / "control.sock"))
+            listener.listen(1)
+            start = time.perf_counter()
+            process = subprocess.Popen(self.runtime.run_argv(str(directory), container), stdin=subprocess.DEVNULL)
+            connection, _ = listener.accept()
+            ready = time.perf_counter() - start
+            connection.close()
+            status = process.wait()
+        done = time.perf_counter() - start
+        assert status == 0, status
+        shutil.rmtree(directory)
+        return ready, done
+
+    def close(self) -> None:
+        self.cgroups.remove(self.cgroups.parent)
+
+
+def request(address: str, port: int = 80) -> float:
+    """Return the seconds until a request has its whole answer. Raises OSError, AssertionError."""
+    start = time.perf_counter()
+    with socket.create_connection((address, port), timeout=CLIENT_SECONDS) as client:
+        client.sendall(REQUEST)
+        received = b""
+        while data := client.recv(65536):
+            received += data
+    seconds = time.perf_counter() - start
+    assert received.startswith(b"HTTP/1.1 200 "), received
+    return seconds
+
+
+class Load:
+    """Clients in a closed loop: each sends its next request, on a new connection, when it has the answer to the last."""
+
+    def __init__(self, address: str):
+        self.address = address
+        self.latencies: list[float] = []            # seconds, of those answered with 200
+        self.errors: collections.Counter = collections.Counter()
+
+    def run(self, clients: int, seconds: float) -> float:
+        """Return the rate of answers; those under way when the time is over count in neither."""
+        asyncio.run(self._run(clients, seconds))
+        return len(self.latencies) / seconds
+
+    async def _run(self, clients: int, seconds: float) -> None:
+        self._end = time.perf_counter() + seconds
+        await asyncio.gather(*(self._client() for _ in range(clients)))
+
+    async def _client(self) -> None:
+        while time.perf_counter() < self._end:
+            await self.one()
+
+    async def one(self) -> None:
+        start = time.perf_counter()
+        try:
+            async with asyncio.timeout(CLIENT_SECONDS):
+                reader, writer = await asyncio.open_connection(self.address, 80)
+                writer.write(REQUEST)
+                answer = await reader.read(-1)
+                writer.close()
+        except (OSError, TimeoutError) as error:
+            self.errors[type(error).__name__] += 1
+            return
+        done = time.perf_counter()
+        if not answer.startswith(b"HTTP/1.1 200 "):
+            self.errors[answer[9:12].decode() or "empty"] += 1
+        elif done < getattr(self, "_end", float("inf")):
+            self.latencies.append(done - start)
+
+    def burst(self, count: int) -> list[float]:
+        """Send so many at once; return the times until each was answered, in order."""
+        async def together() -> None:
+            await asyncio.gather(*(self.one() for _ in range(count)))
+        self.latencies = []
+        asyncio.run(together())
+        return sorted(self.latencies)
+
+
+def percentile(values: list[float], percent: float) -> float:
+    ordered = sorted(values)
+    return ordered[min(int(len(ordered) * percent / 100), len(ordered) - 1)]
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    """Return median, p10 and p90."""
+    return {"median": statistics.median(values), "p10": percentile(values, 10), "p90": percentile(values, 90)}
+
+
+def ratios(above: list[float], below: list[float]) -> dict[str, float]:
+    """Return the spread of the ratios of two sides that alternated."""
+    return spread([a / b for a, b in zip(above, below, strict=True)])
