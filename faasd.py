@@ -164,7 +164,9 @@ TCP_INFO_RECEIVED, TCP_INFO_NOTSENT, TCP_INFO_SENT = 128, 144, 200    # offsets 
 LOG_FILE_SIZE = 8 * MIB             # NAME.log is renamed to NAME.log.1 above this, so a function keeps at most twice it
 MAX_MESSAGE = 600                   # characters of an error message
 MAX_LINE = 8 * KIB                  # a longer line of a handler is cut into several
-MAX_OUTPUT = MIB                    # bytes of output kept of one container; the rest is read and dropped
+MAX_OUTPUT = MIB                    # bytes of log kept of one container's output; the rest is read and dropped
+LINE_OVERHEAD = 48                  # bytes that the log adds to each line
+OUTPUT_CHUNK = 4 * KIB              # bytes of output taken before other events get their turn
 LOG_DELAY = 0.02                    # seconds in which lines are gathered before they are written
 MAX_UNWRITTEN_LINES = 100_000
 TAIL_LINES = 20                     # lines of output shown when a deploy fails
@@ -181,8 +183,9 @@ ADDRESS_LABEL = "lo:faas"           # how our addresses are told from everybody 
 FIRST_HOST = 10                     # the first function's address is .10
 
 # Control API.
-MAX_HEADER_SECONDS = 60.0           # socket timeout while a client sends
-UPLOAD_END_SECONDS = 5.0            # how long a stop waits for the threads of cut uploads
+MAX_HEADER_SECONDS = 60.0           # socket timeout while a client sends its request
+MAX_BODY_SECONDS = 600.0            # and while it sends an archive: `docker save` may take its time before a pipe
+UPLOAD_END_SECONDS = 5.0            # how long a stop waits until everybody has their answer
 FOLLOW_SECONDS = 15.0               # how often `logs --follow` looks whether its client is still there
 
 REGISTRY_FORMAT = 2
@@ -1833,6 +1836,7 @@ class Network:
     def __init__(self, subnet: ipaddress.IPv4Network):
         self.subnet = subnet
         self._claim: socket.socket | None = None
+        self._added: set[str] = set()
 
     def claim(self) -> None:
         """Make sure that the subnet is nobody else's. Raises UsageError."""
@@ -1867,6 +1871,9 @@ class Network:
     def _refuse(self, reason: str) -> None:
         raise UsageError(f"subnet {self.subnet} is in use: {reason}; choose another with --subnet")
 
+    def has(self, address: str) -> bool:
+        return ipaddress.ip_address(address) in self.subnet
+
     def lowest_free(self, taken: Iterable[str]) -> str:
         """Return the lowest address from .10 up that no function has. Raises Conflict when there is none."""
         used = set(taken)
@@ -1882,18 +1889,32 @@ class Network:
         result = run_command("ip", "addr", "add", f"{address}/32", "dev", "lo", "label", ADDRESS_LABEL)
         if result.returncode != 0:
             raise FaasdError(f"cannot add {address} to lo: {result.stderr.strip()}")
+        self._added.add(address)
 
     def remove(self, address: str) -> None:
-        """Take an address from lo; failure is logged."""
+        """Take an address that we added from lo; failure is logged."""
+        if address in self._added:
+            self._added.discard(address)
+            self._delete(address)
+
+    def remove_all(self) -> None:
+        for address in list(self._added):
+            self.remove(address)
+
+    def remove_stale(self, known: set[str]) -> None:
+        """Take addresses from lo that a killed daemon left: with our label, and of our subnet or a function's."""
+        for link in ip_json("addr", "show", "dev", "lo"):
+            for entry in link.get("addr_info", []):
+                ours = entry["local"] in known or ipaddress.ip_address(entry["local"]) in self.subnet
+                if entry.get("label") == ADDRESS_LABEL and ours:
+                    log.warning("removing address %s that a killed daemon left", entry["local"])
+                    self._delete(entry["local"])
+
+    @staticmethod
+    def _delete(address: str) -> None:
         result = run_command("ip", "addr", "del", f"{address}/32", "dev", "lo", "label", ADDRESS_LABEL)
         if result.returncode != 0:
             log.warning("cannot remove %s from lo: %s", address, result.stderr.strip())
-
-    def labelled(self) -> list[str]:
-        """Return the addresses of our subnet that carry our label."""
-        return [address["local"] for link in ip_json("addr", "show", "dev", "lo")
-                for address in link.get("addr_info", [])
-                if address.get("label") == ADDRESS_LABEL and ipaddress.ip_address(address["local"]) in self.subnet]
 
 
 def open_listener(address: str, port: int) -> socket.socket:
@@ -1981,7 +2002,7 @@ class OutputReader:
     def _read(self) -> bool:
         """Take what is there; return whether there may be more."""
         try:
-            data = os.read(self._descriptor, COPY_CHUNK)
+            data = os.read(self._descriptor, OUTPUT_CHUNK if self._room > 0 else COPY_CHUNK)
         except BlockingIOError:
             return False
         if not data:
@@ -1989,8 +2010,7 @@ class OutputReader:
             return False
         # A handler may write without end: it must not wait for a full pipe, nor fill the log.
         if self._room > 0:
-            self._take(data[:self._room])
-            self._room -= len(data)
+            self._take(data)
             if self._room <= 0:
                 self._take(b"\n")
                 self._write_line(f"(output over {MAX_OUTPUT} bytes is dropped)")
@@ -2006,6 +2026,7 @@ class OutputReader:
                 self._emit(line[start:start + MAX_LINE])
 
     def _emit(self, line: bytes) -> None:
+        self._room -= len(line) + LINE_OVERHEAD         # many short lines cost as much as a few long ones
         text = escape_controls(line.decode("utf-8", "backslashreplace").removesuffix("\r"))
         self.tail.append(text)
         self._write_line(text)
@@ -2046,6 +2067,7 @@ class Container:
         self.write_line = write_line                    # (container id, a line of its output)
         self.on_release: Callable[[Release], None] = lambda release: None
         self.served = 0                                 # clients handed over
+        self.killed = False                             # by us
         self.ready_at = 0.0                             # loop time of the connect
         self.start_seconds = 0.0                        # from the spawn to the connect
         self._host = host
@@ -2075,7 +2097,7 @@ class Container:
         try:
             await asyncio.wait([self._connected, self._exited], timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
         except asyncio.CancelledError:
-            await self.finish(0)
+            await to_the_end(self.finish(0))
             raise
         if self._connected.done():
             self.ready_at = self._host.loop.time()
@@ -2206,6 +2228,7 @@ class Container:
     async def _kill(self) -> None:
         """Kill every process of the container until runc, which waits for the first of them, is done."""
         deadline = time.monotonic() + KILL_TIMEOUT
+        self.killed = not self._exited.done()
         while not self._exited.done() and time.monotonic() < deadline:
             self._host.cgroups.kill(self.id)            # again and again: while starting it may have none yet
             await asyncio.wait([self._exited], timeout=KILL_RETRY)
@@ -2367,6 +2390,15 @@ class Demand:
     def patience(self) -> float:
         """How many seconds a client should rather wait for a container to come back than have another one started."""
         return 2 * self.start.seconds if self.run.seconds < self.start.seconds else 0.0
+
+
+async def to_the_end(coroutine):
+    """Run a coroutine and return its result, even if our task is cancelled meanwhile: half of it would be worse."""
+    task = asyncio.ensure_future(coroutine)
+    while not task.done():
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.wait([task])
+    return task.result()
 
 
 class Starter:
@@ -2678,6 +2710,8 @@ class Pool:
 
     def close(self) -> None:
         """End all containers that serve nobody, at once; `empty` tells when those that do are gone too."""
+        if self._closed:
+            return
         self._closed = True
         self._services.limit.remove(self)
         if self._timer:
@@ -2832,8 +2866,8 @@ class Invocation:
 
     def line(self) -> str:
         """Return the invocation as key=value for the log."""
-        first_line = self.request.partition(b"\n")[0].removesuffix(b"\r").decode("utf-8", "backslashreplace")
-        parts = [f"outcome={self.outcome} client={self.peer} request=\"{escape_controls(first_line)}\""]
+        first_line = self.request.partition(b"\n")[0].removesuffix(b"\r").decode("utf-8", "surrogateescape")
+        parts = [f"outcome={self.outcome} client={self.peer} request={quote(first_line)}"]
         for key, seconds in (("wait", self.wait_seconds), ("start", self.start_seconds), ("run", self.run_seconds)):
             parts.append(f"{key}=-" if seconds is None else f"{key}={seconds * 1000:.1f}ms")
         exit_status = "-" if self.exit_status is None else self.exit_status
@@ -2841,8 +2875,13 @@ class Invocation:
         if self.status:
             parts.append(f"status={self.status}")
         if self.reason:
-            parts.append(f'reason="{self.reason}"')
+            parts.append(f"reason={quote(self.reason)}")
         return " ".join(parts)
+
+
+def quote(text: str) -> str:
+    """Return text in quotes, so that nothing in it looks like the end of a field."""
+    return '"' + escape_controls(text.replace("\\", "\\\\").replace('"', '\\"')) + '"'
 
 
 REASON_PHRASES = {502: "Bad Gateway", 503: "Service Unavailable", 504: "Gateway Timeout"}
@@ -2954,20 +2993,22 @@ class Function:
         self._listener = listener
         self._loop.add_reader(listener, self._accept)
 
-    def _accept(self) -> None:
+    def _accept(self) -> bool:
+        """Take connections that are there; return whether there may be more."""
         for _ in range(ACCEPT_BATCH):
             try:
                 client, (host, port) = self._listener.accept()
-            except (BlockingIOError, InterruptedError):
-                break
+            except BlockingIOError:
+                return False
             except ConnectionAbortedError:
                 continue
             except OSError as error:            # EMFILE, ENFILE, ENOBUFS, ENOMEM: trying again at once would spin
                 log.error("function=%s cannot accept: %s", self.record.name, error.strerror)
                 self._pause()
-                break
+                return False
+            self._services.lag.probe()
             self._receive(client, f"{host}:{port}")
-        self._services.lag.probe()
+        return True
 
     def _pause(self) -> None:
         self._loop.remove_reader(self._listener)
@@ -2979,7 +3020,8 @@ class Function:
         """Accept what the kernel has completed already, then refuse new connections."""
         self.draining = True
         if self._listener is not None:
-            self._accept()
+            while self._accept():
+                continue
             self._loop.remove_reader(self._listener)
             self._listener.close()
             self._listener = None
@@ -3151,7 +3193,9 @@ class Function:
         invocation.exit_status = await invocation.pool.end(invocation.container, EXIT_GRACE)
         self._leave_flight()
         invocation.outcome = "no-answer"
-        await self._speak(invocation, 502, f"the handler {describe_exit(invocation.exit_status)} without an answer")
+        # One that let go, but stayed until we killed it, has no exit to speak of.
+        end = "let go" if invocation.container.killed else describe_exit(invocation.exit_status)
+        await self._speak(invocation, 502, f"the handler {end} without an answer")
 
     async def _conclude_killed(self, invocation: Invocation, status: int, reason: str) -> None:
         invocation.exit_status = await invocation.pool.end(invocation.container, 0)
@@ -3344,12 +3388,13 @@ class LogWriter:
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "log")
         self._lines: dict[FunctionLog, list[bytes]] = {}
         self._count = 0
+        self._closed = False
         self._writing: asyncio.Future | None = None
         self._timer: asyncio.TimerHandle | None = None
 
     def add(self, function_log: FunctionLog, line: bytes) -> None:
         """Have a line written soon. When the disk takes none for long, lines are dropped rather than memory filled."""
-        if self._count >= MAX_UNWRITTEN_LINES:
+        if self._closed or self._count >= MAX_UNWRITTEN_LINES:
             return
         self._count += 1
         if self._count == MAX_UNWRITTEN_LINES:
@@ -3386,6 +3431,7 @@ class LogWriter:
 
     async def close(self) -> None:
         await self.flush()
+        self._closed = True
         self._thread.shutdown()
 
 
@@ -3400,7 +3446,7 @@ class FunctionLog:
         self._writer = writer
         self._file = None
         self._size = 0
-        self._removed = False
+        self._ended = False
         self._grown = threading.Condition()     # held to change the file
 
     def write_output(self, container_id: str, text: str) -> None:
@@ -3414,7 +3460,7 @@ class FunctionLog:
         """Write lines to the file. Trouble with the disk must not end an invocation. On the writer's thread."""
         with self._grown:
             try:
-                while lines and not self._removed:
+                while lines and not self._ended:
                     self._append_part(lines)
             except OSError as error:
                 log.error("cannot write %s: %s", self.path, error.strerror)
@@ -3450,11 +3496,15 @@ class FunctionLog:
                 self._file.close()
                 self._file = None
 
-    def remove(self) -> None:
-        """Remove the files; lines that are still on their way are dropped."""
+    def end(self) -> None:
+        """End those who follow; lines that are still on their way are dropped."""
         with self._grown:
-            self._removed = True
+            self._ended = True
+            self._grown.notify_all()
         self.close()
+
+    def remove(self) -> None:
+        self.end()
         self.path.unlink(missing_ok=True)
         self._previous.unlink(missing_ok=True)
 
@@ -3479,6 +3529,8 @@ class FunctionLog:
                     moved = self._moved(file)
                     data = file.read() if file else b""
                     if not data and not moved:
+                        if self._ended:
+                            return
                         self._grown.wait(FOLLOW_SECONDS)
                 yield data
                 if moved:
@@ -3684,14 +3736,21 @@ class ControlServer(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
         os.chown(self._path, int(user) if user.isdigit() else 0, group)
         os.chmod(self._path, 0o660)
 
+    def open(self) -> None:
+        """Accept from now on, unless it is closed already."""
+        if self.socket.fileno() >= 0:
+            self.daemon.loop.add_reader(self, self.accept)
+
     def accept(self) -> None:
         """Take one connection and answer it in a thread."""
         try:
             request, address = self.get_request()
         except BlockingIOError:
             return
-        except OSError as error:
+        except OSError as error:        # out of descriptors: trying again at once would spin
             log.error("control API cannot accept: %s", error.strerror)
+            self.daemon.loop.remove_reader(self)
+            self.daemon.loop.call_later(ACCEPT_PAUSE, self.open)
             return
         request.setblocking(True)
         self._connections.add(request)
@@ -3700,6 +3759,10 @@ class ControlServer(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
     def shutdown_request(self, request) -> None:
         self._connections.discard(request)
         super().shutdown_request(request)
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._connections)
 
     def end_uploads(self) -> None:
         """Let threads that read from a client meet the end of file, so that they clean up before the daemon goes."""
@@ -3787,14 +3850,16 @@ class ControlHandler(http.server.BaseHTTPRequestHandler):
     def send_error(self, code, message=None, explain=None) -> None:
         """Answer what http.server itself refuses in our own format."""
         self.close_connection = True
+        if code == 414:                 # http.server's own limit
+            message = "name, command and environment are over 64 KiB together: put large values into the image"
         self._reply(code, {"error": message or self.responses.get(code, ("error",))[0]})
 
     # -- routes --
 
     def _dispatch(self) -> None:
-        url = urllib.parse.urlsplit(self.path)
-        parts = [urllib.parse.unquote(part) for part in url.path.strip("/").split("/")]
         try:
+            url = urllib.parse.urlsplit(self.path)
+            parts = [urllib.parse.unquote(part) for part in url.path.strip("/").split("/")]
             query = urllib.parse.parse_qs(url.query, keep_blank_values=True, strict_parsing=bool(url.query),
                                           max_num_fields=10_000)
             method, arguments = self._route(parts)
@@ -3807,7 +3872,7 @@ class ControlHandler(http.server.BaseHTTPRequestHandler):
             self._reply(error.status, {"error": str(error), **({"output": error.output} if error.output else {})})
         except ValueError as error:
             self.close_connection = True
-            self._reply(400, {"error": f"bad query: {error}"})
+            self._reply(400, {"error": f"bad address or query: {error}"})
 
     do_GET = do_POST = do_PATCH = do_DELETE = _dispatch
 
@@ -3885,9 +3950,11 @@ class ControlHandler(http.server.BaseHTTPRequestHandler):
             archive = directory / "archive.tar"
             self._receive(archive)
             created, document = self._call(daemon.deploy(name, archive, tag, options))
+        except TimeoutError:
+            raise FaasdError(f"the upload stood still for {MAX_BODY_SECONDS:g} s", status=408) from None
+        except ConnectionError:
+            raise
         except OSError as error:
-            if isinstance(error, (ConnectionError, TimeoutError)):
-                raise
             raise storage_error(error, "receiving the image") from error
         finally:
             if directory:
@@ -3899,6 +3966,7 @@ class ControlHandler(http.server.BaseHTTPRequestHandler):
         """Write the request's body to path as it comes. Raises BadRequest if it is cut short, LimitExceeded."""
         limit = self.server.daemon.settings.max_image_size
         size = 0
+        self.connection.settimeout(MAX_BODY_SECONDS)
         with path.open("wb") as file:
             for data in self._body():
                 size += len(data)
@@ -3980,7 +4048,10 @@ def parse_since(text: str) -> str:
             moment = datetime.now(timezone.utc) - timedelta(seconds=parse_duration(text))
         except (BadRequest, OverflowError):
             raise BadRequest(f"bad time {text!r}: write 10m, or 2026-01-31T12:00:00Z") from None
-    return moment.astimezone(timezone.utc).strftime("%Y-%m-%dT%H:%M:%S.%f")[:-3]
+    try:
+        return moment.astimezone(timezone.utc).strftime("%Y-%m-%dT%H:%M:%S.%f")[:-3]
+    except OverflowError:
+        raise BadRequest(f"bad time {text!r}: out of range") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -4048,7 +4119,7 @@ class Daemon:
             for record in records:
                 await self._restore(record)
             server = ControlServer(self.settings.run_dir / "faasd.sock", self)
-            self.loop.add_reader(server, server.accept)
+            server.open()
             log.info("ready: %d functions, subnet %s, control API at %s", len(records), self.settings.subnet,
                      server.server_address)
             notify_service_manager("READY=1")
@@ -4072,9 +4143,7 @@ class Daemon:
         for path in (self.settings.state_dir / "logs").iterdir():
             if path.name.split(".")[0] not in {record.name for record in records}:
                 path.unlink()
-        for address in self._network.labelled():
-            log.warning("removing address %s that a killed daemon left", address)
-            self._network.remove(address)
+        self._network.remove_stale({record.address for record in records})
 
     def _empty_tmp(self) -> None:
         for path in (self.settings.state_dir / "tmp").iterdir():
@@ -4087,6 +4156,9 @@ class Daemon:
         """Bring a function back on its address. One that cannot be is kept, marked as broken; the others go on."""
         function = self._functions[record.name] = self._make_function(record)
         try:
+            if not self._network.has(record.address):
+                raise FaasdError(f"its address {record.address} is not in {self.settings.subnet}: start faasd with the "
+                                 "--subnet that it was deployed under, or deploy it again for a new address")
             version = self._load_version(record.name, record.versions[0])
             await self._open_function(function)
             function.replace_version(version)
@@ -4097,6 +4169,8 @@ class Daemon:
     async def _stop(self, server: ControlServer | None) -> None:
         """Stop accepting, drain, leave nothing behind."""
         self._stopping = True
+        async with self._commit:                # whoever is in the middle of a change finishes it
+            pass
         log.info("stopping: %d invocations running", sum(f.running for f in self._functions.values()))
         if server is not None:
             self.loop.remove_reader(server)
@@ -4114,12 +4188,13 @@ class Daemon:
             await asyncio.gather(*(f.drain(0) for f in self._functions.values()))
         second.cancel()
         await asyncio.gather(drain, *self._tasks, return_exceptions=True)
-        deadline = self.loop.time() + UPLOAD_END_SECONDS
-        while self._changes and self.loop.time() < deadline:
-            await asyncio.sleep(0.01)
-        for address in self._network.labelled():
-            self._network.remove(address)
         await self._services.logs.close()
+        for function in self._functions.values():
+            function.log.end()
+        deadline = self.loop.time() + UPLOAD_END_SECONDS
+        while (self._changes or server and server.busy) and self.loop.time() < deadline:
+            await asyncio.sleep(0.01)
+        self._network.remove_all()
         self._services.hangups.close()
         self._host.dismantle()
         self._empty_tmp()
@@ -4129,11 +4204,14 @@ class Daemon:
 
     async def begin_change(self, name: str, what: str) -> None:
         """Reserve a name for one deploy or removal. Raises Conflict, Stopping."""
-        if self._stopping:
-            raise Stopping("faasd is stopping")
+        self._refuse_if_stopping()
         if name in self._changes:
             raise Conflict(f"function {name}: a {self._changes[name]} is under way, try again when it is done")
         self._changes[name] = what
+
+    def _refuse_if_stopping(self) -> None:
+        if self._stopping:
+            raise Stopping("faasd is stopping")
 
     async def end_change(self, name: str) -> None:
         self._changes.pop(name, None)
@@ -4157,6 +4235,7 @@ class Daemon:
         function is new, and its description. On any error nothing has changed. Raises FaasdError.
         """
         with self._registered():
+            self._refuse_if_stopping()
             self._check_warm(name, options)
             image = await self._unpack(archive, tag)
             function = self._functions.get(name)
@@ -4275,17 +4354,24 @@ class Daemon:
         """Prove a version and make it the function's; return the function. On an error nothing has changed."""
         container, output = await self._prove(name, version)
         try:
-            async with self._commit:
-                function = self._functions.get(name)
-                if function is None or function.pool is None:
-                    function = await self._open_new(name, function, version, container)
-                else:
-                    await self._replace(function, version, container)
+            function = await to_the_end(self._make_current(name, version, container))
         except BaseException:
-            await container.finish(0)           # once more does no harm where its pool was closed
+            await to_the_end(container.finish(0))       # once more does no harm where its pool was closed
             raise
         for line in output:
             function.log.write_output(container.id, line)
+        return function
+
+    async def _make_current(self, name: str, version: Version, container: Container) -> Function:
+        """Make a version the function's, on disk and in service. Undoes what it did on an error."""
+        async with self._commit:
+            self._refuse_if_stopping()          # _stop waits for the lock, and then for nobody else
+            function = self._functions.get(name)
+            if function is None or function.pool is None:
+                function = await self._open_new(name, function, version, container)
+            else:
+                await self._replace(function, version, container)
+        self._in_background(self._remove_old_images(function))
         return function
 
     async def _prove(self, name: str, version: Version) -> tuple[Container, list[str]]:
@@ -4311,7 +4397,8 @@ class Daemon:
     async def _open_new(self, name: str, old: Function | None, version: Version, container: Container) -> Function:
         """Give a new function, or a broken one, its address and write it down; undo all of it on an error."""
         taken = [function.record.address for function in self._functions.values()]
-        address = old.record.address if old else self._network.lowest_free(taken)
+        keep = old is not None and self._network.has(old.record.address)
+        address = old.record.address if keep else self._network.lowest_free(taken)
         created = old.record.created if old else timestamp()
         record = FunctionRecord(name, address, created, timestamp(), self._versions(old, version))
         function = self._make_function(record)
@@ -4323,7 +4410,7 @@ class Daemon:
             await self._close_function(function)
             raise
         if old:
-            old.log.close()
+            old.log.end()
         self._functions[name] = function
         return function
 
@@ -4337,9 +4424,6 @@ class Daemon:
             function.record = before
             raise
         function.replace_version(version, container)
-        task = self.loop.create_task(self._remove_old_images(function))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
 
     async def _remove_old_images(self, function: Function) -> None:
         """Remove images that are not kept, once no container runs on any that was replaced."""
@@ -4348,7 +4432,15 @@ class Daemon:
             kept = {entry.version for entry in function.record.versions}
             for directory in (self._images_dir / function.record.name).glob("*"):
                 if directory.name not in kept:
-                    await asyncio.to_thread(self._remove_image, directory)
+                    try:
+                        await asyncio.to_thread(self._remove_image, directory)
+                    except OSError as error:    # the next start tries again
+                        log.error("cannot remove %s: %s", directory, error)
+
+    def _in_background(self, coroutine) -> None:
+        task = self.loop.create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     # -- functions --
 
@@ -4360,18 +4452,18 @@ class Daemon:
         """Return the image.json of a version. Raises FaasdError if the image is not what it was."""
         directory = self._images_dir / name / version
         try:
-            image = json.loads((directory / "image.json").read_text())
+            image = parse_json((directory / "image.json").read_bytes(), dict, "image.json")
             if not (directory / "rootfs").is_dir():
                 raise FileNotFoundError(errno.ENOENT, "No such file or directory", "rootfs")
             return image
-        except (OSError, ValueError) as error:
+        except (OSError, ImageError) as error:
             raise FaasdError(f"its image in {directory} is damaged ({error}): deploy it again") from error
 
     def _load_version(self, name: str, entry: VersionRecord) -> Version:
         image = self._load_image(name, entry.version)
         try:
             return Version(name, self._images_dir / name / entry.version, image, entry.options, self._host)
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, AttributeError, ImageError) as error:
             raise FaasdError(f"its image {entry.version} is damaged ({error}): deploy it again") from error
 
     async def _open_function(self, function: Function) -> None:
@@ -4462,17 +4554,21 @@ class Daemon:
         await self.begin_change(name, "removal")
         try:
             with self._registered():
-                # Written down first: what is removed from here on must not come back half after a crash.
-                await self._forget_function(function)
-                await self._close_function(function)
-                del self._functions[name]
-                async with function.changing:
-                    await asyncio.to_thread(shutil.rmtree, self._images_dir / name, True)
-                await self._services.logs.flush()
-                function.log.remove()
-                log.info("function=%s removed", name)
+                await to_the_end(self._remove(function))        # a client that leaves must not leave it half removed
         finally:
             await self.end_change(name)
+
+    async def _remove(self, function: Function) -> None:
+        # Written down first: what is removed from here on must not come back half after a crash.
+        await self._forget_function(function)
+        await self._close_function(function)
+        name = function.record.name
+        del self._functions[name]
+        async with function.changing:
+            await asyncio.to_thread(shutil.rmtree, self._images_dir / name, True)
+        await self._services.logs.flush()
+        function.log.remove()
+        log.info("function=%s removed", name)
 
     @contextlib.asynccontextmanager
     async def _changing(self, name: str, what: str) -> AsyncIterator[Function]:
@@ -4579,7 +4675,10 @@ def make_directories(settings: Settings) -> None:
 
 def lock_directory(directory: Path) -> BinaryIO:
     """Lock DIRECTORY/faasd.lock until the process ends. Raises UsageError if another daemon has it."""
-    file = (directory / "faasd.lock").open("ab")
+    try:
+        file = (directory / "faasd.lock").open("ab")
+    except OSError as error:
+        raise UsageError(f"cannot write to {directory}: {error.strerror}") from error
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -4606,7 +4705,7 @@ def main(argv: list[str]) -> int:
             network = Network(settings.subnet)
             network.claim()
             _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))    # three descriptors an invocation
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))    # four descriptors an invocation
             asyncio.run(serve(settings, network))
     except FaasdError as error:
         print(f"faasd: {error}", file=sys.stderr)

@@ -56,8 +56,8 @@ class Faasd:
 
     def __enter__(self) -> Faasd:
         with (self.directory / "log").open("wb") as log:
-            self.process = subprocess.Popen([sys.executable, TOP / "faasd.py", "--state-dir", self.state_dir, "--run-dir",
-                                             self.run_dir, *self.arguments], stderr=log)
+            self.process = subprocess.Popen([sys.executable, TOP / "faasd.py", "--state-dir", self.state_dir,
+                                             "--run-dir", self.run_dir, *self.arguments], stderr=log)
         while " ready: " not in (self.directory / "log").read_text():
             if self.process.poll() is not None:
                 sys.exit((self.directory / "log").read_text())
@@ -151,7 +151,7 @@ def request(address: str, port: int = 80) -> float:
 
 
 class Load:
-    """Clients in a closed loop: each sends its next request, on a new connection, when it has the answer to the last."""
+    """Clients in a closed loop: each sends its next request, on a new connection, when it has the last answer."""
 
     def __init__(self, address: str):
         self.address = address

@@ -117,6 +117,10 @@ def serve(client, control, path):
         for _ in range(int(argument) // len(block)):
             os.write(2, block)
         respond(client, "written")
+    elif command == "/newlines":
+        for _ in range(int(argument) // 50_000):
+            os.write(1, b"\n" * 50_000)
+        respond(client, "written")
     elif command == "/controls":
         os.write(1, b"evil \x1b[2J\r2026-01-01T00:00:00.000Z forged > outcome=answered\x9b\xe2\x80\xa8end\n")
         respond(client, "printed")
