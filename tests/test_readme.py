@@ -42,20 +42,23 @@ class Readme(unittest.TestCase):
         # Made first, for the commands before it take it.
         run.sort(key=lambda command: "pack test_handler.py" not in command)
         with support.Daemon() as daemon:
-            # The engine itself is tests/test_docker.py's; here its output is that of `faas pack`.
+            # The engine itself is tests/test_docker.py's; here its output is that of `faas pack`, of another handler.
             env = {**os.environ, "FAAS_SOCKET": str(daemon.socket), "PATH": f"{directory}:{os.environ['PATH']}"}
-            (directory / "docker").write_text("#!/bin/sh\ncat image.tar\n")
+            (directory / "other.py").write_text("# other\n" + (directory / "test_handler.py").read_text())
+            (directory / "docker").write_text("#!/bin/sh\nexec ./faas pack other.py\n")
             (directory / "docker").chmod(0o755)
             for command in run:
                 with self.subTest(command):
                     for placeholder, value in PLACEHOLDERS.items():
                         command = command.replace(placeholder, value)
-                    if "logs" in command:
-                        command = f"timeout 1 {command}; [ $? = 124 ]"      # it follows until it is ended
+                    command = command.replace("/run/faasd/faasd.sock", str(daemon.socket))
+                    if re.search("logs|top", command):
+                        command = f"timeout 1 {command}; [ $? = 124 ]"      # it goes on until it is ended
                     result = subprocess.run(["bash", "-o", "pipefail", "-c", command], cwd=directory, env=env,
                                             stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
                     self.assertEqual(result.returncode, 0, f"{command}: {result.stderr}")
             self.assertEqual(daemon.faas("ip", "test-handler").stdout, "10.0.0.10\n")
+            self.assertEqual(daemon.faas("list").stdout.count("\n"), 2)
 
     def test_what_is_said_to_be_covered_is_there(self):
         for command in COVERED:
