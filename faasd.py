@@ -143,6 +143,7 @@ SURPLUS_SECONDS = 20.0              # how long more containers than asked for ma
 MAX_WARM_SECONDS = 3600.0           # age at which a container that waits is replaced by a new one
 HEALTHY_SECONDS = 10.0              # a warm container that dies younger counts as a failed start
 FIRST_RETRY_SECONDS, MAX_RETRY_SECONDS = 1.0, 60.0     # between failed starts that nobody waits for
+STARTS_PER_CPU = 1.5                # measured: RUNC.md, "What a start costs"
 START_SLOT_SECONDS = 1.0            # how long a start counts against the starts allowed at a time
 WARM_PER_CPU = 16                   # default of --max-warm, which is no more than …
 WARM_MEMORY = 64 * MIB              # … one for each of these bytes of the machine's memory
@@ -2404,15 +2405,18 @@ async def to_the_end(coroutine):
 class Starter:
     """Starts containers for all pools: a few at a time, because more only makes each of them slower.
 
-    Containers that a client waits for come before those made ahead, and pools come in turn, so that a flood on one
-    function delays another's start by no more than the starts that are under way.
+    There are two lines, of pools whose clients wait and of pools that start ahead of theirs. The lines alternate, and
+    within a line pools come in turn: so a flood on one function delays another's start by little more than the starts
+    that are under way, and does not keep it from replacing the warm containers it has used.
     """
 
     def __init__(self, slots: int, loop: asyncio.AbstractEventLoop):
         self._free = slots
         self._loop = loop
-        self._now: dict[Pool, None] = {}        # pools whose clients wait, the next one first
+        self._now: dict[Pool, None] = {}        # the next one first
         self._ahead: dict[Pool, None] = {}
+        # The one whose turn it is first, with how a pool tells that it still needs one.
+        self._lines = [(self._now, Pool.lacks_now), (self._ahead, Pool.lacks_ahead)]
         self._tasks: set[asyncio.Task] = set()
 
     def need_now(self, pool: Pool) -> None:
@@ -2431,12 +2435,13 @@ class Starter:
             task.add_done_callback(self._tasks.discard)
 
     def _next(self) -> Pool | None:
-        for line, lacks in ((self._now, Pool.lacks_now), (self._ahead, Pool.lacks_ahead)):
+        for line, lacks in self._lines:
             while line:
                 pool = next(iter(line))
                 del line[pool]
                 if lacks(pool):
                     line[pool] = None           # at the end: it may need another, but others have their turn first
+                    self._lines = [entry for entry in self._lines if entry[0] is not line] + [(line, lacks)]
                     return pool
         return None
 
@@ -4091,7 +4096,7 @@ class Daemon:
         self._functions: dict[str, Function] = {}
         self._changes: dict[str, str] = {}              # name → what is being done to it; one thing at a time
         self._commit = asyncio.Lock()                   # from choosing an address to writing it down
-        self._services = Services(self._host, Starter(os.cpu_count() or 1, self.loop), WarmLimit(settings.max_warm),
+        self._services = Services(self._host, Starter(start_slots(), self.loop), WarmLimit(settings.max_warm),
                                   HangupWatch(self.loop), LoopLag(self.loop), LogWriter(self.loop))
         self._tasks: set[asyncio.Task] = set()          # deploys, removals and retirements under way
         self._stop_signals = asyncio.Queue()
@@ -4606,6 +4611,11 @@ def parse_arguments(argv: list[str]) -> Settings:
     parser.add_argument("-v", "--verbose", action="store_true", help="log every invocation")
     parser.add_argument("--version", action="version", version=f"faasd {__version__}")
     return Settings(**vars(parser.parse_args(argv)))
+
+
+def start_slots() -> int:
+    """Return how many containers may start at a time: a start waits now and then, so a few more than CPUs."""
+    return max(2, int((os.cpu_count() or 1) * STARTS_PER_CPU))
 
 
 def default_max_warm() -> int:
