@@ -2468,10 +2468,6 @@ class WarmLimit:
         self._pools.discard(pool)
         self._refused.discard(pool)
 
-    def reserved(self) -> int:
-        """Return how many are promised to functions with a number of their own."""
-        return sum(pool.options.warm or 0 for pool in self._pools)
-
     def make_room(self, pool: Pool) -> bool:
         """Return whether pool may have one more. Where all places are taken, another pool may have to give one up.
 
@@ -2599,7 +2595,8 @@ class Pool:
             moments.append(self._retry_at)
         if self.options.warm is None and not self._function.draining:
             moments.append(self._function.demand.next_change(now, self.options.reuse > 1))
-        moments.append(self._function.patient_until)
+        if self._function.patient_until > now:
+            moments.append(self._function.patient_until)
         if self.idle:
             oldest = self.idle[0]
             moments.append(max(oldest.ready_at + MAX_WARM_SECONDS, now + 1))
@@ -2618,31 +2615,32 @@ class Pool:
     def start(self) -> asyncio.Task:
         """Start one container."""
         self.starting += 1
-        task = self._loop.create_task(self._start_one())
-        self._starts.add(task)
-        task.add_done_callback(self._starts.discard)
-        return task
-
-    async def _start_one(self) -> None:
         container = Container(self._services.host, self.version.bundle, self._function.log.write_output)
         self._alive.add(container)
-        try:
-            await container.start(self.options.start_timeout)
-        except StartFailed as failure:
-            self.starting -= 1
-            self._remove(container)
-            if not self._closed:
-                self._failed(failure)
-        except asyncio.CancelledError:          # closed
-            self.starting -= 1
+        task = self._loop.create_task(container.start(self.options.start_timeout))
+        self._starts.add(task)
+        task.add_done_callback(functools.partial(self._on_started, container))
+        return task
+
+    def _on_started(self, container: Container, task: asyncio.Task) -> None:
+        """A start is over: the container is ready, or nothing of it is left."""
+        self.starting -= 1
+        self._starts.discard(task)
+        failure = None if task.cancelled() else task.exception()
+        if task.cancelled() or failure:
             self._remove(container)
         else:
-            self.starting -= 1
             self._function.demand.start.add(container.start_seconds)
             self.put(container)
+        if isinstance(failure, StartFailed):
+            self._failed(failure)
+        elif failure:
+            log.error("function=%s a start failed inside faasd", self._function.record.name, exc_info=failure)
 
     def _failed(self, failure: StartFailed) -> None:
         """Tell the client that waits longest; where there is none, try again after a while that grows."""
+        if self._closed:
+            return                              # clients wait for the next version's
         if not self._function.refuse_first(failure):
             self._back_off(str(failure))
         self.reconcile()
@@ -2984,12 +2982,16 @@ class Function:
         return next(iter(self._waiting)).accepted + self.demand.patience
 
     @property
+    def entitled(self) -> int:
+        """How many of the clients that wait may be served now."""
+        return max(0, min(len(self._waiting), self.record.options.concurrency - self.in_flight))
+
+    @property
     def wanted(self) -> int:
-        """How many more containers the clients that wait could use."""
-        count = min(len(self._waiting), self.record.options.concurrency - self.in_flight)
-        if count and self._loop.time() < self.patient_until < math.inf:
-            return max(0, count - self.in_flight)
-        return count
+        """How many containers should be started for clients that wait."""
+        if self._loop.time() < self.patient_until < math.inf:
+            return max(0, self.entitled - self.in_flight)
+        return self.entitled
 
     # -- accept --
 
@@ -3123,7 +3125,7 @@ class Function:
 
     def refuse_first(self, failure: StartFailed) -> bool:
         """Tell the client that waits longest that its container did not start; return False if there is none."""
-        if not self._waiting:
+        if not self.entitled:
             return False
         invocation = next(iter(self._waiting))
         self._leave_queue(invocation)

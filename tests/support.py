@@ -349,6 +349,12 @@ def list_containers(daemon: Daemon) -> list[str]:
                           check=True).stdout.split()
 
 
+def cpu_ticks(pid: int) -> int:
+    """Return the CPU time that a process has used, in units of SC_CLK_TCK (proc_pid_stat(5))."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return int(fields[11]) + int(fields[12])
+
+
 def resident_memory(pid: int, field: str = "VmRSS") -> int:
     """Return a process's memory in bytes: VmRSS now, VmHWM at most so far."""
     return int(re.search(rf"{field}:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())[1]) * 1024

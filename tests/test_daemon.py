@@ -344,6 +344,16 @@ class Socket(unittest.TestCase):
 
 
 class Version(unittest.TestCase):
+    def test_any_program_with_the_command_line_of_runc_is_a_runtime(self):
+        directory = support.temporary_directory()
+        self.addCleanup(shutil.rmtree, directory)
+        program = directory / "my-runtime"
+        program.write_text(f'#!/bin/sh\necho "$@" >>{directory}/calls\nexec runc "$@"\n')
+        program.chmod(0o755)
+        with support.Daemon("--runtime", str(program)) as daemon:
+            self.assertEqual(get(daemon.deploy("f"))[0], 200)
+            self.assertEqual((directory / "calls").read_text().count(" run --bundle "), 2)
+
     def test_runtime_and_its_holes_are_named_at_start(self):
         first = subprocess.run(["runc", "--version"], capture_output=True, text=True, check=True).stdout.splitlines()[0]
         with support.Daemon() as daemon:

@@ -119,14 +119,12 @@ class GoodHandler(InvocationCase):
         before = support.resident_memory(self.daemon.process.pid)
         cpu = os.sysconf("SC_CLK_TCK")
 
-        def daemon_ticks():
-            fields = Path(f"/proc/{self.daemon.process.pid}/stat").read_text().rpartition(")")[2].split()
-            return int(fields[11]) + int(fields[12])
-        ticks = daemon_ticks()
+        ticks = support.cpu_ticks(self.daemon.process.pid)
         out = curl("--output", "/dev/null", "--write-out", "%{size_download}", f"http://{self.address}/stream?{size}")
         self.assertEqual(int(out), size)
         self.assertLess(support.resident_memory(self.daemon.process.pid) - before, 4 << 20)
-        self.assertLess(daemon_ticks() - ticks, cpu, "the daemon worked on a stream it should not see")
+        used = support.cpu_ticks(self.daemon.process.pid) - ticks
+        self.assertLess(used, cpu, "the daemon worked on a stream it should not see")
         self.assertIn(f"sent={size + 47}", self.last_line())
 
 

@@ -303,6 +303,21 @@ class Reuse(PoolCase):
         self.assertEqual(self.daemon.outcomes("f"), {"answered": 4})
         self.assertEqual({response(client)[:12] for client in hanging}, {b"HTTP/1.1 504"})
 
+    def test_waiting_clients_cost_no_cpu(self):
+        address = self.daemon.deploy("f", None, "--reuse", "1000", "--warm", "0", "--concurrency", "2")
+        self.ids(address, 3)
+        busy = [request(address, "/echo") for _ in range(2)]
+        for client in busy:
+            self.assertIn(b"101", client.recv(65536))
+        waiting = request(address)
+        wait_until(lambda: self.daemon.info("f")["queued"] == 1, "it waits")
+        before = support.cpu_ticks(self.daemon.process.pid)
+        time.sleep(2)
+        self.assertLess(support.cpu_ticks(self.daemon.process.pid) - before, os.sysconf("SC_CLK_TCK") / 5)
+        for client in busy:
+            client.close()
+        self.assertIn(b"200 OK", response(waiting))
+
 
 class ReuseInTime(PoolCase):
     constants = {"SURPLUS_SECONDS": 1.0}
