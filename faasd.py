@@ -143,7 +143,6 @@ SURPLUS_SECONDS = 20.0              # how long more containers than asked for ma
 MAX_WARM_SECONDS = 3600.0           # age at which a container that waits is replaced by a new one
 HEALTHY_SECONDS = 10.0              # a warm container that dies younger counts as a failed start
 FIRST_RETRY_SECONDS, MAX_RETRY_SECONDS = 1.0, 60.0     # between failed starts that nobody waits for
-STARTS_PER_CPU = 1.5                # measured: RUNC.md, "What a start costs"
 START_SLOT_SECONDS = 1.0            # how long a start counts against the starts allowed at a time
 WARM_PER_CPU = 16                   # default of --max-warm, which is no more than …
 WARM_MEMORY = 64 * MIB              # … one for each of these bytes of the machine's memory
@@ -1134,9 +1133,8 @@ class LayerApplier:
         if entry.islnk():
             self._create_hardlink(entry, path)
             return
-        kind = self._rootfs.kind(path)
         if entry.isdir():
-            if kind != stat.S_IFDIR:
+            if self._rootfs.kind(path) != stat.S_IFDIR:
                 self._rootfs.remove(path)
                 os.mkdir(self._rootfs.host(path))
         else:
@@ -3983,8 +3981,8 @@ class ControlHandler(http.server.BaseHTTPRequestHandler):
         if size == 0:
             raise ImageError("the archive is empty: did the command before the pipe fail?")
 
-    def _body(self) -> Iterator[bytes]:
-        """Yield the request's body in pieces (RFC 9112, section 7). Raises BadRequest."""
+    def _body(self) -> Iterator[memoryview]:
+        """Yield the request's body in pieces, each good until the next (RFC 9112, section 7). Raises BadRequest."""
         if self.headers.get("Transfer-Encoding", "").lower() == "chunked":
             while size := self._chunk_size():
                 yield from self._exactly(size)
@@ -4004,13 +4002,14 @@ class ControlHandler(http.server.BaseHTTPRequestHandler):
             raise BadRequest("the upload was cut short")
         return int(match[1], 16)
 
-    def _exactly(self, count: int) -> Iterator[bytes]:
+    def _exactly(self, count: int) -> Iterator[memoryview]:
+        buffer = memoryview(bytearray(COPY_CHUNK))      # one for all: fresh memory costs more than the copy
         while count:
-            data = self.rfile.read(min(count, COPY_CHUNK))
-            if not data:
+            size = self.rfile.readinto(buffer[:min(count, COPY_CHUNK)])
+            if not size:
                 raise BadRequest("the upload was cut short")
-            count -= len(data)
-            yield data
+            count -= size
+            yield buffer[:size]
 
     def _logs(self, name: str, query: dict) -> None:
         tail = parse_count(query["tail"][-1]) if "tail" in query else None
@@ -4098,7 +4097,7 @@ class Daemon:
         self._functions: dict[str, Function] = {}
         self._changes: dict[str, str] = {}              # name → what is being done to it; one thing at a time
         self._commit = asyncio.Lock()                   # from choosing an address to writing it down
-        self._services = Services(self._host, Starter(start_slots(), self.loop), WarmLimit(settings.max_warm),
+        self._services = Services(self._host, Starter(os.cpu_count() or 1, self.loop), WarmLimit(settings.max_warm),
                                   HangupWatch(self.loop), LoopLag(self.loop), LogWriter(self.loop))
         self._tasks: set[asyncio.Task] = set()          # deploys, removals and retirements under way
         self._stop_signals = asyncio.Queue()
@@ -4613,11 +4612,6 @@ def parse_arguments(argv: list[str]) -> Settings:
     parser.add_argument("-v", "--verbose", action="store_true", help="log every invocation")
     parser.add_argument("--version", action="version", version=f"faasd {__version__}")
     return Settings(**vars(parser.parse_args(argv)))
-
-
-def start_slots() -> int:
-    """Return how many containers may start at a time: a start waits now and then, so a few more than CPUs."""
-    return max(2, int((os.cpu_count() or 1) * STARTS_PER_CPU))
 
 
 def default_max_warm() -> int:

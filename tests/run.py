@@ -40,11 +40,13 @@ class FileResult(unittest.TestResult):
         self._problems: list[str] = []                      # of the running test
         self._reasons: list[str] = []
         self._succeeded = False
+        self._start = 0.0
 
     def startTest(self, test):
         super().startTest(test)
         self.in_test = True
         self._problems, self._reasons, self._succeeded = [], [], False
+        self._start = time.monotonic()
         signal.alarm(TEST_SECONDS)
 
     def stopTest(self, test):
@@ -63,7 +65,7 @@ class FileResult(unittest.TestResult):
         outcome.append(entry)
         if self.verbose:
             name = entry if isinstance(entry, str) else entry[0]
-            print(f"    {word:8} {name}", flush=True)
+            print(f"    {word:8} {name}  {time.monotonic() - self._start:.1f} s", flush=True)
 
     def _problem(self, test, text: str) -> None:
         """Keep text for the running test's end, or count it at once where no test is running (setUpClass)."""
@@ -153,7 +155,7 @@ def show(path: Path) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Run faasd's tests.")
-    parser.add_argument("-v", "--verbose", action="store_true", help="print every test")
+    parser.add_argument("-v", "--verbose", action="store_true", help="print every test and its seconds")
     parser.add_argument("files", nargs="*", type=Path, metavar="FILE", help="tests/test_*.py by default")
     arguments = parser.parse_args()
     files = [path.resolve() for path in arguments.files] or sorted(TESTS.glob("test_*.py"))

@@ -345,8 +345,11 @@ def list_containers(daemon: Daemon) -> list[str]:
     root = daemon.run_dir / "runc"
     if not root.exists():
         return []
-    return subprocess.run(["runc", "--root", root, "list", "--quiet"], capture_output=True, text=True,
-                          check=True).stdout.split()
+
+    def ask() -> subprocess.CompletedProcess | None:        # it fails if a container ends while it looks
+        result = subprocess.run(["runc", "--root", root, "list", "--quiet"], capture_output=True, text=True, check=False)
+        return result if result.returncode == 0 else None
+    return wait_until(ask, "runc lists the containers").stdout.split()
 
 
 def cpu_ticks(pid: int) -> int:

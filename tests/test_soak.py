@@ -6,6 +6,7 @@
 import collections
 import os
 import random
+import signal
 import socket
 import threading
 import time
@@ -17,18 +18,19 @@ from support import wait_until
 SOAK_SECONDS = float(os.environ.get("FAASD_SOAK_SECONDS", "60"))
 # What a client may meet on each path: an answer's status, or "" for a connection that ends without one.
 EXPECTED = {"/": {"200"}, "/id": {"200"}, "/stderr?100000": {"200"}, "/exit?3": {"502"}, "/hang": {"504"},
-            "/half-and-die": {"200"}, "/answer-and-exit?1": {"200"}, "/fork-silently": {"502"}}
+            "/half-and-die": {"200"}, "/answer-and-exit?1": {"200"}, "/fork-silently": {"504"}}
 WEIGHTS = [40, 20, 4, 4, 1, 4, 4, 1]
 
 
 class Soak(unittest.TestCase):
     def setUp(self):
+        signal.alarm(int(SOAK_SECONDS) + 600)       # tests/run.py takes a test of over 10 minutes for a hang
         self.daemon = support.Daemon().start()
         self.addCleanup(self.daemon.close)
         self.addresses = [self.daemon.deploy("fresh", None, "--warm", "auto", "--timeout", "5"),
                           self.daemon.deploy("reused", None, "--warm", "auto", "--timeout", "5", "--reuse", "20"),
                           self.daemon.deploy("cold", None, "--warm", "0", "--timeout", "5", "--concurrency", "2")]
-        self.images = [support.handler_image(label=str(number)) for number in range(2)]
+        self.images = [support.handler_image(label=f"next-{number}") for number in range(2)]
         self.seen: collections.Counter = collections.Counter()
         self.unexpected: list[str] = []
         self.over = threading.Event()
@@ -111,7 +113,7 @@ class Soak(unittest.TestCase):
         descriptors, memory = self.measure()
         self.run_for(SOAK_SECONDS * 2 / 3)
         later, more = self.measure()
-        self.assertEqual(self.unexpected, [])
+        self.assertFalse(self.unexpected, "\n".join(self.unexpected[:20]))
         self.assertGreater(self.seen["200"], 100)
         idle = sum(self.daemon.info(name)["warm"] for name in ("fresh", "reused", "cold"))
         self.assertLess(later, descriptors + 4 * idle + 8)      # a warm container has four or less
