@@ -347,7 +347,8 @@ def list_containers(daemon: Daemon) -> list[str]:
         return []
 
     def ask() -> subprocess.CompletedProcess | None:        # it fails if a container ends while it looks
-        result = subprocess.run(["runc", "--root", root, "list", "--quiet"], capture_output=True, text=True, check=False)
+        result = subprocess.run(["runc", "--root", root, "list", "--quiet"], capture_output=True, text=True,
+                                check=False)
         return result if result.returncode == 0 else None
     return wait_until(ask, "runc lists the containers").stdout.split()
 
