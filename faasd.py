@@ -158,6 +158,7 @@ PEEK_BYTES = 2048                   # of the request, for the log line
 ACCEPT_BATCH = 64                   # connections accepted before other events get their turn
 ACCEPT_PAUSE = 0.5                  # seconds without accepting when descriptors have run out
 TCP_ESTABLISHED, TCP_CLOSE, TCP_CLOSE_WAIT = 1, 7, 8          # include/net/tcp_states.h
+TCP_FIN_STATES = (4, 9, 11)          # FIN_WAIT1, LAST_ACK, CLOSING: closed on our side, and the FIN not yet acknowledged
 TCP_INFO_RECEIVED, TCP_INFO_NOTSENT, TCP_INFO_SENT = 128, 144, 200    # offsets in struct tcp_info (linux/tcp.h)
 
 # Logs.
@@ -1951,6 +1952,8 @@ class TcpState:
         received, = struct.unpack_from("Q", info, TCP_INFO_RECEIVED)
         sent, sent_again = struct.unpack_from("QQ", info, TCP_INFO_SENT)
         waiting, = struct.unpack_from("I", info, TCP_INFO_NOTSENT)
+        if waiting and info[0] in TCP_FIN_STATES:
+            waiting -= 1                                # the FIN takes a sequence number, and goes last
         return cls(info[0], received, sent - sent_again + waiting)
 
     @property

@@ -1,8 +1,10 @@
 """The pure parts of faasd.py, which need neither root nor a daemon."""
 
+import contextlib
 import ipaddress
 import json
 import logging
+import socket
 import tempfile
 import unittest
 from pathlib import Path
@@ -236,6 +238,23 @@ class RegistryFile(unittest.TestCase):
             (Path(directory) / ".registry.json.new").mkdir()
             self.assertRaises(faasd.FaasdError, registry.save, [])
             self.assertEqual(registry.load(), [])
+
+
+class TcpState(unittest.TestCase):
+    def test_sent_is_the_data_alone_whether_or_not_it_has_left(self):
+        with socket.create_server(("127.0.0.1", 0)) as listener, \
+                socket.create_connection(listener.getsockname()) as client, listener.accept()[0] as server:
+            client.setblocking(False)
+            sent = 0
+            with contextlib.suppress(BlockingIOError):
+                while True:
+                    sent += client.send(bytes(1 << 16))
+            self.assertEqual(faasd.TcpState.of(client).sent, sent)
+            client.shutdown(socket.SHUT_WR)             # the FIN waits behind what the peer has no room for
+            self.assertEqual(faasd.TcpState.of(client).sent, sent)
+            while server.recv(1 << 20):
+                pass
+            self.assertEqual(faasd.TcpState.of(client).sent, sent)
 
 
 if __name__ == "__main__":
