@@ -72,6 +72,7 @@ import math
 import os
 import platform
 import posixpath
+import queue
 import re
 import resource
 import secrets
@@ -122,6 +123,7 @@ MAX_PATH_LENGTH = 3072              # bytes of a path in an image config: PATH_M
 MAX_ACCOUNTS_SIZE = MIB             # /etc/passwd and /etc/group of an image
 UNPACK_ADDRESS_SPACE = GIB          # bytes; RLIMIT_AS of the unpacking child, whatever a parser is talked into
 COPY_CHUNK = 256 * KIB              # bytes read or written at a time
+HASH_AHEAD = 8                      # of these chunks may wait for the thread that hashes them
 
 # Containers.
 CONTROL_SOCKET = "/control.sock"
@@ -828,11 +830,35 @@ class Budget:
             raise LimitExceeded(f"the image has over {self._max_entries} files (--max-image-entries)")
 
 
+class Sha256Thread:
+    """SHA-256 in a thread of its own: it lets go of the GIL, and unpacking takes a sixth longer without it."""
+
+    def __init__(self) -> None:
+        self._hash = hashlib.sha256()
+        self._pieces: queue.Queue[bytes | None] = queue.Queue(HASH_AHEAD)
+        self._thread = threading.Thread(target=self._work, daemon=True)     # an error elsewhere ends the process
+        self._thread.start()
+
+    def _work(self) -> None:
+        while (data := self._pieces.get()) is not None:
+            self._hash.update(data)
+
+    def update(self, data: bytes) -> None:
+        self._pieces.put(data)
+
+    def hexdigest(self) -> str:
+        """Return the digest; no update may come after it."""
+        if self._thread.is_alive():
+            self._pieces.put(None)
+            self._thread.join()
+        return self._hash.hexdigest()
+
+
 class LayerStream:
     """The uncompressed bytes of one layer: read once, forward, hashing on both sides of the decompression."""
 
     def __init__(self, blob: SpanReader, budget: Budget):
-        self._diff_hash = self._blob_hash = hashlib.sha256()    # the same bytes, unless they are compressed
+        self._diff_hash = self._blob_hash = Sha256Thread()      # of the same bytes, unless they are compressed
         self._budget = budget
         self._position = 0
         self._chunk = memoryview(b"")
@@ -842,7 +868,7 @@ class LayerStream:
         decompress = find_decompressor(blob)
         if decompress is None:
             return blob.chunks()
-        self._blob_hash = hashlib.sha256()
+        self._blob_hash = Sha256Thread()
         return decompress(self._hashed(blob))
 
     def _hashed(self, blob: SpanReader) -> Iterator[bytes]:
