@@ -1,5 +1,6 @@
 """What a client meets: good handlers, bad handlers, and what stays behind of either. Real daemon, runc and curl."""
 
+import contextlib
 import json
 import os
 import re
@@ -20,12 +21,19 @@ class InvocationCase(unittest.TestCase):
     """One daemon and one function for all tests of a class; every test ends with nothing of its own left."""
 
     options: tuple[str, ...] = ()
+    maxDiff = None
 
     @classmethod
     def setUpClass(cls):
         cls.daemon = support.Daemon().start()
         cls.addClassCleanup(cls.daemon.close)
         cls.address = cls.daemon.deploy("f", support.handler_image(), *cls.options)
+        cls.wait_logged("f")
+
+    @classmethod
+    def wait_logged(cls, name: str):
+        """Logs are written behind the answers; wait for the file, which is one of the descriptors that are counted."""
+        wait_until(lambda: b"> deployed" in cls.daemon.api("GET", f"/functions/{name}/logs")[1], "the log is there")
 
     def setUp(self):
         self.daemon.wait_idle("f")
@@ -35,7 +43,9 @@ class InvocationCase(unittest.TestCase):
     def tearDown(self):
         self.daemon.wait_idle("f")
         # A container whose client gave up is nobody's invocation, and may still be on its way out.
-        wait_until(lambda: support.footprint(self.daemon) == self.before, f"all is as before: {self.before}")
+        with contextlib.suppress(AssertionError):
+            wait_until(lambda: support.footprint(self.daemon) == self.before, "all is as before")
+        self.assertEqual(support.footprint(self.daemon), self.before)
         self.assertEqual(get(self.address, "/alive"), (200, "hello /alive"))
 
     def function_log(self) -> str:
@@ -318,6 +328,7 @@ class Load(InvocationCase):
     def setUpClass(cls):
         super().setUpClass()
         address = cls.daemon.deploy("forever", support.handler_image(), "--timeout", "0")
+        cls.wait_logged("forever")
         cls.open = socket.create_connection((address, 80), timeout=support.READY_SECONDS)
         cls.addClassCleanup(cls.open.close)
         cls.open.sendall(b"GET /echo HTTP/1.1\r\n\r\n")
