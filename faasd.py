@@ -1062,6 +1062,8 @@ def show(path: bytes) -> str:
 # Errors that are not the image's.
 HOST_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EMFILE, errno.ENFILE, errno.ENOMEM}
 SELINUX_XATTR = "security.selinux"      # labels are the host's affair
+NEW_FILE_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+EARLIEST_TIME, LATEST_TIME = -1 << 31, (1 << 34) - 1    # what ext4 can hold, in seconds since 1970
 
 
 class LayerApplier:
@@ -1097,10 +1099,13 @@ class LayerApplier:
         """Return an entry's path, clamped to the root and checked (A.1, A.5)."""
         if b"\0" in name or (not name and not entry.isdir()):
             raise ImageError("a layer's entry has an empty name or one with a NUL byte")
-        path = posixpath.normpath(b"/" + name.lstrip(b"/")).rstrip(b"/")
+        path = b"/" + name.strip(b"/")
+        if b"//" in path or b"/." in path:              # otherwise it is normal already, and most are
+            path = posixpath.normpath(path)
+        path = path.rstrip(b"/")
         if path.count(b"/") > MAX_PATH_DEPTH + 1:
             raise ImageError(f"a path in the image is over {MAX_PATH_DEPTH} directories deep (MAX_PATH_DEPTH)")
-        if any(len(component) > MAX_NAME_LENGTH for component in path.split(b"/")):
+        if len(path) > MAX_NAME_LENGTH and any(len(component) > MAX_NAME_LENGTH for component in path.split(b"/")):
             raise ImageError(f"a name in the image is over {MAX_NAME_LENGTH} bytes: {show(name[:80])}…")
         return path
 
@@ -1164,16 +1169,17 @@ class LayerApplier:
             if self._rootfs.kind(path) != stat.S_IFDIR:
                 self._rootfs.remove(path)
                 os.mkdir(self._rootfs.host(path))
+            self._set_metadata(path, entry)
+        elif entry.isreg():
+            self._create_file(entry, path, stream)
         else:
-            self._rootfs.remove(path)                   # never write through what is there (C.1, C.2)
-            self._create_leaf(entry, path, stream)
-        self._set_metadata(path, entry)
+            self._rootfs.remove(path)
+            self._create_special(entry, path)
+            self._set_metadata(path, entry)
 
-    def _create_leaf(self, entry: tarfile.TarInfo, path: bytes, stream: LayerStream) -> None:
+    def _create_special(self, entry: tarfile.TarInfo, path: bytes) -> None:
         host = self._rootfs.host(path)
-        if entry.isreg():
-            self._write_file(entry, host, stream)
-        elif entry.issym():
+        if entry.issym():
             os.symlink(entry.linkname.encode("utf-8", "surrogateescape"), host)     # verbatim (A.3)
         elif entry.isfifo():
             os.mkfifo(host, 0o600)
@@ -1199,15 +1205,21 @@ class LayerApplier:
         self._rootfs.remove(path)
         os.link(self._rootfs.host(real), self._rootfs.host(path), follow_symlinks=False)
 
-    def _write_file(self, entry: tarfile.TarInfo, host: bytes, stream: LayerStream) -> None:
+    def _create_file(self, entry: tarfile.TarInfo, path: bytes, stream: LayerStream) -> None:
+        """Write a new file. What is there is removed, never written through (C.1, C.2)."""
         self._budget.spend_written(entry.size)
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-        descriptor = os.open(host, flags, 0o600)
+        host = self._rootfs.host(path)
+        try:
+            descriptor = os.open(host, NEW_FILE_FLAGS, 0o600)
+        except FileExistsError:
+            self._rootfs.remove(path)
+            descriptor = os.open(host, NEW_FILE_FLAGS, 0o600)
         try:
             if entry.sparse is None:
                 self._copy(stream, descriptor, entry.size)
             else:
                 self._copy_sparse(entry, stream, descriptor)
+            self._set_metadata(path, entry, descriptor)
         finally:
             os.close(descriptor)
 
@@ -1232,26 +1244,30 @@ class LayerApplier:
 
     # -- metadata --
 
-    def _set_metadata(self, path: bytes, entry: tarfile.TarInfo) -> None:
-        """Set owner, extended attributes, mode, time, in this order: chown clears setuid and capabilities (D.1)."""
-        host = self._rootfs.host(path)
-        if max(entry.uid, entry.gid) > 0xFFFFFFFE or min(entry.uid, entry.gid) < 0:     # -1 means "leave it"
+    def _set_metadata(self, path: bytes, entry: tarfile.TarInfo, descriptor: int | None = None) -> None:
+        """Set owner, extended attributes, mode, time, in this order: chown clears setuid and capabilities (D.1).
+
+        A descriptor of what is at path spares the kernel to look for it again and again.
+        """
+        if max(entry.uid, entry.gid) > MAX_ID or min(entry.uid, entry.gid) < 0:     # -1 means "leave it"
             raise ImageError(f"{show(path)} has a bad owner {entry.uid}:{entry.gid}")
-        os.chown(host, entry.uid, entry.gid, follow_symlinks=False)
-        self._set_xattrs(host, entry)
+        host = self._rootfs.host(path)
+        place, link = (host, {"follow_symlinks": False}) if descriptor is None else (descriptor, {})
+        os.chown(place, entry.uid, entry.gid, **link)
+        self._set_xattrs(place, link, entry)
         if not entry.issym():
-            os.chmod(host, entry.mode & 0o7777)
+            os.chmod(place, entry.mode & 0o7777)
         mtime = modification_time(entry)
         if entry.isdir():
             self._directory_times[path] = mtime
         else:
-            os.utime(host, ns=(mtime, mtime), follow_symlinks=False)
+            os.utime(place, ns=(mtime, mtime), **link)
 
-    def _set_xattrs(self, host: bytes, entry: tarfile.TarInfo) -> None:
+    def _set_xattrs(self, place: int | bytes, link: dict[str, bool], entry: tarfile.TarInfo) -> None:
         if entry.isdir():                               # a directory over a directory takes nothing over (D.3)
-            for name in os.listxattr(host, follow_symlinks=False):
+            for name in os.listxattr(place, **link):
                 if name != SELINUX_XATTR:               # the host's own label
-                    os.removexattr(host, name, follow_symlinks=False)
+                    os.removexattr(place, name, **link)
         for key, value in entry.pax_headers.items():
             name = key.removeprefix("SCHILY.xattr.")
             if name in (key, SELINUX_XATTR):
@@ -1259,7 +1275,7 @@ class LayerApplier:
             if name.startswith("user.") and not (entry.isreg() or entry.isdir()):
                 continue                                # xattr(7): only files and directories carry them
             try:
-                os.setxattr(host, name, value.encode("utf-8", "surrogateescape"), follow_symlinks=False)
+                os.setxattr(place, name, value.encode("utf-8", "surrogateescape"), **link)
             except OSError as error:
                 if error.errno == errno.ENOSPC and os.statvfs(self._rootfs.path).f_bavail > len(value):
                     raise ImageError(f"cannot unpack {entry.name}: extended attribute {name} is too large for this "
@@ -1273,13 +1289,16 @@ class LayerApplier:
 
 def modification_time(entry: tarfile.TarInfo) -> int:
     """Return an entry's mtime in nanoseconds, exact where a PAX record has it, within what a file system can hold."""
+    text = entry.pax_headers.get("mtime")
+    if not text and isinstance(entry.mtime, int):
+        return min(max(entry.mtime, EARLIEST_TIME), LATEST_TIME) * 1_000_000_000
     try:
-        seconds = Decimal(entry.pax_headers.get("mtime") or entry.mtime)
+        seconds = Decimal(text or entry.mtime)
     except (InvalidOperation, ValueError):
         seconds = Decimal(0)
     if not seconds.is_finite():
         seconds = Decimal(0)
-    return int(min(max(seconds, Decimal(-1 << 31)), Decimal((1 << 34) - 1)) * 1_000_000_000)
+    return int(min(max(seconds, Decimal(EARLIEST_TIME)), Decimal(LATEST_TIME)) * 1_000_000_000)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

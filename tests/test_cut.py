@@ -71,7 +71,10 @@ class ClientLeaves(CutCase):
         self.assertIn("is under way", daemon.faas("new", "f", stdin=support.handler_image(), check=False).stderr)
         wait_until(lambda: daemon.faas("info", "f", check=False).returncode == 1, "it is removed")
         self.assertEqual(support.addresses(), [])
-        self.assertEqual(get(daemon.deploy("f"))[0], 200)
+        # Its files go last, and until they have gone its name is not free.
+        wait_until(lambda: daemon.faas("new", "f", stdin=support.handler_image(), check=False).returncode == 0,
+                   "the name is free again")
+        self.assertEqual(get(address)[0], 200)
 
 
 class Stop(CutCase):
