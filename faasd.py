@@ -70,6 +70,7 @@ import json
 import logging
 import math
 import os
+import pickle
 import platform
 import posixpath
 import queue
@@ -124,6 +125,11 @@ MAX_ACCOUNTS_SIZE = MIB             # /etc/passwd and /etc/group of an image
 UNPACK_ADDRESS_SPACE = GIB          # bytes; RLIMIT_AS of the unpacking child, whatever a parser is talked into
 COPY_CHUNK = 256 * KIB              # bytes read or written at a time
 HASH_AHEAD = 8                      # of these chunks may wait for the thread that hashes them
+FILE_WRITERS = 2                    # processes that write the small files of an image …
+LARGE_ARCHIVE = 8 * MIB             # … if its archive has at least so many bytes: they take a while to start
+SMALL_FILE = 16 * KIB               # bytes; larger files are written where they are read
+WRITE_BATCH = 64 * KIB              # bytes of small files sent to a writer at a time
+MAX_UNWRITTEN_FILES = 8192          # of which we do not know yet that they are there
 
 # Containers.
 CONTROL_SOCKET = "/control.sock"
@@ -160,7 +166,7 @@ PEEK_BYTES = 2048                   # of the request, for the log line
 ACCEPT_BATCH = 64                   # connections accepted before other events get their turn
 ACCEPT_PAUSE = 0.5                  # seconds without accepting when descriptors have run out
 TCP_ESTABLISHED, TCP_CLOSE, TCP_CLOSE_WAIT = 1, 7, 8          # include/net/tcp_states.h
-TCP_FIN_STATES = (4, 9, 11)          # FIN_WAIT1, LAST_ACK, CLOSING: closed on our side, and the FIN not yet acknowledged
+TCP_FIN_STATES = (4, 9, 11)          # FIN_WAIT1, LAST_ACK, CLOSING: we have closed, the FIN is not yet acknowledged
 TCP_INFO_RECEIVED, TCP_INFO_NOTSENT, TCP_INFO_SENT = 128, 144, 200    # offsets in struct tcp_info (linux/tcp.h)
 
 # Logs.
@@ -924,6 +930,131 @@ class LayerStream:
                              f"sha256:{layer.diff_id[:12]}…")
 
 
+# Errors that are not the image's.
+HOST_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EMFILE, errno.ENFILE, errno.ENOMEM}
+NEW_FILE_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+def unpack_error(path: bytes, error: OSError) -> FaasdError:
+    """Return what to raise for a path that the kernel refused to make."""
+    if error.errno in HOST_FAULTS:
+        return storage_error(error, "unpacking the image")
+    return ImageError(f"cannot unpack {show(path)}: {error.strerror}")
+
+
+def write_all(descriptor: int, data: memoryview) -> None:
+    while data:
+        data = data[os.write(descriptor, data):]
+
+
+class FileWriters:
+    """Processes that create small files: to create one takes the kernel as long as reading its header takes Python.
+
+    They decide nothing: what is added must be free to be created, and is there after settle(). Until then it is in
+    `pending`, and whoever looks at the file system must settle first. Without any, files are created here and now.
+    """
+
+    def __init__(self, count: int) -> None:
+        self.pending: set[bytes] = set()        # host paths
+        self._batch: list[tuple] = []
+        self._batch_size = 0
+        self._links: list[tuple[int, BinaryIO]] = []
+        for _ in range(count):
+            self._links.append(self._start())
+        self._turns = itertools.cycle(link for _, link in self._links)
+
+    def _start(self) -> tuple[int, BinaryIO]:
+        """Fork a writer; return its pid and our end of the connection to it."""
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            pid = os.fork()
+            if pid:
+                return pid, ours.makefile("rwb")
+            try:
+                die_with_parent()
+                for link in [ours, *(link for _, link in self._links)]:     # open ends here would keep others waiting
+                    link.close()
+                serve_file_writes(theirs.makefile("rwb"))
+            finally:
+                os._exit(1)
+
+    def add(self, host: bytes, owner: tuple[int, int], mode: int, mtime: int, data: bytes) -> None:
+        """Have a file created, mtime in nanoseconds."""
+        if not self._links:
+            create_file(host, owner, mode, mtime, data)
+            return
+        self._batch.append((host, owner, mode, mtime, data))
+        self.pending.add(host)
+        self._batch_size += len(data) + len(host)
+        if self._batch_size > WRITE_BATCH:
+            self._send()
+
+    def _send(self) -> None:
+        link = next(self._turns)
+        with self._alive():
+            pickle.dump(self._batch, link)
+            link.flush()
+        self._batch, self._batch_size = [], 0
+
+    def settle(self) -> None:
+        """Return when everything is written. Raises OSError with the host path as its filename, FaasdError."""
+        if not self.pending:
+            return
+        self._send()
+        with self._alive():
+            for _, link in self._links:
+                pickle.dump(None, link)
+                link.flush()
+            errors = [pickle.load(link) for _, link in self._links]
+        self.pending.clear()
+        for error in filter(None, errors):
+            raise error
+
+    @contextlib.contextmanager
+    def _alive(self) -> Iterator[None]:
+        try:
+            yield
+        except (BrokenPipeError, EOFError, pickle.UnpicklingError):
+            raise FaasdError("a process that writes the image's files has died (out of memory?)") from None
+
+    def close(self) -> None:
+        for pid, link in self._links:
+            with contextlib.suppress(BrokenPipeError):
+                link.close()
+            os.waitpid(pid, 0)
+
+
+def serve_file_writes(link: BinaryIO) -> None:
+    """Create the files that come over the link, until its other end is closed; answer None with the first error."""
+    error = None
+    while link.peek(1):
+        files = pickle.load(link)
+        if files is None:
+            pickle.dump(error, link)
+            link.flush()
+            continue
+        try:
+            for file in files if error is None else ():
+                create_file(*file)
+        except OSError as caught:
+            error = caught
+
+
+def create_file(host: bytes, owner: tuple[int, int], mode: int, mtime: int, data: bytes) -> None:
+    """Create a file that is not there yet. Raises OSError with the host path as its filename."""
+    try:
+        descriptor = os.open(host, NEW_FILE_FLAGS, 0o600)
+        try:
+            write_all(descriptor, memoryview(data))
+            os.chown(descriptor, *owner)                # in the order that LayerApplier gives reasons for
+            os.chmod(descriptor, mode)
+            os.utime(descriptor, ns=(mtime, mtime))
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, host) from None
+
+
 class Missing(Exception):
     """A path does not lead to a directory."""
 
@@ -935,8 +1066,9 @@ class Rootfs:
     lies below a 0700 directory), so what was looked at cannot change before it is used.
     """
 
-    def __init__(self, path: str | Path):
+    def __init__(self, path: str | Path, writers: FileWriters):
         self.path = os.fsencode(path)
+        self._writers = writers
         self._resolved: dict[bytes, bytes] = {}         # directory as named → as it really is
 
     def host(self, path: bytes) -> bytes:
@@ -996,8 +1128,11 @@ class Rootfs:
 
     def kind(self, path: bytes) -> int:
         """Return the file type (S_IFMT) of the last component itself, 0 if there is none."""
+        host = self.host(path)
+        if host in self._writers.pending:
+            self.settle()
         try:
-            return stat.S_IFMT(os.lstat(self.host(path)).st_mode)
+            return stat.S_IFMT(os.lstat(host).st_mode)
         except FileNotFoundError:
             return 0
 
@@ -1016,9 +1151,23 @@ class Rootfs:
         if kind in (stat.S_IFDIR, stat.S_IFLNK):
             self._resolved.clear()
         if kind == stat.S_IFDIR:
+            self.settle()
             shutil.rmtree(self.host(path))
         elif kind:
             os.unlink(self.host(path))
+
+    def write_later(self, path: bytes, owner: tuple[int, int], mode: int, mtime: int, data: bytes) -> None:
+        """Have another process create a file where nothing is; mtime in nanoseconds. Raises FaasdError."""
+        if len(self._writers.pending) >= MAX_UNWRITTEN_FILES:
+            self.settle()
+        self._writers.add(self.host(path), owner, mode, mtime, data)
+
+    def settle(self) -> None:
+        """Return when all files are written that others write for us. Raises FaasdError."""
+        try:
+            self._writers.settle()
+        except OSError as error:
+            raise unpack_error(error.filename.removeprefix(self.path), error) from None
 
     def make_real_directory(self, path: bytes) -> None:
         """Make path and all its parents plain directories, putting them in the place of links and files (H.1)."""
@@ -1059,10 +1208,8 @@ def show(path: bytes) -> str:
     return escape_controls(path.decode("utf-8", "backslashreplace"))
 
 
-# Errors that are not the image's.
-HOST_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EMFILE, errno.ENFILE, errno.ENOMEM}
+XATTR_RECORD = "SCHILY.xattr."           # + name: how PAX headers carry extended attributes
 SELINUX_XATTR = "security.selinux"      # labels are the host's affair
-NEW_FILE_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 EARLIEST_TIME, LATEST_TIME = -1 << 31, (1 << 34) - 1    # what ext4 can hold, in seconds since 1970
 
 
@@ -1084,11 +1231,10 @@ class LayerApplier:
             try:
                 self._apply_entry(entry, self._clean(entry, name), stream)
             except OSError as error:
-                if error.errno in HOST_FAULTS:
-                    raise storage_error(error, "unpacking the image") from None
-                raise ImageError(f"cannot unpack {show(name)}: {error.strerror}") from None
+                raise unpack_error(name, error) from None
             except (OverflowError, ValueError) as error:        # a number that no system call takes
                 raise ImageError(f"cannot unpack {show(name)}: {error}") from None
+        self._rootfs.settle()
         for path, mtime in self._directory_times.items():
             # A parent may have become a link to the host meanwhile, and utime would follow it there.
             if self._rootfs.is_directory(path):
@@ -1208,12 +1354,14 @@ class LayerApplier:
     def _create_file(self, entry: tarfile.TarInfo, path: bytes, stream: LayerStream) -> None:
         """Write a new file. What is there is removed, never written through (C.1, C.2)."""
         self._budget.spend_written(entry.size)
-        host = self._rootfs.host(path)
-        try:
-            descriptor = os.open(host, NEW_FILE_FLAGS, 0o600)
-        except FileExistsError:
-            self._rootfs.remove(path)
-            descriptor = os.open(host, NEW_FILE_FLAGS, 0o600)
+        self._rootfs.remove(path)
+        if entry.size <= SMALL_FILE and entry.sparse is None and not self._has_xattrs(entry):
+            data = stream.read(entry.size)
+            if len(data) < entry.size:
+                raise ImageError("a layer is cut short in the middle of a file")
+            self._rootfs.write_later(path, self._owner(entry), entry.mode & 0o7777, modification_time(entry), data)
+            return
+        descriptor = os.open(self._rootfs.host(path), NEW_FILE_FLAGS, 0o600)
         try:
             if entry.sparse is None:
                 self._copy(stream, descriptor, entry.size)
@@ -1230,8 +1378,7 @@ class LayerApplier:
             if not piece:
                 raise ImageError("a layer is cut short in the middle of a file")
             count -= len(piece)
-            while piece:
-                piece = piece[os.write(descriptor, piece):]
+            write_all(descriptor, piece)
 
     def _copy_sparse(self, entry: tarfile.TarInfo, stream: LayerStream, descriptor: int) -> None:
         """Write a sparse file's pieces where they belong; the holes stay holes."""
@@ -1249,11 +1396,9 @@ class LayerApplier:
 
         A descriptor of what is at path spares the kernel to look for it again and again.
         """
-        if max(entry.uid, entry.gid) > MAX_ID or min(entry.uid, entry.gid) < 0:     # -1 means "leave it"
-            raise ImageError(f"{show(path)} has a bad owner {entry.uid}:{entry.gid}")
         host = self._rootfs.host(path)
         place, link = (host, {"follow_symlinks": False}) if descriptor is None else (descriptor, {})
-        os.chown(place, entry.uid, entry.gid, **link)
+        os.chown(place, *self._owner(entry), **link)
         self._set_xattrs(place, link, entry)
         if not entry.issym():
             os.chmod(place, entry.mode & 0o7777)
@@ -1263,13 +1408,26 @@ class LayerApplier:
         else:
             os.utime(place, ns=(mtime, mtime), **link)
 
+    @staticmethod
+    def _owner(entry: tarfile.TarInfo) -> tuple[int, int]:
+        if max(entry.uid, entry.gid) > MAX_ID or min(entry.uid, entry.gid) < 0:     # -1 means "leave it" to chown(2)
+            raise ImageError(f"{entry.name!r} has a bad owner {entry.uid}:{entry.gid}")
+        return entry.uid, entry.gid
+
+    @staticmethod
+    def _has_xattrs(entry: tarfile.TarInfo) -> bool:
+        return any(key.startswith(XATTR_RECORD) for key in entry.pax_headers)
+
     def _set_xattrs(self, place: int | bytes, link: dict[str, bool], entry: tarfile.TarInfo) -> None:
         if entry.isdir():                               # a directory over a directory takes nothing over (D.3)
+            if self._has_xattrs(entry):
+                self._rootfs.settle()                   # a default ACL is for files that are made later
             for name in os.listxattr(place, **link):
                 if name != SELINUX_XATTR:               # the host's own label
+                    self._rootfs.settle()
                     os.removexattr(place, name, **link)
         for key, value in entry.pax_headers.items():
-            name = key.removeprefix("SCHILY.xattr.")
+            name = key.removeprefix(XATTR_RECORD)
             if name in (key, SELINUX_XATTR):
                 continue
             if name.startswith("user.") and not (entry.isreg() or entry.isdir()):
@@ -1484,18 +1642,19 @@ def unpack_image(path: Path, directory: Path, tag: str, max_size: int, max_entri
         rootfs_path = directory / "rootfs"
         rootfs_path.mkdir()
         rootfs_path.chmod(0o755)
-        with path.open("rb") as file:
+        count = FILE_WRITERS if path.stat().st_size >= LARGE_ARCHIVE else 0
+        with path.open("rb") as file, contextlib.closing(FileWriters(count)) as writers:
             archive = Archive(file)
             image = choose_image(archive, tag, host_architecture())
             budget = Budget(max_size, max_entries)
             for layer in image.layers:
                 # A rootfs of its own for each layer: what one has resolved, the next may change.
                 with contextlib.closing(LayerStream(archive.open(layer.member), budget)) as stream:
-                    LayerApplier(Rootfs(rootfs_path), budget).apply(stream)
+                    LayerApplier(Rootfs(rootfs_path, writers), budget).apply(stream)
                     stream.verify(layer)
-        rootfs = Rootfs(rootfs_path)
-        process = resolve_process(image.config, rootfs)
-        prepare_mount_targets(rootfs)
+            rootfs = Rootfs(rootfs_path, writers)
+            process = resolve_process(image.config, rootfs)
+            prepare_mount_targets(rootfs)
         document = {"digest": f"sha256:{image.digest}", "version": image.digest[:12], "tag": image.tag,
                     "size": budget.written, "entries": budget.entries, "process": process}
         (directory / "image.json").write_text(json.dumps(document, indent=1))
