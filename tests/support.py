@@ -219,7 +219,8 @@ class Daemon:
         """Send one request to the control API; return status and body."""
         connection = UnixConnection(self.socket)
         with contextlib.closing(connection):
-            connection.request(method, path, body)
+            with contextlib.suppress(BrokenPipeError):  # it has answered, and closed, before it has read the body
+                connection.request(method, path, body)
             response = connection.getresponse()
             return response.status, response.read()
 

@@ -79,8 +79,8 @@ class ClientLeaves(CutCase):
 
 class Stop(CutCase):
     def test_connections_that_the_kernel_has_completed_are_answered(self):
-        daemon = self.start()
-        address = daemon.deploy("f", None, "--concurrency", "8")
+        daemon = self.start("--drain-timeout", "5m")
+        address = daemon.deploy("f", None, "--concurrency", "8", "--queue-timeout", "5m")   # the machine may be busy
         daemon.process.send_signal(signal.SIGSTOP)
         clients = []
         for _ in range(150):
