@@ -142,6 +142,13 @@ KILL_RETRY = 0.02                   # seconds between two rounds of killing one 
 KILL_TIMEOUT = 10.0                 # seconds before runc itself is killed and its remains are deleted
 COMMAND_TIMEOUT = 30.0              # seconds for ip, mount and runc delete
 
+# Isolation.
+IDS = 65_536                        # user ids, and group ids, that a container has; images use no others
+FIRST_ID, LAST_ID = 0x7000_0000, 0x7FFE_FFFF    # host ids for them where /etc/subuid has none for us: the ids that are
+                                    # nobody's and that every program can hold (systemd's UIDS-GIDS.md)
+SUBORDINATE_USER = "faasd"          # whose entry in /etc/subuid and /etc/subgid gives us other ids
+APPARMOR_PROFILE = "faasd-default"  # packaging/apparmor-faasd-default
+
 # Warm pool.
 WARM_SECONDS = 300.0                # a function used within these keeps at least one warm container
 RATE_SECONDS = 5.0                  # over which arrivals are averaged
@@ -197,7 +204,7 @@ MAX_BODY_SECONDS = 600.0            # and while it sends an archive: `docker sav
 UPLOAD_END_SECONDS = 5.0            # how long a stop waits until everybody has their answer
 FOLLOW_SECONDS = 15.0               # how often `logs --follow` looks whether its client is still there
 
-REGISTRY_FORMAT = 2
+REGISTRY_FORMAT = 3
 NAME_PATTERN = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")      # a DNS label (RFC 1123)
 DIGEST_PATTERN = re.compile(r"sha256:([0-9a-f]{64})")
 ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64", "armv7l": "arm", "i686": "386",
@@ -1066,8 +1073,10 @@ class Rootfs:
     lies below a 0700 directory), so what was looked at cannot change before it is used.
     """
 
-    def __init__(self, path: str | Path, writers: FileWriters):
+    def __init__(self, path: str | Path, writers: FileWriters, first_id: int):
+        """first_id is the host id that the image's root is: everything that is made belongs to it unless said."""
         self.path = os.fsencode(path)
+        self.first_id = first_id
         self._writers = writers
         self._resolved: dict[bytes, bytes] = {}         # directory as named → as it really is
 
@@ -1139,6 +1148,7 @@ class Rootfs:
     def _place_directory(self, path: bytes) -> None:
         self.remove(path)
         os.mkdir(self.host(path))
+        os.chown(self.host(path), self.first_id, self.first_id)
         os.chmod(self.host(path), 0o755)                # whatever the umask is
 
     @staticmethod
@@ -1200,6 +1210,7 @@ class Rootfs:
         descriptor = os.open(self.host(real), os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o644)
         with open(descriptor, "wb") as file:
             file.write(data)
+            os.fchown(file.fileno(), self.first_id, self.first_id)
             os.fchmod(file.fileno(), 0o644)
 
 
@@ -1408,11 +1419,12 @@ class LayerApplier:
         else:
             os.utime(place, ns=(mtime, mtime), **link)
 
-    @staticmethod
-    def _owner(entry: tarfile.TarInfo) -> tuple[int, int]:
-        if max(entry.uid, entry.gid) > MAX_ID or min(entry.uid, entry.gid) < 0:     # -1 means "leave it" to chown(2)
-            raise ImageError(f"{entry.name!r} has a bad owner {entry.uid}:{entry.gid}")
-        return entry.uid, entry.gid
+    def _owner(self, entry: tarfile.TarInfo) -> tuple[int, int]:
+        """Return the host ids of an entry's owner: the image's, moved into the function's range."""
+        if max(entry.uid, entry.gid) >= IDS or min(entry.uid, entry.gid) < 0:
+            raise ImageError(f"{entry.name!r} has a bad owner {entry.uid}:{entry.gid}: containers have the ids 0 to "
+                             f"{IDS - 1}, so build the image with these")
+        return self._rootfs.first_id + entry.uid, self._rootfs.first_id + entry.gid
 
     @staticmethod
     def _has_xattrs(entry: tarfile.TarInfo) -> bool:
@@ -1473,11 +1485,8 @@ class Account:
     home: str
 
 
-MAX_ID = 0xFFFFFFFE                     # the highest uid and gid; one more means "none" (chown(2))
-
-
 def is_id(text: str) -> bool:
-    return re.fullmatch("[0-9]{1,10}", text) is not None and int(text) <= MAX_ID
+    return re.fullmatch("[0-9]{1,10}", text) is not None and int(text) < IDS
 
 
 def account_lines(data: bytes, fields: int) -> Iterator[list[str]]:
@@ -1493,7 +1502,7 @@ def parse_id(text: str, what: str) -> int | None:
     if not re.fullmatch("[0-9]+", text):
         return None
     if not is_id(text):
-        raise ImageError(f"the image's {what} {text[:12]} is too large")
+        raise ImageError(f"the image's {what} {text[:12]} is too large: containers have the ids 0 to {IDS - 1}")
     return int(text)
 
 
@@ -1569,8 +1578,8 @@ def prepare_volumes(rootfs: Rootfs, paths: Iterable[str]) -> list[dict]:
             raise ImageError(f"the image's volume {path!r} is in the way of faasd's own mounts")
         host = rootfs.host(os.fsencode(real))
         status = os.stat(host)
-        volumes[real] = {"path": real, "mode": stat.S_IMODE(status.st_mode), "uid": status.st_uid,
-                         "gid": status.st_gid, "copy_up": bool(os.listdir(host))}
+        volumes[real] = {"path": real, "mode": stat.S_IMODE(status.st_mode), "uid": status.st_uid - rootfs.first_id,
+                         "gid": status.st_gid - rootfs.first_id, "copy_up": bool(os.listdir(host))}
     return [volumes[path] for path in sorted(volumes)]      # a parent is mounted before what lies in it
 
 
@@ -1630,17 +1639,18 @@ def inflate_archive(path: Path, budget: Budget) -> Path:
     return inflated
 
 
-def unpack_image(path: Path, directory: Path, tag: str, max_size: int, max_entries: int) -> dict:
+def unpack_image(path: Path, directory: Path, tag: str, max_size: int, max_entries: int, first_id: int) -> dict:
     """Unpack the image archive at path to directory/rootfs and return what directory/image.json then says.
 
-    directory must not exist yet, and nobody but root may be able to reach it. On any error it is left half done, for
-    the caller to remove. Raises FaasdError.
+    directory must not exist yet, and nobody but root may be able to reach it. first_id is the host id of the image's
+    root. On any error what is there is left half done, for the caller to remove. Raises FaasdError.
     """
     try:
         path = inflate_archive(path, Budget(max_size, max_entries))
-        directory.mkdir(mode=0o700)
+        directory.mkdir(mode=0o711)
         rootfs_path = directory / "rootfs"
         rootfs_path.mkdir()
+        os.chown(rootfs_path, first_id, first_id)
         rootfs_path.chmod(0o755)
         count = FILE_WRITERS if path.stat().st_size >= LARGE_ARCHIVE else 0
         with path.open("rb") as file, contextlib.closing(FileWriters(count)) as writers:
@@ -1650,13 +1660,13 @@ def unpack_image(path: Path, directory: Path, tag: str, max_size: int, max_entri
             for layer in image.layers:
                 # A rootfs of its own for each layer: what one has resolved, the next may change.
                 with contextlib.closing(LayerStream(archive.open(layer.member), budget)) as stream:
-                    LayerApplier(Rootfs(rootfs_path, writers), budget).apply(stream)
+                    LayerApplier(Rootfs(rootfs_path, writers, first_id), budget).apply(stream)
                     stream.verify(layer)
-            rootfs = Rootfs(rootfs_path, writers)
+            rootfs = Rootfs(rootfs_path, writers, first_id)
             process = resolve_process(image.config, rootfs)
             prepare_mount_targets(rootfs)
         document = {"digest": f"sha256:{image.digest}", "version": image.digest[:12], "tag": image.tag,
-                    "size": budget.written, "entries": budget.entries, "process": process}
+                    "first_id": first_id, "size": budget.written, "entries": budget.entries, "process": process}
         (directory / "image.json").write_text(json.dumps(document, indent=1))
         return document
     except OSError as error:
@@ -1664,14 +1674,14 @@ def unpack_image(path: Path, directory: Path, tag: str, max_size: int, max_entri
 
 
 def unpack_main(arguments: list[str]) -> int:
-    """Run `faasd.py unpack ARCHIVE DIRECTORY TAG MAX_SIZE MAX_ENTRIES`, the daemon's child; print JSON to stdout."""
-    archive, directory, tag, max_size, max_entries = arguments
+    """Run `faasd.py unpack ARCHIVE DIRECTORY TAG MAX_SIZE MAX_ENTRIES FIRST_ID`, the daemon's child; print JSON."""
+    archive, directory, tag, *numbers = arguments
     die_with_parent()
     os.nice(10)                         # invocations come first
     os.umask(0o022)
     resource.setrlimit(resource.RLIMIT_AS, (UNPACK_ADDRESS_SPACE, UNPACK_ADDRESS_SPACE))
     try:
-        document = unpack_image(Path(archive), Path(directory), tag, int(max_size), int(max_entries))
+        document = unpack_image(Path(archive), Path(directory), tag, *map(int, numbers))
     except FaasdError as error:
         print(json.dumps({"error": str(error), "status": error.status}))
         return 1
@@ -1784,7 +1794,86 @@ MASKED_PATHS = ["/proc/acpi", "/proc/asound", "/proc/interrupts", "/proc/kcore",
                 "/proc/sched_debug", "/proc/scsi", "/proc/timer_list", "/proc/timer_stats",
                 "/sys/devices/virtual/powercap", "/sys/firmware"]
 READONLY_PATHS = ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"]
-NAMESPACES = ["pid", "mount", "network", "ipc", "uts", "cgroup"]
+NAMESPACES = ["pid", "mount", "network", "ipc", "uts", "cgroup", "user"]
+
+# What a handler may ask of the kernel, in the spirit of Docker's profile: what programs in CPython, Node, Go, Java, Ruby
+# or C need to compute, to talk and to use the files they are given. Everything else is EPERM: mounts, namespaces, modules,
+# keys, tracing, bpf, perf, io_uring, userfaultfd, clocks, and what has not been invented yet. In groups, as the man
+# pages have them; names of another architecture's are passed over.
+ALLOWED_CALLS = """
+    access chdir chmod chown close close_range copy_file_range creat dup dup2 dup3 faccessat faccessat2 fadvise64
+    fallocate fchdir fchmod fchmodat fchmodat2 fchown fchownat fcntl fdatasync fgetxattr flistxattr flock fremovexattr
+    fsetxattr fstat fstatfs fsync ftruncate futimesat getcwd getdents getdents64 getxattr inotify_add_watch
+    inotify_init inotify_init1 inotify_rm_watch ioctl lchown lgetxattr link linkat listxattr llistxattr lremovexattr
+    lseek lsetxattr lstat memfd_create mkdir mkdirat mknod mknodat newfstatat open openat openat2 pread64 preadv preadv2
+    pwrite64 pwritev pwritev2 read readahead readlink readlinkat readv removexattr rename renameat renameat2 rmdir
+    sendfile setxattr splice stat statfs statx symlink symlinkat sync sync_file_range sync_file_range2 syncfs tee
+    truncate umask unlink unlinkat utime utimensat utimes vmsplice write writev
+    io_cancel io_destroy io_getevents io_setup io_submit
+
+    brk madvise mincore mlock mlock2 mlockall mmap mprotect mremap msync munlock munlockall munmap pkey_alloc pkey_free
+    pkey_mprotect
+
+    alarm arch_prctl capget capset execve execveat exit exit_group fork getcpu getegid geteuid getgid getgroups
+    getitimer getpgid getpgrp getpid getppid getpriority getrandom getresgid getresuid getrlimit getrusage getsid
+    gettid getuid ioprio_get ioprio_set kill pidfd_open pidfd_send_signal prctl prlimit64 restart_syscall
+    riscv_flush_icache rt_sigaction rt_sigpending rt_sigprocmask rt_sigqueueinfo rt_sigreturn rt_sigsuspend rt_sigtimedwait
+    rt_tgsigqueueinfo setfsgid setfsuid setgid setgroups setitimer setpgid setpriority setregid setresgid setresuid
+    setreuid setrlimit setsid setuid sigaltstack sysinfo tgkill times tkill uname vfork wait4 waitid
+
+    futex futex_requeue futex_wait futex_waitv futex_wake get_robust_list membarrier rseq sched_get_priority_max
+    sched_get_priority_min sched_getaffinity sched_getattr sched_getparam sched_getscheduler sched_rr_get_interval
+    sched_setaffinity sched_setattr sched_setparam sched_setscheduler sched_yield set_robust_list set_tid_address
+
+    clock_getres clock_gettime clock_nanosleep gettimeofday nanosleep time timer_create timer_delete timer_getoverrun
+    timer_gettime timer_settime timerfd_create timerfd_gettime timerfd_settime
+
+    accept accept4 bind connect getpeername getsockname getsockopt listen recvfrom recvmmsg recvmsg sendmmsg sendmsg
+    sendto setsockopt shutdown socketpair
+
+    epoll_create epoll_create1 epoll_ctl epoll_pwait epoll_pwait2 epoll_wait eventfd eventfd2 pause pipe pipe2 poll
+    ppoll pselect6 select signalfd signalfd4
+
+    mq_getsetattr mq_notify mq_open mq_timedreceive mq_timedsend mq_unlink msgctl msgget msgrcv msgsnd semctl semget
+    semop semtimedop shmat shmctl shmdt shmget
+""".split()
+SOCKET_FAMILIES = (socket.AF_UNIX, socket.AF_INET, socket.AF_INET6, socket.AF_NETLINK)      # getifaddrs(3) asks netlink
+CLONE_NAMESPACES = 0x7E02_0000          # CLONE_NEWNS, NEWCGROUP, NEWUTS, NEWIPC, NEWUSER, NEWPID, NEWNET (clone(2))
+SECCOMP_ARCHITECTURES = {"x86_64": "SCMP_ARCH_X86_64", "aarch64": "SCMP_ARCH_AARCH64", "riscv64": "SCMP_ARCH_RISCV64"}
+
+
+def seccomp_profile(machine: str) -> dict | None:
+    """Return the seccomp filter of every container (runtime-spec config-linux.md), None for a machine without one.
+
+    For the machine's native system calls only: those of 32-bit programs end the process, and the filter takes a third
+    of the time to load. clone3 has its flags where no filter can look, so it is said not to exist, and C libraries use clone.
+    """
+    if machine not in SECCOMP_ARCHITECTURES:
+        return None
+    allow = "SCMP_ACT_ALLOW"
+    no_namespace = {"index": 0, "value": CLONE_NAMESPACES, "valueTwo": 0, "op": "SCMP_CMP_MASKED_EQ"}
+    return {
+        "defaultAction": "SCMP_ACT_ERRNO", "defaultErrnoRet": errno.EPERM,
+        "architectures": [SECCOMP_ARCHITECTURES[machine]],
+        "syscalls": [
+            {"names": ALLOWED_CALLS, "action": allow},
+            {"names": ["clone"], "action": allow, "args": [no_namespace]},
+            {"names": ["clone3"], "action": "SCMP_ACT_ERRNO", "errnoRet": errno.ENOSYS},
+            *({"names": ["socket"], "action": allow, "args": [{"index": 0, "value": family, "op": "SCMP_CMP_EQ"}]}
+              for family in map(int, SOCKET_FAMILIES)),
+        ],
+    }
+
+
+def apparmor_profile() -> str:
+    """Return the AppArmor profile for containers, "" where the kernel has no AppArmor or the profile is not loaded."""
+    with contextlib.suppress(FileNotFoundError):
+        loaded = Path("/sys/kernel/security/apparmor/profiles").read_text()
+        if re.search(rf"^{re.escape(APPARMOR_PROFILE)} \(", loaded, re.MULTILINE):
+            return APPARMOR_PROFILE
+        log.warning("AppArmor profile %s is not loaded, so containers run without: apparmor_parser -r "
+                    "packaging/apparmor-%s", APPARMOR_PROFILE, APPARMOR_PROFILE)
+    return ""
 
 
 def tmpfs_mount(destination: str, size: str, *options: str) -> dict:
@@ -1825,16 +1914,19 @@ def command_line(process: dict, options: Options) -> list[str]:
 
 
 def build_spec(name: str, image: dict, options: Options, rootfs: str, control_socket: str, cgroup: str,
-               container_id: str, limit_swap: bool) -> dict:
+               container_id: str, limit_swap: bool, apparmor: str = "") -> dict:
     """Return the OCI runtime configuration (runtime-spec config.md) of a function's container.
 
-    image is the content of image.json; rootfs, control_socket and cgroup are paths, cgroup below the cgroup mounts.
+    image is the content of image.json; rootfs, control_socket and cgroup are paths, cgroup below the cgroup mounts;
+    apparmor is the name of a profile that is loaded, or empty.
     """
     process = image["process"]
     # The container's init has no capability to raise a hard limit above the one it inherits from us.
     nofile = min(CONTAINER_NOFILE, resource.getrlimit(resource.RLIMIT_NOFILE)[1])
     env = merge_env(process["env"], [*options.env, f"FAAS_FUNCTION={name}", f"FAAS_VERSION={image['version']}",
                                      f"FAAS_CONTAINER_ID={container_id}"])
+    ids = [{"containerID": 0, "hostID": image["first_id"], "size": IDS}]
+    seccomp = seccomp_profile(platform.machine())
     memory = {"limit": options.memory, **({"swap": options.memory} if limit_swap else {})}
     return {
         "ociVersion": "1.0.2",
@@ -1843,7 +1935,7 @@ def build_spec(name: str, image: dict, options: Options, rootfs: str, control_so
         "process": {
             "terminal": False, "cwd": process["cwd"], "args": command_line(process, options), "env": env,
             "user": {"uid": process["uid"], "gid": process["gid"], "additionalGids": process["groups"]},
-            "noNewPrivileges": True,
+            "noNewPrivileges": True, **({"apparmorProfile": apparmor} if apparmor else {}),
             "capabilities": {kind: [] for kind in
                              ("bounding", "effective", "inheritable", "permitted", "ambient")},
             "rlimits": [{"type": kind, "soft": limit, "hard": limit} for kind, limit in
@@ -1852,6 +1944,8 @@ def build_spec(name: str, image: dict, options: Options, rootfs: str, control_so
         "mounts": bundle_mounts(process["volumes"], control_socket),
         "linux": {
             "namespaces": [{"type": kind} for kind in NAMESPACES],
+            "uidMappings": ids, "gidMappings": ids,
+            **({"seccomp": seccomp} if seccomp else {}),
             "cgroupsPath": cgroup,
             "maskedPaths": MASKED_PATHS, "readonlyPaths": READONLY_PATHS,
             "resources": {
@@ -1867,10 +1961,12 @@ def build_spec(name: str, image: dict, options: Options, rootfs: str, control_so
 class Bundle:
     """A function's config.json, rendered once; only the container's id is filled in for each."""
 
-    def __init__(self, name: str, image: dict, options: Options, rootfs: Path, run_dir: Path, cgroups: Cgroups):
+    def __init__(self, name: str, image: dict, options: Options, rootfs: Path, run_dir: Path, cgroups: Cgroups,
+                 apparmor: str = ""):
+        self.first_id: int = image["first_id"]          # host id of the containers' root
         self._mark = f"@{secrets.token_hex(16)}@"       # stands for the id; nothing a user writes contains it
         spec = build_spec(name, image, options, str(rootfs), str(run_dir / "containers" / self._mark / "control.sock"),
-                          cgroups.path(self._mark), self._mark, cgroups.can_limit_swap)
+                          cgroups.path(self._mark), self._mark, cgroups.can_limit_swap, apparmor)
         self._template = json.dumps(spec)
 
     def render(self, container_id: str) -> bytes:
@@ -2016,6 +2112,83 @@ class Runtime:
         result = run_command(self.program, "--root", str(self.root), "delete", "--force", container_id)
         if result.returncode != 0:
             log.warning("container=%s %s delete failed: %s", container_id, self.program, result.stderr.strip()[:500])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Ids: each function's own range of the host's user and group ids
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def subordinate_ids(path: Path) -> range | None:
+    """Return the ids that a file such as /etc/subuid gives us (subuid(5)), None if it has no entry for us."""
+    with contextlib.suppress(FileNotFoundError):
+        for line in path.read_text().splitlines():
+            match = re.fullmatch(rf"{SUBORDINATE_USER}:([0-9]{{1,10}}):([0-9]{{1,10}})", line.strip())
+            if match:
+                return range(int(match[1]), int(match[1]) + int(match[2]))
+    return None
+
+
+def find_host_ids(directory: Path = Path("/etc")) -> range:
+    """Return the host ids that containers may have. Raises UsageError for entries that cannot be meant."""
+    users, groups = subordinate_ids(directory / "subuid"), subordinate_ids(directory / "subgid")
+    if users is None and groups is None:
+        return range(FIRST_ID, LAST_ID + 1)
+    if users != groups:
+        raise UsageError(f"{directory}/subuid and subgid differ for {SUBORDINATE_USER}: make them the same, or remove both")
+    if len(users) < IDS or users.start < IDS or users.stop > 1 << 32:
+        raise UsageError(f"{directory}/subuid gives {SUBORDINATE_USER} {len(users)} ids from {users.start}: each function "
+                         f"needs {IDS}, so give a multiple of that")
+    return users
+
+
+class IdRanges:
+    """Which function has which host ids: IDS of them from a first one on, so that no two functions share a user.
+
+    A function keeps its range for as long as it exists, because its files on disk belong to these ids.
+    """
+
+    def __init__(self, ids: range):
+        self._ids = ids
+        self._taken: set[int] = set()
+
+    def take(self) -> int:
+        """Return the first id of a free range, which is taken from now on. Raises Conflict when there is none."""
+        for first in range(self._ids.start, self._ids.stop - IDS + 1, IDS):
+            if all(abs(first - other) >= IDS for other in self._taken):
+                self._taken.add(first)
+                return first
+        raise Conflict(f"all {len(self._ids) // IDS} ranges of user ids are taken: remove a function, or give "
+                       f"{SUBORDINATE_USER} more in /etc/subuid and /etc/subgid")
+
+    def claim(self, first: int) -> None:
+        """Take a range that a function has had all along."""
+        self._taken.add(first)
+
+    def release(self, first: int) -> None:
+        self._taken.discard(first)
+
+
+def move_owners(rootfs: Path, first_id: int) -> None:
+    """Give a tree that a faasd without user namespaces has unpacked to ids from first_id on. Blocks. Raises OSError.
+
+    Done again after it was cut, it does the rest: an id that is moved already is none of an image's.
+    """
+    def move(path: str) -> None:
+        status = os.lstat(path)
+        if max(status.st_uid, status.st_gid) < IDS:
+            names = [] if stat.S_ISLNK(status.st_mode) else os.listxattr(path, follow_symlinks=False)
+            values = {name: os.getxattr(path, name, follow_symlinks=False) for name in names}
+            os.chown(path, status.st_uid + first_id, status.st_gid + first_id, follow_symlinks=False)
+            for name in values.keys() - set(os.listxattr(path, follow_symlinks=False)):
+                os.setxattr(path, name, values[name], follow_symlinks=False)        # security.capability
+            if not stat.S_ISLNK(status.st_mode):
+                os.chmod(path, stat.S_IMODE(status.st_mode))            # chown has cleared setuid
+
+    for directory, directories, files in os.walk(rootfs):
+        for name in (*directories, *files):
+            move(os.path.join(directory, name))
+    move(str(rootfs))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2317,7 +2490,8 @@ class Container:
         raise StartFailed(f"the handler {describe_exit(status)} before it connected to {CONTROL_SOCKET}", tail, False)
 
     def _spawn(self) -> None:
-        os.mkdir(self._directory, 0o700)
+        os.mkdir(self._directory, 0o710)
+        os.chown(self._directory, 0, self._bundle.first_id)     # runc mounts control.sock as the container's root
         with open(f"{self._directory}/config.json", "xb") as file:
             file.write(self._bundle.render(self.id))
         self._listener = self._listen()
@@ -2341,7 +2515,7 @@ class Container:
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         path = f"{self._directory}/control.sock"
         listener.bind(path)
-        os.chmod(path, 0o666)           # the image's user connects; on the host the directory above keeps others out
+        os.chmod(path, 0o666)           # the image's user connects; on the host the directory keeps others out
         listener.listen(1)
         listener.setblocking(False)
         return listener
@@ -2458,16 +2632,18 @@ class ContainerHost:
         self.containers_dir = run_dir / "containers"
         self.runtime = runtime
         self.cgroups = Cgroups(run_dir)
+        self.apparmor = apparmor_profile()
         self.loop = asyncio.get_running_loop()
 
     def prepare(self) -> None:
         """Make RUN_DIR/containers, on a tmpfs, and clear what a killed daemon left. Blocks. Raises FaasdError."""
-        self.containers_dir.mkdir(mode=0o700, exist_ok=True)
+        self.containers_dir.mkdir(exist_ok=True)
         if self._file_system_type(self.containers_dir) != "tmpfs":
-            result = run_command("mount", "-t", "tmpfs", "-o", "mode=0700,nosuid,nodev,noexec,size=64m", "faasd",
+            result = run_command("mount", "-t", "tmpfs", "-o", "mode=0711,nosuid,nodev,noexec,size=64m", "faasd",
                                  str(self.containers_dir))
             if result.returncode != 0:
                 raise FaasdError(f"cannot mount a tmpfs on {self.containers_dir}: {result.stderr.strip()}")
+        self.containers_dir.chmod(0o711)
         self._remove_orphans()
 
     @staticmethod
@@ -3000,22 +3176,24 @@ class FunctionRecord:
     """What the registry keeps of a function."""
     name: str
     address: str
+    first_id: int | None        # host id of its containers' root; None before it has one, in a registry of format 1 or 2
     created: str                # RFC 3339
     updated: str
     versions: list[VersionRecord]       # the one that runs first, then those that ran before, latest first
 
     @classmethod
     def from_json(cls, document: dict) -> FunctionRecord:
-        """Return what to_json wrote, now or when the registry had format 1. Raises KeyError, TypeError."""
+        """Return what to_json wrote, now or when the registry had format 1 or 2. Raises KeyError, TypeError."""
         if "versions" not in document:
             document = {**document, "versions": [{"version": document["version"], "deployed": document["updated"],
                                                   "options": document["options"]}]}
         versions = [VersionRecord(entry["version"], entry["deployed"], Options.from_json(entry["options"]))
                     for entry in document["versions"]]
-        return cls(document["name"], document["address"], document["created"], document["updated"], versions)
+        return cls(document["name"], document["address"], document.get("first_id"), document["created"],
+                   document["updated"], versions)
 
     def to_json(self) -> dict:
-        return {"name": self.name, "address": self.address, "created": self.created, "updated": self.updated,
+        return {"name": self.name, "address": self.address, "first_id": self.first_id, "created": self.created, "updated": self.updated,
                 "versions": [{"version": entry.version, "deployed": entry.deployed, "options": entry.options.to_json()}
                              for entry in self.versions]}
 
@@ -3036,7 +3214,8 @@ class Version:
         self.image = image
         self.options = options
         self.command = command_line(image["process"], options)
-        self.bundle = Bundle(name, image, options, directory / "rootfs", host.containers_dir.parent, host.cgroups)
+        self.bundle = Bundle(name, image, options, directory / "rootfs", host.containers_dir.parent, host.cgroups,
+                             host.apparmor)
 
 
 @dataclass(eq=False, slots=True)
@@ -3550,7 +3729,7 @@ class Registry:
         """Return the functions. Raises FaasdError if the file is damaged or newer; it is never overwritten."""
         try:
             document = json.loads(self._path.read_text())
-            if document["format"] not in (1, REGISTRY_FORMAT):
+            if document["format"] not in (1, 2, REGISTRY_FORMAT):
                 raise FaasdError(f"{self._path} has format {document['format']!r}, this faasd knows "
                                  f"{REGISTRY_FORMAT}: use the faasd that wrote it")
             return [FunctionRecord.from_json(entry) for entry in document["functions"]]
@@ -3565,23 +3744,31 @@ class Registry:
     def save(self, records: Iterable[FunctionRecord]) -> None:
         """Write the functions to disk, for good. Raises FaasdError; the file is then as it was."""
         document = {"format": REGISTRY_FORMAT, "functions": [record.to_json() for record in records]}
-        temporary = self._path.with_name(".registry.json.new")
         try:
-            # Only for root: options have environment variables, which may be secrets.
-            with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
-                json.dump(document, file, indent=1)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.rename(self._path)
-            directory = os.open(self._path.parent, os.O_RDONLY)
-            try:
-                os.fsync(directory)             # the rename itself
-            finally:
-                os.close(directory)
+            replace_file(self._path, document)
         except OSError as error:
-            with contextlib.suppress(OSError):          # whatever is there does not get better by our trying
-                temporary.unlink()
             raise storage_error(error, "writing the registry") from error
+
+
+def replace_file(path: Path, document: dict) -> None:
+    """Make path a JSON document, for good and as a whole. Raises OSError; the file is then as it was."""
+    temporary = path.with_name(f".{path.name}.new")
+    try:
+        # Only for root: options have environment variables, which may be secrets.
+        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+            json.dump(document, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.rename(path)
+        directory = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(directory)                 # the rename itself
+        finally:
+            os.close(directory)
+    except OSError:
+        with contextlib.suppress(OSError):      # whatever is there does not get better by our trying
+            temporary.unlink()
+        raise
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -4292,11 +4479,12 @@ class Settings:
 class Daemon:
     """Owns the functions and takes them through deploy, restart, removal and stop."""
 
-    def __init__(self, settings: Settings, network: Network):
+    def __init__(self, settings: Settings, network: Network, ids: IdRanges):
         self.settings = settings
         self.loop = asyncio.get_running_loop()
         self.runtime_version = ""
         self._network = network
+        self._ids = ids
         # By its full name: it is started with a PATH that may differ from ours.
         self._runtime = Runtime(shutil.which(settings.runtime) or settings.runtime, settings.run_dir / "runc")
         self._host = ContainerHost(settings.run_dir, self._runtime)
@@ -4326,6 +4514,7 @@ class Daemon:
         if warning:
             log.warning("%s", warning)
         records = self._registry.load()
+        await self._give_ids(records)
         self._clear_past(records)
         server = None
         try:
@@ -4372,12 +4561,42 @@ class Daemon:
             if not self._network.has(record.address):
                 raise FaasdError(f"its address {record.address} is not in {self.settings.subnet}: start faasd with the "
                                  "--subnet that it was deployed under, or deploy it again for a new address")
+            await asyncio.to_thread(self._move_images, record)
             version = self._load_version(record.name, record.versions[0])
             await self._open_function(function)
             function.replace_version(version)
         except FaasdError as error:
             function.error = str(error)
             log.error("function=%s is broken: %s", record.name, error)
+
+    async def _give_ids(self, records: list[FunctionRecord]) -> None:
+        """Give functions of a registry from before user namespaces their ids, and write that down. Raises FaasdError."""
+        for record in records:
+            if record.first_id is not None:
+                self._ids.claim(record.first_id)
+        without = [record for record in records if record.first_id is None]
+        for record in without:
+            record.first_id = self._ids.take()
+        if without:
+            await asyncio.to_thread(self._registry.save, records)
+
+    def _move_images(self, record: FunctionRecord) -> None:
+        """Let a function's containers reach its images, and give them those unpacked before user namespaces. Blocks."""
+        parent = self._images_dir / record.name
+        try:
+            admit_containers(parent, record.first_id)
+            for entry in record.versions:
+                try:
+                    image = self._load_image(record.name, entry.version)
+                except FaasdError:                  # whoever needs it will say so
+                    continue
+                if "first_id" not in image:
+                    log.info("function=%s version=%s its files get new owners", record.name, entry.version)
+                    (parent / entry.version).chmod(0o711)
+                    move_owners(parent / entry.version / "rootfs", record.first_id)
+                    replace_file(parent / entry.version / "image.json", {**image, "first_id": record.first_id})
+        except OSError as error:
+            raise storage_error(error, f"preparing {parent}") from error
 
     async def _stop(self, server: ControlServer | None) -> None:
         """Stop accepting, drain, leave nothing behind."""
@@ -4450,15 +4669,31 @@ class Daemon:
         with self._registered():
             self._refuse_if_stopping()
             self._check_warm(name, options)
-            image = await self._unpack(archive, tag)
             function = self._functions.get(name)
             created = function is None
-            async with function.changing if function else contextlib.nullcontext():
-                async with self._placed(name, archive.parent / "image", image) as directory:
-                    version = Version(name, directory, image, options, self._host)
-                    function = await self._install(name, version)
+            with self._id_range(name) as first_id:
+                image = await self._unpack(archive, tag, first_id)
+                async with function.changing if function else contextlib.nullcontext():
+                    async with self._placed(name, archive.parent / "image", image) as directory:
+                        version = Version(name, directory, image, options, self._host)
+                        function = await self._install(name, version)
             self._note(function, "deployed")
             return created, self._describe(function)
+
+    @contextlib.contextmanager
+    def _id_range(self, name: str) -> Iterator[int]:
+        """Yield the first host id of a function's range: its own, or for a new one a free one that it keeps if it
+        comes to exist. Raises Conflict.
+        """
+        if name in self._functions:
+            yield self._functions[name].record.first_id
+            return
+        first_id = self._ids.take()
+        try:
+            yield first_id
+        finally:
+            if name not in self._functions:
+                self._ids.release(first_id)
 
     async def change(self, name: str, query: dict[str, list[str]]) -> dict:
         """Change options of a function as a query names them; proved as a deploy is. Raises FaasdError."""
@@ -4506,10 +4741,10 @@ class Daemon:
         function.log.write("-", ">", f"{what} version={version}")
         log.info("function=%s version=%s %s at %s", function.record.name, version, what, function.record.address)
 
-    async def _unpack(self, archive: Path, tag: str) -> dict:
+    async def _unpack(self, archive: Path, tag: str, first_id: int) -> dict:
         """Run the unpacking child; return image.json. Raises FaasdError with what the child said."""
         arguments = [str(archive), str(archive.parent / "image"), tag, str(self.settings.max_image_size),
-                     str(self.settings.max_image_entries)]
+                     str(self.settings.max_image_entries), str(first_id)]
         child = await asyncio.create_subprocess_exec(
             sys.executable, "-I", __file__, "unpack", *arguments,
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
@@ -4547,7 +4782,8 @@ class Daemon:
         try:
             if directory.exists():
                 await asyncio.to_thread(shutil.rmtree, directory)
-            directory.parent.mkdir(mode=0o700, exist_ok=True)
+            directory.parent.mkdir(exist_ok=True)
+            admit_containers(directory.parent, image["first_id"])
             unpacked.rename(directory)
         except OSError as error:
             raise storage_error(error, "storing the image") from error
@@ -4613,7 +4849,8 @@ class Daemon:
         keep = old is not None and self._network.has(old.record.address)
         address = old.record.address if keep else self._network.lowest_free(taken)
         created = old.record.created if old else timestamp()
-        record = FunctionRecord(name, address, created, timestamp(), self._versions(old, version))
+        record = FunctionRecord(name, address, version.bundle.first_id, created, timestamp(),
+                                self._versions(old, version))
         function = self._make_function(record)
         function.replace_version(version, container)
         try:
@@ -4779,6 +5016,7 @@ class Daemon:
         del self._functions[name]
         async with function.changing:
             await asyncio.to_thread(shutil.rmtree, self._images_dir / name, True)
+        self._ids.release(function.record.first_id)
         await self._services.logs.flush()
         function.log.remove()
         log.info("function=%s removed", name)
@@ -4878,12 +5116,28 @@ def make_directories(settings: Settings) -> None:
     """Make the directories that faasd owns. Raises UsageError."""
     try:
         settings.run_dir.mkdir(mode=0o755, parents=True, exist_ok=True)
-        settings.state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-        for name in ("images", "logs", "tmp"):
+        settings.state_dir.mkdir(mode=0o711, parents=True, exist_ok=True)
+        # Containers, whose root is an unprivileged user of the host, pass through to their image: see admit_containers.
+        settings.state_dir.chmod(stat.S_IMODE(settings.state_dir.stat().st_mode) | stat.S_IXGRP | stat.S_IXOTH)
+        for name, mode in (("images", 0o711), ("logs", 0o700), ("tmp", 0o700)):
             (settings.state_dir / name).mkdir(exist_ok=True)
-            (settings.state_dir / name).chmod(0o700)    # devices and setuid files of images are for nobody on the host
+            (settings.state_dir / name).chmod(mode)
     except OSError as error:
         raise UsageError(f"cannot make {error.filename}: {error.strerror}") from error
+    for option, directory in (("--state-dir", settings.state_dir), ("--run-dir", settings.run_dir)):
+        for parent in directory.parents:
+            if not parent.stat().st_mode & stat.S_IXOTH:
+                raise UsageError(f"{option} {directory}: containers run as unprivileged users, and {parent} lets these "
+                                 f"not pass: chmod o+x {parent}, or choose another directory")
+
+
+def admit_containers(directory: Path, first_id: int) -> None:
+    """Let a function's containers, and nobody else, pass a directory: devices and setuid files of images are below it.
+
+    The mount that makes an image the root of a container is made as the container's root, which passes as the group.
+    """
+    os.chown(directory, 0, first_id)
+    directory.chmod(0o710)
 
 
 def lock_directory(directory: Path) -> BinaryIO:
@@ -4900,8 +5154,8 @@ def lock_directory(directory: Path) -> BinaryIO:
     return file
 
 
-async def serve(settings: Settings, network: Network) -> None:
-    await Daemon(settings, network).run()
+async def serve(settings: Settings, network: Network, ids: IdRanges) -> None:
+    await Daemon(settings, network, ids).run()
 
 
 def main(argv: list[str]) -> int:
@@ -4913,13 +5167,14 @@ def main(argv: list[str]) -> int:
     configure_logging(settings.log_format == "json", settings.verbose)
     try:
         check_machine(settings)
+        ids = IdRanges(find_host_ids())
         make_directories(settings)
         with lock_directory(settings.run_dir), lock_directory(settings.state_dir):
             network = Network(settings.subnet)
             network.claim()
             _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))    # four descriptors an invocation
-            asyncio.run(serve(settings, network))
+            asyncio.run(serve(settings, network, ids))
     except FaasdError as error:
         print(f"faasd: {error}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1

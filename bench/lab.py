@@ -40,6 +40,7 @@ def in_own_network() -> None:
 def scratch(where: str = "/dev/shm"):
     """A directory that is removed in the end; on a tmpfs it is the same for all sides of a comparison."""
     directory = Path(tempfile.mkdtemp(prefix="faasd-bench.", dir=where))
+    directory.chmod(0o711)      # containers, which run as nobody in particular, must pass
     try:
         yield directory
     finally:
@@ -118,9 +119,11 @@ class BareRuns:
         container = secrets.token_hex(6)
         directory = self.run_dir / "containers" / container
         directory.mkdir()
+        os.chown(directory, 0, self.bundle.first_id)
         (directory / "config.json").write_bytes(self.bundle.render(container))
         with socket.socket(socket.AF_UNIX) as listener:
             listener.bind(str(directory / "control.sock"))
+            (directory / "control.sock").chmod(0o666)
             listener.listen(1)
             start = time.perf_counter()
             process = subprocess.Popen(self.runtime.run_argv(str(directory), container), stdin=subprocess.DEVNULL)

@@ -38,6 +38,13 @@ FOREIGN = "s390x" if HOST != "s390x" else "amd64"
 # can name it; on the file system of the rootfs, so that a hard link would succeed.
 CANARY = f"/var/tmp/faasd-canary.{os.getpid()}"
 
+FIRST_ID = 1 << 20          # the host id that root of an image is, where layers are applied without a child
+
+
+def owner(status: os.stat_result) -> tuple[int, int]:
+    """Return the owner of a file as an image has it."""
+    return status.st_uid % FIRST_ID, status.st_gid % FIRST_ID
+
 
 def as_bytes(text: bytes | str) -> bytes:
     return text if isinstance(text, bytes) else os.fsencode(text)
@@ -373,7 +380,7 @@ def full_tree(root: str | Path) -> dict[str, tuple]:
         if len(what) > 200:
             what = sha256(os.fsencode(what))
         links = status.st_nlink if not stat.S_ISDIR(status.st_mode) else 0
-        found[os.path.relpath(path, root)] = (what, oct(status.st_mode), status.st_uid, status.st_gid, links,
+        found[os.path.relpath(path, root)] = (what, oct(status.st_mode), *owner(status), links,
                                               status.st_mtime_ns, tuple(sorted(xattrs(path).items())))
     return found
 
@@ -405,7 +412,7 @@ def apply_layers(rootfs: Path, layers: Iterable[bytes], max_size: int = faasd.MA
                 spool.flush()
                 stream = faasd.LayerStream(faasd.SpanReader(spool, 0, len(data)), budget)
                 try:
-                    faasd.LayerApplier(faasd.Rootfs(rootfs, writers), budget).apply(stream)
+                    faasd.LayerApplier(faasd.Rootfs(rootfs, writers, FIRST_ID), budget).apply(stream)
                 finally:
                     writers.settle()            # what came before an error is there, for the tests to look at
                 stream.verify(faasd.Layer("test", sha256(data), None))
@@ -510,7 +517,7 @@ class Sandbox(unittest.TestCase):
         """Unpack a whole image in this process, to self.image."""
         subprocess.run(["rm", "-rf", self.image], check=True)
         try:
-            return faasd.unpack_image(self.write(archive), self.image, tag, max_size, max_entries)
+            return faasd.unpack_image(self.write(archive), self.image, tag, max_size, max_entries, 0)
         finally:
             self.assert_host_unchanged()
             (self.directory / "archive.tar").unlink(missing_ok=True)
@@ -526,7 +533,7 @@ class Sandbox(unittest.TestCase):
         with tempfile.TemporaryFile("w+") as stdout, tempfile.TemporaryFile("w+") as stderr, \
                 tempfile.NamedTemporaryFile("r") as peak:
             command = [sys.executable, "-c", WATCH, peak.name, *before, sys.executable, "-I", ROOT / "faasd.py",
-                       "unpack", path, image, tag, str(max_size), str(max_entries)]
+                       "unpack", path, image, tag, str(max_size), str(max_entries), "0"]
             child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr, env=env,
                                      start_new_session=True)
             try:

@@ -44,7 +44,9 @@ def wait_until(condition, what: str, seconds: float = READY_SECONDS):
 
 
 def temporary_directory() -> Path:
-    return Path(tempfile.mkdtemp(prefix=PREFIX))
+    path = Path(tempfile.mkdtemp(prefix=PREFIX))
+    path.chmod(0o711)           # containers, which run as nobody in particular, must pass
+    return path
 
 
 # -- images --

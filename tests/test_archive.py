@@ -384,7 +384,7 @@ class Damage(Sandbox):
         shutil.rmtree(self.image, ignore_errors=True)
         path = self.write(archive)
         try:
-            document = faasd.unpack_image(path, self.image, "", faasd.MAX_IMAGE_SIZE, faasd.MAX_IMAGE_ENTRIES)
+            document = faasd.unpack_image(path, self.image, "", faasd.MAX_IMAGE_SIZE, faasd.MAX_IMAGE_ENTRIES, 0)
         except faasd.FaasdError as error:
             self.assert_clear(error)
             self.assertIn(error.status, (400, 413), error)

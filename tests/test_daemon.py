@@ -108,7 +108,7 @@ class Refusals(unittest.TestCase):
         state.mkdir()
         for content, words in (("{", "is damaged"), ("[]", "is damaged"), ('{"format": 1}', "is damaged"),
                                ('{"format": 1, "functions": [{"name": "x"}]}', "is damaged"),
-                               ('{"format": 3, "functions": []}', "has format 3, this faasd knows 2")):
+                               ('{"format": 4, "functions": []}', "has format 3, this faasd knows 2")):
             with self.subTest(content):
                 (state / "registry.json").write_text(content)
                 self.assertIn(words, self.refuse(status=1))
@@ -306,8 +306,8 @@ class Socket(unittest.TestCase):
 
     def test_state_is_closed_to_others(self):
         with support.Daemon() as daemon:
-            self.assertEqual(os.stat(daemon.state_dir).st_mode & 0o777, 0o700)
-            self.assertEqual(os.stat(daemon.run_dir / "containers").st_mode & 0o777, 0o700)
+            self.assertEqual(os.stat(daemon.state_dir).st_mode & 0o777, 0o711)
+            self.assertEqual(os.stat(daemon.run_dir / "containers").st_mode & 0o777, 0o711)
 
     def test_registry_is_closed_to_others_wherever_it_is(self):
         directory = support.temporary_directory()
@@ -319,7 +319,7 @@ class Socket(unittest.TestCase):
         with daemon:
             daemon.deploy("f", support.handler_image(), "-e", "SECRET=1")
             self.assertEqual(os.stat(state).st_mode & 0o777, 0o755, "a directory of the user's own was changed")
-            for name, mode in (("registry.json", 0o600), ("images", 0o700), ("logs", 0o700), ("tmp", 0o700)):
+            for name, mode in (("registry.json", 0o600), ("images", 0o711), ("logs", 0o700), ("tmp", 0o700)):
                 self.assertEqual(os.stat(state / name).st_mode & 0o777, mode, name)
             self.assertNotIn("SECRET", daemon.log())
 

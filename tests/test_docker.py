@@ -65,6 +65,7 @@ class Engine:
 
     def __init__(self, configuration: dict):
         self.directory = Path(tempfile.mkdtemp(prefix=f"{support.PREFIX}docker.", dir="/var/tmp"))
+        self.directory.chmod(0o711)     # for containers
         self.env = {**os.environ, "DOCKER_HOST": f"unix://{self.directory}/docker.sock", "DOCKER_BUILDKIT": "0",
                     "DOCKER_CONFIG": str(self.directory / "client")}
         for name in ("DOCKER_CONTEXT", "DOCKER_TLS_VERIFY", "DOCKER_API_VERSION"):

@@ -127,7 +127,7 @@ class Tools(unittest.TestCase):
     def unpack(self, archive: Path) -> tuple[dict, dict]:
         """Return image.json and the listing of the rootfs, less what faasd adds."""
         image = Path(tempfile.mkdtemp(dir=self.directory))
-        document = faasd.unpack_image(archive, image / "image", "", faasd.MAX_IMAGE_SIZE, faasd.MAX_IMAGE_ENTRIES)
+        document = faasd.unpack_image(archive, image / "image", "", faasd.MAX_IMAGE_SIZE, faasd.MAX_IMAGE_ENTRIES, 0)
         listing = self.listing(image / "image/rootfs")
         shutil.rmtree(image)
         return document, listing
@@ -210,7 +210,7 @@ class Tools(unittest.TestCase):
             self.unpack(archive)
         image = Path(tempfile.mkdtemp(dir=self.directory))
         self.addCleanup(shutil.rmtree, image)
-        document = faasd.unpack_image(archive, image / "image", "app:docker", 1 << 30, 1000)
+        document = faasd.unpack_image(archive, image / "image", "app:docker", 1 << 30, 1000, 0)
         self.assertEqual(document["digest"], self.config_digest("docker"))
 
     def skopeo(self, kind: str, target: str, *arguments) -> None:
@@ -281,7 +281,7 @@ class Tools(unittest.TestCase):
             image = Path(tempfile.mkdtemp(dir=self.directory))
             self.addCleanup(shutil.rmtree, image)
             with self.subTest(tag=tag):
-                again = faasd.unpack_image(archive, image / "image", tag, 1 << 30, 1000)
+                again = faasd.unpack_image(archive, image / "image", tag, 1 << 30, 1000, 0)
                 self.assertEqual(again["digest"], document["digest"])
 
 

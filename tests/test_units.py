@@ -88,7 +88,7 @@ class RuntimeWarnings(unittest.TestCase):
 class Spec(unittest.TestCase):
     """One literal image; each test changes one thing."""
 
-    image = {"version": "0123456789ab", "digest": "sha256:00", "process": {
+    image = {"version": "0123456789ab", "digest": "sha256:00", "first_id": 1 << 20, "process": {
         "entrypoint": ["/e"], "cmd": ["c"], "env": ["PATH=/bin", "A=1"], "cwd": "/w", "uid": 1, "gid": 2, "groups": [3],
         "volumes": []}}
 
@@ -109,7 +109,9 @@ class Spec(unittest.TestCase):
         self.assertTrue(spec["process"]["noNewPrivileges"])
         self.assertEqual(set(map(tuple, spec["process"]["capabilities"].values())), {()})
         self.assertEqual({n["type"] for n in spec["linux"]["namespaces"]},
-                         {"pid", "mount", "network", "ipc", "uts", "cgroup"})
+                         {"pid", "mount", "network", "ipc", "uts", "cgroup", "user"})
+        self.assertEqual(spec["linux"]["uidMappings"], [{"containerID": 0, "hostID": 1 << 20, "size": 65536}])
+        self.assertEqual(spec["linux"]["gidMappings"], spec["linux"]["uidMappings"])
         self.assertEqual(spec["linux"]["resources"]["devices"], [{"allow": False, "access": "rwm"}])
         self.assertIn("/proc/kcore", spec["linux"]["maskedPaths"])
         self.assertIn("/proc/sys", spec["linux"]["readonlyPaths"])
@@ -214,7 +216,7 @@ class RegistryFile(unittest.TestCase):
             self.assertEqual(registry.load(), [])
             versions = [faasd.VersionRecord("v2", "t", faasd.Options(env=("A=1",), cmd=("x",), warm=3)),
                         faasd.VersionRecord("v1", "s", faasd.Options())]
-            record = faasd.FunctionRecord("n", "10.0.0.10", "t", "u", versions)
+            record = faasd.FunctionRecord("n", "10.0.0.10", 1 << 20, "t", "u", versions)
             registry.save([record])
             self.assertEqual(registry.load(), [record])
             self.assertEqual((record.version, record.options.warm), ("v2", 3))
