@@ -1973,6 +1973,11 @@ class Bundle:
         return self._template.replace(self._mark, container_id).encode()
 
 
+# Of cgroup v1 and v2 (kernel documentation, admin-guide/cgroup-v1 and cgroup-v2.rst).
+LIMIT_FILES = ("memory.limit_in_bytes", "memory.memsw.limit_in_bytes", "memory.max", "memory.swap.max", "cpu.cfs_quota_us",
+               "cpu.cfs_period_us", "cpu.max", "pids.max", "devices.list")
+
+
 class Cgroups:
     """The cgroups of this daemon's containers: PARENT/ID in every hierarchy, of v1 and v2.
 
@@ -2008,6 +2013,12 @@ class Cgroups:
             with contextlib.suppress(FileNotFoundError, OSError):       # runc may be removing it just now
                 pids.update(map(int, (directory / "cgroup.procs").read_text().split()))
         return pids - {0}                       # a process that our pid namespace does not see
+
+    def limits(self, container_id: str) -> dict[str, str]:
+        """Return the limits that a container has, by the names of the files that hold them."""
+        directories = self._directories(self.path(container_id))
+        return {name: " ".join((directory / name).read_text().split())
+                for name in LIMIT_FILES for directory in directories if (directory / name).exists()}
 
     def kill(self, container_id: str) -> None:
         """Send SIGKILL to every process of a container."""
@@ -2625,6 +2636,38 @@ class Container:
             os.rmdir(self._directory)
 
 
+def inspect_process(pid: int) -> dict:
+    """Return how a process is isolated, read from /proc (proc(5)), for people to see. Raises OSError if it is gone.
+
+    Not what we asked for, but what the kernel says there is.
+    """
+    process = Path(f"/proc/{pid}")
+    status = dict(line.split(":\t", 1) for line in (process / "status").read_text().splitlines() if ":\t" in line)
+    namespaces = {entry.name: os.readlink(entry) for entry in (process / "ns").iterdir() if "_for_" not in entry.name}
+    mounts = [line.split(" - ") for line in (process / "mountinfo").read_text().splitlines()]
+    try:
+        profile = (process / "attr/current").read_text().strip("\n\0")
+    except OSError:                     # EINVAL: the kernel has no security module that keeps one
+        profile = ""
+    return {
+        "namespaces": {kind: "own" if os.readlink(f"/proc/self/ns/{kind}") != name else "the host's"
+                       for kind, name in sorted(namespaces.items())},
+        "host_ids": [int(status[key].split()[0]) for key in ("Uid", "Gid")],
+        "uid_map": " ".join((process / "uid_map").read_text().split()),
+        "gid_map": " ".join((process / "gid_map").read_text().split()),
+        "capabilities": {key.lower(): status[key] for key in ("CapEff", "CapPrm", "CapInh", "CapBnd", "CapAmb")},
+        "no_new_privs": status["NoNewPrivs"] == "1",
+        "seccomp": {"0": "none", "1": "strict", "2": "filter"}[status["Seccomp"]],
+        "apparmor": profile,
+        "mounts": [{"target": before.split()[4], "type": after.split()[0], "options": before.split()[5]}
+                   for before, after in mounts],
+        "interfaces": [line.partition(":")[0].strip() for line in (process / "net/dev").read_text().splitlines()[2:]],
+        "rlimits": {line[:25].strip(): line[26:].split()[0] for line in
+                    (process / "limits").read_text().splitlines()[1:]},
+        "descriptors": sorted(os.readlink(entry) for entry in (process / "fd").iterdir()),
+    }
+
+
 class ContainerHost:
     """Where this daemon's containers live: directories, runtime and cgroups, and what to do about their remains."""
 
@@ -2673,6 +2716,17 @@ class ContainerHost:
                     if argv[1:3] == [b"--root", root]:
                         pids.append(int(entry.name))
         return pids
+
+    def inspect(self, container_id: str) -> dict:
+        """Return how a running container is isolated. Blocks. Raises Conflict if it ends meanwhile."""
+        try:
+            for pid in self.cgroups.processes(container_id):
+                if re.search(r"^NSpid:.*\t1$", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE):
+                    return {"container": container_id, **inspect_process(pid),
+                            "limits": self.cgroups.limits(container_id)}
+        except OSError as error:
+            log.info("container=%s inspecting it: %s", container_id, error)
+        raise Conflict("the container that was looked at has ended meanwhile: try again")
 
     def has_remains(self, container_id: str) -> bool:
         return self.runtime.has_state(container_id) or self.cgroups.exists(container_id)
@@ -4287,6 +4341,7 @@ class ControlHandler(http.server.BaseHTTPRequestHandler):
                                  "DELETE": self._remove},
             ("functions", "*", "stats"): {"GET": self._stats},
             ("functions", "*", "versions"): {"GET": self._versions},
+            ("functions", "*", "isolation"): {"GET": self._isolation},
             ("functions", "*", "rollback"): {"POST": self._roll_back},
             ("functions", "*", "logs"): {"GET": self._logs},
         }
@@ -4318,6 +4373,9 @@ class ControlHandler(http.server.BaseHTTPRequestHandler):
 
     def _versions(self, name: str, query: dict) -> None:
         self._reply(200, {"versions": self._call(self.server.daemon.versions(name))})
+
+    def _isolation(self, name: str, query: dict) -> None:
+        self._reply(200, self._call(self.server.daemon.inspect(name)))
 
     def _roll_back(self, name: str, query: dict) -> None:
         self._reply(200, self._call(self.server.daemon.roll_back(name, query.get("version", [""])[-1])))
@@ -4958,6 +5016,21 @@ class Daemon:
 
     def _describe(self, function: Function) -> dict:
         return {**function.describe(), "port": self.settings.port}
+
+    async def inspect(self, name: str) -> dict:
+        """Return how a container of a function is isolated: one that is there, or one that is started for it."""
+        pool = self._get(name).pool
+        if pool is None:
+            raise Conflict(f"function {name} is broken: `faas info {name}` says why")
+        if pool.idle:
+            return await asyncio.to_thread(self._host.inspect, pool.idle[-1].id)
+        with self._registered():
+            self._refuse_if_stopping()
+            container, _ = await self._prove(name, pool.version)
+            try:
+                return await asyncio.to_thread(self._host.inspect, container.id)
+            finally:
+                await to_the_end(container.finish(0))
 
     async def function_log(self, name: str) -> FunctionLog:
         """Return a function's log, with all that has happened so far in it."""
