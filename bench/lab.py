@@ -140,6 +140,49 @@ class BareRuns:
         self.cgroups.remove(self.cgroups.parent)
 
 
+class NotRun(Exception):
+    """A comparison, or a side of one, cannot run here; str() says why."""
+
+
+class Engine:
+    """containerd and a Docker engine of our own, started by hand (tests/ci/docker_engine.sh)."""
+
+    def __init__(self, directory: Path):
+        self.directory = directory / "faasd-bench-engine"
+        self.directory.mkdir()
+        for program in ("containerd", "ctr", "dockerd", "docker"):
+            if shutil.which(program) is None:
+                raise NotRun(f"no {program}: apt install docker.io")
+
+    def __enter__(self) -> Engine:
+        with (self.directory / "log").open("wb") as log:
+            self.process = subprocess.Popen([TOP / "tests/ci/docker_engine.sh", self.directory],
+                                            stdin=subprocess.PIPE, stdout=log, stderr=log)
+        deadline = time.monotonic() + 60
+        while subprocess.run([*self.docker(), "version"], capture_output=True, check=False).returncode != 0:
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                self.__exit__()
+                raise NotRun(f"the engine does not start: {(self.directory / 'log').read_text()[-300:]}")
+            time.sleep(0.1)
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.process.stdin.close()
+        self.process.wait()
+
+    def docker(self) -> list[str]:
+        return ["docker", "--host", f"unix://{self.directory}/docker.sock"]
+
+    def docker_run(self) -> list[str]:
+        return [*self.docker(), "run", "--rm", "--network", "none", "handler:latest", "--boot"]
+
+    def ctr_run(self, bare: BareRuns) -> list[str]:
+        process = bare.image["process"]
+        environment = [word for entry in process["env"] for word in ("--env", entry)]
+        return ["ctr", "--address", f"{self.directory}/containerd.sock", "run", "--rm", "--null-io", *environment,
+                "--rootfs", str(bare.rootfs), f"bench{time.monotonic_ns()}", *process["entrypoint"], "--boot"]
+
+
 def request(address: str, port: int = 80) -> float:
     """Return the seconds until a request has its whole answer. Raises OSError, AssertionError."""
     with socket.socket() as client:
