@@ -1796,10 +1796,10 @@ MASKED_PATHS = ["/proc/acpi", "/proc/asound", "/proc/interrupts", "/proc/kcore",
 READONLY_PATHS = ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"]
 NAMESPACES = ["pid", "mount", "network", "ipc", "uts", "cgroup", "user"]
 
-# What a handler may ask of the kernel, in the spirit of Docker's profile: what programs in CPython, Node, Go, Java, Ruby
-# or C need to compute, to talk and to use the files they are given. Everything else is EPERM: mounts, namespaces, modules,
-# keys, tracing, bpf, perf, io_uring, userfaultfd, clocks, and what has not been invented yet. In groups, as the man
-# pages have them; names of another architecture's are passed over.
+# What a handler may ask of the kernel, in the spirit of Docker's profile: what programs in Python, Node, Go, Java, Ruby
+# or C need to compute, to talk and to use the files they are given. Everything else is EPERM: mounts, namespaces,
+# modules, keys, tracing, bpf, perf, io_uring, userfaultfd, clocks, and what has not been invented yet. In groups, as
+# the man pages have them; names of another architecture's are passed over.
 ALLOWED_CALLS = """
     access chdir chmod chown close close_range copy_file_range creat dup dup2 dup3 faccessat faccessat2 fadvise64
     fallocate fchdir fchmod fchmodat fchmodat2 fchown fchownat fcntl fdatasync fgetxattr flistxattr flock fremovexattr
@@ -1811,14 +1811,14 @@ ALLOWED_CALLS = """
     truncate umask unlink unlinkat utime utimensat utimes vmsplice write writev
     io_cancel io_destroy io_getevents io_setup io_submit
 
-    brk madvise mincore mlock mlock2 mlockall mmap mprotect mremap msync munlock munlockall munmap pkey_alloc pkey_free
-    pkey_mprotect
+    brk madvise mincore mlock mlock2 mlockall mmap mprotect mremap msync munlock munlockall munmap pkey_alloc
+    pkey_free pkey_mprotect
 
     alarm arch_prctl capget capset execve execveat exit exit_group fork getcpu getegid geteuid getgid getgroups
     getitimer getpgid getpgrp getpid getppid getpriority getrandom getresgid getresuid getrlimit getrusage getsid
     gettid getuid ioprio_get ioprio_set kill pidfd_open pidfd_send_signal prctl prlimit64 restart_syscall
-    riscv_flush_icache rt_sigaction rt_sigpending rt_sigprocmask rt_sigqueueinfo rt_sigreturn rt_sigsuspend rt_sigtimedwait
-    rt_tgsigqueueinfo setfsgid setfsuid setgid setgroups setitimer setpgid setpriority setregid setresgid setresuid
+    riscv_flush_icache rt_sigaction rt_sigpending rt_sigprocmask rt_sigqueueinfo rt_sigreturn rt_sigsuspend
+    rt_sigtimedwait rt_tgsigqueueinfo setfsgid setfsuid setgid setgroups setitimer setpgid setpriority setregid setresgid setresuid
     setreuid setrlimit setsid setuid sigaltstack sysinfo tgkill times tkill uname vfork wait4 waitid
 
     futex futex_requeue futex_wait futex_waitv futex_wake get_robust_list membarrier rseq sched_get_priority_max
@@ -1846,7 +1846,8 @@ def seccomp_profile(machine: str) -> dict | None:
     """Return the seccomp filter of every container (runtime-spec config-linux.md), None for a machine without one.
 
     For the machine's native system calls only: those of 32-bit programs end the process, and the filter takes a third
-    of the time to load. clone3 has its flags where no filter can look, so it is said not to exist, and C libraries use clone.
+    of the time to load. clone3 has its flags where no filter can look, so it is said not to exist, and C libraries use
+    clone.
     """
     if machine not in SECCOMP_ARCHITECTURES:
         return None
@@ -1974,8 +1975,8 @@ class Bundle:
 
 
 # Of cgroup v1 and v2 (kernel documentation, admin-guide/cgroup-v1 and cgroup-v2.rst).
-LIMIT_FILES = ("memory.limit_in_bytes", "memory.memsw.limit_in_bytes", "memory.max", "memory.swap.max", "cpu.cfs_quota_us",
-               "cpu.cfs_period_us", "cpu.max", "pids.max", "devices.list")
+LIMIT_FILES = ("memory.limit_in_bytes", "memory.memsw.limit_in_bytes", "memory.max", "memory.swap.max",
+               "cpu.cfs_quota_us", "cpu.cfs_period_us", "cpu.max", "pids.max", "devices.list")
 
 
 class Cgroups:
@@ -2146,10 +2147,11 @@ def find_host_ids(directory: Path = Path("/etc")) -> range:
     if users is None and groups is None:
         return range(FIRST_ID, LAST_ID + 1)
     if users != groups:
-        raise UsageError(f"{directory}/subuid and subgid differ for {SUBORDINATE_USER}: make them the same, or remove both")
+        raise UsageError(f"{directory}/subuid and subgid differ for {SUBORDINATE_USER}: make them the same, or remove "
+                         "both")
     if len(users) < IDS or users.start < IDS or users.stop > 1 << 32:
-        raise UsageError(f"{directory}/subuid gives {SUBORDINATE_USER} {len(users)} ids from {users.start}: each function "
-                         f"needs {IDS}, so give a multiple of that")
+        raise UsageError(f"{directory}/subuid gives {SUBORDINATE_USER} {len(users)} ids from {users.start}: each "
+                         f"function needs {IDS}, so give a multiple of that, from {IDS} on")
     return users
 
 
@@ -3230,7 +3232,7 @@ class FunctionRecord:
     """What the registry keeps of a function."""
     name: str
     address: str
-    first_id: int | None        # host id of its containers' root; None before it has one, in a registry of format 1 or 2
+    first_id: int | None        # host id of its containers' root; None for a registry of format 1 or 2
     created: str                # RFC 3339
     updated: str
     versions: list[VersionRecord]       # the one that runs first, then those that ran before, latest first
@@ -3247,7 +3249,8 @@ class FunctionRecord:
                    document["updated"], versions)
 
     def to_json(self) -> dict:
-        return {"name": self.name, "address": self.address, "first_id": self.first_id, "created": self.created, "updated": self.updated,
+        return {"name": self.name, "address": self.address, "first_id": self.first_id,
+                "created": self.created, "updated": self.updated,
                 "versions": [{"version": entry.version, "deployed": entry.deployed, "options": entry.options.to_json()}
                              for entry in self.versions]}
 
@@ -4628,7 +4631,7 @@ class Daemon:
             log.error("function=%s is broken: %s", record.name, error)
 
     async def _give_ids(self, records: list[FunctionRecord]) -> None:
-        """Give functions of a registry from before user namespaces their ids, and write that down. Raises FaasdError."""
+        """Give functions from before user namespaces their ids, and write that down. Raises FaasdError."""
         for record in records:
             if record.first_id is not None:
                 self._ids.claim(record.first_id)

@@ -87,30 +87,39 @@ ROWS = {
 }
 
 
+def docker_report(engine: lab.Engine, image: Path, python: str) -> dict:
+    docker = engine.docker()
+    subprocess.run([*docker, "load", "--input", image], check=True, capture_output=True)
+    run = [*docker, "run", "--detach", "--network", "none", "--entrypoint", python, "handler:latest", *SLEEP]
+    container = subprocess.run(run, check=True, capture_output=True, text=True).stdout.strip()
+    report = inspect(find_process(container))
+    subprocess.run([*docker, "rm", "--force", container], check=True, capture_output=True)
+    return report
+
+
+def containerd_report(engine: lab.Engine, rootfs: Path, directory: Path, python: str) -> dict:
+    # A copy whose owners are the image's: faasd's is shifted for a user namespace that ctr does not make.
+    plain = directory / "plain"
+    plain.mkdir()
+    subprocess.run(f"tar -C {rootfs} -c --owner=0 --group=0 . | tar -C {plain} -x", shell=True, check=True)
+    name = "isolation-bench"
+    ctr = ["ctr", "--address", f"{engine.directory}/containerd.sock"]
+    subprocess.run([*ctr, "run", "--detach", "--null-io", "--rootfs", plain, name, python, *SLEEP], check=True)
+    report = inspect(find_process(name))
+    subprocess.run([*ctr, "tasks", "kill", "--signal", "SIGKILL", name], check=True)
+    return report
+
+
 def main() -> None:
-    reports = {}
     with lab.scratch() as directory, lab.Faasd(directory) as daemon:
         image = lab.pack(directory)
         daemon.deploy("f", image)
-        reports["faasd"] = json.loads(daemon.faas("--json", "info", "--isolation", "f"))
-        bare = lab.BareRuns(directory, daemon.state_dir, "f")
-        python = bare.image["process"]["entrypoint"][0]
+        reports = {"faasd": json.loads(daemon.faas("--json", "info", "--isolation", "f"))}
+        rootfs, = (daemon.state_dir / "images/f").glob("*/rootfs")
+        python = json.loads((rootfs.parent / "image.json").read_text())["process"]["entrypoint"][0]
         with lab.Engine(directory) as engine:
-            subprocess.run([*engine.docker(), "load", "--input", image], check=True, capture_output=True)
-            container = subprocess.run([*engine.docker(), "run", "--detach", "--network", "none", "--entrypoint", python,
-                                        "handler:latest", *SLEEP], check=True, capture_output=True, text=True).stdout
-            reports["docker run"] = inspect(find_process(container.strip()))
-            subprocess.run([*engine.docker(), "rm", "--force", container.strip()], check=True, capture_output=True)
-            # A copy whose owners are the image's: faasd's is shifted for a user namespace that ctr does not make.
-            subprocess.run(["mkdir", directory / "plain"], check=True)
-            tar = f"tar -C {bare.rootfs} -c --owner=0 --group=0 --numeric-owner . | tar -C {directory}/plain -x"
-            subprocess.run(tar, shell=True, check=True)
-            ctr = ["ctr", "--address", f"{engine.directory}/containerd.sock"]
-            subprocess.run([*ctr, "run", "--detach", "--null-io", "--rootfs", directory / "plain", "isolation-bench", python,
-                            *SLEEP], check=True, capture_output=True)
-            reports["ctr run"] = inspect(find_process("isolation-bench"))
-            subprocess.run([*ctr, "tasks", "kill", "--signal", "SIGKILL", "isolation-bench"], check=True, capture_output=True)
-        bare.close()
+            reports["docker run"] = docker_report(engine, image, python)
+            reports["ctr run"] = containerd_report(engine, rootfs, directory, python)
     print("| | " + " | ".join(reports) + " |\n| --- |" + " --- |" * len(reports))
     for name, row in ROWS.items():
         print(f"| {name} | " + " | ".join(row(report) for report in reports.values()) + " |")
