@@ -50,14 +50,15 @@ def scratch(where: str = "/dev/shm"):
 class Faasd:
     """A daemon of the benchmark's own."""
 
-    def __init__(self, directory: Path, *arguments: str):
-        self.directory = directory
+    def __init__(self, directory: Path, *arguments: str, top: Path = TOP):
+        """top is the checkout to run."""
+        self.directory, self.top = directory, top
         self.state_dir, self.run_dir = directory / "state", directory / "run"
         self.arguments = arguments
 
     def __enter__(self) -> Faasd:
         with (self.directory / "log").open("wb") as log:
-            self.process = subprocess.Popen([sys.executable, TOP / "faasd.py", "--state-dir", self.state_dir,
+            self.process = subprocess.Popen([sys.executable, self.top / "faasd.py", "--state-dir", self.state_dir,
                                              "--run-dir", self.run_dir, *self.arguments], stderr=log)
         while " ready: " not in (self.directory / "log").read_text():
             if self.process.poll() is not None:
@@ -70,7 +71,7 @@ class Faasd:
         self.process.wait()
 
     def faas(self, *arguments) -> str:
-        return subprocess.run([sys.executable, TOP / "faas", "--socket", self.run_dir / "faasd.sock", *arguments],
+        return subprocess.run([sys.executable, self.top / "faas", "--socket", self.run_dir / "faasd.sock", *arguments],
                               stdout=subprocess.PIPE, text=True, check=True).stdout
 
     def deploy(self, name: str, image: Path, *options: str) -> str:
