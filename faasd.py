@@ -197,6 +197,14 @@ LAG_PROBE_SECONDS = 0.1
 # Network.
 ADDRESS_LABEL = "lo:faas"           # how our addresses are told from everybody else's; at most 15 bytes (IFNAMSIZ)
 FIRST_HOST = 10                     # the first function's address is .10
+NETS = ("none", "egress", "host")   # what --net may be
+# Of RFC 2544's range for tests of network equipment: routed nowhere, and hardly ever anybody's network, unlike 10/8,
+# 172.16/12 and 192.168/16 (LANs, VPNs, Docker), 100.64/10 (carriers, Tailscale) and 169.254/16 (which we block).
+EGRESS_SUBNET = "198.18.0.0/20"
+LINK_PREFIX = "faas"                # the host's ends of veth pairs: faas, 6 digits that tell the run-dir, -, a number
+MAX_LINKS = 9999                    # such numbers, so that a name keeps within 15 bytes (IFNAMSIZ)
+METADATA_NETWORK = "169.254.0.0/16"     # link-local, where clouds hand out credentials
+RESOLV_CONFS = ("/etc/resolv.conf", "/run/systemd/resolve/resolv.conf")    # the first that names a usable resolver
 
 # Control API.
 MAX_HEADER_SECONDS = 60.0           # socket timeout while a client sends its request
@@ -322,6 +330,13 @@ def parse_amount(text: str) -> int:
 def parse_warm(text: str) -> int | None:
     """Return a number of warm containers, None for `auto`. Raises BadRequest."""
     return None if text == "auto" else parse_amount(text)
+
+
+def parse_net(text: str) -> str:
+    """Return what network a function gets. Raises BadRequest."""
+    if text not in NETS:
+        raise BadRequest(f"bad net {text!r}: write none, egress or host")
+    return text
 
 
 def parse_cpus(text: str) -> float:
@@ -1583,6 +1598,14 @@ def prepare_volumes(rootfs: Rootfs, paths: Iterable[str]) -> list[dict]:
     return [volumes[path] for path in sorted(volumes)]      # a parent is mounted before what lies in it
 
 
+def prepare_resolv_conf(rootfs: Rootfs) -> str:
+    """Make sure that there is a plain file to mount a function's resolv.conf on; return its real path (H.1)."""
+    real = rootfs.make_directory(b"/etc") + b"/resolv.conf"
+    if rootfs.kind(real) != stat.S_IFREG:
+        rootfs.write_file(real, b"")
+    return os.fsdecode(real)
+
+
 HOSTS = b"127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n"
 
 
@@ -1613,6 +1636,7 @@ def resolve_process(config: dict, rootfs: Rootfs) -> dict:
         "entrypoint": take_strings(settings, "Entrypoint", what), "cmd": take_strings(settings, "Cmd", what),
         "env": env, "cwd": cwd, "uid": account.uid, "gid": account.gid, "groups": account.groups,
         "volumes": prepare_volumes(rootfs, take(settings, "Volumes", dict, what)),
+        "resolv_conf": prepare_resolv_conf(rootfs),
         "labels": take(settings, "Labels", dict, what), "stop_signal": take(settings, "StopSignal", str, what),
         "exposed_ports": sorted(take(settings, "ExposedPorts", dict, what)),
     }
@@ -1719,6 +1743,7 @@ class Options:
     queue_timeout: float = 10.0         # seconds until a connection that waits gets a 503
     warm: int | None = None             # containers started before their client comes; None: as traffic asks for
     reuse: int = 1                      # invocations that one container may serve
+    net: str = "none"                   # one of NETS
     env: tuple[str, ...] = ()           # KEY=value
     cmd: tuple[str, ...] = ()           # in the place of the image's Cmd
 
@@ -1770,7 +1795,7 @@ class Options:
 OPTION_PARSERS: dict[str, Callable] = {
     "memory": parse_size, "cpus": parse_cpus, "pids": parse_count, "timeout": parse_duration,
     "start_timeout": parse_duration, "concurrency": parse_count, "queue": parse_amount, "queue_timeout": parse_duration,
-    "warm": parse_warm, "reuse": parse_count,
+    "warm": parse_warm, "reuse": parse_count, "net": parse_net,
 }
 
 
@@ -1794,7 +1819,7 @@ MASKED_PATHS = ["/proc/acpi", "/proc/asound", "/proc/interrupts", "/proc/kcore",
                 "/proc/sched_debug", "/proc/scsi", "/proc/timer_list", "/proc/timer_stats",
                 "/sys/devices/virtual/powercap", "/sys/firmware"]
 READONLY_PATHS = ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"]
-NAMESPACES = ["pid", "mount", "network", "ipc", "uts", "cgroup", "user"]
+NAMESPACES = ["pid", "mount", "ipc", "uts", "cgroup", "user"]       # and that of its network
 
 # What a handler may ask of the kernel, in the spirit of Docker's profile: what programs in Python, Node, Go, Java, Ruby
 # or C need to compute, to talk and to use the files they are given. Everything else is EPERM: mounts, namespaces,
@@ -1882,8 +1907,42 @@ def tmpfs_mount(destination: str, size: str, *options: str) -> dict:
             "options": ["nosuid", "nodev", f"size={size}", *options]}
 
 
+def namespace_path(run_dir: Path, name: str) -> Path:
+    """Return where the network namespace of a function with net egress is kept."""
+    return run_dir / "net" / name
+
+
+def resolv_conf_path(run_dir: Path, net: str) -> Path:
+    """Return the resolv.conf of functions with net egress or host."""
+    return run_dir / f"resolv.conf.{net}"
+
+
+def network_mounts(net: str, process: dict, run_dir: Path) -> list[dict]:
+    """Return what a container finds of its network at /sys and in resolv.conf. Raises Conflict.
+
+    The kernel gives a container sysfs only with a network namespace that its own user namespace made. One that joins
+    another gets an empty /sys: the host's, bound there, would show the host's interfaces.
+    """
+    if net == "none":
+        return [{"destination": "/sys", "type": "sysfs", "source": "sysfs",
+                 "options": ["nosuid", "noexec", "nodev", "ro"]}]
+    if "resolv_conf" not in process:
+        raise Conflict(f"the image was unpacked by an older faasd, without a place for the resolv.conf of net {net}: "
+                       "deploy it again")
+    return [tmpfs_mount("/sys", "4k", "noexec", "ro", "mode=555"),
+            {"destination": process["resolv_conf"], "type": "bind", "source": str(resolv_conf_path(run_dir, net)),
+             "options": ["bind", "ro", "nosuid", "nodev", "noexec"]}]
+
+
+def network_namespace(net: str, name: str, run_dir: Path) -> list[dict]:
+    """Return the entry of linux.namespaces; the host's network is none."""
+    return {"none": [{"type": "network"}],
+            "egress": [{"type": "network", "path": str(namespace_path(run_dir, name))}],
+            "host": []}[net]
+
+
 def bundle_mounts(volumes: list[dict], control_socket: str) -> list[dict]:
-    """Return the mounts of every container.
+    """Return the mounts of every container, whatever its network.
 
     /dev must be a mount: without one runc writes device nodes into the rootfs, which other containers share.
     """
@@ -1895,7 +1954,6 @@ def bundle_mounts(volumes: list[dict], control_socket: str) -> list[dict]:
          "options": ["nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620", "gid=5"]},
         tmpfs_mount("/dev/shm", SHM_SIZE, "noexec", "mode=1777"),
         {"destination": "/dev/mqueue", "type": "mqueue", "source": "mqueue", "options": ["nosuid", "noexec", "nodev"]},
-        {"destination": "/sys", "type": "sysfs", "source": "sysfs", "options": ["nosuid", "noexec", "nodev", "ro"]},
         tmpfs_mount("/tmp", TMP_SIZE, "mode=1777"),
     ]
     for volume in volumes:
@@ -1915,7 +1973,7 @@ def command_line(process: dict, options: Options) -> list[str]:
 
 
 def build_spec(name: str, image: dict, options: Options, rootfs: str, control_socket: str, cgroup: str,
-               container_id: str, limit_swap: bool, apparmor: str = "") -> dict:
+               container_id: str, limit_swap: bool, run_dir: Path, apparmor: str = "") -> dict:
     """Return the OCI runtime configuration (runtime-spec config.md) of a function's container.
 
     image is the content of image.json; rootfs, control_socket and cgroup are paths, cgroup below the cgroup mounts;
@@ -1942,13 +2000,15 @@ def build_spec(name: str, image: dict, options: Options, rootfs: str, control_so
             "rlimits": [{"type": kind, "soft": limit, "hard": limit} for kind, limit in
                         (("RLIMIT_NOFILE", nofile), ("RLIMIT_CORE", 0))],
         },
-        "mounts": bundle_mounts(process["volumes"], control_socket),
+        "mounts": [*bundle_mounts(process["volumes"], control_socket),
+                   *network_mounts(options.net, process, run_dir)],
         "linux": {
-            "namespaces": [{"type": kind} for kind in NAMESPACES],
+            "namespaces": [{"type": kind} for kind in NAMESPACES] + network_namespace(options.net, name, run_dir),
             "uidMappings": ids, "gidMappings": ids,
             **({"seccomp": seccomp} if seccomp else {}),
             "cgroupsPath": cgroup,
-            "maskedPaths": MASKED_PATHS, "readonlyPaths": READONLY_PATHS,
+            "maskedPaths": [path for path in MASKED_PATHS if options.net == "none" or not path.startswith("/sys/")],
+            "readonlyPaths": READONLY_PATHS,
             "resources": {
                 "devices": [{"allow": False, "access": "rwm"}],     # runc adds null, zero, tty and their like
                 "memory": memory,
@@ -1967,7 +2027,7 @@ class Bundle:
         self.first_id: int = image["first_id"]          # host id of the containers' root
         self._mark = f"@{secrets.token_hex(16)}@"       # stands for the id; nothing a user writes contains it
         spec = build_spec(name, image, options, str(rootfs), str(run_dir / "containers" / self._mark / "control.sock"),
-                          cgroups.path(self._mark), self._mark, cgroups.can_limit_swap, apparmor)
+                          cgroups.path(self._mark), self._mark, cgroups.can_limit_swap, run_dir, apparmor)
         self._template = json.dumps(spec)
 
     def render(self, container_id: str) -> bytes:
@@ -2056,10 +2116,10 @@ def read_mounts() -> list[tuple[str, str]]:
     return mounts
 
 
-def run_command(*argv: str) -> subprocess.CompletedProcess:
+def run_command(*argv: str, stdin: str = "") -> subprocess.CompletedProcess:
     """Run a short-lived tool to its end and return its result with text output. Raises FaasdError if it cannot run."""
     try:
-        return subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace",
+        return subprocess.run(argv, input=stdin, capture_output=True, text=True, errors="replace",
                               timeout=COMMAND_TIMEOUT, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise FaasdError(f"cannot run {argv[0]}: {error}") from error
@@ -2217,6 +2277,25 @@ def ip_json(*arguments: str) -> list[dict]:
     return json.loads(result.stdout or "[]")
 
 
+def find_user(subnet: ipaddress.IPv4Network, is_ours: Callable[[str, str], bool]) -> str | None:
+    """Return to whom a part of subnet is assigned or routed, None if to nobody.
+
+    is_ours tells by interface and label (of an address) what does not count. Raises FaasdError.
+    """
+    for link in ip_json("addr", "show"):
+        for address in link.get("addr_info", []):
+            network = ipaddress.ip_network(f"{address['local']}/{address['prefixlen']}", strict=False)
+            if network.overlaps(subnet) and not is_ours(link["ifname"], address.get("label", "")):
+                return f"{network} is assigned to {link['ifname']}"
+    for route in ip_json("route", "show", "table", "all"):
+        if route.get("type", "unicast") == "unicast" and route["dst"] != "default":
+            network = ipaddress.ip_network(route["dst"], strict=False)
+            # Shorter than /8 is a default route in pieces, as VPNs set it (0.0.0.0/1 and 128.0.0.0/1).
+            if network.prefixlen >= 8 and network.overlaps(subnet) and not is_ours(route.get("dev", ""), ""):
+                return f"{network} is routed to {route.get('dev', route.get('gateway', 'elsewhere'))}"
+    return None
+
+
 class Network:
     """Addresses of one subnet on `lo`, one for each function.
 
@@ -2230,21 +2309,12 @@ class Network:
 
     def claim(self) -> None:
         """Make sure that the subnet is nobody else's. Raises UsageError."""
-        links = ip_json("addr", "show")
-        loopback = next((link for link in links if link.get("ifname") == "lo"), {})
+        loopback = next((link for link in ip_json("addr", "show") if link.get("ifname") == "lo"), {})
         if "UP" not in loopback.get("flags", []):
             raise UsageError("the loopback interface is down: ip link set lo up")
-        for link in links:
-            for address in link.get("addr_info", []):
-                network = ipaddress.ip_network(f"{address['local']}/{address['prefixlen']}", strict=False)
-                if address.get("label") != ADDRESS_LABEL and network.overlaps(self.subnet):
-                    self._refuse(f"{network} is assigned to {link['ifname']}")
-        for route in ip_json("route", "show", "table", "all"):
-            if route.get("type", "unicast") == "unicast" and route["dst"] != "default":
-                network = ipaddress.ip_network(route["dst"], strict=False)
-                # Shorter than /8 is a default route in pieces, as VPNs set it (0.0.0.0/1 and 128.0.0.0/1).
-                if network.prefixlen >= 8 and network.overlaps(self.subnet):
-                    self._refuse(f"{network} is routed to {route.get('dev', route.get('gateway', 'elsewhere'))}")
+        user = find_user(self.subnet, lambda interface, label: label == ADDRESS_LABEL)
+        if user:
+            self._refuse(user)
         self._claim_from_daemons()
 
     def _claim_from_daemons(self) -> None:
@@ -2305,6 +2375,321 @@ class Network:
         result = run_command("ip", "addr", "del", f"{address}/32", "dev", "lo", "label", ADDRESS_LABEL)
         if result.returncode != 0:
             log.warning("cannot remove %s from lo: %s", address, result.stderr.strip())
+
+
+def fit_resolv_conf(texts: Iterable[str]) -> tuple[str, list[str]]:
+    """Return a resolv.conf for a network namespace of its own, and the resolvers in it.
+
+    It is made from the first of texts that names a resolver which can be reached from there: one with an IPv4 address
+    that is not loopback, as those of stubs on the host are (127.0.0.53). Empty if there is none.
+    """
+    for text in texts:
+        lines, resolvers = [], []
+        for words in filter(None, map(str.split, text.splitlines())):
+            if words[0] in ("search", "domain", "options"):
+                lines.append(" ".join(words))
+            elif words[0] == "nameserver" and len(words) > 1 and is_reachable(words[1]):
+                lines.append(" ".join(words[:2]))
+                resolvers.append(words[1])
+        if resolvers:
+            return "\n".join(lines) + "\n", resolvers
+    return "", []
+
+
+def is_reachable(resolver: str) -> bool:
+    """Tell whether text is an IPv4 address that means the same in every network namespace."""
+    try:
+        address = ipaddress.IPv4Address(resolver)
+    except ValueError:
+        return False
+    return not (address.is_loopback or address.is_unspecified or address.is_multicast)
+
+
+def read_text(path: str | Path) -> str:
+    """Return a file's text, "" if it cannot be read."""
+    try:
+        return Path(path).read_text(errors="replace")
+    except OSError:
+        return ""
+
+
+def write_anew(path: Path, text: str) -> None:
+    """Put a file at path as a whole: containers that have the one before keep it."""
+    new = path.with_name(path.name + ".new")
+    new.write_text(text)
+    new.chmod(0o644)
+    new.rename(path)
+
+
+# What egress means. Our own table, and only packets of our own links: others' rules are not ours to touch. Replaced as
+# a whole, in one transaction, so there is no moment without.
+#   prerouting   a function speaks IPv4 from its own address on its own link, whatever its namespace might make up.
+#   input        to this machine itself: only the functions' public addresses, and resolvers that happen to be here.
+#   forward      to everybody else, but not to other functions' links, to cloud metadata, or to what other rules here
+#                redirect, as Docker does to publish ports on the host's addresses. Nobody opens connections to a
+#                function's link.
+# Refused at once, TCP by a reset: ICMP errors are rate-limited, and a program should not wait for nothing.
+EGRESS_RULES = """\
+add table inet {table}
+delete table inet {table}
+table inet {table} {{
+    set functions {{
+        type ifname . ipv4_addr
+        {functions}
+    }}
+    set resolvers {{
+        type ipv4_addr
+        {resolvers}
+    }}
+    chain prerouting {{
+        type filter hook prerouting priority raw; policy accept;
+        iifname "{prefix}*" meta nfproto ipv6 drop
+        iifname "{prefix}*" iifname . ip saddr != @functions drop
+    }}
+    chain input {{
+        type filter hook input priority filter; policy accept;
+        iifname != "{prefix}*" accept
+        ct state vmap {{ established : accept, related : accept, invalid : drop }}
+        ip daddr @resolvers meta l4proto {{ tcp, udp }} th dport 53 accept
+        ip daddr {public} tcp dport {port} accept
+        goto refuse
+    }}
+    chain forward {{
+        type filter hook forward priority filter; policy accept;
+        iifname != "{prefix}*" oifname != "{prefix}*" accept
+        ct state vmap {{ established : accept, related : accept, invalid : drop }}
+        oifname "{prefix}*" goto refuse
+        ip daddr @resolvers meta l4proto {{ tcp, udp }} th dport 53 accept
+        ip daddr {metadata} goto refuse
+        ct status dnat goto refuse
+    }}
+    chain postrouting {{
+        type nat hook postrouting priority srcnat; policy accept;
+        ip saddr {subnet} oifname != "{prefix}*" masquerade
+    }}
+    chain refuse {{
+        meta l4proto tcp reject with tcp reset
+        reject with icmpx type admin-prohibited
+    }}
+}}
+"""
+
+
+class EgressNetworks:
+    """The networks of functions with `--net egress`: each a namespace, a veth pair to the host, a part in our rules.
+
+        container            the function's namespace         host
+        joins it by path     eth0 ADDRESS/32 <-- veth pair --> faas3f9a1c-7 GATEWAY/32 --> rules, masquerade --> outside
+
+    A namespace is kept by a bind mount at RUN_DIR/net/NAME. All links have the same gateway address, and each function
+    an address that goes by the number of its link: so there is nothing to write down, and a link that bears its
+    function's name (as its alias, which is set last) is whole. Methods block, and must not run at the same time.
+    """
+
+    def __init__(self, run_dir: Path, subnet: ipaddress.IPv4Network, public: ipaddress.IPv4Network, port: int):
+        mark = hashlib.sha256(os.fsencode(run_dir)).hexdigest()[:6]     # two daemons on one machine do not meet
+        self._run_dir = run_dir
+        self._subnet, self._public, self._port = subnet, public, port
+        self._gateway = str(subnet[1])
+        self._prefix = f"{LINK_PREFIX}{mark}-"
+        self._table = f"faasd_{mark}"
+        self._numbers: dict[str, int] = {}      # function → number of its link
+
+    def has(self, name: str) -> bool:
+        return name in self._numbers
+
+    def provide(self, name: str) -> None:
+        """Make a function's network, or renew what the others share if it has one. Raises FaasdError; then nothing is.
+
+        Firewalls that are reloaded may flush our rules, and resolvers change: a deploy puts both right.
+        """
+        self._check_machine()
+        number = self._numbers.get(name)
+        if number is not None:
+            self._load_rules()
+            return
+        if not self._numbers:
+            self._warn_of_firewalls()
+        self._numbers[name] = self._free_number()
+        try:
+            self._load_rules()          # before the link: a packet from a link that they do not know is dropped
+            self._make(name, self._numbers[name])
+        except BaseException:
+            self.remove(name)
+            raise
+
+    def remove(self, *names: str) -> None:
+        """Remove functions' networks; what cannot be removed is logged."""
+        ours = [name for name in names if name in self._numbers]
+        for name in ours:
+            self._delete_link(self._link(self._numbers.pop(name)))
+            self._delete_namespace(namespace_path(self._run_dir, name))
+        try:
+            if self._numbers:
+                self._load_rules()
+            elif ours:
+                self._dismantle()
+        except FaasdError as error:
+            log.warning("after removing the network of %s: %s", ", ".join(ours), error)
+
+    def remove_all(self) -> None:
+        self.remove(*self._numbers)
+
+    def recover(self, wanted: set[str]) -> None:
+        """Take over the networks that a killed daemon left of functions that want one, and remove all others."""
+        mounted = {Path(mount) for mount, kind in read_mounts() if kind == "nsfs"}
+        links, directory = self._links(), namespace_path(self._run_dir, "x").parent
+        for number, name in links.items():
+            if name in wanted and namespace_path(self._run_dir, name) in mounted and self._fits(number):
+                self._numbers[name] = number
+            else:
+                self._delete_link(self._link(number))
+        paths = list(directory.iterdir()) if directory.is_dir() else []
+        for path in paths:
+            if path.name not in self._numbers:
+                log.warning("removing the network of %s that a killed daemon left", path.name)
+                self._delete_namespace(path)
+        if (links or paths) and not self._numbers:
+            self._dismantle()
+
+    def _links(self) -> dict[int, str]:
+        """Return our links: number → function, or "" for one that is not whole, or of another subnet."""
+        gateways = {link["ifname"] for link in ip_json("addr", "show")
+                    if any(entry.get("local") == self._gateway for entry in link["addr_info"])}
+        links = {}
+        for link in ip_json("link", "show"):
+            match = re.fullmatch(re.escape(self._prefix) + "([0-9]+)", link["ifname"])
+            if match:
+                links[int(match[1])] = link.get("ifalias", "") if link["ifname"] in gateways else ""
+        return links
+
+    # -- what must be so for any of them to work --
+
+    def _check_machine(self) -> None:
+        if shutil.which("nft") is None:
+            raise Conflict("net egress needs the nft program: apt install nftables")
+        user = find_user(self._subnet, lambda interface, label: interface.startswith(self._prefix))
+        if not user and self._subnet.overlaps(self._public):
+            user = f"functions listen on {self._public}"
+        if user:
+            raise Conflict(f"net egress: {self._subnet} is in use: {user}; start faasd with another --egress-subnet")
+        # Answers come in by another interface than ours, so that one must forward. "all" is net.ipv4.ip_forward.
+        forwarding = [path for path in Path("/proc/sys/net/ipv4/conf").glob("*/forwarding")
+                      if path.parent.name not in ("lo", "default") and not path.parent.name.startswith(LINK_PREFIX)]
+        if not any(read_text(path).strip() == "1" for path in forwarding):
+            raise Conflict("net egress needs a machine that forwards packets, which this one does not: sysctl -w "
+                           "net.ipv4.ip_forward=1, or net.ipv4.conf.X.forwarding=1 for the interface X that leads out")
+
+    def _warn_of_firewalls(self) -> None:
+        """Say so if another firewall drops what we would forward: an accept in our table cannot overrule it."""
+        result = run_command("nft", "-j", "list", "chains")
+        chains = [item["chain"] for item in json.loads(result.stdout or "{}").get("nftables", []) if "chain" in item]
+        for chain in chains:
+            if (chain.get("hook"), chain.get("policy")) == ("forward", "drop") and chain["family"] in ("ip", "inet"):
+                log.warning("chain %s of nftables table %s %s drops what it does not know: have it accept packets from "
+                            "and to %s*, or net egress leads nowhere", chain["name"], chain["family"], chain["table"],
+                            LINK_PREFIX)
+
+    # -- what they share --
+
+    def _load_rules(self) -> None:
+        text, resolvers = fit_resolv_conf(map(read_text, RESOLV_CONFS))
+        if not resolvers:
+            log.warning("net egress: no resolver with an IPv4 address other than loopback in %s: functions cannot look "
+                        "up names", " or ".join(RESOLV_CONFS))
+        pairs = [f'"{self._link(number)}" . {self._address(number)}' for number in self._numbers.values()]
+        self._nft(EGRESS_RULES.format(
+            table=self._table, prefix=self._prefix, subnet=self._subnet, public=self._public, port=self._port,
+            metadata=METADATA_NETWORK, functions=self._elements(pairs), resolvers=self._elements(resolvers)))
+        try:
+            write_anew(resolv_conf_path(self._run_dir, "egress"), text)
+        except OSError as error:
+            raise storage_error(error, "writing resolv.conf") from error
+
+    @staticmethod
+    def _elements(items: Iterable[str]) -> str:
+        text = ", ".join(dict.fromkeys(items))
+        return f"elements = {{ {text} }}" if text else ""       # an empty list is a syntax error
+
+    def _dismantle(self) -> None:
+        """Remove what they shared, once there is none."""
+        if shutil.which("nft"):
+            self._nft(f"add table inet {self._table}\ndelete table inet {self._table}\n")
+        resolv_conf_path(self._run_dir, "egress").unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            namespace_path(self._run_dir, "x").parent.rmdir()
+
+    def _nft(self, script: str) -> None:
+        result = run_command("nft", "-f", "-", stdin=script)
+        if result.returncode != 0:
+            raise FaasdError(f"nft cannot load the rules of net egress: {result.stderr.strip()}")
+
+    # -- one of them --
+
+    def _link(self, number: int) -> str:
+        return f"{self._prefix}{number}"
+
+    def _address(self, number: int) -> str:
+        return str(self._subnet[1 + number])
+
+    def _fits(self, number: int) -> bool:
+        return 1 <= number <= min(MAX_LINKS, self._subnet.num_addresses - 3)     # less network, gateway, broadcast
+
+    def _free_number(self) -> int:
+        number = next(n for n in itertools.count(1) if n not in self._numbers.values())
+        if not self._fits(number):
+            raise Conflict(f"net egress: {self._subnet} has no free address: start faasd with a larger --egress-subnet")
+        return number
+
+    def _make(self, name: str, number: int) -> None:
+        link, address, namespace = self._link(number), self._address(number), namespace_path(self._run_dir, name)
+        try:
+            namespace.parent.mkdir(mode=0o700, exist_ok=True)
+            namespace.touch(mode=0o600)
+        except OSError as error:
+            raise storage_error(error, f"making {namespace}") from error
+        self._run("unshare", f"--net={namespace}", "ip", "link", "set", "lo", "up")
+        self._run("ip", "link", "add", link, "type", "veth", "peer", "name", "eth0", "netns", str(namespace))
+        self._run("ip", "-batch", "-", stdin="\n".join([
+            *self._without_ipv6(link), f"addr add {self._gateway}/32 dev {link}", f"link set {link} up",
+            f"route add {address}/32 dev {link}"]))
+        try:
+            Path(f"/proc/sys/net/ipv4/conf/{link}/forwarding").write_text("1")
+        except OSError as error:
+            raise FaasdError(f"cannot have {link} forward packets: {error.strerror}") from error
+        self._run("nsenter", f"--net={namespace}", "ip", "-batch", "-", stdin="\n".join([
+            *self._without_ipv6("eth0"), f"addr add {address}/32 dev eth0", "link set eth0 up",
+            f"route add {self._gateway}/32 dev eth0", f"route add default via {self._gateway}"]))
+        self._run("ip", "link", "set", link, "alias", name)
+
+    @staticmethod
+    def _without_ipv6(link: str) -> list[str]:
+        """Return what keeps a link without an IPv6 address, where the kernel has IPv6."""
+        return [f"link set {link} addrgenmode none"] if Path("/proc/sys/net/ipv6/conf").is_dir() else []
+
+    @staticmethod
+    def _delete_link(link: str) -> None:
+        if link in (name for _, name in socket.if_nameindex()):
+            result = run_command("ip", "link", "del", link)
+            if result.returncode != 0:
+                log.warning("cannot remove %s: %s", link, result.stderr.strip())
+
+    @staticmethod
+    def _delete_namespace(path: Path) -> None:
+        """Take away what keeps a namespace; it ends with the last process in it, which has no link to anybody."""
+        if (str(path), "nsfs") in read_mounts():
+            result = run_command("umount", "--lazy", str(path))     # lazy: a runc that starts may have it open
+            if result.returncode != 0:
+                log.warning("cannot unmount %s: %s", path, result.stderr.strip())
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            log.warning("cannot remove %s: %s", path, error.strerror)
+
+    def _run(self, *argv: str, stdin: str = "") -> None:
+        result = run_command(*argv, stdin=stdin)
+        if result.returncode != 0:
+            raise FaasdError(f"cannot make a network for net egress: {argv[0]}: {result.stderr.strip()}")
 
 
 def open_listener(address: str, port: int) -> socket.socket:
@@ -4527,6 +4912,7 @@ class Settings:
     run_dir: Path
     subnet: ipaddress.IPv4Network
     port: int
+    egress_subnet: ipaddress.IPv4Network
     runtime: str
     drain_timeout: float        # seconds
     max_image_size: int         # bytes
@@ -4546,6 +4932,8 @@ class Daemon:
         self.runtime_version = ""
         self._network = network
         self._ids = ids
+        self._egress = EgressNetworks(settings.run_dir, settings.egress_subnet, settings.subnet, settings.port)
+        self._egress_thread = concurrent.futures.ThreadPoolExecutor(1)      # one thing after the other, in order
         # By its full name: it is started with a PATH that may differ from ours.
         self._runtime = Runtime(shutil.which(settings.runtime) or settings.runtime, settings.run_dir / "runc")
         self._host = ContainerHost(settings.run_dir, self._runtime)
@@ -4607,6 +4995,7 @@ class Daemon:
             if path.name.split(".")[0] not in {record.name for record in records}:
                 path.unlink()
         self._network.remove_stale({record.address for record in records})
+        self._egress.recover({record.name for record in records if record.options.net == "egress"})
 
     def _empty_tmp(self) -> None:
         for path in (self.settings.state_dir / "tmp").iterdir():
@@ -4624,6 +5013,7 @@ class Daemon:
                                  "--subnet that it was deployed under, or deploy it again for a new address")
             await asyncio.to_thread(self._move_images, record)
             version = self._load_version(record.name, record.versions[0])
+            await self._provide_network(record.name, record.options)
             await self._open_function(function)
             function.replace_version(version)
         except FaasdError as error:
@@ -4688,6 +5078,9 @@ class Daemon:
         while (self._changes or server and server.busy) and self.loop.time() < deadline:
             await asyncio.sleep(0.01)
         self._network.remove_all()
+        self._egress.remove_all()
+        self._egress_thread.shutdown()
+        resolv_conf_path(self.settings.run_dir, "host").unlink(missing_ok=True)
         self._services.hangups.close()
         self._host.dismantle()
         self._empty_tmp()
@@ -4862,15 +5255,42 @@ class Daemon:
 
     async def _install(self, name: str, version: Version) -> Function:
         """Prove a version and make it the function's; return the function. On an error nothing has changed."""
-        container, output = await self._prove(name, version)
-        try:
-            function = await to_the_end(self._make_current(name, version, container))
-        except BaseException:
-            await to_the_end(container.finish(0))       # once more does no harm where its pool was closed
-            raise
+        async with self._networked(name, version.options):
+            container, output = await self._prove(name, version)
+            try:
+                function = await to_the_end(self._make_current(name, version, container))
+            except BaseException:
+                await to_the_end(container.finish(0))       # once more does no harm where its pool was closed
+                raise
         for line in output:
             function.log.write_output(container.id, line)
         return function
+
+    @contextlib.asynccontextmanager
+    async def _networked(self, name: str, options: Options) -> AsyncIterator[None]:
+        """Provide the network of a version that is to be installed; take it away again if that fails."""
+        had = self._egress.has(name)
+        try:
+            await self._provide_network(name, options)
+            yield
+        except BaseException:
+            if not had:
+                await to_the_end(self._run_egress(self._egress.remove, name))
+            raise
+
+    async def _provide_network(self, name: str, options: Options) -> None:
+        """Make what a function's containers need of the network. Raises FaasdError."""
+        if options.net == "egress":
+            await self._run_egress(self._egress.provide, name)
+        elif options.net == "host":
+            path = resolv_conf_path(self.settings.run_dir, "host")
+            try:
+                await asyncio.to_thread(write_anew, path, read_text(RESOLV_CONFS[0]))
+            except OSError as error:
+                raise storage_error(error, f"writing {path}") from error
+
+    async def _run_egress(self, function: Callable, *arguments) -> None:
+        await self.loop.run_in_executor(self._egress_thread, function, *arguments)
 
     async def _make_current(self, name: str, version: Version, container: Container) -> Function:
         """Make a version the function's, on disk and in service. Undoes what it did on an error."""
@@ -4881,7 +5301,7 @@ class Daemon:
                 function = await self._open_new(name, function, version, container)
             else:
                 await self._replace(function, version, container)
-        self._in_background(self._remove_old_images(function))
+        self._in_background(self._remove_old(function))
         return function
 
     async def _prove(self, name: str, version: Version) -> tuple[Container, list[str]]:
@@ -4936,10 +5356,12 @@ class Daemon:
             raise
         function.replace_version(version, container)
 
-    async def _remove_old_images(self, function: Function) -> None:
-        """Remove images that are not kept, once no container runs on any that was replaced."""
+    async def _remove_old(self, function: Function) -> None:
+        """Remove images and a network that are not kept, once no container runs on any that was replaced."""
         await function.old_versions_gone()
         async with function.changing:           # a deploy may be about to use one of them again
+            if function.record.options.net != "egress":
+                await self._run_egress(self._egress.remove, function.record.name)
             kept = {entry.version for entry in function.record.versions}
             for directory in (self._images_dir / function.record.name).glob("*"):
                 if directory.name not in kept:
@@ -5089,6 +5511,7 @@ class Daemon:
         await self._forget_function(function)
         await self._close_function(function)
         name = function.record.name
+        await self._run_egress(self._egress.remove, name)
         del self._functions[name]
         async with function.changing:
             await asyncio.to_thread(shutil.rmtree, self._images_dir / name, True)
@@ -5118,6 +5541,8 @@ def parse_arguments(argv: list[str]) -> Settings:
     parser.add_argument("--subnet", type=checked(parse_subnet), default="10.0.0.0/24", metavar="CIDR",
                         help="functions get its addresses, from .10 up")
     parser.add_argument("--port", type=checked(parse_port), default="80", help="the port functions listen on")
+    parser.add_argument("--egress-subnet", type=checked(parse_egress_subnet), default=EGRESS_SUBNET, metavar="CIDR",
+                        help="functions with --net egress get its addresses, which nobody but this machine sees")
     parser.add_argument("--runtime", default="runc", metavar="PROGRAM", help="an OCI runtime with runc's command line")
     parser.add_argument("--drain-timeout", type=checked(parse_duration), default="30", metavar="TIME",
                         help="how long running invocations may go on after SIGTERM")
@@ -5158,13 +5583,26 @@ def resolved_path(text: str) -> Path:
 
 def parse_subnet(text: str) -> ipaddress.IPv4Network:
     """Return an IPv4 network with room for an address from .10 up. Raises BadRequest."""
-    try:
-        network = ipaddress.IPv4Network(text)
-    except ValueError as error:
-        raise BadRequest(f"bad subnet: {error}; write 10.0.0.0/24") from None
+    network = parse_network(text)
     if network.num_addresses < 16:
         raise BadRequest(f"subnet {text} is too small: addresses start at .{FIRST_HOST}, so use /28 or larger")
     return network
+
+
+def parse_egress_subnet(text: str) -> ipaddress.IPv4Network:
+    """Return an IPv4 network with room for a gateway and a function. Raises BadRequest."""
+    network = parse_network(text)
+    if network.num_addresses < 4:
+        raise BadRequest(f"subnet {text} is too small: use /30 or larger")
+    return network
+
+
+def parse_network(text: str) -> ipaddress.IPv4Network:
+    """Return an IPv4 network. Raises BadRequest."""
+    try:
+        return ipaddress.IPv4Network(text)
+    except ValueError as error:
+        raise BadRequest(f"bad subnet: {error}; write 10.0.0.0/24") from None
 
 
 def parse_port(text: str) -> int:

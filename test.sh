@@ -8,7 +8,7 @@ set -euo pipefail
 cd "$(dirname "$(readlink -f "$0")")"
 
 # command:package
-needs=(python3:python3 runc:runc ip:iproute2 curl:curl unshare:util-linux ps:procps strace:strace zstd:zstd)
+needs=(python3:python3 runc:runc ip:iproute2 curl:curl unshare:util-linux ps:procps strace:strace zstd:zstd nft:nftables)
 
 if [ "$(id -u)" -ne 0 ]; then
     echo "test.sh: the tests start containers and network addresses, which takes root: sudo ./test.sh" >&2

@@ -93,7 +93,8 @@ class Spec(unittest.TestCase):
         "volumes": []}}
 
     def spec(self, image: dict | None = None, options: faasd.Options = faasd.Options(), **changes) -> dict:  # noqa: B008
-        arguments = {"rootfs": "/r", "control_socket": "/c", "cgroup": "/g", "container_id": "ID", "limit_swap": True}
+        arguments = {"rootfs": "/r", "control_socket": "/c", "cgroup": "/g", "container_id": "ID", "limit_swap": True,
+                     "run_dir": Path("/run/x")}
         return faasd.build_spec("name", image or self.image, options, **{**arguments, **changes})
 
     def test_process(self):

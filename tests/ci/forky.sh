@@ -41,6 +41,6 @@ here=$(dirname "$(readlink -f "$0")")
 work=$(mktemp -d /var/tmp/faasd-forky.XXXXXX)
 trap 'rm -rf --one-file-system "$work"' EXIT
 "$here/bootstrap.sh" forky "$work/root" \
-    python3,runc,iproute2,curl,procps,strace,zstd,docker.io,docker-cli,skopeo,podman,buildah,umoci
+    python3,runc,iproute2,curl,procps,strace,zstd,nftables,docker.io,docker-cli,skopeo,podman,buildah,umoci
 unshare --mount --propagation private --pid --fork --kill-child -- \
     "$here/forky.sh" --inside "$work/root" "$(dirname "$(dirname "$here")")" "$@"
