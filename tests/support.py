@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import http.client
 import io
+import ipaddress
 import json
 import os
 import re
@@ -319,16 +320,28 @@ def mounts(name: str = PREFIX) -> list[str]:
     return [line for line in Path("/proc/self/mountinfo").read_text().splitlines() if name in line]
 
 
-def addresses() -> list[str]:
-    """Return the addresses on lo that carry faasd's label."""
+def addresses(subnet: str = "0.0.0.0/0") -> list[str]:
+    """Return the addresses on lo that carry faasd's label, those of a subnet."""
     out = subprocess.run(["ip", "-o", "-4", "addr", "show", "dev", "lo"], capture_output=True, text=True, check=True)
-    return re.findall(r"inet ([\d./]+) .*lo:faas", out.stdout)
+    return [found for found in re.findall(r"inet ([\d./]+) .*lo:faas", out.stdout)
+            if ipaddress.ip_network(found).subnet_of(ipaddress.ip_network(subnet))]
+
+
+def networks(mark: str = "") -> list[str]:
+    """Return the links and the tables of functions with net egress, of all daemons or of that whose names have mark."""
+    links = [f"link {name}" for _, name in socket.if_nameindex() if name.startswith(f"faas{mark}")]
+    if not shutil.which("nft"):
+        return links
+    out = subprocess.run(["nft", "list", "tables"], capture_output=True, text=True, check=True).stdout
+    return links + [line for line in out.splitlines() if f"faasd_{mark}" in line]
 
 
 def remains(daemon: Daemon) -> list[str]:
     """Return what a stopped daemon should not have left."""
     name = daemon.directory.name
-    found = [*processes(name), *mounts(name), *cgroup_directories(name), *addresses()]
+    subnet = dict(zip(daemon.arguments, daemon.arguments[1:], strict=False)).get("--subnet", "10.0.0.0/24")
+    mark = hashlib.sha256(os.fsencode(daemon.run_dir)).hexdigest()[:6]
+    found = [*processes(name), *mounts(name), *cgroup_directories(name), *addresses(subnet), *networks(mark)]
     found += [str(path) for path in daemon.run_dir.rglob("*") if path.name != "faasd.lock"]
     found += [str(path) for path in (daemon.state_dir / "tmp").iterdir()]
     return found

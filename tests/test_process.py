@@ -147,7 +147,8 @@ class Processes(Sandbox):
             process = self.unpack(archives.podman(Image(changes={"config": None, **config})))["process"]
             self.assertEqual(process, {
                 "entrypoint": [], "cmd": [], "env": [f"PATH={faasd.DEFAULT_PATH}", "HOME=/"], "cwd": "/", "uid": 0,
-                "gid": 0, "groups": [], "volumes": [], "labels": {}, "stop_signal": "", "exposed_ports": []})
+                "gid": 0, "groups": [], "volumes": [], "labels": {}, "stop_signal": "", "exposed_ports": [],
+                "resolv_conf": "/etc/resolv.conf"})
 
     def test_G1_everything_null(self):
         fields = ("User", "WorkingDir", "Env", "Entrypoint", "Cmd", "Volumes", "Labels", "StopSignal", "ExposedPorts")
@@ -350,8 +351,20 @@ class MountTargets(Sandbox):
             rootfs = self.check(entry)
             self.assertIn("127.0.0.1\tlocalhost", (rootfs / "etc/hosts").read_text())
 
+    def test_H1_resolv_conf_is_a_plain_file(self):
+        for entry in (b"", symlink("etc/resolv.conf", f"{CANARY}/file"), symlink("etc/resolv.conf", f"{CANARY}/new"),
+                      symlink("etc/resolv.conf", "../run/systemd/resolve/stub-resolv.conf"), fifo("etc/resolv.conf"),
+                      directory("etc/resolv.conf")):
+            rootfs = self.check(entry)
+            self.assertEqual(stat.S_IFMT(os.lstat(rootfs / "etc/resolv.conf").st_mode), stat.S_IFREG)
+            self.assertEqual((rootfs / "etc/resolv.conf").read_bytes(), b"")
+
+    def test_H1_resolv_conf_of_the_image_stays(self):
+        self.assertEqual((self.check(file("etc/resolv.conf", "x")) / "etc/resolv.conf").read_text(), "x")
+
     def test_H1_etc_that_is_a_link_to_the_host(self):
-        self.unpack(archives.podman(with_files(symlink("etc", CANARY))))
+        image = self.unpack(archives.podman(with_files(symlink("etc", CANARY))))
+        self.assertEqual(image["process"]["resolv_conf"], f"{CANARY}/resolv.conf")      # as the container sees it
         self.assertIn("localhost", Path(f"{self.image}/rootfs{CANARY}/hosts").read_text())
 
 

@@ -43,6 +43,14 @@ class Parsing(unittest.TestCase):
         self.assertEqual(str(faasd.parse_subnet("10.1.0.0/16")), "10.1.0.0/16")
         for text in ("10.0.0.1/24", "10.0.0.0/29", "fd00::/8", "x", ""):
             self.assertRaises(faasd.BadRequest, faasd.parse_subnet, text)
+        self.assertEqual(str(faasd.parse_egress_subnet("198.18.0.0/30")), "198.18.0.0/30")
+        for text in ("198.18.0.0/31", "198.18.0.1/30", ""):
+            self.assertRaises(faasd.BadRequest, faasd.parse_egress_subnet, text)
+
+    def test_nets(self):
+        self.assertEqual([faasd.parse_net(text) for text in faasd.NETS], ["none", "egress", "host"])
+        for text in ("", "Host", "bridge", "none "):
+            self.assertRaises(faasd.BadRequest, faasd.parse_net, text)
 
     def test_lowest_free_address(self):
         network = faasd.Network(ipaddress.IPv4Network("10.0.0.0/28"))
@@ -71,6 +79,24 @@ class Text(unittest.TestCase):
         record = logging.LogRecord("faasd", logging.INFO, "", 0, "a\x1bb", (), None)
         self.assertRegex(faasd.LogFormatter(False).format(record), r"^\S+Z info a\\x1bb$")
         self.assertEqual(json.loads(faasd.LogFormatter(True).format(record))["message"], "a\x1bb")
+
+
+class ResolvConf(unittest.TestCase):
+    """What a namespace of its own is told about resolvers, by what the host's files say."""
+
+    def test_resolvers_of_the_host(self):
+        for texts, fitted, resolvers in (
+                (["nameserver 192.0.2.1\n"], "nameserver 192.0.2.1\n", ["192.0.2.1"]),
+                (["# x\n; y\nsearch a b\noptions edns0\ndomain c\nsortlist 1\nnameserver\t192.0.2.1 # z\n"],
+                 "search a b\noptions edns0\ndomain c\nnameserver 192.0.2.1\n", ["192.0.2.1"]),
+                (["nameserver 127.0.0.53\nsearch a\n", "nameserver 192.0.2.1\nnameserver 169.254.169.253\n"],
+                 "nameserver 192.0.2.1\nnameserver 169.254.169.253\n", ["192.0.2.1", "169.254.169.253"]),
+                (["nameserver 127.0.0.53\nnameserver 192.0.2.1\n", "nameserver 192.0.2.2\n"],
+                 "nameserver 192.0.2.1\n", ["192.0.2.1"]),
+                (["nameserver fd00::1\nnameserver 0.0.0.0\nnameserver x\nnameserver\nnameserver 224.0.0.1"], "", []),
+                (["nameserver 127.0.0.1\nsearch a\n", ""], "", []), ([""], "", []), ([], "", [])):
+            with self.subTest(texts):
+                self.assertEqual(faasd.fit_resolv_conf(texts), (fitted, resolvers))
 
 
 class RuntimeWarnings(unittest.TestCase):
@@ -116,6 +142,23 @@ class Spec(unittest.TestCase):
         self.assertEqual(spec["linux"]["resources"]["devices"], [{"allow": False, "access": "rwm"}])
         self.assertIn("/proc/kcore", spec["linux"]["maskedPaths"])
         self.assertIn("/proc/sys", spec["linux"]["readonlyPaths"])
+
+    def test_networks(self):
+        image = {**self.image, "process": {**self.image["process"], "resolv_conf": "/usr/etc/resolv.conf"}}
+        for net, namespace, sys_type in (("none", [{"type": "network"}], "sysfs"), ("host", [], "tmpfs"),
+                                         ("egress", [{"type": "network", "path": "/run/x/net/name"}], "tmpfs")):
+            spec = self.spec(image, faasd.Options(net=net))
+            self.assertEqual([n for n in spec["linux"]["namespaces"] if n["type"] == "network"], namespace)
+            mounts = {mount["destination"]: mount for mount in spec["mounts"]}
+            self.assertEqual(mounts["/sys"]["type"], sys_type)
+            self.assertIn("ro", mounts["/sys"]["options"])
+            self.assertEqual(mounts.get("/usr/etc/resolv.conf", {}).get("source"),
+                             None if net == "none" else f"/run/x/resolv.conf.{net}")
+            self.assertEqual("/sys/firmware" in spec["linux"]["maskedPaths"], net == "none")
+
+    def test_images_of_an_older_faasd_have_no_place_for_resolv_conf(self):
+        for net in ("egress", "host"):
+            self.assertRaises(faasd.Conflict, self.spec, options=faasd.Options(net=net))
 
     def test_limits(self):
         resources = self.spec(options=faasd.Options(memory=1 << 26, cpus=0.5, pids=9))["linux"]["resources"]

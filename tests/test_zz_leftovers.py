@@ -20,6 +20,9 @@ class Leftovers(unittest.TestCase):
     def test_no_address(self):
         self.assertEqual(support.addresses(), [])
 
+    def test_no_network(self):
+        self.assertEqual(support.networks(), [])
+
     def test_no_directory(self):
         left = [path for top in (tempfile.gettempdir(), "/var/tmp") for path in Path(top).glob(f"{support.PREFIX}*")]
         self.assertEqual(left, [])
