@@ -204,6 +204,8 @@ EGRESS_SUBNET = "198.18.0.0/20"
 LINK_PREFIX = "faas"                # the host's ends of veth pairs: faas, 6 digits that tell the run-dir, -, a number
 MAX_LINKS = 9999                    # such numbers, so that a name keeps within 15 bytes (IFNAMSIZ)
 METADATA_NETWORK = "169.254.0.0/16"     # link-local, where clouds hand out credentials
+NETLINK_NETFILTER, NFNLGRP_NFTABLES = 12, 7     # linux/netlink.h, linux/netfilter/nfnetlink.h
+NFT_DELTABLE = 10 << 8 | 2                      # NFNL_SUBSYS_NFTABLES, NFT_MSG_DELTABLE (linux/netfilter/nf_tables.h)
 RESOLV_CONFS = ("/etc/resolv.conf", "/run/systemd/resolve/resolv.conf")    # the first that names a usable resolver
 
 # Control API.
@@ -2488,34 +2490,36 @@ class EgressNetworks:
 
     def __init__(self, run_dir: Path, subnet: ipaddress.IPv4Network, public: ipaddress.IPv4Network, port: int):
         mark = hashlib.sha256(os.fsencode(run_dir)).hexdigest()[:6]     # two daemons on one machine do not meet
-        self._run_dir = run_dir
+        self.table = f"faasd_{mark}"
+        self._run_dir, self._directory = run_dir, namespace_path(run_dir, "x").parent
         self._subnet, self._public, self._port = subnet, public, port
         self._gateway = str(subnet[1])
         self._prefix = f"{LINK_PREFIX}{mark}-"
-        self._table = f"faasd_{mark}"
         self._numbers: dict[str, int] = {}      # function → number of its link
 
     def has(self, name: str) -> bool:
         return name in self._numbers
 
     def provide(self, name: str) -> None:
-        """Make a function's network, or renew what the others share if it has one. Raises FaasdError; then nothing is.
+        """Make a function's network if it has none yet. Raises FaasdError; then it has what it had.
 
-        Firewalls that are reloaded may flush our rules, and resolvers change: a deploy puts both right.
+        What all share is renewed in any case: the machine's resolvers may have changed.
         """
         self._check_machine()
-        number = self._numbers.get(name)
-        if number is not None:
+        if name in self._numbers:
             self._load_rules()
             return
         if not self._numbers:
             self._warn_of_firewalls()
         self._numbers[name] = self._free_number()
         try:
+            self._directory.mkdir(mode=0o700, exist_ok=True)
             self._load_rules()          # before the link: a packet from a link that they do not know is dropped
             self._make(name, self._numbers[name])
-        except BaseException:
+        except BaseException as error:
             self.remove(name)
+            if isinstance(error, OSError):
+                raise storage_error(error, f"making {namespace_path(self._run_dir, name)}") from error
             raise
 
     def remove(self, *names: str) -> None:
@@ -2524,13 +2528,8 @@ class EgressNetworks:
         for name in ours:
             self._delete_link(self._link(self._numbers.pop(name)))
             self._delete_namespace(namespace_path(self._run_dir, name))
-        try:
-            if self._numbers:
-                self._load_rules()
-            elif ours:
-                self._dismantle()
-        except FaasdError as error:
-            log.warning("after removing the network of %s: %s", ", ".join(ours), error)
+        if ours:
+            self._settle()
 
     def remove_all(self) -> None:
         self.remove(*self._numbers)
@@ -2538,19 +2537,18 @@ class EgressNetworks:
     def recover(self, wanted: set[str]) -> None:
         """Take over the networks that a killed daemon left of functions that want one, and remove all others."""
         mounted = {Path(mount) for mount, kind in read_mounts() if kind == "nsfs"}
-        links, directory = self._links(), namespace_path(self._run_dir, "x").parent
+        links = self._links()
         for number, name in links.items():
             if name in wanted and namespace_path(self._run_dir, name) in mounted and self._fits(number):
                 self._numbers[name] = number
             else:
                 self._delete_link(self._link(number))
-        paths = list(directory.iterdir()) if directory.is_dir() else []
-        for path in paths:
+        for path in self._directory.iterdir() if self._directory.is_dir() else ():
             if path.name not in self._numbers:
                 log.warning("removing the network of %s that a killed daemon left", path.name)
                 self._delete_namespace(path)
-        if (links or paths) and not self._numbers:
-            self._dismantle()
+        if links or self._directory.is_dir():
+            self._settle()
 
     def _links(self) -> dict[int, str]:
         """Return our links: number → function, or "" for one that is not whole, or of another subnet."""
@@ -2599,12 +2597,28 @@ class EgressNetworks:
                         "up names", " or ".join(RESOLV_CONFS))
         pairs = [f'"{self._link(number)}" . {self._address(number)}' for number in self._numbers.values()]
         self._nft(EGRESS_RULES.format(
-            table=self._table, prefix=self._prefix, subnet=self._subnet, public=self._public, port=self._port,
+            table=self.table, prefix=self._prefix, subnet=self._subnet, public=self._public, port=self._port,
             metadata=METADATA_NETWORK, functions=self._elements(pairs), resolvers=self._elements(resolvers)))
         try:
             write_anew(resolv_conf_path(self._run_dir, "egress"), text)
         except OSError as error:
             raise storage_error(error, "writing resolv.conf") from error
+
+    def restore_rules(self) -> None:
+        """Load the rules again if somebody has flushed them; failure is logged."""
+        if self._numbers and run_command("nft", "list", "table", "inet", self.table).returncode != 0:
+            log.warning("somebody deleted nftables table inet %s: loading the rules of net egress again", self.table)
+            self._settle()
+
+    def _settle(self) -> None:
+        """Make what they share fit those there are; failure is logged."""
+        try:
+            if self._numbers:
+                self._load_rules()
+            else:
+                self._dismantle()
+        except FaasdError as error:
+            log.error("%s", error)
 
     @staticmethod
     def _elements(items: Iterable[str]) -> str:
@@ -2612,12 +2626,11 @@ class EgressNetworks:
         return f"elements = {{ {text} }}" if text else ""       # an empty list is a syntax error
 
     def _dismantle(self) -> None:
-        """Remove what they shared, once there is none."""
-        if shutil.which("nft"):
-            self._nft(f"add table inet {self._table}\ndelete table inet {self._table}\n")
         resolv_conf_path(self._run_dir, "egress").unlink(missing_ok=True)
-        with contextlib.suppress(OSError):
-            namespace_path(self._run_dir, "x").parent.rmdir()
+        if shutil.which("nft"):
+            self._nft(f"add table inet {self.table}\ndelete table inet {self.table}\n")
+        with contextlib.suppress(OSError):      # there is none, or not all could be removed from it
+            self._directory.rmdir()             # last: who finds it after a crash, does this again
 
     def _nft(self, script: str) -> None:
         result = run_command("nft", "-f", "-", stdin=script)
@@ -2643,11 +2656,7 @@ class EgressNetworks:
 
     def _make(self, name: str, number: int) -> None:
         link, address, namespace = self._link(number), self._address(number), namespace_path(self._run_dir, name)
-        try:
-            namespace.parent.mkdir(mode=0o700, exist_ok=True)
-            namespace.touch(mode=0o600)
-        except OSError as error:
-            raise storage_error(error, f"making {namespace}") from error
+        namespace.touch(mode=0o600)
         self._run("unshare", f"--net={namespace}", "ip", "link", "set", "lo", "up")
         self._run("ip", "link", "add", link, "type", "veth", "peer", "name", "eth0", "netns", str(namespace))
         self._run("ip", "-batch", "-", stdin="\n".join([
@@ -2690,6 +2699,53 @@ class EgressNetworks:
         result = run_command(*argv, stdin=stdin)
         if result.returncode != 0:
             raise FaasdError(f"cannot make a network for net egress: {argv[0]}: {result.stderr.strip()}")
+
+
+class TableWatch:
+    """Calls back when an nftables table was deleted. Lives on the loop's thread.
+
+    Firewalls that are reloaded flush everybody's tables (`nft flush ruleset` in Debian's nftables.conf), and a function
+    must not meet the host's services from then on. The kernel tells (netlink(7)), so nothing polls.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, table: str, on_delete: Callable[[], None]):
+        self._loop = loop
+        self._name = os.fsencode(table) + b"\0"
+        self._on_delete = on_delete
+        self._socket: socket.socket | None = None
+
+    def open(self) -> None:
+        """Watch from now on. Raises FaasdError."""
+        if self._socket is not None:
+            return
+        try:
+            self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_NONBLOCK, NETLINK_NETFILTER)
+            self._socket.bind((0, 1 << NFNLGRP_NFTABLES - 1))
+        except OSError as error:
+            self.close()
+            raise FaasdError(f"cannot watch the rules of net egress: {error.strerror}") from error
+        self._loop.add_reader(self._socket, self._on_message)
+
+    def close(self) -> None:
+        if self._socket is not None:
+            self._loop.remove_reader(self._socket)
+            self._socket.close()
+            self._socket = None
+
+    def _on_message(self) -> None:
+        try:
+            data = self._socket.recv(COPY_CHUNK)
+        except BlockingIOError:
+            return
+        except OSError as error:                # ENOBUFS: there were more messages than the kernel keeps for us
+            log.info("missed messages of nftables: %s", error.strerror)
+            self._on_delete()
+            return
+        while len(data) >= 16:                  # struct nlmsghdr
+            length, kind = struct.unpack_from("=IH", data)
+            if kind == NFT_DELTABLE and self._name in data[:length]:
+                self._on_delete()
+            data = data[max(16, length + 3 & ~3):]
 
 
 def open_listener(address: str, port: int) -> socket.socket:
@@ -4933,6 +4989,7 @@ class Daemon:
         self._network = network
         self._ids = ids
         self._egress = EgressNetworks(settings.run_dir, settings.egress_subnet, settings.subnet, settings.port)
+        self._rules_watch = TableWatch(self.loop, self._egress.table, self._on_rules_deleted)
         self._egress_thread = concurrent.futures.ThreadPoolExecutor(1)      # one thing after the other, in order
         # By its full name: it is started with a PATH that may differ from ours.
         self._runtime = Runtime(shutil.which(settings.runtime) or settings.runtime, settings.run_dir / "runc")
@@ -5078,9 +5135,11 @@ class Daemon:
         while (self._changes or server and server.busy) and self.loop.time() < deadline:
             await asyncio.sleep(0.01)
         self._network.remove_all()
+        self._rules_watch.close()
         self._egress.remove_all()
         self._egress_thread.shutdown()
-        resolv_conf_path(self.settings.run_dir, "host").unlink(missing_ok=True)
+        for path in self.settings.run_dir.glob("resolv.conf.*"):
+            path.unlink()
         self._services.hangups.close()
         self._host.dismantle()
         self._empty_tmp()
@@ -5281,6 +5340,7 @@ class Daemon:
     async def _provide_network(self, name: str, options: Options) -> None:
         """Make what a function's containers need of the network. Raises FaasdError."""
         if options.net == "egress":
+            self._rules_watch.open()
             await self._run_egress(self._egress.provide, name)
         elif options.net == "host":
             path = resolv_conf_path(self.settings.run_dir, "host")
@@ -5288,6 +5348,10 @@ class Daemon:
                 await asyncio.to_thread(write_anew, path, read_text(RESOLV_CONFS[0]))
             except OSError as error:
                 raise storage_error(error, f"writing {path}") from error
+
+    def _on_rules_deleted(self) -> None:
+        if not self._stopping:                  # by ourselves too, whenever we replace them
+            self._in_background(self._run_egress(self._egress.restore_rules))
 
     async def _run_egress(self, function: Callable, *arguments) -> None:
         await self.loop.run_in_executor(self._egress_thread, function, *arguments)
