@@ -38,6 +38,7 @@ On disk:
     STATE_DIR/logs/NAME.log, NAME.log.1       output of the handlers and a line per invocation
     STATE_DIR/tmp/                            uploads and unpacking; emptied at start
     RUN_DIR/faasd.sock, faasd.lock            control API; one daemon per run-dir
+    RUN_DIR/net/NAME, resolv.conf.*           network namespaces of functions with --net egress, and their resolvers
     RUN_DIR/containers/ID/                    config.json and control.sock of one container, on a tmpfs
     RUN_DIR/runc/                             runc --root
 
@@ -5136,7 +5137,7 @@ class Daemon:
             await asyncio.sleep(0.01)
         self._network.remove_all()
         self._rules_watch.close()
-        self._egress.remove_all()
+        await self._run_egress(self._egress.remove_all)
         self._egress_thread.shutdown()
         for path in self.settings.run_dir.glob("resolv.conf.*"):
             path.unlink()
@@ -5424,7 +5425,7 @@ class Daemon:
         """Remove images and a network that are not kept, once no container runs on any that was replaced."""
         await function.old_versions_gone()
         async with function.changing:           # a deploy may be about to use one of them again
-            if function.record.options.net != "egress":
+            if function.record.options.net != "egress" and self._functions.get(function.record.name) is function:
                 await self._run_egress(self._egress.remove, function.record.name)
             kept = {entry.version for entry in function.record.versions}
             for directory in (self._images_dir / function.record.name).glob("*"):
