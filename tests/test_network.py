@@ -516,6 +516,17 @@ class Modes(unittest.TestCase):
             self.assertEqual((link_of("g"), len(support.networks())), (None, 2))
 
 
+    def test_what_fails_half_way_leaves_nothing(self):
+        networks = faasd.EgressNetworks(world.directory, ipaddress.IPv4Network("198.18.16.0/24"),
+                                        ipaddress.IPv4Network("10.7.0.0/24"), 80)
+        mark = networks.table.removeprefix("faasd_")
+        run("ip", "link", "add", f"faas{mark}-1", "type", "veth", "peer", "name", "in-the-way")
+        with self.assertRaisesRegex(faasd.FaasdError, "cannot make a network for net egress: ip: RTNETLINK.*exists"):
+            networks.provide("g")
+        self.assertEqual((networks.has("g"), support.networks(mark), (world.directory / "net").exists()),
+                         (False, [], False))
+
+
 class Daemons(unittest.TestCase):
     """A second daemon beside the first."""
 
@@ -543,10 +554,7 @@ class Daemons(unittest.TestCase):
         h = daemon.deploy("h", world.image, "--net", "egress")
         link, namespace = link_of("f"), os.stat(daemon.run_dir / "net/f").st_ino
         daemon.kill()
-        registry = daemon.state_dir / "registry.json"
-        document = json.loads(registry.read_text())
-        next(f for f in document["functions"] if f["name"] == "h")["versions"][0]["options"]["net"] = "none"
-        registry.write_text(json.dumps(document))
+        self.want_none(daemon, "h")
         half = link.rpartition("-")[0] + "-9"
         run("ip", "link", "add", half, "type", "veth", "peer", "name", "half")
         (daemon.run_dir / "net/ghost").touch()
@@ -562,6 +570,19 @@ class Daemons(unittest.TestCase):
         run("umount", f"{daemon.run_dir}/net/f")
         daemon.start()
         self.assertEqual(requested(f, f"/try?{INTERNET}"), BY_NAT)
+        daemon.kill()
+        self.want_none(daemon, "f")
+        daemon.start()
+        self.assertEqual((support.networks(), (daemon.run_dir / "net").exists()), ([], False))
+
+    @staticmethod
+    def want_none(daemon: support.Daemon, name: str) -> None:
+        """Change a function's network in the registry of a daemon that is not running."""
+        registry = daemon.state_dir / "registry.json"
+        document = json.loads(registry.read_text())
+        function, = (function for function in document["functions"] if function["name"] == name)
+        function["versions"][0]["options"]["net"] = "none"
+        registry.write_text(json.dumps(document))
 
     def test_what_the_machine_lacks(self):
         """Each is one line, and the function goes on as it was."""
