@@ -167,6 +167,11 @@ MAX_TRIES = 2                       # hand-overs of a client whose container die
 # Clients.
 DEFER_ACCEPT_SECONDS = 15           # TCP_DEFER_ACCEPT; the kernel rounds up to its SYN-ACK retransmissions (tcp(7))
 FIRST_BYTE_SECONDS = 30             # for the rare connection that is accepted without data
+MAX_SILENT = 1024                   # such connections of all functions; one more, and the oldest is closed
+MAX_ANSWERING = 1024                # clients that are read while they read our own answer; likewise
+CLIENT_KEEPALIVE = (60, 10, 6)      # TCP_KEEPIDLE, _KEEPINTVL (seconds), _KEEPCNT: a host that vanished is gone in 2 min
+SCARCE_QUEUE = 16                   # connections that wait for one function while few descriptors are left
+LOW_DESCRIPTORS = 4096              # a limit below is worth a warning: a function may need 4 * 64 + 1024 (its defaults)
 HALF_CLOSE_SECONDS = 0.05           # after accept: a client that closes its direction then still wants an answer
 LINGER_SECONDS = 2.0                # reading what the client still sends after our own 502 or 504
 LINGER_BYTES = 16 * MIB             # of it, at most
@@ -2759,6 +2764,9 @@ def open_listener(address: str, port: int) -> socket.socket:
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, DEFER_ACCEPT_SECONDS)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)      # of its connections, as what follows
+        for option, value in zip((socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT), CLIENT_KEEPALIVE):
+            listener.setsockopt(socket.IPPROTO_TCP, option, value)
         listener.bind((address, port))
         listener.listen(int(Path("/proc/sys/net/core/somaxconn").read_text()))
     except OSError as error:
@@ -2800,12 +2808,15 @@ class TcpState:
 
 
 class StartFailed(Exception):
-    """A container did not become ready; str() says why, output are the last lines it printed."""
+    """A container did not become ready; str() says why, output are the last lines it printed.
 
-    def __init__(self, reason: str, output: Iterable[str], timed_out: bool):
+    status is what its client is answered: 502 and 504 tell of the handler, 503 of a machine that may recover.
+    """
+
+    def __init__(self, reason: str, output: Iterable[str], status: int):
         super().__init__(reason)
         self.output = list(output)
-        self.timed_out = timed_out
+        self.status = status
 
 
 def describe_exit(status: int) -> str:
@@ -2927,7 +2938,7 @@ class Container:
             self._spawn()
         except OSError as error:
             await self.finish(0)
-            raise StartFailed(f"cannot start a container: {error.strerror or error}", [], False) from error
+            raise StartFailed(f"cannot start a container: {error.strerror or error}", [], 503) from error
         try:
             await asyncio.wait([self._connected, self._exited], timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
         except asyncio.CancelledError:
@@ -2941,8 +2952,8 @@ class Container:
         status = await self.finish(0)
         tail = self._output.tail
         if timed_out:
-            raise StartFailed(f"the handler did not connect to {CONTROL_SOCKET} within {timeout:g} s", tail, True)
-        raise StartFailed(f"the handler {describe_exit(status)} before it connected to {CONTROL_SOCKET}", tail, False)
+            raise StartFailed(f"the handler did not connect to {CONTROL_SOCKET} within {timeout:g} s", tail, 504)
+        raise StartFailed(f"the handler {describe_exit(status)} before it connected to {CONTROL_SOCKET}", tail, 502)
 
     def _spawn(self) -> None:
         os.mkdir(self._directory, 0o710)
@@ -3625,6 +3636,10 @@ class HangupWatch:
         self._epoll.register(client, select.EPOLLRDHUP)
         self._callbacks[client.fileno()] = callback
 
+    def allow_half_close(self, client: socket.socket) -> None:
+        """Call back only when the client resets its connection, which epoll always tells."""
+        self._epoll.modify(client, 0)
+
     def forget(self, client: socket.socket) -> None:
         if self._callbacks.pop(client.fileno(), None):
             self._epoll.unregister(client)
@@ -3640,6 +3655,35 @@ class HangupWatch:
         self._epoll.close()
 
 
+class Crowd:
+    """Clients for each of which a task waits. One too many, and the one that has been waited for longest is given up.
+
+    What a client may take of ours by doing nothing is bounded so, and a newcomer still has its chance.
+    """
+
+    def __init__(self, most: int):
+        self._most = most
+        self._members: dict[asyncio.Timeout, None] = {}     # the oldest first
+
+    @contextlib.asynccontextmanager
+    async def wait(self, seconds: float | None) -> AsyncIterator[None]:
+        """Give the block that many seconds, None for any, or fewer if the crowd grows. Raises TimeoutError."""
+        async with asyncio.timeout(seconds) as limit:
+            self._members[limit] = None
+            if len(self._members) > self._most:
+                self._give_up_oldest()
+            try:
+                yield
+            finally:
+                self._members.pop(limit, None)
+
+    def _give_up_oldest(self) -> None:
+        oldest = next(iter(self._members))
+        del self._members[oldest]
+        if not oldest.expired():
+            oldest.reschedule(asyncio.get_running_loop().time())
+
+
 @dataclass(frozen=True)
 class Services:
     """What all functions share."""
@@ -3647,6 +3691,9 @@ class Services:
     starter: Starter
     limit: WarmLimit
     hangups: HangupWatch
+    silent: Crowd               # clients that were accepted and have said nothing yet
+    answering: Crowd            # clients that get an answer of our own
+    scarce_from: int            # a new descriptor with this number or a higher one says that few are left
     lag: LoopLag
     logs: LogWriter
 
@@ -3940,32 +3987,48 @@ class Function:
         readable = self._loop.create_future()
         self._loop.add_reader(client, lambda: readable.done() or readable.set_result(None))
         try:
-            await asyncio.wait_for(readable, FIRST_BYTE_SECONDS)
+            async with self._services.silent.wait(FIRST_BYTE_SECONDS):
+                await readable
         except (TimeoutError, asyncio.CancelledError):
+            readable.cancel()
+        self._loop.remove_reader(client)
+        if readable.cancelled():
             client.close()
-            return
-        finally:
-            self._loop.remove_reader(client)
-        self._receive(client, peer)
+        else:
+            self._receive(client, peer)
 
     # -- admit, wait --
 
     def _admit(self, invocation: Invocation) -> None:
         """Queue an invocation, or turn it away; it may have been handed over when this returns."""
-        options = self.record.options
         self._active.add(invocation)
         self._quiet.clear()
-        self.demand.arrived(invocation.accepted)
         self.statistics.requests += 1
-        if self.in_flight + len(self._waiting) >= options.concurrency + options.queue:
-            self._turn_away(invocation, "queue-full", f"{options.concurrency} invocations are in flight and "
-                                                      f"{options.queue} connections wait already")
+        if TcpState.of(invocation.client).state == TCP_CLOSE:       # reset, after it had sent its request
+            self._abandon(invocation)
+            return
+        self.demand.arrived(invocation.accepted)
+        if refusal := self._lack_of_room(invocation.client):
+            self._turn_away(invocation, "queue-full", refusal)
             return
         self._waiting[invocation] = None
         self.dispatch()
         if invocation in self._waiting:
-            invocation.timer = self._loop.call_later(options.queue_timeout, self._on_queue_timeout, invocation)
+            invocation.timer = self._loop.call_later(self.record.options.queue_timeout, self._on_queue_timeout,
+                                                     invocation)
             self._services.hangups.watch(invocation.client, functools.partial(self._on_hangup, invocation))
+
+    def _lack_of_room(self, client: socket.socket) -> str:
+        """Return why a client cannot wait here; "" if it can.
+
+        The kernel gives the lowest descriptor that is free, so a high number tells how many are taken.
+        """
+        options, waiting = self.record.options, len(self._waiting)
+        if self.in_flight + waiting >= options.concurrency + options.queue:
+            return f"{options.concurrency} invocations are in flight and {options.queue} connections wait already"
+        if waiting >= SCARCE_QUEUE and client.fileno() >= self._services.scarce_from:
+            return f"faasd has few descriptors left, and {waiting} connections wait already"
+        return ""
 
     def dispatch(self) -> None:
         """Give clients that wait containers that wait, in order, and have the pool make what is missing."""
@@ -3999,9 +4062,12 @@ class Function:
         """
         half_closed = TcpState.of(invocation.client).state == TCP_CLOSE_WAIT
         if half_closed and self._loop.time() - invocation.accepted < HALF_CLOSE_SECONDS:
-            self._services.hangups.forget(invocation.client)
+            self._services.hangups.allow_half_close(invocation.client)
             return
         self._leave_queue(invocation)
+        self._abandon(invocation)
+
+    def _abandon(self, invocation: Invocation) -> None:
         invocation.outcome = "abandoned"
         invocation.client.close()
         self._finished(invocation)
@@ -4013,7 +4079,7 @@ class Function:
         invocation = next(iter(self._waiting))
         self._leave_queue(invocation)
         invocation.outcome = "start-failed"
-        self._background(self._speak(invocation, 504 if failure.timed_out else 502, str(failure)))
+        self._background(self._speak(invocation, failure.status, str(failure)))
         return True
 
     def _turn_away(self, invocation: Invocation, outcome: str, reason: str) -> None:
@@ -4103,7 +4169,9 @@ class Function:
         if TcpState.of(client).can_answer:
             invocation.status = status
             container = f" (container {invocation.container.id})" if invocation.container else ""
-            await answer(client, status, f"function {self.record.name}: {reason}{container}")
+            with contextlib.suppress(TimeoutError):
+                async with self._services.answering.wait(None):
+                    await answer(client, status, f"function {self.record.name}: {reason}{container}")
         state = TcpState.of(client)
         invocation.received, invocation.sent = state.received, state.sent
         client.close()
@@ -4999,8 +5067,11 @@ class Daemon:
         self._functions: dict[str, Function] = {}
         self._changes: dict[str, str] = {}              # name → what is being done to it; one thing at a time
         self._commit = asyncio.Lock()                   # from choosing an address to writing it down
-        self._services = Services(self._host, Starter(os.cpu_count() or 1, self.loop), WarmLimit(settings.max_warm),
-                                  HangupWatch(self.loop), LoopLag(self.loop), LogWriter(self.loop))
+        descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        self._services = Services(
+            self._host, Starter(os.cpu_count() or 1, self.loop), WarmLimit(settings.max_warm), HangupWatch(self.loop),
+            Crowd(min(MAX_SILENT, descriptors // 8)), Crowd(min(MAX_ANSWERING, descriptors // 8)),
+            descriptors * 3 // 4, LoopLag(self.loop), LogWriter(self.loop))
         self._tasks: set[asyncio.Task] = set()          # deploys, removals and retirements under way
         self._stop_signals = asyncio.Queue()
         self._stopping = False
@@ -5017,9 +5088,9 @@ class Daemon:
             self.loop.add_signal_handler(number, self._stop_signals.put_nowait, number)
         self.runtime_version = self._runtime.version()
         log.info("faasd %s, %s, Linux %s", __version__, self.runtime_version, platform.release())
-        warning = runc_warning(self.runtime_version)
-        if warning:
-            log.warning("%s", warning)
+        for warning in (runc_warning(self.runtime_version), *machine_warnings()):
+            if warning:
+                log.warning("%s", warning)
         records = self._registry.load()
         await self._give_ids(records)
         self._clear_past(records)
@@ -5689,6 +5760,18 @@ def check_machine(settings: Settings) -> None:
     longest = len(os.fsencode(settings.run_dir / "containers" / ("0" * 12) / "control.sock"))
     if longest > 107:                   # sun_path in unix(7), less the final NUL
         raise UsageError(f"--run-dir {settings.run_dir} is too long for the name of a Unix socket")
+
+
+def machine_warnings() -> Iterator[str]:
+    """Yield what on this machine makes it easy for clients to keep others out."""
+    cookies = Path("/proc/sys/net/ipv4/tcp_syncookies")
+    if not cookies.exists() or cookies.read_text().strip() == "0":
+        yield ("SYN cookies are off, so clients that say nothing can keep others from connecting: "
+               "sysctl net.ipv4.tcp_syncookies=1")
+    descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if descriptors < LOW_DESCRIPTORS:
+        yield (f"only {descriptors} file descriptors are allowed, too few for many clients: raise the hard limit "
+               "(ulimit -Hn, LimitNOFILE)")
 
 
 def make_directories(settings: Settings) -> None:
