@@ -171,6 +171,8 @@ MAX_SILENT = 1024                   # such connections of all functions; one mor
 MAX_ANSWERING = 1024                # clients that are read while they read our own answer; likewise
 CLIENT_KEEPALIVE = (60, 10, 6)      # TCP_KEEPIDLE, _KEEPINTVL (seconds), _KEEPCNT: a host that vanished is gone in 2 min
 SCARCE_QUEUE = 16                   # connections that wait for one function while few descriptors are left
+CONTAINER_DESCRIPTORS = 4           # of ours, while one starts: its socket, both ends of a pipe, a pidfd
+SPARE_DESCRIPTORS = 64              # left for ending what runs, and as many more for starting it
 LOW_DESCRIPTORS = 4096              # a limit below is worth a warning: a function may need 4 * 64 + 1024 (its defaults)
 HALF_CLOSE_SECONDS = 0.05           # after accept: a client that closes its direction then still wants an answer
 LINGER_SECONDS = 2.0                # reading what the client still sends after our own 502 or 504
@@ -2899,6 +2901,39 @@ class Release(enum.Enum):
     UNTAKEN = "it closed the connection without having taken the client"
 
 
+class Descriptors:
+    """Whether there are descriptors enough: first clients that wait go without, then those that come, then starts.
+
+    What is left after that is for ending what runs: without one, no container could be killed. The kernel gives the
+    lowest number that is free, so a high one tells how many are taken.
+    """
+
+    def __init__(self) -> None:
+        self.limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        self._spare = min(SPARE_DESCRIPTORS, self.limit // 16)
+        self._probe = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+
+    def are_scarce(self, latest: int) -> bool:
+        """Whether the latest descriptor says that three quarters are taken."""
+        return latest >= self.limit * 3 // 4
+
+    def check_client(self) -> None:
+        """Raise OSError if no connection should be accepted."""
+        self._check(1, 2 * self._spare)
+
+    def check_start(self) -> None:
+        """Raise OSError if no container should be started."""
+        self._check(CONTAINER_DESCRIPTORS, self._spare)
+
+    def _check(self, count: int, spare: int) -> None:
+        with contextlib.ExitStack() as stack:
+            for _ in range(count):
+                latest = os.dup(self._probe)
+                stack.callback(os.close, latest)
+        if latest >= self.limit - spare:
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+
 class Container:
     """One container from spawn to the last trace. Lives on the loop's thread.
 
@@ -2935,6 +2970,7 @@ class Container:
         """
         begin = self._host.loop.time()
         try:
+            self._host.descriptors.check_start()
             self._spawn()
         except OSError as error:
             await self.finish(0)
@@ -3131,6 +3167,7 @@ class ContainerHost:
         self.runtime = runtime
         self.cgroups = Cgroups(run_dir)
         self.apparmor = apparmor_profile()
+        self.descriptors = Descriptors()
         self.loop = asyncio.get_running_loop()
 
     def prepare(self) -> None:
@@ -3693,7 +3730,6 @@ class Services:
     hangups: HangupWatch
     silent: Crowd               # clients that were accepted and have said nothing yet
     answering: Crowd            # clients that get an answer of our own
-    scarce_from: int            # a new descriptor with this number or a higher one says that few are left
     lag: LoopLag
     logs: LogWriter
 
@@ -3934,6 +3970,7 @@ class Function:
         """Take connections that are there; return whether there may be more."""
         for _ in range(ACCEPT_BATCH):
             try:
+                self._services.host.descriptors.check_client()
                 client, (host, port) = self._listener.accept()
             except BlockingIOError:
                 return False
@@ -4019,14 +4056,11 @@ class Function:
             self._services.hangups.watch(invocation.client, functools.partial(self._on_hangup, invocation))
 
     def _lack_of_room(self, client: socket.socket) -> str:
-        """Return why a client cannot wait here; "" if it can.
-
-        The kernel gives the lowest descriptor that is free, so a high number tells how many are taken.
-        """
+        """Return why a client cannot wait here; "" if it can."""
         options, waiting = self.record.options, len(self._waiting)
         if self.in_flight + waiting >= options.concurrency + options.queue:
             return f"{options.concurrency} invocations are in flight and {options.queue} connections wait already"
-        if waiting >= SCARCE_QUEUE and client.fileno() >= self._services.scarce_from:
+        if waiting >= SCARCE_QUEUE and self._services.host.descriptors.are_scarce(client.fileno()):
             return f"faasd has few descriptors left, and {waiting} connections wait already"
         return ""
 
@@ -5067,11 +5101,11 @@ class Daemon:
         self._functions: dict[str, Function] = {}
         self._changes: dict[str, str] = {}              # name → what is being done to it; one thing at a time
         self._commit = asyncio.Lock()                   # from choosing an address to writing it down
-        descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        eighth = self._host.descriptors.limit // 8
         self._services = Services(
             self._host, Starter(os.cpu_count() or 1, self.loop), WarmLimit(settings.max_warm), HangupWatch(self.loop),
-            Crowd(min(MAX_SILENT, descriptors // 8)), Crowd(min(MAX_ANSWERING, descriptors // 8)),
-            descriptors * 3 // 4, LoopLag(self.loop), LogWriter(self.loop))
+            Crowd(min(MAX_SILENT, eighth)), Crowd(min(MAX_ANSWERING, eighth)), LoopLag(self.loop),
+            LogWriter(self.loop))
         self._tasks: set[asyncio.Task] = set()          # deploys, removals and retirements under way
         self._stop_signals = asyncio.Queue()
         self._stopping = False
