@@ -301,7 +301,7 @@ class Slow(HostileCase):
         for size in (0, 100_000, 4 << 20):
             client = self.connect(b"POST / HTTP/1.1\r\nContent-Length: %d\r\n\r\n" % size)
             client.sendall(bytes(size))                 # all of it, before it reads
-            self.assertRegex(read_all(client), rb"(?s)^HTTP/1.1 503 .*\r\nRetry-After: 1\r\n.*3 connections wait already")
+            self.assertRegex(read_all(client), rb"(?s)^HTTP/1.1 503 .*\r\nRetry-After: 1\r\n.*3 connections wait")
         for client in busy:
             reset(client)
 
@@ -537,29 +537,47 @@ class Garbage(HostileCase):
 
 
 class FewDescriptors(HostileCase):
-    """A flood takes what descriptors there are, but not those that others and the end of it need."""
+    """A flood takes what descriptors there are for clients, but not those that other functions need."""
 
     wrapper = ("prlimit", "--nofile=512:512")
-    options = ("--concurrency", "4", "--timeout", "1", "--queue-timeout", "1")
+    options = ("--concurrency", "4", "--timeout", "0", "--queue-timeout", "1h")
 
     def test_flood(self):
-        address = self.daemon.deploy("open", None, "--timeout", "0")
-        open_one = socket.create_connection((address, 80), support.READY_SECONDS)
-        self.addCleanup(open_one.close)
-        open_one.sendall(b"GET /echo HTTP/1.1\r\n\r\n")
-        self.assertIn(b"101", open_one.recv(65536))
-        with self.neighbour():
-            clients = [self.request("/hang") for _ in range(700)]
-            open_one.sendall(b"still here?")
-            self.assertEqual(open_one.recv(65536), b"still here?")
-            answers = collections.Counter(read_all(client)[9:12] for client in clients)
-        self.assertEqual(set(answers), {b"503", b"504"})
-        self.assertGreater(answers[b"503"], 500)
+        running = [self.request("/echo") for _ in range(4)]
+        for client in running:
+            self.assertIn(b"101", client.recv(65536))
+        clients = [self.request("/") for _ in range(700)]
+        told = select.poll()
+        for client in clients:
+            told.register(client, select.POLLIN)
+        wait_until(lambda: self.daemon.info("f")["queued"] + len(told.poll(0)) == 700, "all wait or are refused")
+        for _ in range(3):
+            self.assertEqual(get(self.other), (200, "hello /"))
+        running[0].sendall(b"still here?")
+        self.assertEqual(running[0].recv(65536), b"still here?")
+        spoken_to = {descriptor for descriptor, _ in told.poll(0)}
+        refused = [client for client in clients if client.fileno() in spoken_to]
+        self.assertGreater(len(refused), 200)
+        for client in refused:
+            self.assertRegex(read_all(client), b"(?s)^HTTP/1.1 503 .*Retry-After: 1.*has few descriptors left")
+        for client in [*clients, *running]:
+            reset(client)
+        self.assertEqual(self.outcomes(), {"answered": 4, "abandoned": 700 - len(refused), "queue-full": len(refused)})
         self.assertIn("only 512 file descriptors are allowed", self.daemon.log())
-        self.assertTrue("cannot accept: Too many open files" in self.daemon.log()
-                        or "few descriptors left" in self.daemon.log())
-        open_one.close()
-        self.daemon.faas("rm", "open")
+
+
+class TooFewDescriptors(HostileCase):
+    """Fewer than the invocations in flight take, which has others go without; but all of it ends."""
+
+    wrapper = ("prlimit", "--nofile=128:128")
+    options = ("--timeout", "1", "--queue-timeout", "3")
+
+    def test_flood(self):
+        clients = [self.request("/hang") for _ in range(200)]
+        answers = collections.Counter(read_all(client)[9:12] for client in clients)
+        self.assertEqual(set(answers), {b"503", b"504"})
+        outcomes = self.outcomes()
+        self.assertEqual((outcomes["timeout"], sum(outcomes.values())), (answers[b"504"], 200))
 
 
 if __name__ == "__main__":
