@@ -4023,16 +4023,16 @@ class Function:
     async def _await_request(self, client: socket.socket, peer: str) -> None:
         readable = self._loop.create_future()
         self._loop.add_reader(client, lambda: readable.done() or readable.set_result(None))
-        try:
+        spoke = False
+        with contextlib.suppress(TimeoutError, asyncio.CancelledError):
             async with self._services.silent.wait(FIRST_BYTE_SECONDS):
                 await readable
-        except (TimeoutError, asyncio.CancelledError):
-            readable.cancel()
+                spoke = True
         self._loop.remove_reader(client)
-        if readable.cancelled():
-            client.close()
-        else:
+        if spoke:
             self._receive(client, peer)
+        else:
+            client.close()
 
     # -- admit, wait --
 
