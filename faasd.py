@@ -64,7 +64,10 @@ import fcntl
 import functools
 import grp
 import hashlib
+import hmac
+import http.client
 import http.server
+import io
 import ipaddress
 import itertools
 import json
@@ -217,8 +220,21 @@ NFT_DELTABLE = 10 << 8 | 2                      # NFNL_SUBSYS_NFTABLES, NFT_MSG_
 RESOLV_CONFS = ("/etc/resolv.conf", "/run/systemd/resolve/resolv.conf")    # the first that names a usable resolver
 
 # Control API.
-MAX_HEADER_SECONDS = 60.0           # socket timeout while a client sends its request
-MAX_BODY_SECONDS = 600.0            # and while it sends an archive: `docker save` may take its time before a pipe
+MAX_CONNECTIONS = 128               # at a time, of each listener; more are answered 503
+MAX_UPLOADS = 8                     # archives that come in or are being unpacked (--max-uploads)
+MAX_HEADERS_SIZE = 64 * KIB         # bytes of a request's headers; http.server allows as many for its first line
+MAX_HEADERS = 100                   # lines of them; http.server's own limit
+MAX_TRAILERS = 32                   # lines after a chunked body, and
+MAX_CHUNK_LINE = KIB                # bytes of one, or of the line before a chunk
+MAX_HEADER_SECONDS = 20.0           # from the end of one answer to the end of the next request's headers
+MAX_BODY_SECONDS = 600.0            # between bytes of an archive: `docker save` may take its time before a pipe
+MAX_WRITE_SECONDS = 60.0            # for a client to take a piece of its answer
+KEEPALIVE_SECONDS = 60              # TCP_KEEPIDLE, for clients that follow a log and whose machine goes away
+RETRY_SECONDS = 5                   # Retry-After of our 503s
+MIN_TOKEN_LENGTH = 16               # characters
+MAX_TOKEN_FILE = 4 * KIB            # bytes
+ARCHIVE_TYPES = ("application/x-tar", "application/octet-stream")
+FORM_TYPES = ("application/x-www-form-urlencoded", "multipart/form-data", "text/plain")     # CORS-safelisted (Fetch)
 UPLOAD_END_SECONDS = 5.0            # how long a stop waits until everybody has their answer
 FOLLOW_SECONDS = 15.0               # how often `logs --follow` looks whether its client is still there
 
@@ -276,6 +292,10 @@ class LimitExceeded(FaasdError):
 class DeployFailed(FaasdError):
     """The image unpacked, but its handler did not come up."""
     status = 422
+
+
+class Busy(FaasdError):
+    status = 503
 
 
 class Stopping(FaasdError):
@@ -3866,17 +3886,22 @@ async def answer(client: socket.socket, status: int, line: str) -> None:
     retry = "Retry-After: 1\r\n" if status == 503 else ""
     head = (f"HTTP/1.1 {status} {REASON_PHRASES[status]}\r\nContent-Type: text/plain; charset=utf-8\r\n"
             f"Content-Length: {len(body)}\r\n{retry}Connection: close\r\n\r\n").encode()
+    await send_last(client, head + body)
+
+
+async def send_last(client: socket.socket, data: bytes) -> None:
+    """Send the last that a client gets, and see to it that it can read that."""
     loop = asyncio.get_running_loop()
     client.setblocking(False)
     try:
         async with asyncio.timeout(LINGER_SECONDS):
-            await loop.sock_sendall(client, head + body)
+            await loop.sock_sendall(client, data)
             client.shutdown(socket.SHUT_WR)
             room = LINGER_BYTES
             while room > 0 and (data := await loop.sock_recv(client, COPY_CHUNK)):
                 room -= len(data)
     except (OSError, TimeoutError) as error:
-        log.debug("answering %d: %s", status, error or "the client keeps the connection open")
+        log.debug("ending a connection: %s", error or "the client keeps it open")
 
 
 def peek(client: socket.socket) -> bytes:
@@ -4706,35 +4731,37 @@ def notify_service_manager(state: str) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-class ControlServer(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
-    """Listens on RUN_DIR/faasd.sock. The daemon's loop accepts, so that nothing here polls."""
+UCRED = struct.Struct("3i")             # struct ucred of unix(7): pid, uid, gid
+# What http.server lets pass and other programs understand in another way (RFC 9112, sections 3 and 5): other blanks, a
+# carriage return within a line, blanks before the colon, continued lines.
+REQUEST_LINE = re.compile(rb"[A-Za-z]+ [!-~\x80-\xff]+ HTTP/[1-9]\.[0-9]\r?\n")
+HEADER_LINE = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t -~\x80-\xff]*\r?\n")
+
+
+class Refused(FaasdError):
+    """A request that this API does not take, with headers that say how else."""
+
+    def __init__(self, status: int, message: str, **headers: str):
+        super().__init__(message, status=status)
+        self.headers = {name.replace("_", "-"): value for name, value in headers.items()}
+
+
+class ControlServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
+    """What the listeners of the control API share. The daemon's loop accepts, so that nothing here polls."""
 
     daemon_threads = True               # a client that never finishes must not keep the daemon from stopping
     block_on_close = False
     request_queue_size = 128
 
-    def __init__(self, path: Path, daemon: Daemon):
+    def __init__(self, address, daemon: Daemon):
         self.daemon = daemon
-        self._path = path
         self._connections: set[socket.socket] = set()
-        path.unlink(missing_ok=True)    # of a killed daemon; faasd.lock says that none runs
-        before = os.umask(0o177)        # bind must not leave a moment in which anybody can connect
-        try:
-            super().__init__(str(path), ControlHandler)
-        finally:
-            os.umask(before)
-        self._open_to_users()
+        self._turned_away: set[asyncio.Task] = set()
+        super().__init__(address, ControlHandler)
         self.socket.setblocking(False)
 
-    def _open_to_users(self) -> None:
-        """Let in the user who ran sudo, and the group `faas` if there is one. Who may open this socket is root here."""
-        try:
-            group = grp.getgrnam("faas").gr_gid
-        except KeyError:
-            group = 0
-        user = os.environ.get("SUDO_UID", "0")
-        os.chown(self._path, int(user) if user.isdigit() else 0, group)
-        os.chmod(self._path, 0o660)
+    def check(self, headers: http.client.HTTPMessage, connection: socket.socket) -> None:
+        """Raise Refused unless whoever sends these headers may use the API."""
 
     def open(self) -> None:
         """Accept from now on, unless it is closed already."""
@@ -4744,7 +4771,7 @@ class ControlServer(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
     def accept(self) -> None:
         """Take one connection and answer it in a thread."""
         try:
-            request, address = self.get_request()
+            request, peer = self.get_request()
         except BlockingIOError:
             return
         except OSError as error:        # out of descriptors: trying again at once would spin
@@ -4752,13 +4779,39 @@ class ControlServer(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
             self.daemon.loop.remove_reader(self)
             self.daemon.loop.call_later(ACCEPT_PAUSE, self.open)
             return
+        if len(self._connections) >= MAX_CONNECTIONS:
+            self._turn_away(request, peer)
+            return
         request.setblocking(True)
         self._connections.add(request)
-        self.process_request(request, address)
+        try:
+            self.process_request(request, peer)
+        except RuntimeError as error:   # no more threads
+            log.error("control API: %s", error)
+            self._connections.discard(request)
+            request.close()
 
-    def shutdown_request(self, request) -> None:
+    def _turn_away(self, request: socket.socket, peer: str) -> None:
+        """Say that there are too many, without a thread; beyond as many again, say nothing."""
+        log.warning("control API: %s turned away: over %d connections", peer, MAX_CONNECTIONS)
+        if len(self._turned_away) >= MAX_CONNECTIONS:
+            request.close()
+            return
+        task = self.daemon.loop.create_task(turn_away(request))
+        self._turned_away.add(task)
+        task.add_done_callback(self._turned_away.discard)
+
+    def shutdown_request(self, request: socket.socket) -> None:
+        """End a connection. What its client still sends is dropped, as in answer(), lest a reset destroy our answer."""
+        with contextlib.suppress(OSError):
+            request.shutdown(socket.SHUT_WR)
+            deadline, room = time.monotonic() + LINGER_SECONDS, LINGER_BYTES
+            while room > 0 and (seconds := deadline - time.monotonic()) > 0:
+                request.settimeout(seconds)
+                data = request.recv(COPY_CHUNK)
+                room = room - len(data) if data else 0
         self._connections.discard(request)
-        super().shutdown_request(request)
+        self.close_request(request)
 
     @property
     def busy(self) -> bool:
@@ -4773,9 +4826,140 @@ class ControlServer(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
     def handle_error(self, request, client_address) -> None:
         log.exception("control API failed")
 
+
+class UnixControlServer(ControlServer):
+    """Listens on RUN_DIR/faasd.sock. Who may open it may do everything; the log says who did."""
+
+    address_family = socket.AF_UNIX
+
+    def __init__(self, path: Path, daemon: Daemon):
+        self._path = path
+        path.unlink(missing_ok=True)    # of a killed daemon; faasd.lock says that none runs
+        before = os.umask(0o177)        # bind must not leave a moment in which anybody can connect
+        try:
+            super().__init__(str(path), daemon)
+        finally:
+            os.umask(before)
+        self._open_to_users()
+
+    def __str__(self) -> str:
+        return str(self._path)
+
+    def _open_to_users(self) -> None:
+        """Let in the user who ran sudo, and the group `faas` if there is one. Who may open this socket is root here."""
+        try:
+            group = grp.getgrnam("faas").gr_gid
+        except KeyError:
+            group = 0
+        user = os.environ.get("SUDO_UID", "0")
+        os.chown(self._path, int(user) if user.isdigit() else 0, group)
+        os.chmod(self._path, 0o660)
+
+    def get_request(self) -> tuple[socket.socket, str]:
+        connection, _ = self.socket.accept()
+        credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, UCRED.size)
+        return connection, "pid={} uid={} gid={}".format(*UCRED.unpack(credentials))
+
     def server_close(self) -> None:
         super().server_close()
         self._path.unlink(missing_ok=True)
+
+
+class TcpControlServer(ControlServer):
+    """Listens on a TCP address. Every request has to bring the token, and to name us as our clients do.
+
+    A page that a browser on this machine shows can make it send requests here: it knows no token. Nor can its server
+    give its own name our address to become of one origin with us (DNS rebinding): the Host header still says that name.
+    """
+
+    allow_reuse_address = True
+
+    def __init__(self, address: tuple[str, int], token: bytes, names: Iterable[str], daemon: Daemon):
+        self._address, self._token, self._names = address, token, names
+        self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
+        try:
+            super().__init__(address, daemon)
+        except OSError as error:
+            raise UsageError(f"cannot listen on {self}: {os.strerror(error.errno)}; "
+                             "choose another --api HOST:PORT") from error
+
+    def __str__(self) -> str:
+        host, port = self._address
+        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+    def server_bind(self) -> None:
+        if self.address_family == socket.AF_INET6:      # else clients of IPv4 would come from ::ffff:127.0.0.1
+            self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        super().server_bind()
+
+    def get_request(self) -> tuple[socket.socket, str]:
+        connection, address = self.socket.accept()
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_SECONDS)
+        return connection, f"peer={address[0]} port={address[1]}"
+
+    def check(self, headers: http.client.HTTPMessage, connection: socket.socket) -> None:
+        scheme, _, token = ",".join(headers.get_all("Authorization", [])).partition(" ")
+        if not hmac.compare_digest(token.strip().encode(), self._token) or scheme.lower() != "bearer":
+            raise Refused(401, "this needs `Authorization: Bearer TOKEN`, the token of the daemon's --api-token-file",
+                          WWW_Authenticate="Bearer")
+        host = ",".join(headers.get_all("Host", []))
+        if not self._is_our_name(host, connection.getsockname()[0]):
+            raise Refused(421, f"no address of ours: {host!r} in the Host header; --api-host NAME makes it one")
+
+    def _is_our_name(self, host: str, local_end: str) -> bool:
+        """Tell whether a Host header names this server: by the connection's own address, or as --api-host says.
+
+        The port does not matter: an attacker can choose it, and it may be the near end of an ssh tunnel.
+        """
+        match = re.fullmatch(r"(\[[0-9a-fA-F:.]+\]|[^:\[\]]+)(:[0-9]{1,5})?", host.strip().lower())
+        if not match:
+            return False
+        name, own = match[1].strip("[]"), ipaddress.ip_address(local_end.partition("%")[0])
+        if name in self._names or name == "localhost" and own.is_loopback:
+            return True
+        try:
+            address = ipaddress.ip_address(name)
+        except ValueError:
+            return False
+        return address == own or address.is_loopback and own.is_loopback
+
+
+async def turn_away(client: socket.socket) -> None:
+    """Answer a connection that is one too many."""
+    with client:
+        body = json_line({"error": f"over {MAX_CONNECTIONS} connections to the control API: try again later"})
+        await send_last(client, b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\n"
+                                b"Content-Length: %d\r\nRetry-After: %d\r\nConnection: close\r\n\r\n%s"
+                                % (len(body), RETRY_SECONDS, body))
+
+
+def json_line(document: dict) -> bytes:
+    return json.dumps(document).encode() + b"\n"
+
+
+def is_readable(sock: socket.socket, seconds: float) -> bool:
+    """Tell whether reading would not wait, after at most so many seconds; select(2) cannot from descriptor 1024 on."""
+    poll = select.poll()
+    poll.register(sock, select.POLLIN)
+    return bool(poll.poll(max(seconds, 0) * 1000))
+
+
+class ConnectionReader(io.RawIOBase):
+    """Reads from a connection. A deadline holds for all reads together, so that drops of bytes do not extend it."""
+
+    def __init__(self, connection: socket.socket):
+        self.deadline: float | None = None      # by time.monotonic; None: the socket's own timeout counts
+        self._connection = connection
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        if self.deadline is not None and not is_readable(self._connection, self.deadline - time.monotonic()):
+            raise TimeoutError(f"no whole request within {MAX_HEADER_SECONDS:g} s")
+        return self._connection.recv_into(buffer)
 
 
 class ControlHandler(http.server.BaseHTTPRequestHandler):
@@ -4784,21 +4968,85 @@ class ControlHandler(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     default_request_version = "HTTP/1.1"    # not 0.9, which would answer nonsense without a status line
     server_version = f"faasd/{__version__}"
-    timeout = MAX_HEADER_SECONDS
+    timeout = MAX_WRITE_SECONDS
     server: ControlServer
+    client_address: str                     # as the log shows it
     requestline = command = ""              # until http.server has read them; its own error answers may come before
 
     # -- plumbing --
 
     def setup(self) -> None:
-        self.client_address = ("local", 0)      # http.server expects a host and a port
         super().setup()
+        self.rfile.close()
+        self._reader = ConnectionReader(self.connection)
+        self.rfile = io.BufferedReader(self._reader)
 
     def handle(self) -> None:
         try:
             super().handle()
         except (ConnectionError, TimeoutError):
-            log.info("control API: a client left in the middle of %r", self._subject())
+            log.info("control API: %s left in the middle of %r", self.client_address, self._subject())
+
+    def handle_one_request(self) -> None:
+        self._reader.deadline = time.monotonic() + MAX_HEADER_SECONDS
+        super().handle_one_request()
+
+    def parse_request(self) -> bool:
+        """Have http.server parse the head, once we have seen that it is one; then see who asks. False: answered."""
+        rfile = self.rfile
+        self.requestline, self.request_version = self.raw_requestline.decode("latin-1").rstrip("\r\n"), "HTTP/1.1"
+        self._continue_expected = False
+        try:
+            self.rfile = io.BytesIO(self._read_headers())
+            if not super().parse_request():
+                return False
+            self._admit()
+            return True
+        except FaasdError as error:
+            self._refuse(error)
+            return False
+        finally:
+            self.rfile, self._reader.deadline = rfile, None
+
+    def _read_headers(self) -> bytes:
+        """Return the lines after the first, to the empty one. Raises FaasdError with status 400 or 431."""
+        if not REQUEST_LINE.fullmatch(self.raw_requestline):
+            raise BadRequest(f"bad request line {self.requestline[:100]!r}")
+        lines, size = [], 0
+        while (line := self.rfile.readline(MAX_HEADERS_SIZE)) not in (b"\r\n", b"\n"):
+            lines.append(line)
+            size += len(line)
+            if size >= MAX_HEADERS_SIZE or len(lines) > MAX_HEADERS:
+                raise FaasdError(f"over {MAX_HEADERS} headers, or {MAX_HEADERS_SIZE} bytes of them", status=431)
+            if not HEADER_LINE.fullmatch(line):
+                raise BadRequest(f"bad header {line[:100].decode('latin-1')!r}")
+        return b"".join([*lines, b"\r\n"])
+
+    def handle_expect_100(self) -> bool:
+        self._continue_expected = True          # not yet: first comes who asks, and for what
+        return True
+
+    def _admit(self) -> None:
+        """Raise FaasdError unless we may answer this request, and know where it ends."""
+        self.server.check(self.headers, self.connection)
+        for name in ("Origin", "Sec-Fetch-Site"):       # sent by browsers alone
+            if name in self.headers:
+                raise Refused(403, "this API is not for web pages")
+        if "Content-Type" in self.headers and self.headers.get_content_type() in FORM_TYPES:
+            raise Refused(415, "a web form's Content-Type is refused: for an archive say application/x-tar")
+        if not self.path.startswith("/"):
+            raise BadRequest(f"bad address {self.path[:100]!r}: it has to begin with a slash")
+        lengths, encodings = self.headers.get_all("Content-Length", []), self.headers.get_all("Transfer-Encoding", [])
+        # What two programs may read differently can hide one request inside another.
+        if len(lengths) > 1 or lengths and (encodings or not re.fullmatch(r"[0-9]{1,18}[ \t]*", lengths[0])):
+            raise BadRequest("one Content-Length in digits, or chunked encoding, has to say where the request ends")
+        if encodings and self.request_version == "HTTP/1.0":
+            raise BadRequest("there is no Transfer-Encoding in HTTP/1.0")
+        if encodings and [encoding.strip().lower() for encoding in encodings] != ["chunked"]:
+            raise Refused(501, "the only Transfer-Encoding known here is chunked")
+
+    def _has_body(self) -> bool:
+        return "Transfer-Encoding" in self.headers or int(self.headers.get("Content-Length", "0")) > 0
 
     def _subject(self) -> str:
         # Without the query: it carries environment variables, which may be secrets.
@@ -4808,7 +5056,7 @@ class ControlHandler(http.server.BaseHTTPRequestHandler):
         log.debug("control API: " + format, *args)
 
     def log_request(self, code="-", size="-") -> None:
-        log.info("control API: %r %d", self._subject(), code)
+        log.info("control API: %s %r %d", self.client_address, self._subject(), code)
 
     def _call(self, coroutine):
         """Run a coroutine on the daemon's loop and return its result. Ends it when the client leaves."""
@@ -4830,29 +5078,41 @@ class ControlHandler(http.server.BaseHTTPRequestHandler):
                     watching = False
 
     def _client_left(self) -> bool:
-        readable, _, _ = select.select([self.connection], [], [], 0)
         try:
-            return bool(readable) and self.connection.recv(1, socket.MSG_PEEK) == b""
+            return is_readable(self.connection, 0) and self.connection.recv(1, socket.MSG_PEEK) == b""
         except OSError:
             return True
 
-    def _reply(self, status: int, document: dict) -> None:
-        body = json.dumps(document).encode() + b"\n"
+    def _reply(self, status: int, document: dict, headers: dict[str, str] | None = None) -> None:
+        body = json_line(document)
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(body)))
-        if self.close_connection:
-            self.send_header("Connection", "close")
+        for name, value in (headers or {}).items():
+            self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(body)
 
+    def end_headers(self) -> None:
+        if self.close_connection:
+            self.send_header("Connection", "close")
+        super().end_headers()
+
+    def _refuse(self, error: FaasdError) -> None:
+        # What is left of a body is not worth reading: the next request would start in its middle.
+        self.close_connection = True
+        if error.status >= 500:
+            log.error("control API: %s", error, exc_info=error.__cause__ if error.status == 500 else None)
+        retry = {"Retry-After": str(RETRY_SECONDS)} if error.status == 503 else {}
+        self._reply(error.status, {"error": str(error), **({"output": error.output} if error.output else {})},
+                    {**retry, **getattr(error, "headers", {})})
+
     def send_error(self, code, message=None, explain=None) -> None:
         """Answer what http.server itself refuses in our own format."""
-        self.close_connection = True
         if code == 414:                 # http.server's own limit
             message = "name, command and environment are over 64 KiB together: put large values into the image"
-        self._reply(code, {"error": message or self.responses.get(code, ("error",))[0]})
+        self._refuse(Refused(code, message or self.responses.get(code, ("error",))[0]))
 
     # -- routes --
 
@@ -4863,21 +5123,18 @@ class ControlHandler(http.server.BaseHTTPRequestHandler):
             query = urllib.parse.parse_qs(url.query, keep_blank_values=True, strict_parsing=bool(url.query),
                                           max_num_fields=10_000)
             method, arguments = self._route(parts)
+            if method != self._deploy and self._has_body():     # which nobody reads
+                self.close_connection = True
             method(*arguments, query)
         except FaasdError as error:
-            # What is left of a body is not worth reading: the next request would start in its middle.
-            self.close_connection = True
-            if error.status >= 500:
-                log.error("control API: %s", error, exc_info=error.__cause__ if error.status == 500 else None)
-            self._reply(error.status, {"error": str(error), **({"output": error.output} if error.output else {})})
+            self._refuse(error)
         except ValueError as error:
-            self.close_connection = True
-            self._reply(400, {"error": f"bad address or query: {error}"})
+            self._refuse(BadRequest(f"bad address or query: {error}"))
 
-    do_GET = do_POST = do_PATCH = do_DELETE = _dispatch
+    do_GET = do_POST = do_PATCH = do_DELETE = do_OPTIONS = _dispatch
 
     def _route(self, parts: list[str]) -> tuple[Callable, list[str]]:
-        """Return the method that answers, and its arguments. Raises NotFound, or FaasdError with status 405."""
+        """Return the method that answers, and its arguments. Raises NotFound, or Refused with status 405."""
         routes: dict[tuple, dict[str, Callable]] = {
             ("healthz",): {"GET": self._healthz},
             ("version",): {"GET": self._version},
@@ -4897,7 +5154,8 @@ class ControlHandler(http.server.BaseHTTPRequestHandler):
             raise NotFound(f"no such resource: /{'/'.join(parts)}")
         methods = routes[pattern]
         if self.command not in methods:
-            raise FaasdError(f"{self.command} is not possible here, {' or '.join(methods)} is", status=405)
+            raise Refused(405, f"{self.command} is not possible here, {' or '.join(methods)} is",
+                          Allow=", ".join(methods))
         return methods[self.command], [check_name(part) for part in parts[1:2]]
 
     def _healthz(self, query: dict) -> None:
@@ -4947,6 +5205,8 @@ class ControlHandler(http.server.BaseHTTPRequestHandler):
         daemon = self.server.daemon
         options = Options.from_query(query)
         tag = query.get("tag", [""])[-1]
+        if self.headers.get_content_type() not in ARCHIVE_TYPES:        # none at all is what a page can send, too
+            raise Refused(415, f"an archive needs `Content-Type: {ARCHIVE_TYPES[0]}`")
         self._call(daemon.begin_change(name, "deploy"))
         directory = None
         try:
@@ -4971,6 +5231,8 @@ class ControlHandler(http.server.BaseHTTPRequestHandler):
         limit = self.server.daemon.settings.max_image_size
         size = 0
         self.connection.settimeout(MAX_BODY_SECONDS)
+        if self._continue_expected:
+            self.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         with path.open("wb") as file:
             for data in self._body():
                 size += len(data)
@@ -4982,24 +5244,32 @@ class ControlHandler(http.server.BaseHTTPRequestHandler):
 
     def _body(self) -> Iterator[memoryview]:
         """Yield the request's body in pieces, each good until the next (RFC 9112, section 7). Raises BadRequest."""
-        if self.headers.get("Transfer-Encoding", "").lower() == "chunked":
+        if "Transfer-Encoding" in self.headers:
             while size := self._chunk_size():
                 yield from self._exactly(size)
                 if self.rfile.readline(3) != b"\r\n":
                     raise BadRequest("the request's chunked encoding is broken")
-            while self.rfile.readline(1024) not in (b"\r\n", b"\n", b""):     # trailers
-                continue
-            return
-        length = self.headers.get("Content-Length", "")
-        if not re.fullmatch(r"[0-9]{1,18}", length):
-            raise FaasdError("the request needs a Content-Length or chunked encoding", status=411)
-        yield from self._exactly(int(length))
+            self._skip_trailers()
+        elif "Content-Length" in self.headers:
+            yield from self._exactly(int(self.headers["Content-Length"]))
+        else:
+            raise Refused(411, "the request needs a Content-Length or chunked encoding")
 
     def _chunk_size(self) -> int:
-        match = re.fullmatch(rb"([0-9a-fA-F]{1,15})(;[^\r\n]*)?\r?\n", self.rfile.readline(1024))
+        line = self.rfile.readline(MAX_CHUNK_LINE)
+        match = re.fullmatch(rb"([0-9a-fA-F]{1,15})(;[^\r\n]*)?\r?\n", line)
         if not match:
-            raise BadRequest("the upload was cut short")
+            raise BadRequest("the request's chunked encoding is broken" if line else "the upload was cut short")
         return int(match[1], 16)
+
+    def _skip_trailers(self) -> None:
+        for _ in range(MAX_TRAILERS):
+            line = self.rfile.readline(MAX_CHUNK_LINE)
+            if line in (b"\r\n", b"\n", b""):
+                return
+            if not HEADER_LINE.fullmatch(line):
+                break
+        raise BadRequest(f"the request's trailers are broken, or over {MAX_TRAILERS}")
 
     def _exactly(self, count: int) -> Iterator[memoryview]:
         buffer = memoryview(bytearray(COPY_CHUNK))      # one for all: fresh memory costs more than the copy
@@ -5017,7 +5287,10 @@ class ControlHandler(http.server.BaseHTTPRequestHandler):
         lines, file = function_log.read(tail, since)
         self.send_response(200)
         self.send_header("Content-Type", "text/plain; charset=utf-8")
-        self.send_header("Transfer-Encoding", "chunked")
+        if self.request_version == "HTTP/1.0":
+            self.close_connection = True
+        else:
+            self.send_header("Transfer-Encoding", "chunked")
         self.end_headers()
         self._write_chunk(b"".join(lines))
         if query.get("follow", ["0"])[-1] not in ("", "0", "false"):
@@ -5027,10 +5300,13 @@ class ControlHandler(http.server.BaseHTTPRequestHandler):
                     break
         elif file:
             file.close()
-        self.wfile.write(b"0\r\n\r\n")
+        if self.request_version != "HTTP/1.0":
+            self.wfile.write(b"0\r\n\r\n")
 
     def _write_chunk(self, data: bytes) -> None:
-        if data:                        # an empty chunk would end the body
+        if self.request_version == "HTTP/1.0":          # which knows no chunks
+            self.wfile.write(data)
+        elif data:                      # an empty chunk would end the body
             self.wfile.write(b"%x\r\n%s\r\n" % (len(data), data))
 
 
@@ -5077,9 +5353,13 @@ class Settings:
     max_image_size: int         # bytes
     max_image_entries: int
     max_warm: int               # containers
+    max_uploads: int            # archives that are received or unpacked at a time
     keep_versions: int          # images of a function, the one that runs included
     log_format: str
     verbose: bool
+    api: tuple[str, int] | None = None              # address and port of the control API over TCP
+    api_token_file: Path | None = None
+    api_host: Iterable[str] = ()                    # names, besides its address, by which clients may call it
 
 
 class Daemon:
@@ -5118,6 +5398,10 @@ class Daemon:
 
     async def run(self) -> None:
         """Serve until SIGTERM or SIGINT, then drain; a second signal stops at once. Raises FaasdError."""
+        servers: list[ControlServer] = []
+        if self.settings.api:           # first, for this is what may fail; clients wait until we are ready
+            token = read_token(self.settings.api_token_file)
+            servers.append(TcpControlServer(self.settings.api, token, self.settings.api_host, self))
         for number in (signal.SIGTERM, signal.SIGINT):
             self.loop.add_signal_handler(number, self._stop_signals.put_nowait, number)
         self.runtime_version = self._runtime.version()
@@ -5128,19 +5412,19 @@ class Daemon:
         records = self._registry.load()
         await self._give_ids(records)
         self._clear_past(records)
-        server = None
         try:
             for record in records:
                 await self._restore(record)
-            server = ControlServer(self.settings.run_dir / "faasd.sock", self)
-            server.open()
+            servers.insert(0, UnixControlServer(self.settings.run_dir / "faasd.sock", self))
+            for server in servers:
+                server.open()
             log.info("ready: %d functions, subnet %s, control API at %s", len(records), self.settings.subnet,
-                     server.server_address)
+                     ", ".join(map(str, servers)))
             notify_service_manager("READY=1")
             await self._stop_signals.get()
         finally:
             notify_service_manager("STOPPING=1")
-            await self._stop(server)
+            await self._stop(servers)
 
     def _clear_past(self, records: list[FunctionRecord]) -> None:
         """Remove what a daemon that was killed left: containers, uploads, half-deployed images, addresses."""
@@ -5212,13 +5496,13 @@ class Daemon:
         except OSError as error:
             raise storage_error(error, f"preparing {parent}") from error
 
-    async def _stop(self, server: ControlServer | None) -> None:
+    async def _stop(self, servers: list[ControlServer]) -> None:
         """Stop accepting, drain, leave nothing behind."""
         self._stopping = True
         async with self._commit:                # whoever is in the middle of a change finishes it
             pass
         log.info("stopping: %d invocations running", sum(f.running for f in self._functions.values()))
-        if server is not None:
+        for server in servers:
             self.loop.remove_reader(server)
             server.server_close()
             server.end_uploads()
@@ -5238,7 +5522,7 @@ class Daemon:
         for function in self._functions.values():
             function.log.end()
         deadline = self.loop.time() + UPLOAD_END_SECONDS
-        while (self._changes or server and server.busy) and self.loop.time() < deadline:
+        while (self._changes or any(server.busy for server in servers)) and self.loop.time() < deadline:
             await asyncio.sleep(0.01)
         self._network.remove_all()
         self._rules_watch.close()
@@ -5254,10 +5538,12 @@ class Daemon:
     # -- one change of a function at a time --
 
     async def begin_change(self, name: str, what: str) -> None:
-        """Reserve a name for one deploy or removal. Raises Conflict, Stopping."""
+        """Reserve a name for one deploy or removal. Raises Conflict, Busy, Stopping."""
         self._refuse_if_stopping()
         if name in self._changes:
             raise Conflict(f"function {name}: a {self._changes[name]} is under way, try again when it is done")
+        if what == "deploy" and list(self._changes.values()).count(what) >= self.settings.max_uploads:
+            raise Busy(f"{self.settings.max_uploads} deploys are under way already (--max-uploads): try again later")
         self._changes[name] = what
 
     def _refuse_if_stopping(self) -> None:
@@ -5722,12 +6008,26 @@ def parse_arguments(argv: list[str]) -> Settings:
                         help="limit for the files of an image")
     parser.add_argument("--max-warm", type=checked(parse_amount), default=str(default_max_warm()), metavar="N",
                         help="limit for the containers that wait for a client, of all functions together")
+    parser.add_argument("--max-uploads", type=checked(parse_count), default=str(MAX_UPLOADS), metavar="N",
+                        help="limit for the images that are received and unpacked at a time")
     parser.add_argument("--keep-versions", type=checked(parse_count), default="3", metavar="N",
                         help="images kept of each function, for rollback")
+    none = argparse.SUPPRESS            # which the help does not show
+    parser.add_argument("--api", type=checked(parse_endpoint), default=none, metavar="HOST:PORT",
+                        help="serve the control API there as well, such as 127.0.0.1:9000")
+    parser.add_argument("--api-token-file", type=Path, default=none, metavar="FILE",
+                        help="the token that its clients have to send")
+    parser.add_argument("--api-host", type=str.lower, action="append", default=none, metavar="NAME",
+                        help="another name by which they reach it: a proxy's, or a translated address")
     parser.add_argument("--log-format", choices=["text", "json"], default="text", help="of the daemon's own log")
     parser.add_argument("-v", "--verbose", action="store_true", help="log every invocation")
     parser.add_argument("--version", action="version", version=f"faasd {__version__}")
-    return Settings(**vars(parser.parse_args(argv)))
+    settings = Settings(**vars(parser.parse_args(argv)))
+    if settings.api and not settings.api_token_file:
+        parser.error(f"--api needs --api-token-file FILE; {MAKE_TOKEN}")
+    if settings.api_token_file and not settings.api:
+        parser.error("--api-token-file is of use with --api HOST:PORT only")
+    return settings
 
 
 def default_max_warm() -> int:
@@ -5780,6 +6080,38 @@ def parse_port(text: str) -> int:
     if not re.fullmatch(r"[0-9]{1,5}", text) or not 1 <= int(text) <= 65535:
         raise BadRequest(f"bad port {text!r}: write a number from 1 to 65535")
     return int(text)
+
+
+def parse_endpoint(text: str) -> tuple[str, int]:
+    """Return address and port of `127.0.0.1:9000` or `[::1]:9000`. Raises BadRequest."""
+    host, colon, port = text.rpartition(":")
+    try:
+        if ":" in host and not (host.startswith("[") and host.endswith("]")):
+            raise ValueError
+        return str(ipaddress.ip_address(host.removeprefix("[").removesuffix("]"))), parse_port(port)
+    except ValueError:
+        raise BadRequest(f"bad address {text!r}: write 127.0.0.1:9000 or [::1]:9000") from None
+
+
+MAKE_TOKEN = "make one with: (umask 077; head -c 24 /dev/urandom | base64 > FILE)"
+
+
+def read_token(path: Path) -> bytes:
+    """Return the token in a file that nobody else can read. Raises UsageError."""
+    try:
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:     # it may be a FIFO
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise UsageError(f"--api-token-file {path} is no regular file; {MAKE_TOKEN}")
+            if status.st_mode & 0o077:
+                raise UsageError(f"--api-token-file {path} is open to others: chmod 600 {path}")
+            token = file.read(MAX_TOKEN_FILE).strip()
+    except OSError as error:
+        raise UsageError(f"cannot read --api-token-file {path}: {error.strerror}; {MAKE_TOKEN}") from error
+    if not re.fullmatch(rb"[!-~]+", token) or len(token) < MIN_TOKEN_LENGTH:
+        raise UsageError(f"--api-token-file {path} needs {MIN_TOKEN_LENGTH} characters or more, in one word of ASCII; "
+                         f"{MAKE_TOKEN}")
+    return token
 
 
 def check_machine(settings: Settings) -> None:

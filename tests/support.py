@@ -223,7 +223,7 @@ class Daemon:
         connection = UnixConnection(self.socket)
         with contextlib.closing(connection):
             with contextlib.suppress(BrokenPipeError):  # it has answered, and closed, before it has read the body
-                connection.request(method, path, body)
+                connection.request(method, path, body, {"Content-Type": "application/x-tar"} if body else {})
             response = connection.getresponse()
             return response.status, response.read()
 

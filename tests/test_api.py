@@ -50,7 +50,7 @@ class Routes(ApiCase):
                 ("GET", "/functions/%2e%2e", 400, "bad function name"),
                 ("GET", "/functions/..%2f..%2fetc", 400, "bad function name"),
                 ("DELETE", "/functions", 405, "GET is"), ("POST", "/healthz", 405, "GET is"),
-                ("PUT", "/functions/f", 501, "Unsupported method"),
+                ("PUT", "/functions/f", 501, "Unsupported method"), ("OPTIONS", "/functions/f", 405, "GET or"),
                 ("POST", "/functions/f?memory", 400, "bad query"), ("POST", "/functions/f?x=1", 400, "unknown option")):
             with self.subTest(f"{method} {path}"):
                 got, body = self.daemon.api(method, path)
@@ -60,23 +60,45 @@ class Routes(ApiCase):
                 self.assertEqual(body.count(b"\n"), 1)
 
     def test_malformed_requests(self):
+        post = b"POST /functions/f HTTP/1.1\r\nContent-Type: application/x-tar\r\n"
+        get, chunked = b"GET /healthz HTTP/1.1\r\n", b"Transfer-Encoding: chunked\r\n"
         for data, status in (
-                (b"nonsense\r\n\r\n", b"400"), (b"GET / HTTP/9.9\r\n\r\n", b"505"),
+                (b"nonsense\r\n\r\n", b"400"), (b"GET / HTTP/9.9\r\n\r\n", b"505"), (b"GET /\r\n\r\n", b"400"),
+                (b"GET / HTTP/0.9\r\n\r\n", b"400"), (b"\r\n\r\n", b"400"), (b"GET", b"400"), (get, b"400"),
+                (b"GET\t/healthz HTTP/1.1\r\n\r\n", b"400"), (b"GET /healthz\xa0x HTTP/1.1\r\n\r\n", b"400"),
+                (b"GET http://faasd/healthz HTTP/1.1\r\n\r\n", b"400"), (b"OPTIONS * HTTP/1.1\r\n\r\n", b"400"),
                 (b"GET /\xff HTTP/1.1\r\n\r\n", b"404"),
-                (b"GET / HTTP/1.1\r\n" + b"X: y\r\n" * 200 + b"\r\n", b"431"),
+                (b"GET / HTTP/1.1\r\n" + b"X: y\r\n" * 101 + b"\r\n", b"431"),
+                (b"GET / HTTP/1.1\r\nX: " + b"y" * 65_536 + b"\r\n\r\n", b"431"),
+                (b"GET / HTTP/1.1\r\n" + (b"X: " + b"y" * 2048 + b"\r\n") * 33 + b"\r\n", b"431"),
                 (b"GET /" + b"a" * 70_000 + b" HTTP/1.1\r\n\r\n", b"414"),
-                (b"POST /functions/f HTTP/1.1\r\n\r\n", b"411"),
-                (b"POST /functions/f HTTP/1.1\r\nContent-Length: -1\r\n\r\n", b"411"),
-                (b"POST /functions/f HTTP/1.1\r\nContent-Length: 0\r\n\r\n", b"400"),
-                (b"POST /functions/f HTTP/1.1\r\nContent-Length: 10\r\n\r\nabc", b"400"),
-                (b"POST /functions/f HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n", b"400"),
-                (b"POST /functions/f HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabcd\r\n", b"400"),
-                (b"POST /functions/f HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n", b"400"),
-                (b"POST /functions/f HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", b"400")):
+                (get + b"Broken\r\n\r\n", b"400"), (get + b"X : y\r\n\r\n", b"400"),
+                (get + b"X: y\r\n z\r\n\r\n", b"400"), (get + b"X: y\rOrigin: z\r\n\r\n", b"400"),
+                (get + b"X: \0\r\n\r\n", b"400"), (get + b": y\r\n\r\n", b"400"),
+                (post + b"\r\n", b"411"),
+                (post + b"Content-Length: -1\r\n\r\n", b"400"), (post + b"Content-Length: +1\r\n\r\nx", b"400"),
+                (post + b"Content-Length: 1, 1\r\n\r\nx", b"400"), (post + b"Content-Length: \r\n\r\nx", b"400"),
+                (post + b"Content-Length: 1\r\nContent-Length: 1\r\n\r\nx", b"400"),
+                (post + b"Content-Length: 3\r\n" + chunked + b"\r\n0\r\n\r\n", b"400"),
+                (post + chunked + chunked + b"\r\n0\r\n\r\n", b"501"),
+                (post + b"Transfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n", b"501"),
+                (post + b"Transfer-Encoding: identity\r\n\r\n", b"501"),
+                (post.replace(b"1.1", b"1.0") + chunked + b"\r\n0\r\n\r\n", b"400"),
+                (post + b"Content-Length: 0\r\n\r\n", b"400"),
+                (post + b"Content-Length: 10\r\n\r\nabc", b"400"),
+                (post + chunked + b"\r\nzz\r\n", b"400"), (post + chunked + b"\r\n-3\r\nabc\r\n", b"400"),
+                (post + chunked + b"\r\n3;" + b"x" * 2000 + b"\r\nabc\r\n0\r\n\r\n", b"400"),
+                (post + chunked + b"\r\n" + b"1" * 16 + b"\r\n", b"400"),
+                (post + chunked + b"\r\n3\r\nabcd\r\n", b"400"),
+                (post + chunked + b"\r\n3\r\nabc\r\n", b"400"),
+                (post + chunked + b"\r\n0\r\n\r\n", b"400"),
+                (post + chunked + b"\r\n0\r\n" + b"X: y\r\n" * 100 + b"\r\n", b"400"),
+                (post + chunked + b"\r\n0\r\nbroken\r\n\r\n", b"400")):
             with self.subTest(data[:60]):
                 answer = self.raw(data)
                 self.assertEqual(answer.split(b" ")[1][:3], status, answer)
-                self.assertIn("error", json.loads(answer.partition(b"\r\n\r\n")[2]))
+                document = json.loads(answer.partition(b"\r\n\r\n")[2])
+                self.assertNotIn("\n", document["error"])
         self.assertEqual(list((self.daemon.state_dir / "tmp").iterdir()), [])
         self.assertEqual(self.daemon.api("GET", "/functions"), (200, b'{"functions": []}\n'))
 
@@ -94,13 +116,14 @@ class Routes(ApiCase):
 
 class Deploy(ApiCase):
     def test_curl_deploys_too(self):
-        """With a length, chunked, and with Expect: 100-continue: what curl does by itself."""
+        """With a length, chunked, and with Expect: 100-continue: what curl does by itself, but for the Content-Type."""
         image = support.handler_image()
         for extra, status in ((["--data-binary", "@-"], 201), (["--upload-file", "-", "--request", "POST"], 200),
                               (["--data-binary", "@-", "--header", "Expect: 100-continue"], 200)):
             with self.subTest(extra):
-                out = subprocess.run(["curl", "-sS", "--unix-socket", self.daemon.socket, *extra, "-w",
-                                      "\n%{http_code}", "http://faasd/functions/f?env=A%3D1&env=B%3D2"],
+                out = subprocess.run(["curl", "-sS", "--unix-socket", self.daemon.socket, *extra,
+                                      "-w", "\n%{http_code}", "-H", "Content-Type: application/octet-stream",
+                                      "http://faasd/functions/f?env=A%3D1&env=B%3D2"],
                                      input=image, capture_output=True, check=True).stdout
                 body, _, code = out.rpartition(b"\n")
                 self.assertEqual(int(code), status, body)

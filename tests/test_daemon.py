@@ -183,7 +183,8 @@ class Stop(unittest.TestCase):
             client = socket.socket(socket.AF_UNIX)
             self.addCleanup(client.close)
             client.connect(str(daemon.socket))
-            client.sendall(b"POST /functions/f HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000\r\n\r\nabc")
+            client.sendall(b"POST /functions/f HTTP/1.1\r\nHost: x\r\nContent-Type: application/x-tar\r\n"
+                           b"Content-Length: 1000000\r\n\r\nabc")
             wait_until(lambda: list((daemon.state_dir / "tmp").iterdir()), "the upload has begun")
             self.assertEqual(daemon.stop(), 0)
             self.assertEqual(support.remains(daemon), [])

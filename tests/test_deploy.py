@@ -86,7 +86,8 @@ class Deploy(DeployCase):
         client = socket.socket(socket.AF_UNIX)
         self.addCleanup(client.close)
         client.connect(str(self.daemon.socket))
-        client.sendall(b"POST /functions/f HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(image))
+        client.sendall(b"POST /functions/f HTTP/1.1\r\nHost: x\r\nContent-Type: application/x-tar\r\n"
+                       b"Content-Length: %d\r\n\r\n" % len(image))
         wait_until(lambda: list((self.daemon.state_dir / "tmp").iterdir()), "the first upload has begun")
         self.assertIn("a deploy is under way", self.refuse("new", "f", stdin=image)[0])
         client.sendall(image)
@@ -200,7 +201,8 @@ class FailedDeploy(DeployCase):
     def test_upload_is_cut(self):
         client = socket.socket(socket.AF_UNIX)
         client.connect(str(self.daemon.socket))
-        client.sendall(b"POST /functions/bad HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n400\r\nabc")
+        client.sendall(b"POST /functions/bad HTTP/1.1\r\nHost: x\r\nContent-Type: application/x-tar\r\n"
+                       b"Transfer-Encoding: chunked\r\n\r\n400\r\nabc")
         client.shutdown(socket.SHUT_WR)
         with client, client.makefile("rb") as answer:
             self.assertIn(b"the upload was cut short", answer.read())
