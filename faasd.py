@@ -4897,7 +4897,7 @@ class TcpControlServer(ControlServer):
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_SECONDS)
-        return connection, f"peer={address[0]} port={address[1]}"
+        return connection, "peer=[{}]:{}".format(*address[:2]) if ":" in address[0] else "peer={}:{}".format(*address)
 
     def check(self, headers: http.client.HTTPMessage, connection: socket.socket) -> None:
         scheme, _, token = ",".join(headers.get_all("Authorization", [])).partition(" ")

@@ -203,7 +203,7 @@ class Requests(TcpCase):
         with connect(ADDRESS) as client:
             client.sendall(f"GET /version HTTP/1.1\r\n{HOST}{BEARER}\r\n".encode())
             client.recv(1)
-            line = f"peer=127.0.0.1 port={client.getsockname()[1]} 'GET /version' 200"
+            line = f"peer=127.0.0.1:{client.getsockname()[1]} 'GET /version HTTP/1.1' 200"
         wait_until(lambda: line in self.daemon.log(), line)
 
     def test_a_body_that_nobody_reads_is_no_request(self):
