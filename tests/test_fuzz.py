@@ -12,6 +12,7 @@ import secrets
 import shutil
 import signal
 import socket
+import tempfile
 import threading
 import time
 import unittest
@@ -19,38 +20,60 @@ import urllib.parse
 from pathlib import Path
 
 import archives
+import faasd
 import support
 from support import wait_until
 
 SECONDS = float(os.environ.get("FAASD_FUZZ_SECONDS", "6"))
-SEED = os.environ.get("FAASD_FUZZ_SEED") or ("faasd" if "FAASD_FUZZ_SECONDS" not in os.environ else secrets.token_hex(8))
+SEED = os.environ.get("FAASD_FUZZ_SEED", secrets.token_hex(8) if "FAASD_FUZZ_SECONDS" in os.environ else "faasd")
+ROUNDS = 40             # of requests at least, however slow the machine
 ADDRESS = ("127.0.0.1", 9000)
 TOKEN = "correct-horse-battery-staple"
 
 METHODS = ["GET", "POST", "PATCH", "DELETE", "PUT", "HEAD", "OPTIONS", "CONNECT", "get", "", "G E T", "A" * 300]
 # `good` is not among them: it has to go on answering.
-NAMES = ["victim", "new", "new", "none", "", ".", "..", "%2e%2e%2f", "a" * 63, "a" * 64, "-", "A", "é", "%00", "%ff", "%",
-         "new%0d%0aX:y", "*", "victim/..", "healthz", "\\", "new\x7f", "\U0001f600"]
+NAMES = [
+    "victim", "new", "new", "none", "", ".", "..", "%2e%2e%2f", "a" * 63, "a" * 64, "-", "A", "é", "%00", "%ff", "%",
+    "new%0d%0aX:y", "*", "victim/..", "healthz", "\\", "new\x7f", "\U0001f600"]
 RESOURCES = ["", "", "/logs", "/logs", "/stats", "/versions", "/rollback", "/x", "//", "/../..", "/%2e%2e"]
-PATHS = ["/", "/healthz", "/version", "/metrics", "/stats", "/functions", "*", "", "//x", "http://x/healthz", "/?", "/#", "/%",
-         "/[", "//[", "http://[/"]
-OPTIONS = ["memory", "cpus", "pids", "timeout", "start_timeout", "concurrency", "queue", "queue_timeout", "warm", "reuse", "env",
-           "cmd", "unset_env", "tag", "version", "tail", "since", "follow", "colour", "", "__class__"]
-VALUES = ["", "0", "1", "2", "-1", "1.5", "64m", "512m", "1g", "999999999999999g", "9" * 400, "1e309", "nan", "inf", "auto", "10ms",
-          "1s", "999999999h", "0x10", "١", "A=1", "=", "A", "A=\0", "\0", "A=" + "x" * 9000, "\n", "\r\nX: y", "é", "\ud800",
-          "2026-01-31T12:00:00Z", "0001-01-01T00:00:00+23:59", "9999-12-31T23:59:59-23:59", "latest", "%", "../../etc",
-          "\x1b[2J", "/bin/sh", "true", "yesterday", "[]", "{}"]
-HEADERS = ["Content-Length: 0", "Content-Length: 5", "Content-Length: -1", "Content-Length: 99999999999999999999", "Content-Length: ",
-           "Transfer-Encoding: chunked", "Transfer-Encoding: gzip, chunked", "Transfer-Encoding:\tchunked", "Expect: 100-continue",
-           "Expect: x", "Connection: close", "Connection: keep-alive", "Connection: upgrade", "Upgrade: h2c", "Origin: null",
-           "Sec-Fetch-Site: none", "Host: evil.example", "Host: [::1", "Content-Type: text/plain", "Content-Type: x",
-           "Content-Type: ;;=\"", "Authorization: Basic eDp5", "Authorization: Bearer", "X: " + "y" * 3000, "X :y", " folded",
-           "broken", ":", "X: \x01", "X: é", "Range: bytes=0-", "Cookie: a=b", "If-None-Match: *", "Accept-Encoding: gzip"]
-TOKENS = [b"\r\n", b"\n", b"\r", b"\0", b" ", b"\t", b":", b"\xff", b"\r\n\r\n", b"0\r\n\r\n", b"%", b"?", b"&", b"=", b"HTTP/1.1", b"HTTP/0.9",
-          b"HTTP/1.0", b"HTTP/2.0", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", b"\x16\x03\x01\x02\x00\x01", b"A" * 5000, b"ffffffffffffffff\r\n",
-          b"Content-Length: 1\r\n", b"Transfer-Encoding: chunked\r\n", b"GET / HTTP/1.1\r\n\r\n"]
-ENTRY_NAMES = ["x", "a/b/c", "/etc/passwd", "../../x", ".", "..", "", "/", "x/" * 300, "n" * 300, ".wh.x", ".wh..wh..opq", ".wh.", "a\0b",
-               "etc", "link", "link/x", "\x1b[2J", b"\xff\xfe", "dev/null", "hello"]
+PATHS = [
+    "/", "/healthz", "/version", "/metrics", "/stats", "/functions", "*", "", "//x", "http://x/healthz", "/?", "/#",
+    "/%", "/[", "//[", "http://[/"]
+OPTIONS = [
+    "memory", "cpus", "pids", "timeout", "start_timeout", "concurrency", "queue", "queue_timeout", "warm", "reuse",
+    "env", "cmd", "unset_env", "tag", "version", "tail", "since", "follow", "colour", "", "__class__"]
+VALUES = [
+    "", "0", "1", "2", "-1", "1.5", "64m", "512m", "1g", "999999999999999g", "9" * 400, "1e309", "nan", "inf",
+    "auto", "10ms", "1s", "999999999h", "0x10", "١", "A=1", "=", "A", "A=\0", "\0", "A=" + "x" * 9000, "\n",
+    "\r\nX: y", "é", "\ud800", "2026-01-31T12:00:00Z", "0001-01-01T00:00:00+23:59", "9999-12-31T23:59:59-23:59",
+    "latest", "%", "../../etc", "\x1b[2J", "/bin/sh", "true", "yesterday", "[]", "{}"]
+HEADERS = [
+    "Content-Length: 0", "Content-Length: 5", "Content-Length: -1", "Content-Length: 99999999999999999999",
+    "Content-Length: ", "Transfer-Encoding: chunked", "Transfer-Encoding: gzip, chunked",
+    "Transfer-Encoding:\tchunked", "Expect: 100-continue", "Expect: x", "Connection: close",
+    "Connection: keep-alive", "Connection: upgrade", "Upgrade: h2c", "Origin: null", "Sec-Fetch-Site: none",
+    "Host: evil.example", "Host: [::1", "Content-Type: text/plain", "Content-Type: x", "Content-Type: ;;=\"",
+    "Authorization: Basic eDp5", "Authorization: Bearer", "X: " + "y" * 3000, "X :y", " folded", "broken", ":",
+    "X: \x01", "X: é", "Range: bytes=0-", "Cookie: a=b", "If-None-Match: *", "Accept-Encoding: gzip"]
+TOKENS = [
+    b"\r\n", b"\n", b"\r", b"\0", b" ", b"\t", b":", b"\xff", b"\r\n\r\n", b"0\r\n\r\n", b"%", b"?", b"&", b"=",
+    b"HTTP/1.1", b"HTTP/0.9", b"HTTP/1.0", b"HTTP/2.0", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+    b"\x16\x03\x01\x02\x00\x01", b"A" * 5000, b"ffffffffffffffff\r\n", b"Content-Length: 1\r\n",
+    b"Transfer-Encoding: chunked\r\n", b"GET / HTTP/1.1\r\n\r\n"]
+ENTRY_NAMES = [
+    "x", "a/b/c", "/etc/passwd", "../../x", ".", "..", "", "/", "x/" * 300, "n" * 300, ".wh.x", ".wh..wh..opq",
+    ".wh.", "a\0b", "etc", "link", "link/x", "\x1b[2J", b"\xff\xfe", "dev/null", "hello"]
+KINDS = [b"3", b"4", b"6", b"7", b"S", b"K", b"L", b"x", b"g", b"V", b"\0", b"Z"]
+RECORDS = [{"path": "y"}, {"size": "-1"}, {"mtime": "1e400"}, {"uid": "9" * 30}, {"SCHILY.xattr.user.x": "y"},
+           {"GNU.sparse.major": "1", "GNU.sparse.minor": "0"}, {"GNU.sparse.map": "0,1,0"}, {"hdrcharset": "BINARY"},
+           {"linkpath": "/etc/shadow"}, {"SCHILY.xattr.security.capability": "x"}]
+PROCESS = {
+    "Cmd": [["/hello"], ["sh"], [], None, "x", [1], ["\0"], ["x" * 5000]], "Entrypoint": [None, ["/x"], {}, [""]],
+    "Env": [None, ["A=1"], ["A"], ["=", ""], "A=1", [None], ["A=\0"]],
+    "User": ["", "0", "1:2", "nobody", "-1", "9" * 20, "a:b:c", 7],
+    "WorkingDir": ["", "/", "x", "/a/../../b", "/link", "\0", 5],
+    "Volumes": [None, {"/data": {}}, {"/proc": {}}, {"": {}}, [], {"/link/x": {}}]}
+CHANGES = [{}, {"rootfs": None}, {"rootfs": {"diff_ids": 5}}, {"os": "plan9"}, {"config": []}, {"history": 7}]
 
 
 def bruise(chance: random.Random, data: bytes, tokens: list[bytes] = TOKENS) -> bytes:
@@ -75,8 +98,13 @@ def bruise(chance: random.Random, data: bytes, tokens: list[bytes] = TOKENS) -> 
     return data
 
 
+def usually(chance: random.Random, values: list):
+    """Return the first of values, which is sound, or now and then another."""
+    return values[0] if chance.random() < 0.9 else chance.choice(values)
+
+
 class Images:
-    """Image archives, none of which runs: what is in them is seldom a program, and where it is it never connects."""
+    """Image archives, some of them sound. None runs: what is in them is no program, or one that never connects."""
 
     def __init__(self, chance: random.Random):
         self.chance = chance
@@ -84,44 +112,34 @@ class Images:
     def entry(self) -> bytes:
         chance = self.chance
         data = chance.choice([b"", b"x", b"hello\n" * 200, chance.randbytes(700)])
-        kind = chance.choice([b"0", b"0", b"1", b"2", b"3", b"4", b"5", b"5", b"6", b"7", b"S", b"K", b"L", b"x", b"g", b"V", b"\0", b"Z"])
-        size = len(data) if chance.random() < 0.8 else chance.choice([0, -1, 1, 511, 10**6, 2**33, 2**62, -2**40])
-        records = chance.choice([None, None, {"path": "y"}, {"size": "-1"}, {"mtime": "1e400"}, {"uid": "9" * 30},
-                                 {"SCHILY.xattr.security.capability": "x"}, {"GNU.sparse.major": "1", "GNU.sparse.minor": "0"},
-                                 {"GNU.sparse.map": "0,1,0"}, {"hdrcharset": "BINARY"}, {"linkpath": "/etc/shadow"}])
-        head = archives.header(chance.choice(ENTRY_NAMES), kind, size=size, mode=chance.choice([0o755, 0, 0o7777, -1, 2**20]),
-                               uid=chance.choice([0, 1000, -1, 2**31, 2**32]), target=chance.choice(ENTRY_NAMES),
-                               device=chance.choice([(0, 0), (1, 3), (-1, 2**20)]))
+        kind = usually(chance, [chance.choice([b"0", b"0", b"1", b"2", b"5"]), *KINDS])
+        data = data if kind in b"07S\0xgKL" else b""
+        records = usually(chance, [None, *RECORDS])
+        head = archives.header(
+            chance.choice(ENTRY_NAMES), kind, size=usually(chance, [len(data), 0, -1, 1, 511, 10**6, 2**62, -2**40]),
+            mode=usually(chance, [0o755, 0, 0o7777, -1, 2**20]), uid=usually(chance, [0, 1000, -1, 2**31, 2**32]),
+            target=chance.choice(ENTRY_NAMES), device=usually(chance, [(0, 0), (1, 3), (-1, 2**20)]))
         return (archives.pax(records) if records else b"") + head + archives.padded(data)
 
     def layer(self) -> bytes:
-        data = archives.layer(*(self.entry() for _ in range(self.chance.choice([0, 1, 3, 10]))))
-        data = self.chance.choice([lambda data: data, lambda data: data, archives.gz, archives.gz_members])(data)
-        return bruise(self.chance, data) if self.chance.random() < 0.3 else data
-
-    def process(self) -> dict:
-        chance = self.chance
-        return {key: chance.choice(values) for key, values in {
-            "Cmd": [["/hello"], ["sh"], [], None, "x", [1], ["\0"], ["x" * 5000]], "Entrypoint": [None, None, ["/x"], {}, [""]],
-            "Env": [None, ["A=1"], ["A"], ["=", ""], "A=1", [None], ["A=\0"]], "User": ["", "0", "1:2", "nobody", "-1", "9" * 20, "a:b:c", 7],
-            "WorkingDir": ["", "/", "x", "/a/../../b", "/link", "\0", 5], "Volumes": [None, {"/data": {}}, {"/proc": {}}, {"": {}}, []],
-        }.items()}
+        data = archives.layer(*(self.entry() for _ in range(self.chance.choice([0, 1, 2, 5, 10]))))
+        return bruise(self.chance, data) if self.chance.random() < 0.1 else data
 
     def archive(self) -> bytes:
         chance = self.chance
-        image = archives.Image([self.layer() for _ in range(chance.choice([0, 1, 1, 2, 5]))], self.process(),
-                               tuple(chance.choice([[], ["app:latest"], ["a", "b"], ["\x1b[2J:\n"]])),
-                               chance.choice([archives.HOST] * 4 + [archives.FOREIGN, "", "\n"]),
-                               chance.choice([{}, {}, {"rootfs": None}, {"rootfs": {"diff_ids": 5}}, {"os": "plan9"}, {"config": []}]))
-        write = chance.choice([archives.podman, archives.docker_old, archives.oci, archives.docker_new,
-                               lambda image: archives.oci(image, compress=archives.gz),
-                               lambda image: archives.containerd(image) if image.tags else archives.oci(image)])
-        data = write(image)
-        if chance.random() < 0.2:           # the JSON inside, without a change of any length
-            data = re.sub(rb'"[A-Za-z]+"(?=: )', lambda match: chance.choice([match[0]] * 9 + [b'"' + b"x" * (len(match[0]) - 2) + b'"']),
-                          data)
-        data = chance.choice([lambda data: data] * 5 + [archives.gz])(data)
-        return bruise(chance, data) if chance.random() < 0.5 else data
+        image = archives.Image([self.layer() for _ in range(chance.choice([0, 1, 1, 2, 5]))],
+                               {key: usually(chance, values) for key, values in PROCESS.items()},
+                               usually(chance, [("app:latest",), (), ("a", "b"), ("\x1b[2J:\n",)]),
+                               usually(chance, [archives.HOST, archives.FOREIGN, "", "\n"]), usually(chance, CHANGES))
+        compress = chance.choice([lambda data: data, archives.gz, archives.gz_members])
+        write = chance.choice([archives.podman, archives.docker_old, archives.containerd,
+                               lambda image: archives.oci(image, compress=compress),
+                               lambda image: archives.docker_new(image, compress)])
+        data = write(image) if image.tags else archives.oci(image, compress=compress)
+        if chance.random() < 0.1:           # other keys in its JSON, of the same length
+            data = re.sub(rb'"[A-Za-z]+"(?=: )', lambda match: usually(chance, [match[0], match[0].swapcase()]), data)
+        data = usually(chance, [data, archives.gz(data)])
+        return bruise(chance, data) if chance.random() < 0.3 else data
 
 
 class Requests:
@@ -135,7 +153,8 @@ class Requests:
         chance = self.chance
         pairs = [(chance.choice(OPTIONS), chance.choice(VALUES)) for _ in range(chance.choice([0, 0, 1, 1, 2, 5]))]
         text = urllib.parse.urlencode(pairs, errors="surrogatepass")
-        return "?" + (text if chance.random() < 0.9 else bruise(chance, text.encode()).decode("latin-1")) if pairs else ""
+        text = usually(chance, [text, bruise(chance, text.encode()).decode("latin-1")])
+        return f"?{text}" if pairs else ""
 
     def target(self, method: str) -> str:
         chance = self.chance
@@ -152,20 +171,25 @@ class Requests:
         pieces, at = [], 0
         while at < len(data):
             size = chance.choice([1, 100, 4096, 65536])
-            pieces.append(b"%x%s\r\n%s\r\n" % (len(data[at:at + size]), chance.choice([b""] * 9 + [b";a=b"]), data[at:at + size]))
+            piece = data[at:at + size]
+            pieces.append(b"%x%s\r\n%s\r\n" % (len(piece), usually(chance, [b"", b";a=b"]), piece))
             at += size
-        end = chance.choice([b"0\r\n\r\n"] * 8 + [b"", b"0\r\n", b"0\r\nX: y\r\n\r\n", b"0\r\n" + b"X: y\r\n" * 50, b"-1\r\n\r\n"])
-        return ["Transfer-Encoding: chunked"], b"".join(pieces) + end
+        ends = [b"0\r\n\r\n", b"", b"0\r\n", b"0\r\nX: y\r\n\r\n", b"0\r\n" + b"X: y\r\n" * 50, b"-1\r\n"]
+        return ["Transfer-Encoding: chunked"], b"".join(pieces) + usually(chance, ends)
 
     def deploy(self) -> bytes:
         headers, data = self.body(self.images.archive())
         name = "victim" if self.chance.random() < 0.2 else "new"
-        return self.assemble("POST", f"/functions/{name}{self.query()}", ["Content-Type: application/x-tar", *headers], data)
+        query = self.query() if self.chance.random() < 0.1 else "?start_timeout=2"
+        headers = ["Content-Type: application/x-tar", *headers]
+        return self.assemble("POST", f"/functions/{name}{query}", headers, data)
 
     def anything(self) -> bytes:
         chance = self.chance
         method = chance.choice(METHODS[:4]) if chance.random() < 0.8 else chance.choice(METHODS)
-        headers, data = self.body(chance.choice([b"", b"{}", chance.randbytes(50)])) if chance.random() < 0.3 else ([], b"")
+        headers, data = [], b""
+        if chance.random() < 0.3:
+            headers, data = self.body(chance.choice([b"", b"{}", chance.randbytes(50)]))
         return self.assemble(method, self.target(method), headers, data)
 
     def assemble(self, method: str, target: str, headers: list[str], data: bytes) -> bytes:
@@ -175,7 +199,7 @@ class Requests:
         chance.shuffle(lines)
         if chance.random() < 0.01:
             lines *= 60
-        version = chance.choice(["HTTP/1.1"] * 12 + ["HTTP/1.0", "HTTP/2.0", "HTTP/9.9", "http/1.1", ""])
+        version = usually(chance, ["HTTP/1.1", "HTTP/1.0", "HTTP/1.0", "HTTP/2.0", "HTTP/9.9", "http/1.1", ""])
         return "\r\n".join([f"{method} {target} {version}", *lines, "", ""]).encode("utf-8", "surrogatepass") + data
 
     def make(self) -> bytes:
@@ -190,8 +214,8 @@ class Requests:
         return bruise(chance, data) if chance.random() < 0.5 else data
 
 
-def check_answers(data: bytes) -> list[int]:
-    """Return the status of each answer in what a connection brought. Raises AssertionError unless all are well-formed."""
+def check_answers(data: bytes, sent: bytes) -> list[int]:
+    """Return the status of each answer to what was sent. Raises AssertionError unless all are well-formed."""
     statuses = []
     while data:
         match = re.match(rb"HTTP/1\.1 (\d{3}) [ -~]+\r\n((?:[A-Za-z-]+: [ -~]*\r\n)*)\r\n", data)
@@ -202,6 +226,8 @@ def check_answers(data: bytes) -> list[int]:
         statuses.append(int(match[1]))
         headers = dict(line.lower().split(b": ", 1) for line in match[2].splitlines())
         body, data = take_body(headers, data)
+        if not body and b"HEAD" in sent and headers.get(b"connection") == b"close":
+            continue
         if statuses[-1] >= 400:
             check_error(headers, body)
         elif headers[b"content-type"] == b"application/json":
@@ -223,8 +249,9 @@ def take_body(headers: dict[bytes, bytes], data: bytes) -> tuple[bytes, bytes]:
         body = b""
         while match := re.match(rb"([0-9a-f]+)\r\n", data):
             size = int(match[1], 16)
-            body, tail, data = body + data[match.end():][:size], data[match.end() + size:][:2], data[match.end() + size + 2:]
-            assert tail == b"\r\n", "a chunk without its end"
+            chunk, data = data[match.end():][:size], data[match.end() + size:]
+            assert data[:2] == b"\r\n", "a chunk without its end"
+            body, data = body + chunk, data[2:]
             if size == 0:
                 return body, data
         raise AssertionError(f"no chunk: {data[:300]}")
@@ -235,7 +262,29 @@ def take_body(headers: dict[bytes, bytes], data: bytes) -> tuple[bytes, bytes]:
     return data[:size], data[size:]
 
 
-class Fuzz(unittest.TestCase):
+class Archives(archives.Sandbox):
+    def test_nonsense(self):
+        """Unpacked in this process, a hundred times as fast as through the API."""
+        until, images, unpacked = time.monotonic() + SECONDS / 2, Images(random.Random(SEED)), 0
+        signal.alarm(int(SECONDS) + 600)
+        for count in range(10**9):
+            if time.monotonic() > until:
+                break
+            data = images.archive()
+            try:
+                self.unpack(data, max_size=64 << 20, max_entries=10_000)
+                unpacked += 1
+            except faasd.FaasdError as error:
+                self.assertTrue(str(error).isprintable(), error)
+                self.assertLess(error.status, 500, error)
+            except Exception as error:
+                path = Path(tempfile.gettempdir(), f"faasd-fuzz.{SEED}.{count}.tar")
+                path.write_bytes(data)
+                raise AssertionError(f"FAASD_FUZZ_SEED={SEED} archive {count}, kept as {path}") from error
+        self.assertGreater(unpacked, count / 20)        # else what is tested is how damage is found
+
+
+class ControlApi(unittest.TestCase):
     def setUp(self):
         signal.alarm(int(SECONDS) + 600)        # tests/run.py takes a test of over 10 minutes for a hang
         directory = support.temporary_directory()
@@ -243,8 +292,9 @@ class Fuzz(unittest.TestCase):
         token = directory / "token"
         token.write_text(TOKEN)
         token.chmod(0o600)
-        self.daemon = support.Daemon("--api", "127.0.0.1:9000", "--api-token-file", str(token), "--max-image-size", "64m",
-                                     constants={"FOLLOW_SECONDS": 0.2, "LINGER_SECONDS": 0.5, "MAX_HEADER_SECONDS": 5.0})
+        self.daemon = support.Daemon(
+            "--api", "127.0.0.1:9000", "--api-token-file", str(token), "--max-image-size", "64m",
+            constants={"FOLLOW_SECONDS": 0.2, "LINGER_SECONDS": 0.5, "MAX_HEADER_SECONDS": 5.0})
         self.daemon.start()
         self.addCleanup(self.daemon.close)
         self.good = self.daemon.deploy("good", None, "--warm", "1")
@@ -252,16 +302,16 @@ class Fuzz(unittest.TestCase):
         self.failures: list[str] = []
         self.statuses: dict[int, int] = {}
 
-    def send(self, target, data: bytes, patient: bool) -> bytes:
-        """Send bytes and return what comes; a client that is not patient half-closes at once."""
+    def send(self, target, data: bytes, patience: float) -> bytes:
+        """Send bytes, half-close when an answer comes or the patience of so many seconds ends; return all that comes."""
         received = b""
         with socket.socket(socket.AF_INET if isinstance(target, tuple) else socket.AF_UNIX) as client:
             client.settimeout(support.READY_SECONDS)
             client.connect(target)
             try:
                 client.sendall(data)
-                if patient:
-                    client.settimeout(0.5)
+                if patience:
+                    client.settimeout(patience)
                     received = client.recv(65536)
             except OSError:             # it has heard enough, or waits for more
                 pass
@@ -278,11 +328,11 @@ class Fuzz(unittest.TestCase):
         chance = random.Random(f"{SEED}/{target if isinstance(target, tuple) else 'unix'}")
         requests = Requests(chance, more)
         for count in range(10**9):
-            if time.monotonic() > until or self.failures:
+            if count > ROUNDS and time.monotonic() > until or self.failures:
                 return
-            data, patient = requests.make(), chance.random() < 0.5
+            data, patience = requests.make(), chance.choice([0, 0, 0.2, 2])
             try:
-                for status in check_answers(self.send(target, data, patient)):
+                for status in check_answers(self.send(target, data, patience), data):
                     self.statuses[status] = self.statuses.get(status, 0) + 1
                     assert status != 500 and status < 600, f"status {status}"
                 assert self.daemon.process.poll() is None, "the daemon has ended"
@@ -298,7 +348,7 @@ class Fuzz(unittest.TestCase):
     def test_nonsense(self):
         descriptors, threads = self.count()
         self.daemon.deploy("victim", None, "--start-timeout", "2")
-        until = time.monotonic() + SECONDS
+        until = time.monotonic() + SECONDS / 2
         clients = [threading.Thread(target=self.client, args=arguments) for arguments in (
             (str(self.daemon.socket), [], until),
             (ADDRESS, [f"Authorization: Bearer {TOKEN}", "Host: localhost:9000"], until))]
@@ -310,7 +360,7 @@ class Fuzz(unittest.TestCase):
         self.assertFalse(self.failures, "\n".join(self.failures))
         if SECONDS > 60:
             print(f"    seed {SEED}: {dict(sorted(self.statuses.items()))}")
-        self.assertLessEqual({200, 400, 401, 404, 405, 415, 422}, set(self.statuses))
+        self.assertLessEqual({200, 400, 401, 404}, set(self.statuses))
         wait_until(lambda: not list((self.daemon.state_dir / "tmp").iterdir()), "no upload is left")
         names = [function["name"] for function in json.loads(self.daemon.api("GET", "/functions")[1])["functions"]]
         self.assertEqual(names, ["good", "victim"])
