@@ -5656,7 +5656,8 @@ class Daemon:
         try:
             stdout, stderr = await child.communicate()
         except asyncio.CancelledError:
-            child.kill()
+            with contextlib.suppress(ProcessLookupError):       # it has ended just now
+                child.kill()
             await child.wait()
             raise
         for line in stderr.decode("utf-8", "replace").splitlines():
