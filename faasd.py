@@ -1171,13 +1171,11 @@ class Rootfs:
 
     def is_directory(self, path: bytes) -> bool:
         """Tell whether a path that was real once still is: no component of it has become a link since."""
-        while path:
-            try:
-                if self.kind(path) != stat.S_IFDIR:
-                    return False
-            except NotADirectoryError:
+        real = b""
+        for name in path.split(b"/")[1:]:               # from the top, for what is below a link is not ours to look at
+            real += b"/" + name
+            if self.kind(real) != stat.S_IFDIR:
                 return False
-            path = path.rpartition(b"/")[0]
         return True
 
     def kind(self, path: bytes) -> int:

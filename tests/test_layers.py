@@ -197,6 +197,8 @@ add_cases(Paths, [
      {"l": "link t", "t": "dir", "t/b": "file in"}),
     ("A6 a directory with a time becomes a file's parent's file",
      [layer(directory("a"), directory("a/b", mtime=5), file("a", "now a file"))], {"a": "file now a file"}),
+    ("A6 a directory with a time becomes what is below a link to itself",
+     [layer(directory("a/b", mtime=5), symlink("a", "a"))], {"a": "link a"}),
 ], "check")
 
 
