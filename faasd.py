@@ -27,8 +27,8 @@ One invocation, in the names used below:
     Container.finish       the container exits or is killed, runc removes its cgroups, faasd its directory
 
 Process and threads: one asyncio loop in the main thread owns listeners, containers, functions and the registry, so
-there are no locks around them. The control API is a stdlib http.server on a Unix socket, one thread a request, which
-calls into the loop with run_coroutine_threadsafe. Images are unpacked by a child process (`faasd.py unpack …`): it
+there are no locks around them. The control API is a stdlib http.server on a Unix socket, with --api on a TCP port too,
+one thread a connection, which calls into the loop with run_coroutine_threadsafe. Images are unpacked by a child process (`faasd.py unpack …`): it
 is heavy, must not delay an invocation, and is where hostile bytes are parsed.
 
 On disk:
@@ -42,8 +42,8 @@ On disk:
     RUN_DIR/containers/ID/                    config.json and control.sock of one container, on a tmpfs
     RUN_DIR/runc/                             runc --root
 
-Trusted: this host, and whoever may open faasd.sock (that is root on this box). Not trusted: images, handlers and
-clients. Not done here: TLS, HTTP, load balancing, more than one machine.
+Trusted: this host, and whoever may open faasd.sock or has the token of --api (that is root on this box). Not trusted:
+images, handlers and clients. Not done here: TLS, HTTP, load balancing, more than one machine.
 
 The sections follow a function's way through the daemon: image archive, layers, process config, OCI bundle, network,
 container, function, registry, logs, control API, daemon and main.
@@ -4725,7 +4725,7 @@ def notify_service_manager(state: str) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Control API: http.server on a Unix socket, a thread a request
+# Control API: http.server on a Unix socket and, if asked for, over TCP; a thread a connection
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -5102,9 +5102,10 @@ class ControlHandler(http.server.BaseHTTPRequestHandler):
         self.close_connection = True
         if error.status >= 500:
             log.error("control API: %s", error, exc_info=error.__cause__ if error.status == 500 else None)
-        retry = {"Retry-After": str(RETRY_SECONDS)} if error.status == 503 else {}
-        self._reply(error.status, {"error": str(error), **({"output": error.output} if error.output else {})},
-                    {**retry, **getattr(error, "headers", {})})
+        headers = error.headers if isinstance(error, Refused) else {}
+        if error.status == 503:
+            headers["Retry-After"] = str(RETRY_SECONDS)
+        self._reply(error.status, {"error": str(error), **({"output": error.output} if error.output else {})}, headers)
 
     def send_error(self, code, message=None, explain=None) -> None:
         """Answer what http.server itself refuses in our own format."""

@@ -1,7 +1,6 @@
 """The control API over TCP, and what both listeners do against web pages, slow clients and too many of them."""
 
 import contextlib
-import http.client
 import json
 import os
 import re

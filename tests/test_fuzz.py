@@ -303,7 +303,7 @@ class ControlApi(unittest.TestCase):
         self.statuses: dict[int, int] = {}
 
     def send(self, target, data: bytes, patience: float) -> bytes:
-        """Send bytes, half-close when an answer comes or the patience of so many seconds ends; return all that comes."""
+        """Send bytes, half-close when an answer comes or so many seconds have passed; return all that comes."""
         received = b""
         with socket.socket(socket.AF_INET if isinstance(target, tuple) else socket.AF_UNIX) as client:
             client.settimeout(support.READY_SECONDS)
