@@ -5303,10 +5303,10 @@ class ControlHandler(http.server.BaseHTTPRequestHandler):
             self.wfile.write(b"0\r\n\r\n")
 
     def _write_chunk(self, data: bytes) -> None:
-        if self.request_version == "HTTP/1.0":          # which knows no chunks
-            self.wfile.write(data)
-        elif data:                      # an empty chunk would end the body
-            self.wfile.write(b"%x\r\n%s\r\n" % (len(data), data))
+        for at in range(0, len(data), COPY_CHUNK):      # the timeout is that of one write; an empty chunk would end all
+            piece = data[at:at + COPY_CHUNK]
+            chunked = self.request_version != "HTTP/1.0"            # which knows no chunks
+            self.wfile.write(b"%x\r\n%s\r\n" % (len(piece), piece) if chunked else piece)
 
 
 async def run_to_end(coroutine, started: list[asyncio.Task]) -> asyncio.Task:
