@@ -210,6 +210,8 @@ class Requests:
             return self.deploy()
         if kind < 0.35:
             return chance.randbytes(chance.choice([1, 10, 1000]))
+        if kind < 0.45:
+            return "\r\n".join([f"GET {chance.choice(PATHS[1:6])} HTTP/1.1", *self.more, "", ""]).encode()
         data = b"".join(self.anything() for _ in range(chance.choice([1, 1, 1, 2, 4])))
         return bruise(chance, data) if chance.random() < 0.5 else data
 
