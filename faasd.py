@@ -28,8 +28,8 @@ One invocation, in the names used below:
 
 Process and threads: one asyncio loop in the main thread owns listeners, containers, functions and the registry, so
 there are no locks around them. The control API is a stdlib http.server on a Unix socket, with --api on a TCP port too,
-one thread a connection, which calls into the loop with run_coroutine_threadsafe. Images are unpacked by a child process (`faasd.py unpack …`): it
-is heavy, must not delay an invocation, and is where hostile bytes are parsed.
+one thread a connection, which calls into the loop with run_coroutine_threadsafe. Images are unpacked by a child process
+(`faasd.py unpack …`): it is heavy, must not delay an invocation, and is where hostile bytes are parsed.
 
 On disk:
     STATE_DIR/registry.json                   functions and their addresses
@@ -229,7 +229,6 @@ MAX_CHUNK_LINE = KIB                # bytes of one, or of the line before a chun
 MAX_HEADER_SECONDS = 20.0           # from the end of one answer to the end of the next request's headers
 MAX_BODY_SECONDS = 600.0            # between bytes of an archive: `docker save` may take its time before a pipe
 MAX_WRITE_SECONDS = 60.0            # for a client to take a piece of its answer
-KEEPALIVE_SECONDS = 60              # TCP_KEEPIDLE, for clients that follow a log and whose machine goes away
 RETRY_SECONDS = 5                   # Retry-After of our 503s
 MIN_TOKEN_LENGTH = 16               # characters
 MAX_TOKEN_FILE = 4 * KIB            # bytes
@@ -2774,6 +2773,13 @@ class TableWatch:
             data = data[max(16, length + 3 & ~3):]
 
 
+def notice_vanished_clients(listener: socket.socket) -> None:
+    """Have the kernel probe the idle connections of a listener (tcp(7)); they inherit what is set here."""
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, value in zip((socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT), CLIENT_KEEPALIVE):
+        listener.setsockopt(socket.IPPROTO_TCP, option, value)
+
+
 def open_listener(address: str, port: int) -> socket.socket:
     """Return a non-blocking listening socket. Raises Conflict if the port is taken, FaasdError otherwise.
 
@@ -2784,9 +2790,7 @@ def open_listener(address: str, port: int) -> socket.socket:
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, DEFER_ACCEPT_SECONDS)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)      # of its connections, as what follows
-        for option, value in zip((socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT), CLIENT_KEEPALIVE):
-            listener.setsockopt(socket.IPPROTO_TCP, option, value)
+        notice_vanished_clients(listener)
         listener.bind((address, port))
         listener.listen(int(Path("/proc/sys/net/core/somaxconn").read_text()))
     except OSError as error:
@@ -4888,13 +4892,12 @@ class TcpControlServer(ControlServer):
     def server_bind(self) -> None:
         if self.address_family == socket.AF_INET6:      # else clients of IPv4 would come from ::ffff:127.0.0.1
             self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        notice_vanished_clients(self.socket)            # such as those that follow a log
         super().server_bind()
 
     def get_request(self) -> tuple[socket.socket, str]:
         connection, address = self.socket.accept()
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_SECONDS)
         return connection, "peer=[{}]:{}".format(*address[:2]) if ":" in address[0] else "peer={}:{}".format(*address)
 
     def check(self, headers: http.client.HTTPMessage, connection: socket.socket) -> None:
