@@ -17,6 +17,9 @@ COVERED = {
     "sudo ./faasd.py --subnet 10.20.0.0/24 --port 8080": "test_daemon_on_another_subnet_and_port below",
     "docker save test-handler | ./faas new test-handler": "tests/test_docker.py",
     "docker build -t test-handler -f Dockerfile.test-handler .": "tests/test_docker.py",
+    "(umask 077; head -c 24 /dev/urandom | base64 > token)": "test_control_over_the_network below",
+    "sudo ./faasd.py --api 127.0.0.1:8000 --api-token-file token": "the same",
+    "./faas --api http://127.0.0.1:8000 --token-file token list": "the same",
     "curl http://10.0.0.10/": "tests/test_docker.py",
     "./quickstart.sh": "tests/test_quickstart.py",
     "sudo ./test.sh": ".ci/run",
@@ -77,12 +80,25 @@ class Readme(unittest.TestCase):
             self.assertIn(option, out)
 
     def test_links_lead_somewhere(self):
-        for name in ("README.md", "RUNC.md", "TESTING.md", "IMPLEMENTATION_STATUS.md"):
+        for name in ("README.md", "RUNC.md", "SECURITY.md", "TESTING.md", "IMPLEMENTATION_STATUS.md"):
             text = (support.TOP / name).read_text()
             for target in re.findall(r"\]\(([^)#:]+)\)", text):
                 self.assertTrue((support.TOP / target).exists(), f"{name} links to {target}")
             for path in re.findall(r"`((?:tests|bench|\.ci)/[\w./]+)`", text):
                 self.assertTrue((support.TOP / path).exists(), f"{name} names {path}")
+
+    def test_control_over_the_network(self):
+        make_token, start, ask = (command for command in COVERED if "token" in command)
+        self.assertLess({make_token, start, ask}, set(commands()))
+        directory = support.temporary_directory()
+        self.addCleanup(shutil.rmtree, directory)
+        subprocess.run(["bash", "-c", make_token], cwd=directory, check=True)
+        options = start.removeprefix("sudo ./faasd.py ").replace("token-file token", f"token-file {directory}/token")
+        with support.Daemon(*options.split()) as daemon:
+            daemon.deploy("my-function")
+            shutil.copy(support.TOP / "faas", directory)
+            listed = subprocess.run(["bash", "-c", ask], cwd=directory, capture_output=True, text=True, check=False)
+        self.assertIn("my-function", listed.stdout, listed)
 
 
 if __name__ == "__main__":
