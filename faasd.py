@@ -3020,8 +3020,10 @@ class Container:
             file.write(self._bundle.render(self.id))
         self._listener = self._listen()
         self._host.loop.add_reader(self._listener, self._on_connect)
-        reading, writing = os.pipe()
-        self._output = OutputReader(reading, lambda text: self.write_line(self.id, text))
+        self._output = OutputReader(self._make_output(), lambda text: self.write_line(self.id, text))
+        # Open for reading as well: should we die, what the handler prints still has a reader, itself. It waits when
+        # the pipe is full, until the next daemon reads on, rather than die of SIGPIPE.
+        writing = os.open(f"{self._directory}/output", os.O_RDWR)
         try:
             self._pid = self._host.runtime.spawn(self._directory, self.id, writing)
         finally:
@@ -3034,6 +3036,13 @@ class Container:
             self._pid = 0
             raise
         self._host.loop.add_reader(self._pidfd, self._on_exit)
+
+    def _make_output(self) -> int:
+        """Make the pipe for the container's output, with a name by which the next daemon finds it; return its end."""
+        path = f"{self._directory}/output"
+        os.mkfifo(path)
+        os.chmod(path, 0o666)           # the image's user may open /dev/stdout; others do not reach the directory
+        return os.open(path, os.O_RDONLY | os.O_NONBLOCK)
 
     def _listen(self) -> socket.socket:
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -3142,9 +3151,9 @@ class Container:
             await self._exited
 
     def _remove_directory(self) -> None:
-        for path in (f"{self._directory}/config.json", f"{self._directory}/control.sock"):
+        for name in ("config.json", "control.sock", "output"):
             with contextlib.suppress(FileNotFoundError):        # it was never made
-                os.unlink(path)
+                os.unlink(f"{self._directory}/{name}")
         with contextlib.suppress(FileNotFoundError):
             os.rmdir(self._directory)
 
