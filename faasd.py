@@ -31,6 +31,10 @@ there are no locks around them. The control API is a stdlib http.server on a Uni
 one thread a connection, which calls into the loop with run_coroutine_threadsafe. Images are unpacked by a child process
 (`faasd.py unpack …`): it is heavy, must not delay an invocation, and is where hostile bytes are parsed.
 
+SIGTERM drains and leaves nothing. SIGHUP leaves what serves a client to the next daemon. No container depends on the
+daemon that started it, so after SIGHUP, and after a crash too, the next one finds them, takes duplicates of their
+clients' sockets out of them (ContainerHost.prepare), and goes on as if it had started them (Function.adopt).
+
 On disk:
     STATE_DIR/registry.json                   functions and their addresses
     STATE_DIR/images/NAME/VERSION/rootfs/     the unpacked image; VERSION = first 12 hex digits of its digest
@@ -39,7 +43,7 @@ On disk:
     STATE_DIR/tmp/                            uploads and unpacking; emptied at start
     RUN_DIR/faasd.sock, faasd.lock            control API; one daemon per run-dir
     RUN_DIR/net/NAME, resolv.conf.*           network namespaces of functions with --net egress, and their resolvers
-    RUN_DIR/containers/ID/                    config.json and control.sock of one container, on a tmpfs
+    RUN_DIR/containers/ID/                    config.json, control.sock and output of one container, on a tmpfs
     RUN_DIR/runc/                             runc --root
 
 Trusted: this host, and whoever may open faasd.sock or has the token of --api (that is root on this box). Not trusted:
@@ -145,6 +149,8 @@ EXIT_GRACE = 1.0                    # seconds a handler has between letting go o
 KILL_RETRY = 0.02                   # seconds between two rounds of killing one container
 KILL_TIMEOUT = 10.0                 # seconds before runc itself is killed and its remains are deleted
 COMMAND_TIMEOUT = 30.0              # seconds for ip, mount and runc delete
+SYS_PIDFD_GETFD = 438               # the same on every architecture (pidfd_getfd(2), Linux 5.6)
+MAX_SEARCHED = 10_000               # descriptors of one container among which its client is looked for
 
 # Isolation.
 IDS = 65_536                        # user ids, and group ids, that a container has; images use no others
@@ -208,6 +214,7 @@ LAG_PROBE_SECONDS = 0.1
 # Network.
 ADDRESS_LABEL = "lo:faas"           # how our addresses are told from everybody else's; at most 15 bytes (IFNAMSIZ)
 FIRST_HOST = 10                     # the first function's address is .10
+LISTEN_FDS_START = 3                # the first descriptor that a service manager passes (sd_listen_fds(3))
 NETS = ("none", "egress", "host")   # what --net may be
 # Of RFC 2544's range for tests of network equipment: routed nowhere, and hardly ever anybody's network, unlike 10/8,
 # 172.16/12 and 192.168/16 (LANs, VPNs, Docker), 100.64/10 (carriers, Tailscale) and 169.254/16 (which we block).
@@ -2372,8 +2379,8 @@ class Network:
         raise Conflict(f"subnet {self.subnet} has no free address: remove a function, or start with a larger --subnet")
 
     def add(self, address: str) -> None:
-        """Put a function's address on lo. Raises FaasdError."""
-        result = run_command("ip", "addr", "add", f"{address}/32", "dev", "lo", "label", ADDRESS_LABEL)
+        """Put a function's address on lo, where it may be already. Raises FaasdError."""
+        result = run_command("ip", "addr", "replace", f"{address}/32", "dev", "lo", "label", ADDRESS_LABEL)
         if result.returncode != 0:
             raise FaasdError(f"cannot add {address} to lo: {result.stderr.strip()}")
         self._added.add(address)
@@ -2389,12 +2396,15 @@ class Network:
             self.remove(address)
 
     def remove_stale(self, known: set[str]) -> None:
-        """Take addresses from lo that a killed daemon left: with our label, and of our subnet or a function's."""
+        """Take addresses from lo that we have not added: with our label, and of our subnet or a function's.
+
+        For when all functions are back. Those of a function stay on lo all along: connections run on them.
+        """
         for link in ip_json("addr", "show", "dev", "lo"):
             for entry in link.get("addr_info", []):
                 ours = entry["local"] in known or ipaddress.ip_address(entry["local"]) in self.subnet
-                if entry.get("label") == ADDRESS_LABEL and ours:
-                    log.warning("removing address %s that a killed daemon left", entry["local"])
+                if entry.get("label") == ADDRESS_LABEL and ours and entry["local"] not in self._added:
+                    log.warning("removing address %s that the daemon before left", entry["local"])
                     self._delete(entry["local"])
 
     @staticmethod
@@ -2803,6 +2813,89 @@ def open_listener(address: str, port: int) -> socket.socket:
     return listener
 
 
+def notify_service_manager(state: str, *descriptors: int) -> None:
+    """Tell systemd of a change, such as "READY=1" (sd_notify(3)); without systemd there is nobody to tell."""
+    address = os.environ.get("NOTIFY_SOCKET")
+    if address:
+        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack(f"{len(descriptors)}i", *descriptors))]
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+            try:
+                sock.connect(address.replace("@", "\0", 1) if address[0] == "@" else address)
+                sock.sendmsg([state.encode()], rights if descriptors else [])
+            except OSError as error:
+                log.warning("cannot notify the service manager: %s", error.strerror)
+
+
+def inherited_descriptors() -> dict[int, str]:
+    """Return the descriptors that the service manager has passed to us, with their names (sd_listen_fds(3))."""
+    count, names, pid = (os.environ.pop(name, "") for name in ("LISTEN_FDS", "LISTEN_FDNAMES", "LISTEN_PID"))
+    if pid != str(os.getpid()):                 # they were meant for somebody else
+        return {}
+    numbers = range(LISTEN_FDS_START, LISTEN_FDS_START + int(count))
+    return dict(zip(numbers, itertools.chain(names.split(":"), itertools.repeat("unknown"))))
+
+
+class ListenerStore:
+    """Opens listening sockets, which the service manager keeps while no daemon runs: nobody is refused meanwhile.
+
+    This is systemd's file descriptor store (FileDescriptorStoreMax= in the unit). A socket goes there when it is made,
+    comes back when the service is restarted, and is recognised by what it is bound to. Where nobody keeps sockets,
+    they are only opened.
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[tuple[str, int], socket.socket] = {}
+        for descriptor, name in inherited_descriptors().items():
+            os.set_inheritable(descriptor, False)
+            listener = listener_of(descriptor)
+            if listener is not None:
+                self._kept[listener.getsockname()] = listener
+            else:
+                log.warning("a descriptor %r of the service manager is no listening socket", name)
+                os.close(descriptor)
+                notify_service_manager(f"FDSTOREREMOVE=1\nFDNAME={name}")
+
+    def open(self, address: str, port: int) -> socket.socket:
+        """Return a listening socket: the one that was kept, or a new one. Raises as open_listener does."""
+        listener = self._kept.pop((address, port), None)
+        if listener is not None:
+            listener.setblocking(False)
+            return listener
+        listener = open_listener(address, port)
+        notify_service_manager(f"FDSTORE=1\nFDNAME={address}-{port}", listener.fileno())
+        return listener
+
+    def forget(self, address: str, port: int) -> None:
+        """Have a socket kept no longer."""
+        notify_service_manager(f"FDSTOREREMOVE=1\nFDNAME={address}-{port}")
+
+    def forget_unclaimed(self) -> None:
+        """Close the sockets that were kept, but have not been opened."""
+        while self._kept:
+            (address, port), listener = self._kept.popitem()
+            log.warning("closing the listening socket of %s:%d, which no function has any more", address, port)
+            refuse_connections(listener)
+            self.forget(address, port)
+
+
+def listener_of(descriptor: int) -> socket.socket | None:
+    """Return the socket of a descriptor, None if it does not listen for IPv4 connections."""
+    try:
+        listener = socket.socket(fileno=descriptor)
+    except OSError:                             # no socket
+        return None
+    if listener.family == socket.AF_INET and listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+        return listener
+    listener.detach()
+    return None
+
+
+def refuse_connections(listener: socket.socket) -> None:
+    """Close a listening socket even if others, such as the service manager, have descriptors of it."""
+    listener.shutdown(socket.SHUT_RD)
+    listener.close()
+
+
 @dataclass(frozen=True)
 class TcpState:
     """What the kernel knows of a client's connection."""
@@ -2843,8 +2936,10 @@ class StartFailed(Exception):
         self.status = status
 
 
-def describe_exit(status: int) -> str:
+def describe_exit(status: int | None) -> str:
     """Return an exit status in words. runc reports death by a signal as 128 + its number, as a shell does."""
+    if status is None:
+        return "ended"
     if status > 128:
         try:
             name = signal.Signals(status - 128).name
@@ -2860,12 +2955,12 @@ class OutputReader:
     """Reads a container's stdout and stderr from a pipe, line by line, for as long as anybody holds its other end."""
 
     def __init__(self, descriptor: int, write_line: Callable[[str], None]):
+        """descriptor is a non-blocking one."""
         self._descriptor = descriptor
         self._write_line = write_line
         self._partial = b""
         self._room = MAX_OUTPUT
         self.tail: collections.deque[str] = collections.deque(maxlen=TAIL_LINES)
-        os.set_blocking(descriptor, False)
         asyncio.get_running_loop().add_reader(descriptor, self._read)
 
     def _read(self) -> bool:
@@ -2875,7 +2970,7 @@ class OutputReader:
         except BlockingIOError:
             return False
         if not data:
-            self._close()
+            self.close()
             return False
         # A handler may write without end: it must not wait for a full pipe, nor fill the log.
         if self._room > 0:
@@ -2904,9 +2999,10 @@ class OutputReader:
         """Take what is left in the pipe once the container is gone, and close it."""
         while self._descriptor >= 0 and self._read():
             continue
-        self._close()
+        self.close()
 
-    def _close(self) -> None:
+    def close(self) -> None:
+        """Read no more; what is still in the pipe stays there for the next reader."""
         if self._descriptor >= 0:
             asyncio.get_running_loop().remove_reader(self._descriptor)
             os.close(self._descriptor)
@@ -2964,8 +3060,10 @@ class Container:
     each client, and never after GONE, UNTAKEN or finish().
     """
 
-    def __init__(self, host: ContainerHost, bundle: Bundle, write_line: Callable[[str, str], None]):
-        self.id = secrets.token_hex(6)
+    def __init__(self, host: ContainerHost, bundle: Bundle | None, write_line: Callable[[str, str], None],
+                 container_id: str = ""):
+        """bundle is what to start; None for a container that runs already, with container_id: see adopt."""
+        self.id = container_id or secrets.token_hex(6)
         self.write_line = write_line                    # (container id, a line of its output)
         self.on_release: Callable[[Release], None] = lambda release: None
         self.served = 0                                 # clients handed over
@@ -2981,7 +3079,24 @@ class Container:
         self._pid = 0                                   # of runc run
         self._pidfd = -1
         self._connected: asyncio.Future[None] = host.loop.create_future()
-        self._exited: asyncio.Future[int] = host.loop.create_future()
+        self._exited: asyncio.Future[int | None] = host.loop.create_future()
+
+    @classmethod
+    def adopt(cls, host: ContainerHost, survivor: Survivor, write_line: Callable[[str, str], None]) -> Container:
+        """Return a container that the daemon before has started, and that serves a client.
+
+        Its control connection ended with that daemon, and the handler meets the end of file when it is done. So the one
+        release that comes is GONE, at the end of runc, which is no child of ours: its exit status stays unknown.
+        """
+        container = cls(host, None, write_line, survivor.container_id)
+        container._output = OutputReader(survivor.output, lambda text: container.write_line(container.id, text))
+        container._pid, container._pidfd = survivor.pid, survivor.pidfd
+        host.loop.add_reader(container._pidfd, container._on_exit)
+        return container
+
+    @property
+    def _adopted(self) -> bool:
+        return self._bundle is None
 
     # -- start --
 
@@ -3099,14 +3214,17 @@ class Container:
     # -- end --
 
     def _on_exit(self) -> None:
-        self._host.loop.remove_reader(self._pidfd)
-        os.close(self._pidfd)
-        self._exited.set_result(os.waitstatus_to_exitcode(os.waitpid(self._pid, 0)[1]))
+        self._unwatch()
+        self._exited.set_result(None if self._adopted else os.waitstatus_to_exitcode(os.waitpid(self._pid, 0)[1]))
         if self._control is not None:
             self._on_control()          # UNTAKEN is worth knowing
-        if self._control is not None:   # somebody outside its pid namespace has it, or runc alone was killed
+        if self._control is not None or self._adopted:  # somebody outside has it, or runc alone was killed
             self._close_control()
             self.on_release(Release.GONE)
+
+    def _unwatch(self) -> None:
+        self._host.loop.remove_reader(self._pidfd)
+        os.close(self._pidfd)
 
     def _close_listener(self) -> None:
         if self._listener is not None:
@@ -3120,10 +3238,18 @@ class Container:
             self._control.close()
             self._control = None
 
-    async def finish(self, grace: float) -> int:
+    def leave(self) -> None:
+        """Let go of the container while its handler serves a client: the next daemon will adopt it."""
+        self.on_release = lambda release: None
+        self._unwatch()
+        self._close_control()
+        self._output.close()
+
+    async def finish(self, grace: float) -> int | None:
         """Wait grace seconds for the container to exit, kill it if it does not, remove all of it.
 
-        Returns the exit status of runc run, which is the handler's, or 128 + the signal that ended it.
+        Returns the exit status of runc run, which is the handler's, or 128 + the signal that ended it; None for that
+        of an adopted container.
         """
         self._close_control()
         if self._pid:
@@ -3147,7 +3273,7 @@ class Container:
             await asyncio.wait([self._exited], timeout=KILL_RETRY)
         if not self._exited.done():
             log.error("container=%s runc does not end, killing it", self.id)
-            os.kill(self._pid, signal.SIGKILL)          # not reaped yet, so the pid is still its own
+            signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
             await self._exited
 
     def _remove_directory(self) -> None:
@@ -3190,6 +3316,45 @@ def inspect_process(pid: int) -> dict:
     }
 
 
+@dataclass(frozen=True)
+class Survivor:
+    """A container that serves a client since before this daemon was started."""
+    container_id: str
+    function: str
+    version: str
+    pid: int                    # of runc run
+    pidfd: int
+    output: int                 # the reading end of its output
+    client: socket.socket       # our duplicate
+    peer: str                   # the client's address
+
+
+def duplicate_descriptor(pid: int, number: int) -> int:
+    """Return a duplicate of another process's descriptor. Raises OSError."""
+    pidfd = os.pidfd_open(pid)
+    try:
+        duplicate = ctypes.CDLL(None, use_errno=True).syscall(ctypes.c_long(SYS_PIDFD_GETFD), pidfd, number, 0)
+    finally:
+        os.close(pidfd)
+    if duplicate < 0:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    return duplicate
+
+
+def peer_of(candidate: socket.socket, address: str) -> str:
+    """Return who is connected to address by a socket, "" for any other socket.
+
+    The address is in our network namespace only, so what a container connects on its own is told apart.
+    """
+    if (candidate.family, candidate.type) != (socket.AF_INET, socket.SOCK_STREAM):
+        return ""
+    try:
+        host, port = candidate.getpeername()
+        return f"{host}:{port}" if candidate.getsockname()[0] == address else ""
+    except OSError:                             # not connected, or not any more
+        return ""
+
+
 class ContainerHost:
     """Where this daemon's containers live: directories, runtime and cgroups, and what to do about their remains."""
 
@@ -3201,8 +3366,11 @@ class ContainerHost:
         self.descriptors = Descriptors()
         self.loop = asyncio.get_running_loop()
 
-    def prepare(self) -> None:
-        """Make RUN_DIR/containers, on a tmpfs, and clear what a killed daemon left. Blocks. Raises FaasdError."""
+    def prepare(self, addresses: dict[str, str]) -> list[Survivor]:
+        """Make RUN_DIR/containers, on a tmpfs, and clear what the daemon before left there.
+
+        Returns the containers that serve clients; addresses are the functions'. Blocks. Raises FaasdError.
+        """
         self.containers_dir.mkdir(exist_ok=True)
         if self._file_system_type(self.containers_dir) != "tmpfs":
             result = run_command("mount", "-t", "tmpfs", "-o", "mode=0711,nosuid,nodev,noexec,size=64m", "faasd",
@@ -3210,35 +3378,106 @@ class ContainerHost:
             if result.returncode != 0:
                 raise FaasdError(f"cannot mount a tmpfs on {self.containers_dir}: {result.stderr.strip()}")
         self.containers_dir.chmod(0o711)
-        self._remove_orphans()
+        survivors = self._find_survivors(addresses)
+        self._remove_orphans({survivor.container_id for survivor in survivors})
+        return survivors
 
     @staticmethod
     def _file_system_type(path: Path) -> str:
         kinds = {mount: kind for mount, kind in read_mounts()}      # a later mount hides an earlier one
         return next(kinds[str(p)] for p in [path, *path.parents] if str(p) in kinds)
 
-    def _remove_orphans(self) -> None:
-        for pid in self._runtime_processes():           # first: a runc that lives could still start a container
-            log.warning("killing orphaned %s, pid %d", self.runtime.program, pid)
-            with contextlib.suppress(ProcessLookupError):       # it was about to end
-                os.kill(pid, signal.SIGKILL)
-        left = {path.name for path in self.containers_dir.iterdir()}
-        for container_id in left | self.runtime.containers() | self.cgroups.containers():
-            log.warning("container=%s removing what a killed daemon left of it", container_id)
-            self.remove_remains(container_id)
-            shutil.rmtree(self.containers_dir / container_id, ignore_errors=True)
+    def _find_survivors(self, addresses: dict[str, str]) -> list[Survivor]:
+        """Return the containers that serve clients, and kill what else of ours the runtime runs."""
+        survivors = []
+        for pid in [int(path.name) for path in Path("/proc").glob("[0-9]*") if self._command_of(int(path.name))]:
+            if survivor := self._survivor(pid, addresses):
+                log.info("function=%s container=%s serves a client and goes on", survivor.function,
+                         survivor.container_id)
+                survivors.append(survivor)
+            else:               # at once: it could still start a container
+                log.warning("killing orphaned %s, pid %d", self.runtime.program, pid)
+                with contextlib.suppress(ProcessLookupError):       # it was about to end
+                    os.kill(pid, signal.SIGKILL)
+        return survivors
 
-    def _runtime_processes(self) -> list[int]:
-        """Return the pids of `runc --root OURS …`: nobody else has a reason to use our root."""
-        root = os.fsencode(self.runtime.root)
-        pids = []
-        for entry in Path("/proc").iterdir():
-            if entry.name.isdigit():
-                with contextlib.suppress(OSError):      # it exited
-                    argv = (entry / "cmdline").read_bytes().split(b"\0")
-                    if argv[1:3] == [b"--root", root]:
-                        pids.append(int(entry.name))
-        return pids
+    def _command_of(self, pid: int) -> list[str]:
+        """Return what follows in a process `runc --root OURS …`; nothing for others, who have no use for our root."""
+        with contextlib.suppress(OSError):      # it exited
+            argv = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+            if argv[1:3] == [b"--root", os.fsencode(self.runtime.root)]:
+                return [os.fsdecode(word) for word in argv[3:-1]]       # after the last NUL comes nothing
+        return []
+
+    def _survivor(self, pid: int, addresses: dict[str, str]) -> Survivor | None:
+        """Return the container of a runtime process if it serves a client of a function that there is."""
+        with contextlib.ExitStack() as stack:
+            try:
+                pidfd = os.pidfd_open(pid)
+                stack.callback(os.close, pidfd)
+                command = self._command_of(pid)         # now that the pid cannot become another's
+                if command[:1] != ["run"]:
+                    return None
+                container_id = command[-1]
+                directory = self.containers_dir / container_id
+                spec = json.loads((directory / "config.json").read_bytes())
+                env = dict(entry.split("=", 1) for entry in spec["process"]["env"])
+                name, version = env["FAAS_FUNCTION"], env["FAAS_VERSION"]
+                output = os.open(directory / "output", os.O_RDONLY | os.O_NONBLOCK)
+                stack.callback(os.close, output)
+                client, peer = self._client_of(container_id, addresses[name])
+            except (OSError, ValueError, KeyError) as error:
+                log.debug("pid %d has no container to go on with: %r", pid, error)
+                return None
+            stack.pop_all()
+        return Survivor(container_id, name, version, pid, pidfd, output, client, peer)
+
+    def _client_of(self, container_id: str, address: str) -> tuple[socket.socket, str]:
+        """Return a duplicate of a container's socket that is connected to a client of address, and who that is.
+
+        Raises KeyError if it has none.
+        """
+        for candidate in itertools.islice(self._sockets_of(container_id), MAX_SEARCHED):
+            if candidate is not None:
+                if peer := peer_of(candidate, address):
+                    return candidate, peer
+                candidate.close()
+        raise KeyError(address)
+
+    def _sockets_of(self, container_id: str) -> Iterator[socket.socket | None]:
+        """Yield for each descriptor of a container's processes None, or a duplicate if it is a socket not seen yet."""
+        seen = set()
+        for pid in self.cgroups.processes(container_id):
+            with contextlib.suppress(OSError):                  # the process is gone
+                for number in os.listdir(f"/proc/{pid}/fd"):
+                    found = None
+                    with contextlib.suppress(OSError):          # the descriptor is gone
+                        target = os.readlink(f"/proc/{pid}/fd/{number}")
+                        if target.startswith("socket:") and target not in seen:
+                            seen.add(target)
+                            found = socket.socket(fileno=duplicate_descriptor(pid, int(number)))
+                    yield found
+
+    def _remove_orphans(self, survivors: set[str]) -> None:
+        left = {path.name for path in self.containers_dir.iterdir()}
+        for container_id in (left | self.runtime.containers() | self.cgroups.containers()) - survivors:
+            log.warning("container=%s removing what the daemon before left of it", container_id)
+            self._remove_orphan(container_id)
+
+    def _remove_orphan(self, container_id: str) -> None:
+        self.remove_remains(container_id)
+        shutil.rmtree(self.containers_dir / container_id, ignore_errors=True)
+
+    def end_survivor(self, survivor: Survivor) -> None:
+        """End a container that nobody adopts. Blocks."""
+        log.warning("function=%s container=%s cannot go on: its function is broken", survivor.function,
+                    survivor.container_id)
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(survivor.pidfd, signal.SIGKILL)
+        self._remove_orphan(survivor.container_id)
+        os.close(survivor.pidfd)
+        os.close(survivor.output)
+        survivor.client.close()
 
     def inspect(self, container_id: str) -> dict:
         """Return how a running container is isolated. Blocks. Raises Conflict if it ends meanwhile."""
@@ -3612,9 +3851,18 @@ class Pool:
 
     def adopt(self, container: Container) -> None:
         """Take a container that was started elsewhere, to prove a deploy."""
-        self._alive.add(container)
+        self.hold(container)
         container.write_line = self._function.log.write_output
         self.put(container)
+
+    def hold(self, container: Container) -> None:
+        """Take a container that serves somebody already."""
+        self._alive.add(container)
+
+    def leave(self, container: Container) -> None:
+        """Leave a container that serves somebody to the next daemon."""
+        container.leave()
+        self._remove(container)
 
     def put(self, container: Container) -> None:
         """Take a container that could serve somebody."""
@@ -3657,7 +3905,7 @@ class Pool:
         self._endings.add(task)
         task.add_done_callback(self._endings.discard)
 
-    async def end(self, container: Container, grace: float) -> int:
+    async def end(self, container: Container, grace: float) -> int | None:
         """End a container, return its exit status; grace as in Container.finish."""
         try:
             return await container.finish(grace)
@@ -3841,7 +4089,7 @@ class Invocation:
     container: Container | None = None
     pool: Pool | None = None            # the container's
     timer: asyncio.TimerHandle | None = None        # of the queue, then of the handler
-    tries: int = 0                      # hand-overs
+    tries: int = 0                      # hand-overs; none by this daemon for an adopted one
     handed: float = 0.0                 # the client was handed over
     handled: float = 0.0                # the handler let go
     outcome: str = ""
@@ -3853,7 +4101,7 @@ class Invocation:
 
     @property
     def wait_seconds(self) -> float | None:
-        return self.handed - self.accepted if self.handed else None
+        return self.handed - self.accepted if self.tries else None
 
     @property
     def start_seconds(self) -> float | None:
@@ -3953,6 +4201,8 @@ class Function:
         self._active: set[Invocation] = set()
         self._quiet = asyncio.Event()           # nothing is active
         self._quiet.set()
+        self._queue_empty = asyncio.Event()     # nobody waits
+        self._queue_empty.set()
         self._old_pools: set[Pool] = set()      # of versions that were replaced, with containers left
         self._silent: set[asyncio.Task] = set()         # connections that have said nothing yet
         self._tasks: set[asyncio.Task] = set()          # ends of invocations
@@ -4026,14 +4276,20 @@ class Function:
         self._loop.call_later(ACCEPT_PAUSE,
                               lambda: self._listener is listener and self._loop.add_reader(listener, self._accept))
 
-    def stop_listening(self) -> None:
-        """Accept what the kernel has completed already, then refuse new connections."""
+    def stop_listening(self, keep: bool = False) -> None:
+        """Accept what the kernel has completed already, then refuse new connections.
+
+        With keep, the next ones are for the next daemon, if somebody keeps the listening socket until then.
+        """
         self.draining = True
         if self._listener is not None:
             while self._accept():
                 continue
             self._loop.remove_reader(self._listener)
-            self._listener.close()
+            if keep:
+                self._listener.close()
+            else:
+                refuse_connections(self._listener)
             self._listener = None
         if self.pool:
             self.pool.reconcile()
@@ -4084,7 +4340,7 @@ class Function:
         if refusal := self._lack_of_room(invocation.client):
             self._turn_away(invocation, "queue-full", refusal)
             return
-        self._waiting[invocation] = None
+        self._enqueue(invocation)
         self.dispatch()
         if invocation in self._waiting:
             invocation.timer = self._loop.call_later(self.record.options.queue_timeout, self._on_queue_timeout,
@@ -4107,13 +4363,20 @@ class Function:
             invocation = next(iter(self._waiting))
             if container.hand_over(invocation.client):
                 self._leave_queue(invocation)
-                self._run(invocation, container)
+                invocation.tries += 1
+                self._run(invocation, container, self.pool)
             else:
                 self.pool.dismiss(container)
         self.pool.reconcile()
 
+    def _enqueue(self, invocation: Invocation) -> None:
+        self._waiting[invocation] = None
+        self._queue_empty.clear()
+
     def _leave_queue(self, invocation: Invocation) -> None:
         del self._waiting[invocation]
+        if not self._waiting:
+            self._queue_empty.set()
         if invocation.timer:
             invocation.timer.cancel()
             self._services.hangups.forget(invocation.client)
@@ -4158,15 +4421,31 @@ class Function:
 
     # -- run --
 
-    def _run(self, invocation: Invocation, container: Container) -> None:
+    def _run(self, invocation: Invocation, container: Container, pool: Pool) -> None:
         """The handler has the client now."""
         self.in_flight += 1
-        invocation.container, invocation.pool = container, self.pool
-        invocation.tries += 1
+        invocation.container, invocation.pool = container, pool
         invocation.handed = self._loop.time()
         container.on_release = functools.partial(self._on_release, invocation)
-        timeout = self.pool.options.timeout
+        timeout = pool.options.timeout
         invocation.timer = self._loop.call_later(timeout, self._on_timeout, invocation) if timeout else None
+
+    def adopt(self, survivors: list[Survivor]) -> None:
+        """Go on with invocations that the daemon before left; their containers will serve nobody else.
+
+        When they began is not known any more, so `timeout` counts from now, as it is set now.
+        """
+        pool = Pool(self, self.version, self._services)
+        self._old_pools.add(pool)
+        for survivor in survivors:
+            invocation = Invocation(survivor.client, survivor.peer, b"", self._loop.time())
+            self._active.add(invocation)
+            self._quiet.clear()
+            self.statistics.requests += 1
+            container = Container.adopt(self._services.host, survivor, self.log.write_output)
+            pool.hold(container)
+            self._run(invocation, container, pool)
+        pool.close()
 
     def _on_release(self, invocation: Invocation, release: Release) -> None:
         """The handler let go: its client has its answer, or needs one from us."""
@@ -4199,7 +4478,7 @@ class Function:
         self.in_flight -= 1
         invocation.pool.dismiss(invocation.container)
         invocation.container = invocation.timer = None
-        self._waiting[invocation] = None
+        self._enqueue(invocation)
         self._waiting.move_to_end(invocation, last=False)
         self.dispatch()
 
@@ -4249,9 +4528,7 @@ class Function:
 
     def _finished(self, invocation: Invocation) -> None:
         """Write an invocation down; nothing of it is left."""
-        self._active.discard(invocation)
-        if not self._active:
-            self._quiet.set()
+        self._inactive(invocation)
         self.statistics.record(invocation)
         line = invocation.line()
         container = invocation.container.id if invocation.container else "-"
@@ -4260,6 +4537,11 @@ class Function:
             log.warning("function=%s container=%s %s", self.record.name, container, line)
         elif log.isEnabledFor(logging.DEBUG):
             log.debug("function=%s container=%s %s", self.record.name, container, line)
+
+    def _inactive(self, invocation: Invocation) -> None:
+        self._active.discard(invocation)
+        if not self._active:
+            self._quiet.set()
 
     def _background(self, coroutine) -> None:
         task = self._loop.create_task(coroutine)
@@ -4284,6 +4566,35 @@ class Function:
             for invocation in list(self._active):
                 self._stop(invocation)
             await self._quiet.wait()
+        await self._close_pools()
+
+    async def leave(self, timeout: float) -> None:
+        """Leave invocations to the next daemon. Who waits is handed over first, or gets a 503 after timeout seconds."""
+        for task in self._silent:
+            task.cancel()
+        try:
+            async with asyncio.timeout(timeout):
+                await self._queue_empty.wait()
+        except TimeoutError:
+            for invocation in list(self._waiting):
+                self._stop(invocation)
+        for invocation in list(self._active):
+            if invocation.container and not invocation.handled:
+                self._leave(invocation)
+        await self._quiet.wait()                # those that end anyway
+        await self._close_pools()
+
+    def _leave(self, invocation: Invocation) -> None:
+        if invocation.timer:
+            invocation.timer.cancel()
+        invocation.pool.leave(invocation.container)
+        invocation.client.close()               # the handler has its own
+        self.in_flight -= 1
+        self._inactive(invocation)
+        log.info("function=%s container=%s serves a client and is left running", self.record.name,
+                 invocation.container.id)
+
+    async def _close_pools(self) -> None:
         if self.pool:
             self.pool.close()
             await self.pool.empty.wait()
@@ -4724,17 +5035,6 @@ def configure_logging(as_json: bool, verbose: bool) -> None:
     handler.setFormatter(LogFormatter(as_json))
     logging.getLogger().addHandler(handler)     # asyncio's warnings come the same way
     log.setLevel(logging.DEBUG if verbose else logging.INFO)
-
-
-def notify_service_manager(state: str) -> None:
-    """Tell systemd of a change, such as "READY=1" (sd_notify(3)); without systemd there is nobody to tell."""
-    address = os.environ.get("NOTIFY_SOCKET")
-    if address:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
-            try:
-                sock.sendto(state.encode(), address.replace("@", "\0", 1) if address[0] == "@" else address)
-            except OSError as error:
-                log.warning("cannot notify the service manager: %s", error.strerror)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -5385,6 +5685,7 @@ class Daemon:
         self._egress = EgressNetworks(settings.run_dir, settings.egress_subnet, settings.subnet, settings.port)
         self._rules_watch = TableWatch(self.loop, self._egress.table, self._on_rules_deleted)
         self._egress_thread = concurrent.futures.ThreadPoolExecutor(1)      # one thing after the other, in order
+        self._listeners = ListenerStore()
         # By its full name: it is started with a PATH that may differ from ours.
         self._runtime = Runtime(shutil.which(settings.runtime) or settings.runtime, settings.run_dir / "runc")
         self._host = ContainerHost(settings.run_dir, self._runtime)
@@ -5408,12 +5709,16 @@ class Daemon:
     # -- life --
 
     async def run(self) -> None:
-        """Serve until SIGTERM or SIGINT, then drain; a second signal stops at once. Raises FaasdError."""
+        """Serve until SIGTERM or SIGINT, then drain, or until SIGHUP, then leave invocations to the next daemon.
+
+        A second signal ends the waiting. Raises FaasdError.
+        """
         servers: list[ControlServer] = []
         if self.settings.api:           # first, for this is what may fail; clients wait until we are ready
             token = read_token(self.settings.api_token_file)
             servers.append(TcpControlServer(self.settings.api, token, self.settings.api_host, self))
-        for number in (signal.SIGTERM, signal.SIGINT):
+        ignored = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else set()      # by nohup(1)
+        for number in {signal.SIGTERM, signal.SIGINT, signal.SIGHUP} - ignored:
             self.loop.add_signal_handler(number, self._stop_signals.put_nowait, number)
         self.runtime_version = self._runtime.version()
         log.info("faasd %s, %s, Linux %s", __version__, self.runtime_version, platform.release())
@@ -5422,26 +5727,34 @@ class Daemon:
                 log.warning("%s", warning)
         records = self._registry.load()
         await self._give_ids(records)
-        self._clear_past(records)
+        survivors = self._clear_past(records)
+        number = None
         try:
             for record in records:
-                await self._restore(record)
+                await self._restore(record, [entry for entry in survivors if entry.function == record.name])
+            self._listeners.forget_unclaimed()
+            self._network.remove_stale({record.address for record in records})
             servers.insert(0, UnixControlServer(self.settings.run_dir / "faasd.sock", self))
             for server in servers:
                 server.open()
             log.info("ready: %d functions, subnet %s, control API at %s", len(records), self.settings.subnet,
                      ", ".join(map(str, servers)))
             notify_service_manager("READY=1")
-            await self._stop_signals.get()
+            number = await self._stop_signals.get()
         finally:
             notify_service_manager("STOPPING=1")
-            await self._stop(servers)
+            # What has survived the daemon before should not end because this one cannot start.
+            await self._stop(servers, leave=number == signal.SIGHUP or number is None and bool(survivors))
 
-    def _clear_past(self, records: list[FunctionRecord]) -> None:
-        """Remove what a daemon that was killed left: containers, uploads, half-deployed images, addresses."""
-        self._host.prepare()
+    def _clear_past(self, records: list[FunctionRecord]) -> list[Survivor]:
+        """Remove what a daemon that was killed left: containers, uploads, half-deployed images, logs.
+
+        Returns the containers that serve clients.
+        """
+        survivors = self._host.prepare({record.name: record.address for record in records})
         self._empty_tmp()
         kept = {(record.name, entry.version) for record in records for entry in record.versions}
+        kept |= {(survivor.function, survivor.version) for survivor in survivors}
         for directory in self._images_dir.glob("*/*"):
             if (directory.parent.name, directory.name) not in kept:
                 log.warning("removing an image without a function: %s", directory)
@@ -5452,8 +5765,8 @@ class Daemon:
         for path in (self.settings.state_dir / "logs").iterdir():
             if path.name.split(".")[0] not in {record.name for record in records}:
                 path.unlink()
-        self._network.remove_stale({record.address for record in records})
         self._egress.recover({record.name for record in records if record.options.net == "egress"})
+        return survivors
 
     def _empty_tmp(self) -> None:
         for path in (self.settings.state_dir / "tmp").iterdir():
@@ -5462,8 +5775,11 @@ class Daemon:
             else:
                 path.unlink()
 
-    async def _restore(self, record: FunctionRecord) -> None:
-        """Bring a function back on its address. One that cannot be is kept, marked as broken; the others go on."""
+    async def _restore(self, record: FunctionRecord, survivors: list[Survivor]) -> None:
+        """Bring a function back on its address, with its containers that serve clients.
+
+        One that cannot be is kept, marked as broken; the others go on.
+        """
         function = self._functions[record.name] = self._make_function(record)
         try:
             if not self._network.has(record.address):
@@ -5474,9 +5790,14 @@ class Daemon:
             await self._provide_network(record.name, record.options)
             await self._open_function(function)
             function.replace_version(version)
+            if survivors:
+                function.adopt(survivors)
+                self._in_background(self._remove_old(function))
         except FaasdError as error:
             function.error = str(error)
             log.error("function=%s is broken: %s", record.name, error)
+            for survivor in survivors:
+                await asyncio.to_thread(self._host.end_survivor, survivor)
 
     async def _give_ids(self, records: list[FunctionRecord]) -> None:
         """Give functions from before user namespaces their ids, and write that down. Raises FaasdError."""
@@ -5507,44 +5828,58 @@ class Daemon:
         except OSError as error:
             raise storage_error(error, f"preparing {parent}") from error
 
-    async def _stop(self, servers: list[ControlServer]) -> None:
-        """Stop accepting, drain, leave nothing behind."""
+    async def _stop(self, servers: list[ControlServer], leave: bool) -> None:
+        """Stop accepting, drain, leave nothing behind; or leave to the next daemon what serves a client."""
         self._stopping = True
         async with self._commit:                # whoever is in the middle of a change finishes it
             pass
-        log.info("stopping: %d invocations running", sum(f.running for f in self._functions.values()))
         for server in servers:
             self.loop.remove_reader(server)
             server.server_close()
             server.end_uploads()
+        left = {function for function in self._functions.values() if leave and not function.leaving}
         for function in self._functions.values():
-            function.stop_listening()
+            function.stop_listening(keep=function in left)
+        log.info("%s: %d invocations running", "leaving" if leave else "stopping",
+                 sum(f.running for f in self._functions.values()))
         for task in self._tasks:
             task.cancel()
-        drain = asyncio.gather(*(f.drain(self.settings.drain_timeout) for f in self._functions.values()))
-        second = asyncio.ensure_future(self._stop_signals.get())
-        await asyncio.wait([drain, second], return_when=asyncio.FIRST_COMPLETED)
-        if not drain.done():
-            log.warning("stopping at once")
-            await asyncio.gather(*(f.drain(0) for f in self._functions.values()))
-        second.cancel()
-        await asyncio.gather(drain, *self._tasks, return_exceptions=True)
+        await self._end_invocations(left)
         await self._services.logs.close()
         for function in self._functions.values():
             function.log.end()
         deadline = self.loop.time() + UPLOAD_END_SECONDS
         while (self._changes or any(server.busy for server in servers)) and self.loop.time() < deadline:
             await asyncio.sleep(0.01)
-        self._network.remove_all()
         self._rules_watch.close()
-        await self._run_egress(self._egress.remove_all)
+        if not leave:
+            await self._remove_all()
         self._egress_thread.shutdown()
+        self._services.hangups.close()
+        self._empty_tmp()
+        log.info("left" if leave else "stopped")
+
+    async def _remove_all(self) -> None:
+        """Remove what functions and containers had in common, once none is left."""
+        self._network.remove_all()
+        await self._run_egress(self._egress.remove_all)
         for path in self.settings.run_dir.glob("resolv.conf.*"):
             path.unlink()
-        self._services.hangups.close()
         self._host.dismantle()
-        self._empty_tmp()
-        log.info("stopped")
+
+    async def _end_invocations(self, left: set[Function]) -> None:
+        """Drain functions, or leave them; until a second signal, clients have the drain timeout."""
+        def end_all(timeout: float) -> asyncio.Future:
+            return asyncio.gather(*(f.leave(timeout) if f in left else f.drain(timeout)
+                                    for f in self._functions.values()))
+        first = end_all(self.settings.drain_timeout)
+        second = asyncio.ensure_future(self._stop_signals.get())
+        await asyncio.wait([first, second], return_when=asyncio.FIRST_COMPLETED)
+        if not first.done():
+            log.warning("stopping at once")
+            await end_all(0)
+        second.cancel()
+        await asyncio.gather(first, *self._tasks, return_exceptions=True)
 
     # -- one change of a function at a time --
 
@@ -5872,7 +6207,7 @@ class Daemon:
         address = function.record.address
         await asyncio.to_thread(self._network.add, address)
         try:
-            function.listen(open_listener(address, self.settings.port))
+            function.listen(self._listeners.open(address, self.settings.port))
         except BaseException:
             await asyncio.to_thread(self._network.remove, address)
             raise
@@ -5880,6 +6215,7 @@ class Daemon:
     async def _close_function(self, function: Function) -> None:
         """Stop accepting, let invocations finish, take the address from lo: in that order, for they need it."""
         function.stop_listening()
+        self._listeners.forget(function.record.address, self.settings.port)
         await function.drain(self.settings.drain_timeout)
         await asyncio.to_thread(self._network.remove, function.record.address)
 
@@ -6013,7 +6349,7 @@ def parse_arguments(argv: list[str]) -> Settings:
                         help="functions with --net egress get its addresses, which nobody but this machine sees")
     parser.add_argument("--runtime", default="runc", metavar="PROGRAM", help="an OCI runtime with runc's command line")
     parser.add_argument("--drain-timeout", type=checked(parse_duration), default="30", metavar="TIME",
-                        help="how long running invocations may go on after SIGTERM")
+                        help="how long running invocations may go on after SIGTERM, and waiting ones after SIGHUP")
     parser.add_argument("--max-image-size", type=checked(parse_size), default="16g", metavar="SIZE",
                         help="limit for an archive and for what it unpacks to")
     parser.add_argument("--max-image-entries", type=checked(parse_count), default=str(MAX_IMAGE_ENTRIES), metavar="N",

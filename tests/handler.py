@@ -81,6 +81,10 @@ def serve(client, control, path):
     elif command == "/label":
         time.sleep(float(argument or 0))
         respond(client, os.environ["LABEL"])
+    elif command == "/label-after":                 # a test has made this file in the rootfs
+        while not os.path.exists(argument):
+            time.sleep(0.05)
+        respond(client, os.environ["LABEL"])
     elif command == "/exit":                        # without a byte
         print("about to exit", file=sys.stderr, flush=True)
         os._exit(int(argument))

@@ -134,6 +134,7 @@ class Daemon:
         self.state_dir, self.run_dir = self.directory / "state", self.directory / "run"
         self.socket = self.run_dir / "faasd.sock"
         self.arguments, self.env, self.wrapper, self.constants = arguments, env, wrapper, constants
+        self.pass_fds: tuple[int, ...] = ()             # for the daemon to inherit
         self.process: subprocess.Popen | None = None
 
     def command(self) -> list[str]:
@@ -149,7 +150,7 @@ class Daemon:
         self.log_file = (self.directory / "log").open("ab")
         begin = self.log_file.tell()
         self.process = subprocess.Popen(self.command(), stdin=subprocess.DEVNULL, stderr=self.log_file,
-                                        env={**os.environ, **(self.env or {})})
+                                        pass_fds=self.pass_fds, env={**os.environ, **(self.env or {})})
 
         def ready() -> bool:
             if self.process.poll() is not None:

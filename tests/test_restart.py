@@ -1,0 +1,673 @@
+"""A daemon goes and another comes: what serves a client goes on, what waits is kept, nothing is left over."""
+
+import contextlib
+import os
+import re
+import shutil
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import unittest
+from pathlib import Path
+
+import support
+from support import get, wait_until
+
+import faasd
+
+RESTARTS = int(os.environ.get("FAASD_RESTARTS", "8"))
+
+# Works until the test makes a file in its rootfs, and tells so to its client and on stdout.
+HANDLER = """
+import os, socket, time
+control = socket.socket(socket.AF_UNIX)
+control.connect("/control.sock")
+_, descriptors, _, _ = socket.recv_fds(control, 1, 1)
+if not descriptors:
+    raise SystemExit
+client = socket.socket(fileno=descriptors[0])
+command, _, key = client.recv(65536).split()[1].decode().partition("?")
+HEAD = b"HTTP/1.1 200 OK\\r\\nConnection: close\\r\\n\\r\\n"
+
+def released():
+    return os.path.exists("/" + key)
+
+if command == "/work":                  # a line for the client after each printed one
+    client.sendall(HEAD)
+    number = 0
+    while not released():
+        print(f"working {number}", flush=True)
+        client.sendall(f"{number}\\n".encode())
+        number += 1
+        time.sleep(0.02)
+    print("done", flush=True)
+    client.sendall(b"done\\n")
+elif command == "/silent":              # exits without a word
+    while not released():
+        time.sleep(0.02)
+    os._exit(3)
+elif command == "/flood":               # more than a pipe holds
+    while not released():
+        time.sleep(0.02)
+    for number in range(3000):
+        print(f"flood {number} " + "x" * 80)
+    client.sendall(HEAD + b"flooded")
+else:
+    client.sendall(HEAD + os.environ["LABEL"].encode())
+client.shutdown(socket.SHUT_WR)
+"""
+
+
+class Client:
+    """A connection that has sent a request, and reads its answer in its own time."""
+
+    def __init__(self, address: str, path: str):
+        self.socket = socket.create_connection((address, 80), timeout=support.READY_SECONDS)
+        self.socket.sendall(f"GET {path} HTTP/1.1\r\nHost: test\r\n\r\n".encode())
+        self.received = ""
+
+    def read_line(self) -> str:
+        """Return the next line of the answer; "" at its end."""
+        while "\n" not in self.received and (data := self.socket.recv(65536)):
+            self.received += data.decode()
+        line, _, self.received = self.received.partition("\n")
+        return line
+
+    def read_number(self) -> int:
+        """Return the next number that /work sends."""
+        while not (line := self.read_line()).isdigit():
+            assert line, "the answer has ended"
+        return int(line)
+
+    def rest(self) -> str:
+        while data := self.socket.recv(65536):
+            self.received += data.decode()
+        self.socket.close()
+        return self.received
+
+    def reset(self) -> None:
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.socket.close()
+
+
+@contextlib.contextmanager
+def steady_load(addresses: list[str]):
+    """Send requests, one after the other, to each of addresses; the value is a list of those that fail."""
+    over, failures, counts = threading.Event(), [], []
+
+    def load(address: str) -> None:
+        count = 0
+        while not over.is_set():
+            try:
+                answer = Client(address, "/").rest()
+            except OSError as error:
+                answer = repr(error)
+            count += 1
+            if not answer.startswith("HTTP/1.1 200 "):
+                failures.append(answer)
+        counts.append(count)
+    threads = [threading.Thread(target=load, args=(address,)) for address in addresses]
+    for thread in threads:
+        thread.start()
+    try:
+        yield failures
+    finally:
+        over.set()
+        for thread in threads:
+            thread.join()
+    assert min(counts) >= 2, counts
+
+
+class RestartCase(unittest.TestCase):
+    def start(self, *arguments: str, **more) -> support.Daemon:
+        daemon = support.Daemon(*arguments, **more).start()
+        self.addCleanup(daemon.close)
+        return daemon
+
+    def deploy(self, daemon: support.Daemon, *options: str, label: str = "1") -> str:
+        return daemon.deploy("f", support.handler_image(HANDLER, label=label), *options)
+
+    def client(self, address: str, path: str) -> Client:
+        client = Client(address, path)
+        self.addCleanup(client.socket.close)
+        return client
+
+    def leave(self, daemon: support.Daemon) -> None:
+        self.assertEqual(daemon.stop(signal.SIGHUP), 0, daemon.log())
+
+    def release(self, daemon: support.Daemon, key: str) -> None:
+        for rootfs in (daemon.state_dir / "images/f").glob("*/rootfs"):
+            (rootfs / key).touch()
+
+    def handed_over(self, daemon: support.Daemon, count: int) -> None:
+        wait_until(lambda: daemon.info("f")["running"] == count, f"{count} run")
+
+    def log(self, daemon: support.Daemon) -> str:
+        return daemon.faas("logs", "f", "-n", "100000").stdout
+
+    def check_nothing_left(self, daemon: support.Daemon) -> None:
+        daemon.wait_idle("f")
+        self.assertEqual(support.list_containers(daemon), [])
+        self.assertEqual(list((daemon.run_dir / "containers").iterdir()), [])
+        self.assertEqual(support.container_cgroups(daemon), [])
+
+
+class Survival(RestartCase):
+    def read_on(self, client: Client, last: int) -> int:
+        """Read some more numbers after last; return the one read last."""
+        while (number := client.read_number()) < last + 30:
+            continue
+        return number
+
+    def test_over_restarts_and_crashes(self):
+        daemon = self.start()
+        client = self.client(self.deploy(daemon), "/work?go")
+        seen = [client.read_number()]
+        wait_until(lambda: f"working {seen[0]}" in self.log(daemon), "the first lines are in the log")
+        for end in (self.leave, support.Daemon.kill, self.leave):
+            end(daemon)
+            seen.append(self.read_on(client, seen[-1]))         # it works while no daemon is there
+            daemon.start()
+            self.assertEqual(daemon.info("f")["running"], 1)
+            seen.append(self.read_on(client, seen[-1]))
+            wait_until(lambda: f"working {seen[-1]}" in self.log(daemon), "it is in the log")
+        self.release(daemon, "go")
+        self.assertTrue(client.rest().endswith("done\n"))
+        self.check_nothing_left(daemon)
+        printed = self.log(daemon)
+        for number in (0, *seen):
+            self.assertIn(f"| working {number}\n", printed)
+        self.assertIn("| done\n", printed)
+        line, = re.findall("outcome=.*", printed)
+        self.assertRegex(line, r'outcome=answered client=\S+ request="" wait=- start=- run=\S+ received=\d+ sent=\d+ '
+                               r"exit=-$")
+        self.assertEqual(daemon.outcomes("f"), {"answered": 1})
+        self.assertEqual(get(daemon.info("f")["address"]), (200, "1"))
+
+    def test_who_prints_more_than_a_pipe_holds_waits_for_the_next_daemon(self):
+        daemon = self.start()
+        client = self.client(self.deploy(daemon), "/flood?go")
+        self.handed_over(daemon, 1)
+        self.leave(daemon)
+        self.release(daemon, "go")
+        container, = (daemon.run_dir / "containers").iterdir()
+        pid, = {int(pid) for path in support.container_cgroups(daemon)
+                for pid in (Path(path) / "cgroup.procs").read_text().split()}
+        wait_until(lambda: "pipe" in Path(f"/proc/{pid}/wchan").read_text(), "it waits for a reader of its output")
+        daemon.start()
+        self.assertTrue(client.rest().endswith("flooded"))
+        wait_until(lambda: "| flood 2999 " in self.log(daemon), "all of it is in the log")
+        self.assertNotRegex(self.log(daemon), "Error")
+        self.check_nothing_left(daemon)
+        self.assertFalse(container.exists())
+
+    def test_over_a_start_that_fails(self):
+        daemon = self.start()
+        client = self.client(self.deploy(daemon), "/work?go")
+        client.read_number()
+        self.leave(daemon)
+        daemon.socket.mkdir()                   # where the control API should be
+        failed = subprocess.run(daemon.command(), capture_output=True, timeout=support.READY_SECONDS, check=False)
+        self.assertEqual(failed.returncode, 1, failed.stderr)
+        daemon.socket.rmdir()
+        daemon.start()
+        self.assertEqual(daemon.info("f")["running"], 1)
+        self.release(daemon, "go")
+        self.assertTrue(client.rest().endswith("done\n"))
+        self.check_nothing_left(daemon)
+
+    def test_an_image_stays_while_somebody_runs_on_it(self):
+        daemon = self.start("--keep-versions", "1")
+        client = self.client(self.deploy(daemon), "/work?go")
+        client.read_number()
+        old, = (daemon.state_dir / "images/f").iterdir()
+        address = self.deploy(daemon, label="2")
+        self.leave(daemon)
+        daemon.start()
+        self.assertEqual(get(address), (200, "2"))
+        self.deploy(daemon, label="3")
+        self.assertEqual(get(address), (200, "3"))
+        self.assertTrue(old.exists())
+        self.release(daemon, "go")
+        self.assertTrue(client.rest().endswith("done\n"))
+        wait_until(lambda: len(list((daemon.state_dir / "images/f").iterdir())) == 1, "old images are removed")
+        self.check_nothing_left(daemon)
+
+
+class Adopted(RestartCase):
+    """What the next daemon does with a container that it has not started is what it does with its own."""
+
+    def adopt(self, path: str, *options: str, arguments: tuple[str, ...] = ()) -> tuple[support.Daemon, Client]:
+        daemon = self.start(*arguments)
+        client = self.client(self.deploy(daemon, *options), path)
+        self.handed_over(daemon, 1)
+        return daemon, client
+
+    def restart(self, daemon: support.Daemon) -> None:
+        daemon.kill()
+        daemon.start()
+        self.assertEqual(daemon.info("f")["running"], 1)
+
+    def test_without_an_answer(self):
+        daemon, client = self.adopt("/silent?go")
+        self.restart(daemon)
+        self.release(daemon, "go")
+        answer = client.rest()
+        self.assertTrue(answer.startswith("HTTP/1.1 502 "), answer)
+        self.assertIn("the handler ended without an answer", answer)
+        self.check_nothing_left(daemon)
+        self.assertEqual(daemon.outcomes("f"), {"no-answer": 1})
+
+    def test_over_its_time(self):
+        daemon, client = self.adopt("/silent?never", "--timeout", "1h")
+        daemon.faas("set", "f", "--timeout", "1s")      # for new ones, and for adopted ones
+        self.restart(daemon)
+        self.assertTrue(client.rest().startswith("HTTP/1.1 504 "))
+        self.check_nothing_left(daemon)
+        self.assertEqual(daemon.outcomes("f"), {"timeout": 1})
+
+    def test_drained_by_a_stop(self):
+        daemon, client = self.adopt("/work?go")
+        self.restart(daemon)
+        daemon.process.send_signal(signal.SIGTERM)
+        wait_until(lambda: "stopping" in daemon.log(), "it stops")
+        client.read_number()
+        self.release(daemon, "go")
+        self.assertTrue(client.rest().endswith("done\n"))
+        self.assertEqual(daemon.process.wait(support.READY_SECONDS), 0)
+        self.assertEqual(support.remains(daemon), [])
+
+    def test_killed_by_a_stop_after_the_drain_timeout(self):
+        daemon, client = self.adopt("/silent?never", arguments=("--drain-timeout", "1s"))
+        self.restart(daemon)
+        self.assertEqual(daemon.stop(), 0)
+        self.assertTrue(client.rest().startswith("HTTP/1.1 503 "))
+        self.assertEqual(support.remains(daemon), [])
+
+    def test_drained_by_rm(self):
+        daemon, client = self.adopt("/work?go")
+        self.restart(daemon)
+        remove = subprocess.Popen([sys.executable, support.TOP / "faas", "--socket", daemon.socket, "rm", "f"],
+                                  stdout=subprocess.DEVNULL)
+        self.addCleanup(remove.wait)
+        wait_until(lambda: daemon.info("f")["state"] == "removing", "it is being removed")
+        client.read_number()
+        self.release(daemon, "go")
+        self.assertTrue(client.rest().endswith("done\n"))
+        self.assertEqual(remove.wait(support.READY_SECONDS), 0)
+        self.assertEqual(support.list_containers(daemon), [])
+        self.assertFalse((daemon.state_dir / "images/f").exists())
+
+    def test_counts_for_concurrency(self):
+        daemon, client = self.adopt("/work?go", "--concurrency", "1")
+        self.restart(daemon)
+        second = self.client(daemon.info("f")["address"], "/")
+        wait_until(lambda: daemon.info("f")["queued"] == 1, "the second waits")
+        self.release(daemon, "go")
+        self.assertTrue(client.rest().endswith("done\n"))
+        self.assertTrue(second.rest().endswith("\r\n\r\n1"))
+
+
+class NotAdopted(RestartCase):
+    def test_warm_ones_are_ended_and_made_again(self):
+        daemon = self.start()
+        self.deploy(daemon, "--warm", "2")
+        before = daemon.wait_warm("f", 2)
+        self.leave(daemon)
+        self.assertEqual(support.list_containers(daemon), [])
+        self.assertEqual(list((daemon.run_dir / "containers").iterdir()), [])
+        self.assertEqual(support.addresses(), ["10.0.0.10/32"])
+        daemon.start()
+        between = daemon.wait_warm("f", 2)
+        daemon.kill()
+        daemon.start()
+        after = daemon.wait_warm("f", 2)
+        self.assertEqual(len(before | between | after), 6)
+
+    def test_who_has_lost_its_client_is_ended(self):
+        daemon = self.start()
+        client = self.client(self.deploy(daemon), "/silent?never")
+        self.handed_over(daemon, 1)
+        daemon.kill()
+        client.reset()
+        daemon.start()
+        self.check_nothing_left(daemon)
+
+    def test_whose_function_is_broken_is_ended(self):
+        daemon = self.start()
+        client = self.client(self.deploy(daemon), "/work?never")
+        client.read_number()
+        self.leave(daemon)
+        for path in (daemon.state_dir / "images/f").glob("*/image.json"):
+            path.unlink()
+        daemon.start()
+        self.assertEqual(daemon.info("f")["state"], "broken")
+        client.rest()
+        self.check_nothing_left(daemon)
+        self.assertEqual(support.addresses(), [])
+
+
+class Nohup(RestartCase):
+    def test_a_terminal_that_closes_does_not_end_it(self):
+        daemon = self.start(wrapper=("nohup",))
+        daemon.process.send_signal(signal.SIGHUP)
+        self.assertEqual(daemon.api("GET", "/healthz")[0], 200)
+        self.assertEqual(daemon.stop(), 0)
+        self.assertNotIn("leaving", daemon.log())
+
+
+class Waiting(RestartCase):
+    def hang_up(self, *arguments: str) -> tuple[support.Daemon, Client, Client]:
+        """Return a daemon that leaves while one client is served and one waits for it."""
+        daemon = self.start(*arguments)
+        address = self.deploy(daemon, "--concurrency", "1", "--queue-timeout", "1h")
+        running = self.client(address, "/work?first")
+        running.read_number()
+        waiting = self.client(address, "/work?second")
+        wait_until(lambda: daemon.info("f")["queued"] == 1, "the second waits")
+        daemon.process.send_signal(signal.SIGHUP)
+        wait_until(lambda: "leaving" in daemon.log(), "it leaves")
+        return daemon, running, waiting
+
+    def test_is_handed_over_before_the_daemon_leaves(self):
+        daemon, running, waiting = self.hang_up()
+        self.release(daemon, "first")
+        self.assertTrue(running.rest().endswith("done\n"))
+        waiting.read_number()
+        self.assertEqual(daemon.process.wait(support.READY_SECONDS), 0)
+        daemon.start()
+        self.release(daemon, "second")
+        self.assertTrue(waiting.rest().endswith("done\n"))
+        self.check_nothing_left(daemon)
+
+    def check_refused(self, daemon: support.Daemon, running: Client, waiting: Client) -> None:
+        self.assertTrue(waiting.rest().startswith("HTTP/1.1 503 "))
+        self.assertEqual(daemon.process.wait(support.READY_SECONDS), 0)
+        daemon.start()
+        running.read_number()
+        self.release(daemon, "first")
+        self.assertTrue(running.rest().endswith("done\n"))
+        self.check_nothing_left(daemon)
+
+    def test_gets_an_honest_503_after_the_drain_timeout(self):
+        self.check_refused(*self.hang_up("--drain-timeout", "1s"))
+
+    def test_gets_it_at_once_after_a_second_signal(self):
+        daemon, running, waiting = self.hang_up("--drain-timeout", "1h")
+        daemon.process.send_signal(signal.SIGHUP)
+        self.check_refused(daemon, running, waiting)
+
+
+class ServiceManager:
+    """systemd's part of the bargain: takes notifications, keeps descriptors, passes them to the next daemon."""
+
+    # The program that becomes the daemon: LISTEN_PID must be its own pid.
+    PASS = ("import os, sys\n"
+            "for number in range(int(os.environ['LISTEN_FDS'])):\n"
+            "    os.dup2(200 + number, 3 + number)\n"
+            "    os.close(200 + number)\n"
+            "os.environ['LISTEN_PID'] = str(os.getpid())\n"
+            "os.execv(sys.argv[1], sys.argv[1:])\n")
+
+    def __init__(self, daemon: support.Daemon):
+        self.daemon = daemon
+        self.states: list[str] = []
+        self.kept: list[tuple[str, int]] = []           # FDNAME, descriptor
+        self._lock = threading.Lock()
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._socket.bind(str(daemon.directory / "notify"))
+        self._thread = threading.Thread(target=self._serve)
+        self._thread.start()
+        daemon.env = {"NOTIFY_SOCKET": str(daemon.directory / "notify")}
+        daemon.wrapper = (sys.executable, "-c", self.PASS)
+
+    def _serve(self) -> None:
+        while True:
+            message, descriptors, _, _ = socket.recv_fds(self._socket, 4096, 16)
+            if not message:
+                return
+            fields = dict(line.split("=", 1) for line in message.decode().splitlines())
+            with self._lock:
+                self.states.append(message.decode())
+                if "FDSTORE" in fields:
+                    self.kept += [(fields["FDNAME"], descriptor) for descriptor in descriptors]
+                for entry in [entry for entry in self.kept if "FDSTOREREMOVE" in fields]:
+                    if entry[0] == fields["FDNAME"]:
+                        os.close(entry[1])
+                        self.kept.remove(entry)
+
+    def start(self) -> None:
+        with self._lock:
+            for number, (_, descriptor) in enumerate(self.kept):
+                os.dup2(descriptor, 200 + number, inheritable=False)
+            count = len(self.kept)
+            self.daemon.pass_fds = tuple(range(200, 200 + count))
+            self.daemon.env.update(LISTEN_FDS=str(count), LISTEN_FDNAMES=":".join(name for name, _ in self.kept))
+        try:
+            self.daemon.start()
+        finally:
+            for descriptor in self.daemon.pass_fds:
+                os.close(descriptor)
+
+    def names(self) -> list[str]:
+        with self._lock:
+            return [name for name, _ in self.kept]
+
+    def close(self) -> None:
+        self._socket.shutdown(socket.SHUT_RD)
+        self._thread.join()
+        self._socket.close()
+        for _, descriptor in self.kept:
+            os.close(descriptor)
+
+
+class Kept(RestartCase):
+    """Listening sockets that the service manager keeps."""
+
+    def managed(self, *arguments: str) -> tuple[support.Daemon, ServiceManager]:
+        daemon = support.Daemon(*arguments)
+        manager = ServiceManager(daemon)
+        self.addCleanup(manager.close)
+        manager.start()
+        self.addCleanup(daemon.close)
+        return daemon, manager
+
+    def test_who_comes_while_no_daemon_runs_is_answered_by_the_next(self):
+        daemon, manager = self.managed()
+        address = self.deploy(daemon)
+        self.assertEqual(manager.names(), ["10.0.0.10-80"])
+        for end in (self.leave, support.Daemon.kill):
+            end(daemon)
+            clients = [self.client(address, "/") for _ in range(20)]
+            manager.start()
+            for client in clients:
+                self.assertTrue(client.rest().endswith("\r\n\r\n1"))
+        self.assertEqual(manager.names(), ["10.0.0.10-80"])
+        stored = [state for state in manager.states if state.startswith("FDSTORE=1")]
+        self.assertEqual(len(stored), 1, "what came back is kept already")
+
+    def test_is_forgotten_with_its_function(self):
+        daemon, manager = self.managed()
+        address = self.deploy(daemon)
+        self.leave(daemon)
+        manager.start()
+        daemon.faas("rm", "f")
+        wait_until(lambda: manager.names() == [], "nothing is kept")
+        self.assertEqual(self.deploy(daemon), address)
+        self.assertEqual(get(address), (200, "1"))
+        self.assertEqual(manager.names(), ["10.0.0.10-80"])
+
+    def test_a_stop_refuses_connections_though_the_socket_is_kept(self):
+        daemon, manager = self.managed()
+        address = self.deploy(daemon)
+        client = self.client(address, "/work?go")
+        client.read_number()
+        daemon.process.send_signal(signal.SIGTERM)
+        wait_until(lambda: "stopping" in daemon.log(), "it stops")
+        with self.assertRaises(ConnectionRefusedError):
+            socket.create_connection((address, 80)).close()
+        self.release(daemon, "go")
+        self.assertTrue(client.rest().endswith("done\n"))
+        self.assertEqual(daemon.process.wait(support.READY_SECONDS), 0)
+
+    def test_nobody_s_are_closed(self):
+        daemon, manager = self.managed()
+        address = self.deploy(daemon)
+        self.leave(daemon)
+        pipe = os.pipe()
+        manager.kept += [("a-pipe", descriptor) for descriptor in pipe]
+        daemon.arguments = ("--port", "8080")
+        manager.start()
+        wait_until(lambda: manager.names() == ["10.0.0.10-8080"], "only what is used is kept")
+        self.assertEqual(get(address, port=8080), (200, "1"))
+        with self.assertRaises(ConnectionRefusedError):
+            socket.create_connection((address, 80)).close()
+
+    def test_restarts_under_load(self):
+        """No request fails, nothing leaks."""
+        daemon, manager = self.managed()
+        addresses = [self.deploy(daemon), daemon.deploy("reused")]
+        before = self.measure(daemon, addresses)
+        daemon.faas("set", "f", "--warm", "auto")
+        daemon.faas("set", "reused", "--reuse", "20")
+        with steady_load(addresses * 2) as failures:
+            for _ in range(RESTARTS):
+                self.leave(daemon)
+                manager.start()
+        self.assertEqual(failures, [])
+        for name in ("f", "reused"):
+            daemon.faas("set", name, "--warm", "0", "--reuse", "1")
+        self.assertEqual(self.measure(daemon, addresses), before)
+        self.assertEqual(len(manager.names()), 2)
+
+    def measure(self, daemon: support.Daemon, addresses: list[str]) -> dict[str, object]:
+        """Return the daemon's footprint after each function has been used once; its log is open from then on."""
+        for name, address in zip(("f", "reused"), addresses, strict=True):
+            daemon.wait_warm(name, 0)
+            self.assertEqual(get(address)[0], 200)
+            daemon.wait_warm(name, 0)
+        return support.footprint(daemon)
+
+
+class Systemd:
+    """A systemd that runs the unit as it is, in namespaces and cgroups of its own, but in our network namespace."""
+
+    PROGRAM = Path("/lib/systemd/systemd")
+    BOOT = """
+        mount --make-rprivate /
+        mount -t tmpfs tmpfs /usr/local/lib
+        mkdir /usr/local/lib/faasd
+        cp "$1/faasd.py" /usr/local/lib/faasd/
+        mkdir /usr/local/lib/units
+        cp "$1/packaging/faasd.service" /usr/local/lib/units/
+        mount -t proc proc /proc
+        mount -t tmpfs tmpfs /run
+        mount -t tmpfs tmpfs /var/lib
+        # What shows the cgroups from ours down: systemd takes the top for its own.
+        hierarchies=$(awk '$5 ~ "^/sys/fs/cgroup" { for (i = 6; i < NF; i++)
+            if ($i == "-" && $(i + 1) ~ "^cgroup") print $5, $(i + 1), $(i + 3) }' /proc/self/mountinfo)
+        umount --recursive /sys/fs/cgroup
+        mount -t tmpfs tmpfs /sys/fs/cgroup
+        echo "$hierarchies" | while read -r path kind options; do
+            mkdir -p "$path"
+            mount -t "$kind" -o "$(echo "$options" | sed 's/^r[wo],\\?//')" "$kind" "$path"
+        done
+        mkdir -p /run/systemd/system/faasd.service.d
+        cp /usr/local/lib/units/faasd.service /run/systemd/system/
+        echo "[Unit]\nDefaultDependencies=no" >/run/systemd/system/faasd.service.d/no-boot.conf
+        echo "[Unit]\nDefaultDependencies=no\nWants=faasd.service" >/run/systemd/system/test.target
+        exec env container=test SYSTEMD_LOG_TARGET=console "$2" --system --unit=test.target --show-status=no
+    """
+
+    def __init__(self):
+        self.name = support.PREFIX + "systemd"
+        self.daemon = support.Daemon()          # for its clients; never started
+        self._log = (self.daemon.directory / "log").open("wb")
+        self._process = subprocess.Popen(
+            ["unshare", "--pid", "--fork", "--kill-child", "--mount", "--uts", "--ipc", "--cgroup",
+             "sh", "-ec", self.BOOT, "sh", support.TOP, self.PROGRAM],
+            stdin=subprocess.DEVNULL, stdout=self._log, stderr=subprocess.STDOUT, preexec_fn=self._enter_cgroups)
+        children = Path(f"/proc/{self._process.pid}/task/{self._process.pid}/children")
+        self.pid = int(wait_until(lambda: children.read_text().split(), "systemd's process is there")[0])
+        root = Path(f"/proc/{self.pid}/root")
+        self.daemon.socket = root / "run/faasd/faasd.sock"
+        self.daemon.run_dir, self.daemon.state_dir = root / "run/faasd", root / "var/lib/faasd"
+
+    def _enter_cgroups(self) -> None:
+        for mount, kind in faasd.read_mounts():
+            if kind in ("cgroup", "cgroup2"):
+                cgroup = Path(mount, self.name)
+                cgroup.mkdir()
+                for name in ("cpuset.cpus", "cpuset.mems"):     # v1: empty at first
+                    if kind == "cgroup" and (cgroup / name).exists():
+                        (cgroup / name).write_text((cgroup.parent / name).read_text())
+                (cgroup / "cgroup.procs").write_text(str(os.getpid()))
+
+    def systemctl(self, *arguments: str) -> str:
+        result = subprocess.run(["nsenter", f"--target={self.pid}", "--mount", "--pid", "systemctl", *arguments],
+                                capture_output=True, text=True, check=False)
+        if result.returncode != 0:
+            raise AssertionError(f"systemctl {arguments}: {result.stderr} {self.daemon.log()[-2000:]}")
+        return result.stdout.strip()
+
+    def show(self, field: str) -> str:
+        return self.systemctl("show", "--value", f"--property={field}", "faasd")
+
+    def close(self) -> None:
+        self._process.kill()                    # and with it all its namespace
+        self._process.wait()
+        self._log.close()
+        for cgroup in map(Path, support.cgroup_directories(self.name)):
+            for path in [*sorted(cgroup.rglob("*/"), reverse=True), cgroup]:
+                if path.is_dir():
+                    wait_until(lambda path=path: not (path / "cgroup.procs").read_text(), "its processes are gone")
+                    path.rmdir()
+        for address in support.addresses():
+            subprocess.run(["ip", "addr", "del", address, "dev", "lo"], check=True)
+        shutil.rmtree(self.daemon.directory)
+
+
+class UnderSystemd(RestartCase):
+    def test_the_unit(self):
+        """A restart hands over, a crash too but for who was waiting, a stop drains and leaves nothing."""
+        if not Systemd.PROGRAM.exists():
+            self.skipTest("systemd is not installed: apt install systemd")
+        version = int(subprocess.run([Systemd.PROGRAM, "--version"], capture_output=True, check=True).stdout.split()[1])
+        if version >= 256 and ("/sys/fs/cgroup", "cgroup2") not in faasd.read_mounts():
+            self.skipTest(f"systemd {version} does not run with cgroup v1")
+        systemd = Systemd()
+        self.addCleanup(systemd.close)
+        daemon = systemd.daemon
+        wait_until(daemon.socket.exists, "systemd has started faasd")
+        address = self.deploy(daemon, "--warm", "1")
+        client = self.client(address, "/work?go")
+        client.read_number()
+        wait_until(lambda: systemd.show("NFileDescriptorStore") == "1", "systemd keeps the listener")
+        pids = {systemd.show("MainPID")}
+        with steady_load([address]) as failures:
+            for _ in range(2):
+                systemd.systemctl("restart", "faasd")
+                pids.add(systemd.show("MainPID"))
+        self.assertEqual(failures, [])
+        client.read_number()
+        systemd.systemctl("kill", "--kill-who=main", "--signal=SIGKILL", "faasd")
+        waiting = self.client(address, "/")
+        self.assertTrue(waiting.rest().endswith("\r\n\r\n1"))
+        pids.add(systemd.show("MainPID"))
+        self.assertEqual(len(pids), 4)
+        client.read_number()
+        self.release(daemon, "go")
+        self.assertTrue(client.rest().endswith("done\n"))
+        self.assertEqual(systemd.show("NFileDescriptorStore"), "1")
+        systemd.systemctl("stop", "faasd")
+        self.assertEqual(systemd.show("NFileDescriptorStore"), "0")
+        self.assertEqual(support.addresses(), [])
+        self.assertFalse(daemon.run_dir.exists())
+        self.assertEqual(systemd.show("Result"), "success")
+
+
+if __name__ == "__main__":
+    unittest.main()
