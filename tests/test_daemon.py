@@ -109,7 +109,7 @@ class Refusals(unittest.TestCase):
         state.mkdir()
         for content, words in (("{", "is damaged"), ("[]", "is damaged"), ('{"format": 1}', "is damaged"),
                                ('{"format": 1, "functions": [{"name": "x"}]}', "is damaged"),
-                               ('{"format": 4, "functions": []}', "has format 3, this faasd knows 2")):
+                               ('{"format": 4, "functions": []}', "has format 4, this faasd knows 3")):
             with self.subTest(content):
                 (state / "registry.json").write_text(content)
                 self.assertIn(words, self.refuse(status=1))
