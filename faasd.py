@@ -77,6 +77,7 @@ import itertools
 import json
 import logging
 import math
+import operator
 import os
 import pickle
 import platform
@@ -100,7 +101,7 @@ import threading
 import time
 import urllib.parse
 import zlib
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timedelta, timezone
 from decimal import Decimal, InvalidOperation
@@ -132,6 +133,7 @@ MAX_PATH_LENGTH = 3072              # bytes of a path in an image config: PATH_M
 MAX_ACCOUNTS_SIZE = MIB             # /etc/passwd and /etc/group of an image
 UNPACK_ADDRESS_SPACE = GIB          # bytes; RLIMIT_AS of the unpacking child, whatever a parser is talked into
 COPY_CHUNK = 256 * KIB              # bytes read or written at a time
+PIPE_SIZE = MIB                     # bytes on their way to the unpacking child; what a pipe may have at most
 HASH_AHEAD = 8                      # of these chunks may wait for the thread that hashes them
 FILE_WRITERS = 2                    # processes that write the small files of an image …
 LARGE_ARCHIVE = 8 * MIB             # … if its archive has at least so many bytes: they take a while to start
@@ -392,39 +394,123 @@ def check_name(name: str) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 # Image archive: which layers, which config. Runs in the unpacking child.
 #
-# The outer tar is indexed, never extracted: names are keys of a dictionary and touch no file system. The rules, their
+# The outer tar is read, never extracted: names are keys of a dictionary and touch no file system. The rules, their
 # reasons and the CVEs behind them are in UNPACKING.md of the project's contract; the letters below name them.
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-class SpanReader:
-    """Bytes offset..offset+size of a file, as a stream that can also seek."""
+class ArchiveDamaged(ImageError):
+    """The archive itself cannot be read on, whatever is in it."""
 
-    def __init__(self, file, offset: int, size: int):
-        self._file, self._start, self._size, self._position = file, offset, size, 0
+    def __init__(self, message: str = "the archive is cut short: did the command before the pipe fail?"):
+        super().__init__(message)
+
+
+class ByteStream:
+    """Bytes that come in pieces, read once and forward, with as much of a file's interface as tarfile wants."""
+
+    cut_short = ArchiveDamaged          # made and raised where data should be and is not
+
+    def __init__(self, pieces: Generator[bytes]):
+        self._pieces = pieces
+        self._piece = memoryview(b"")   # what is left of the last one
+        self._position = 0
+
+    def take(self, count: int) -> memoryview:
+        """Return between 1 and count bytes without copying them; none at the end."""
+        while not self._piece:
+            data = next(self._pieces, None)
+            if data is None:
+                return self._piece
+            self._piece = memoryview(data)
+        taken, self._piece = self._piece[:count], self._piece[count:]
+        self._position += len(taken)
+        return taken
+
+    def take_all(self, count: int) -> Iterator[memoryview]:
+        """Yield the next count bytes in pieces. Raises ImageError if there are fewer."""
+        while count:
+            piece = self.take(min(count, COPY_CHUNK))
+            if not piece:
+                raise self.cut_short()
+            count -= len(piece)
+            yield piece
 
     def read(self, count: int) -> bytes:
-        count = min(count, self._size - self._position)
-        data = os.pread(self._file.fileno(), count, self._start + self._position) if count > 0 else b""
-        self._position += len(data)
-        return data
+        """Return count bytes, fewer only at the end."""
+        first = self.take(count) if count else b""
+        if len(first) == count:
+            return bytes(first)
+        parts = [first]
+        missing = count - len(first)
+        while missing and (piece := self.take(missing)):
+            parts.append(piece)
+            missing -= len(piece)
+        return b"".join(parts)
 
     def seek(self, position: int) -> None:
-        self._position = position
+        """Read on to position. Raises ImageError if the data ends before it."""
+        for _ in self.take_all(max(position - self._position, 0)):
+            continue
 
     def tell(self) -> int:
         return self._position
 
-    def chunks(self) -> Iterator[bytes]:
-        while data := self.read(COPY_CHUNK):
-            yield data
+    def drain(self) -> None:
+        """Read to the end."""
+        while self.take(COPY_CHUNK):
+            continue
+
+    def close(self) -> None:
+        """End what the pieces come from."""
+        self._pieces.close()
+
+
+class Entry(tarfile.TarInfo):
+    """What the headers of one tar entry say; pickles small."""
+
+    __slots__ = ()
+    KEPT = ("name", "type", "mode", "uid", "gid", "size", "mtime", "linkname", "devmajor", "devminor", "sparse",
+            "pax_headers")
+
+    def __reduce__(self) -> tuple:
+        return restore_entry, (operator.attrgetter(*self.KEPT)(self),)
+
+    @classmethod
+    def frombuf(cls, buf: bytes, encoding: str, errors: str) -> Entry:
+        """Parse one header: those that nearly all entries have in a third of tarfile's time, all others as it does."""
+        match = PLAIN_HEADER.fullmatch(buf)
+        if not match:
+            return super().frombuf(buf, encoding, errors)
+        name, mode, uid, gid, size, mtime, checksum, kind, target = match.groups()
+        if int(checksum, 8) != sum(buf) - sum(buf[148:156]) + 8 * ord(" "):
+            return super().frombuf(buf, encoding, errors)
+        entry = cls(tarfile.nts(name, encoding, errors))
+        entry.mode, entry.uid, entry.gid = int(mode, 8), int(uid, 8), int(gid, 8)
+        entry.size, entry.mtime, entry.type = int(size, 8), int(mtime, 8), kind
+        entry.linkname = tarfile.nts(target, encoding, errors)
+        if kind == tarfile.DIRTYPE:
+            entry.name = entry.name.rstrip("/")
+        return entry
+
+
+# The header of a file, a link or a directory in ustar or GNU format whose numbers are octal, and that has no prefix.
+PLAIN_HEADER = re.compile(rb"(.{100})([0-7]{7})[\0 ]([0-7]{7})[\0 ]([0-7]{7})[\0 ]([0-7]{11})[\0 ]([0-7]{11})[\0 ]"
+                          rb"([0-7]{6})\0 ([0125])(.{100})ustar(?:\x0000|  \0).{80}\0.{166}", re.DOTALL)
+
+
+def restore_entry(values: tuple) -> Entry:
+    entry = Entry()
+    for name, value in zip(Entry.KEPT, values, strict=True):
+        setattr(entry, name, value)
+    return entry
 
 
 class TarReader:
     """Iterates over the entries of a tar stream, taking tarfile as a parser and nothing else.
 
     TarFile itself stops silently at a damaged header, keeps every entry in memory, and loops for ever on a negative
-    size (CVE-2025-8194). So the iteration is ours, and TarInfo.fromtarfile, which parses one entry with all its
+    size (CVE-2025-8194). So the iteration is ours, and TarInfo's fromtarfile, which parses one entry with all its
     extension headers, is shown this object in the place of a TarFile. Everything it reads comes through read(), which
     bounds what the headers of one entry may cost whatever the parser is talked into (rules E.4, E.5).
     """
@@ -457,13 +543,13 @@ class TarReader:
     def tell(self) -> int:
         return self._stream.tell()
 
-    def __iter__(self) -> Iterator[tarfile.TarInfo]:
+    def __iter__(self) -> Iterator[Entry]:
         while True:
             self._stream.seek(self.offset)
             self._budget = MAX_RECORD_SIZE
             at = self.offset
             try:
-                entry = tarfile.TarInfo.fromtarfile(self)
+                entry = Entry.fromtarfile(self)
             except tarfile.EOFHeaderError:
                 self.ended = True
                 return
@@ -478,25 +564,41 @@ class TarReader:
             yield entry
 
 
-@dataclass(frozen=True)
-class Blob:
-    """Where a member's bytes lie in the archive."""
-    offset: int
+def looks_like_layer(head: bytes) -> bool:
+    """Tell by a member's first block whether it is a tar, or compressed and then certainly no JSON document."""
+    if find_decompressor(head):
+        return True
+    try:
+        tarfile.TarInfo.frombuf(head, TarReader.encoding, TarReader.errors)
+    except (tarfile.TarError, ValueError):
+        return False
+    return True
+
+
+@dataclass
+class Member:
+    """A member of an archive, read: as a layer if it looks like one, else as a document if it is small enough."""
     size: int
+    offset: int | None = None               # of a document in the spool
+    layer: StagedLayer | None = None
 
 
 class Archive:
-    """The members of an image archive by name."""
+    """The members of an image archive by name, read from a stream, which comes but once.
 
-    def __init__(self, file):
-        self._file = file
-        self._blobs: dict[str, Blob] = {}
+    Which of them are layers, and in which order they apply, is not known before manifest.json or index.json has come,
+    which are usually last. So whatever could be a layer is staged.
+    """
+
+    def __init__(self, stream: ByteStream, staging: Staging):
+        self._staging = staging
+        self._members: dict[str, Member] = {}
         self._links: dict[str, str] = {}        # docker before 25 writes repeated layers as symbolic links (F.1)
         self._top: set[str] = set()             # first components, to recognise what is not an image
-        self._scan(os.fstat(file.fileno()).st_size)
+        self._read(stream)
 
-    def _scan(self, file_size: int) -> None:
-        reader = TarReader(SpanReader(self._file, 0, file_size))
+    def _read(self, stream: ByteStream) -> None:
+        reader = TarReader(stream)
         count = 0
         for count, entry in enumerate(reader, 1):
             if count > MAX_ARCHIVE_MEMBERS:
@@ -504,44 +606,61 @@ class Archive:
             name = self._normalise(entry.name)
             self._top.add(name.split("/")[0])
             if entry.isreg() and entry.sparse is None:
-                if entry.offset_data + entry.size > file_size:
-                    raise ImageError("the archive is cut short: did the command before the pipe fail?")
-                self._blobs[name] = Blob(entry.offset_data, entry.size)
+                self._members[name] = self._read_member(entry.size, stream)
             elif entry.issym() or entry.islnk():
                 base = posixpath.dirname(name) if entry.issym() else ""
                 self._links[name] = self._normalise(posixpath.join(base, entry.linkname))
         self.complete = reader.ended
         if count == 0:
             raise ImageError("the archive is empty: did the command before the pipe fail?")
+        stream.drain()
+
+    def _read_member(self, size: int, stream: ByteStream) -> Member:
+        pieces = stream.take_all(size)
+        head = b""
+        while len(head) < min(size, tarfile.BLOCKSIZE):
+            head += next(pieces)
+        pieces = itertools.chain([head], pieces)
+        if size > MAX_JSON_SIZE or looks_like_layer(head):
+            return Member(size, layer=self._staging.stage_layer(pieces))
+        return Member(size, offset=self._staging.write(pieces))
 
     @staticmethod
     def _normalise(name: str) -> str:
         return posixpath.normpath(name).lstrip("/")
 
-    def find(self, name: str) -> Blob | None:
-        """Return the blob of that name, following links among the members; None if there is none."""
+    def find(self, name: str) -> Member | None:
+        """Return the member of that name, following links among them; None if there is none."""
         name = self._normalise(name)
         for _ in range(MAX_LINK_HOPS):
-            if name in self._blobs:
-                return self._blobs[name]
+            if name in self._members:
+                return self._members[name]
             if name not in self._links:
                 return None
             name = self._links[name]
         raise ImageError(f"the archive's member {name!r} is a link to itself")
 
-    def open(self, name: str) -> SpanReader:
-        """Return a stream of a member's bytes. Raises ImageError if it is missing."""
-        blob = self.find(name)
-        if blob is None:
+    def _get(self, name: str) -> Member:
+        member = self.find(name)
+        if member is None:
             raise ImageError(f"the archive lacks {name!r}" + ("" if self.complete else ": it is cut short"))
-        return SpanReader(self._file, blob.offset, blob.size)
+        return member
+
+    def layer(self, name: str) -> StagedLayer:
+        """Return a member as a layer; whether it is one shows when it is applied. Raises ImageError if it is missing."""
+        member = self._get(name)
+        if member.layer is None:
+            member.layer = self._staging.stage_layer(iter([self._staging.read(member.offset, member.size)]))
+        return member.layer
 
     def read_document(self, name: str) -> bytes:
         """Return the bytes of a small member, checked against the digest in its name where it has one (E.2)."""
-        blob = self.find(name)
-        if blob is not None and blob.size > MAX_JSON_SIZE:
-            raise LimitExceeded(f"{name!r} has {blob.size} bytes, over {MAX_JSON_SIZE} (MAX_JSON_SIZE)")
-        data = self.open(name).read(MAX_JSON_SIZE)
+        member = self._get(name)
+        if member.size > MAX_JSON_SIZE:
+            raise LimitExceeded(f"{name!r} has {member.size} bytes, over {MAX_JSON_SIZE} (MAX_JSON_SIZE)")
+        if member.offset is None:
+            raise ImageError(f"{name!r} is not valid JSON: it looks like a layer")
+        data = self._staging.read(member.offset, member.size)
         match = re.search(r"(?:^|/)([0-9a-f]{64})(?:\.json)?$", name)
         if match and hashlib.sha256(data).hexdigest() != match[1]:
             raise ImageError(f"{name!r} is damaged: its content does not match its digest")
@@ -790,7 +909,7 @@ def gunzip(compressed: Iterator[bytes]) -> Iterator[bytes]:
     for data in compressed:
         while data:
             if member is None:
-                data = data.lstrip(b"\0")           # padding between members, which gzip(1) ignores too
+                data = bytes(data).lstrip(b"\0")    # padding between members, which gzip(1) ignores too
                 member = zlib.decompressobj(wbits=31) if data else None
                 continue
             try:
@@ -839,7 +958,7 @@ def unzstd_by_program(compressed: Iterator[bytes]) -> Iterator[bytes]:
             with pipe:
                 for data in compressed:
                     pipe.write(data)
-        except OSError as error:                # zstd went away; its exit status says more
+        except (OSError, FaasdError) as error:  # zstd went away, and its exit status says more; or the data ends
             failure.append(error)
 
     with subprocess.Popen([program, "-dcq"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
@@ -854,17 +973,18 @@ def unzstd_by_program(compressed: Iterator[bytes]) -> Iterator[bytes]:
             raise
         finally:
             feeder.join()
+    for error in failure:
+        if isinstance(error, FaasdError):
+            raise error
     if child.returncode != 0 or failure:
         raise ImageError("zstd data in the archive is damaged or cut short")
 
 
-def find_decompressor(blob: SpanReader) -> Callable[[Iterator[bytes]], Iterator[bytes]] | None:
+def find_decompressor(head: bytes) -> Callable[[Iterator[bytes]], Iterator[bytes]] | None:
     """Tell by its first bytes how a stream is compressed; media types and names lie (E.1)."""
-    magic = blob.read(4)
-    blob.seek(0)
-    if magic.startswith(GZIP_MAGIC):
+    if head.startswith(GZIP_MAGIC):
         return gunzip
-    return unzstd if magic == ZSTD_MAGIC else None
+    return unzstd if head.startswith(ZSTD_MAGIC) else None
 
 
 class Budget:
@@ -918,74 +1038,162 @@ class Sha256Thread:
         return self._hash.hexdigest()
 
 
-class LayerStream:
-    """The uncompressed bytes of one layer: read once, forward, hashing on both sides of the decompression."""
+class LayerStream(ByteStream):
+    """The uncompressed bytes of one layer, hashed on both sides of the decompression."""
 
-    def __init__(self, blob: SpanReader, budget: Budget):
+    @staticmethod
+    def cut_short() -> ImageError:
+        return ImageError("a layer is cut short in the middle of a file")
+
+    def __init__(self, head: bytes, rest: Iterator[bytes], budget: Budget):
         self._diff_hash = self._blob_hash = Sha256Thread()      # of the same bytes, unless they are compressed
         self._budget = budget
-        self._position = 0
-        self._chunk = memoryview(b"")
-        self._chunks = self._decompress(blob)
+        self._source = itertools.chain([head], rest)
+        decompress = find_decompressor(head)
+        if decompress:
+            self._blob_hash = Sha256Thread()
+            self._source = decompress(self._hashed(self._source))
+        super().__init__(self._counted())
 
-    def _decompress(self, blob: SpanReader) -> Iterator[bytes]:
-        decompress = find_decompressor(blob)
-        if decompress is None:
-            return blob.chunks()
-        self._blob_hash = Sha256Thread()
-        return decompress(self._hashed(blob))
-
-    def _hashed(self, blob: SpanReader) -> Iterator[bytes]:
-        for data in blob.chunks():
+    def _hashed(self, pieces: Iterator[bytes]) -> Iterator[bytes]:
+        for data in pieces:
             self._blob_hash.update(data)
             yield data
 
-    def take(self, count: int) -> memoryview:
-        """Return between 1 and count bytes without copying them; none at the end."""
-        while not self._chunk:
-            data = next(self._chunks, None)
-            if data is None:
-                return self._chunk
+    def _counted(self) -> Iterator[bytes]:
+        for data in self._source:
             self._diff_hash.update(data)
             self._budget.spend_read(len(data))
-            self._chunk = memoryview(data)
-        piece, self._chunk = self._chunk[:count], self._chunk[count:]
-        self._position += len(piece)
-        return piece
-
-    def read(self, count: int) -> bytes:
-        first = self.take(count) if count else b""
-        if len(first) == count:
-            return bytes(first)
-        parts = [first]
-        missing = count - len(first)
-        while missing and (piece := self.take(missing)):
-            parts.append(piece)
-            missing -= len(piece)
-        return b"".join(parts)
-
-    def seek(self, position: int) -> None:
-        """Read on to position. Raises ImageError if the data ends before it."""
-        while self._position < position:
-            if not self.take(min(position - self._position, COPY_CHUNK)):
-                raise ImageError("a layer is cut short in the middle of a file")
-
-    def tell(self) -> int:
-        return self._position
+            yield data
 
     def close(self) -> None:
-        """End the decompression, and the program that does it, before the archive is closed."""
-        self._chunks.close()
+        """End the decompression, the program that does it, and the hashing."""
+        if self._blob_hash is not self._diff_hash:
+            self._source.close()
+        self.digests()
+
+    def digests(self) -> tuple[str, str]:
+        """Return the SHA-256 of all that was read, uncompressed and as it came."""
+        return self._diff_hash.hexdigest(), self._blob_hash.hexdigest()
+
+
+@dataclass
+class StagedLayer:
+    """A layer whose digests are known and whose entries wait to be applied."""
+    offset: int                     # of its batches of entries in the spool
+    end: int = 0
+    diff_id: str = ""               # sha256 hex of the uncompressed tar, and …
+    blob_digest: str = ""           # … of the member as it is
+    error: ImageError | None = None # what is wrong with it behind the last of these entries
 
     def verify(self, layer: Layer) -> None:
-        """Read to the end and compare the digests (E.2)."""
-        while self.take(COPY_CHUNK):
-            continue
-        if layer.blob_digest and self._blob_hash.hexdigest() != layer.blob_digest:
+        """Compare the digests with those that a layer should have. Raises ImageError (E.2)."""
+        if layer.blob_digest and self.blob_digest != layer.blob_digest:
             raise ImageError(f"layer {layer.member} is damaged: its content does not match its digest")
-        if self._diff_hash.hexdigest() != layer.diff_id:
+        if self.diff_id != layer.diff_id:
             raise ImageError(f"layer {layer.member} is damaged: its content does not match diff_id "
                              f"sha256:{layer.diff_id[:12]}…")
+
+
+class Staging:
+    """Where an archive's content waits until it is known what it is for.
+
+    The data of large files is written to files of their own, with numbers for names, which are renamed to where they
+    belong when their layer is applied: they are most of an image, and are written once. All else goes one after the
+    other into one file, the spool: headers with the data of small files, and documents.
+    """
+
+    def __init__(self, directory: Path, budget: Budget):
+        self._directory = os.fsencode(directory)
+        self._budget = budget                   # of all that could be a layer
+        self._numbers = itertools.count()
+        self._spool = (directory / "spool").open("w+b")
+
+    def close(self) -> None:
+        self._spool.close()
+
+    def path(self, number: int) -> bytes:
+        """Return the host's name of a staged file."""
+        return b"%s/%d" % (self._directory, number)
+
+    def write(self, pieces: Iterable[bytes]) -> int:
+        """Put a document into the spool; return its offset."""
+        offset = self._spool.tell()
+        self._spool.writelines(pieces)
+        return offset
+
+    def read(self, offset: int, size: int) -> bytes:
+        self._spool.seek(offset)
+        data = self._spool.read(size)
+        self._spool.seek(0, os.SEEK_END)
+        return data
+
+    def stage_layer(self, pieces: Iterator[bytes]) -> StagedLayer:
+        """Read a layer to its end, or as far as it can be read. Raises FaasdError for what is not its own fault."""
+        staged = StagedLayer(self._spool.tell())
+        with contextlib.closing(LayerStream(next(pieces, b""), pieces, self._budget)) as stream:
+            try:
+                self._stage_entries(stream)
+                stream.drain()
+                staged.diff_id, staged.blob_digest = stream.digests()
+            except ArchiveDamaged:
+                raise
+            except ImageError as error:
+                staged.error = error            # which only counts if the layer is wanted
+        staged.end = self._spool.tell()
+        return staged
+
+    def _stage_entries(self, stream: LayerStream) -> None:
+        batch, size = [], 0
+        try:
+            for entry in TarReader(stream):
+                self._budget.spend_entry()
+                content = self._stage_content(entry, stream) if entry.isreg() else None
+                batch.append((entry, content))
+                size += tarfile.BLOCKSIZE + (len(content) if isinstance(content, bytes) else 0)
+                if size > WRITE_BATCH:
+                    pickle.dump(batch, self._spool)
+                    batch, size = [], 0
+        finally:
+            pickle.dump(batch, self._spool)     # what came before an error counts
+
+    def _stage_content(self, entry: Entry, stream: LayerStream) -> bytes | int:
+        """Return a small file's data, or the number under which a large one is staged, one with attributes too."""
+        if entry.size <= SMALL_FILE and entry.sparse is None and not has_xattrs(entry):
+            data = stream.read(entry.size)
+            if len(data) < entry.size:
+                raise stream.cut_short()
+            return data
+        self._budget.spend_written(entry.size)
+        number = next(self._numbers)
+        try:
+            descriptor = os.open(self.path(number), NEW_FILE_FLAGS, 0o600)
+            try:
+                write_content(entry, stream, descriptor)
+            finally:
+                os.close(descriptor)
+        except OSError as error:
+            raise unpack_error(os.fsencode(entry.name), error) from None
+        return number
+
+    def entries(self, staged: StagedLayer) -> Iterator[tuple[Entry, bytes | int | None]]:
+        """Yield a layer's entries with the content of files. Raises ImageError where it could not be read on."""
+        self._spool.seek(staged.offset)
+        while self._spool.tell() < staged.end:
+            yield from pickle.load(self._spool)
+        if staged.error:
+            raise staged.error
+
+
+def write_content(entry: Entry, stream: LayerStream, descriptor: int) -> None:
+    """Write a file's pieces where they belong; the holes of a sparse one stay holes."""
+    for offset, count in [(0, entry.size)] if entry.sparse is None else entry.sparse:
+        if offset < 0 or count < 0 or offset + count > entry.size:
+            raise ImageError(f"{entry.name!r} has a bad sparse map")
+        os.lseek(descriptor, offset, os.SEEK_SET)
+        for piece in stream.take_all(count):
+            write_all(descriptor, piece)
+    os.ftruncate(descriptor, entry.size)
 
 
 # Errors that are not the image's.
@@ -1276,20 +1484,22 @@ EARLIEST_TIME, LATEST_TIME = -1 << 31, (1 << 34) - 1    # what ext4 can hold, in
 class LayerApplier:
     """Applies one layer's entries to a rootfs (rules A to D)."""
 
-    def __init__(self, rootfs: Rootfs, budget: Budget):
+    def __init__(self, rootfs: Rootfs, budget: Budget, staging: Staging, again: bool = False):
         self._rootfs = rootfs
         self._budget = budget
+        self._staging = staging
+        self._place = os.link if again else os.rename   # a staged file: the layer may be applied once more
         self._own: set[bytes] = set()                   # paths of this layer and their parents: no whiteout hides them
         self._directory_times: dict[bytes, int] = {}    # set at the end, when nothing writes into them any more
         self._warned_xattrs = False                     # the file system has none: one warning is enough
 
-    def apply(self, stream: LayerStream) -> None:
-        """Apply all entries of a layer, leaving the stream behind the last."""
-        for entry in TarReader(stream):
+    def apply(self, staged: StagedLayer) -> None:
+        """Apply all entries of a layer."""
+        for entry, content in self._staging.entries(staged):
             self._budget.spend_entry()
             name = entry.name.encode("utf-8", "surrogateescape")
             try:
-                self._apply_entry(entry, self._clean(entry, name), stream)
+                self._apply_entry(entry, self._clean(entry, name), content)
             except OSError as error:
                 raise unpack_error(name, error) from None
             except (OverflowError, ValueError) as error:        # a number that no system call takes
@@ -1301,7 +1511,7 @@ class LayerApplier:
                 os.utime(self._rootfs.host(path), ns=(mtime, mtime))
 
     @staticmethod
-    def _clean(entry: tarfile.TarInfo, name: bytes) -> bytes:
+    def _clean(entry: Entry, name: bytes) -> bytes:
         """Return an entry's path, clamped to the root and checked (A.1, A.5)."""
         if b"\0" in name or (not name and not entry.isdir()):
             raise ImageError("a layer's entry has an empty name or one with a NUL byte")
@@ -1315,7 +1525,7 @@ class LayerApplier:
             raise ImageError(f"a name in the image is over {MAX_NAME_LENGTH} bytes: {show(name[:80])}…")
         return path
 
-    def _apply_entry(self, entry: tarfile.TarInfo, path: bytes, stream: LayerStream) -> None:
+    def _apply_entry(self, entry: Entry, path: bytes, content: bytes | int | None) -> None:
         directory, _, name = path.rpartition(b"/")
         if path.startswith(b"/.wh..wh.") and path != b"/.wh..wh..opq":
             return                                      # bookkeeping of aufs at the root (B.4)
@@ -1330,7 +1540,7 @@ class LayerApplier:
             self._set_metadata(b"", entry)
             return
         real = self._rootfs.make_directory(directory) + b"/" + name
-        self._create(entry, real, stream)
+        self._create(entry, real, content)
         self._claim(real)
 
     def _claim(self, path: bytes) -> None:
@@ -1367,7 +1577,7 @@ class LayerApplier:
 
     # -- objects --
 
-    def _create(self, entry: tarfile.TarInfo, path: bytes, stream: LayerStream) -> None:
+    def _create(self, entry: Entry, path: bytes, content: bytes | int | None) -> None:
         if entry.islnk():
             self._create_hardlink(entry, path)
             return
@@ -1377,13 +1587,13 @@ class LayerApplier:
                 os.mkdir(self._rootfs.host(path))
             self._set_metadata(path, entry)
         elif entry.isreg():
-            self._create_file(entry, path, stream)
+            self._create_file(entry, path, content)
         else:
             self._rootfs.remove(path)
             self._create_special(entry, path)
             self._set_metadata(path, entry)
 
-    def _create_special(self, entry: tarfile.TarInfo, path: bytes) -> None:
+    def _create_special(self, entry: Entry, path: bytes) -> None:
         host = self._rootfs.host(path)
         if entry.issym():
             os.symlink(entry.linkname.encode("utf-8", "surrogateescape"), host)     # verbatim (A.3)
@@ -1395,7 +1605,7 @@ class LayerApplier:
         else:
             raise ImageError(f"{show(path)} is of the unknown tar type {entry.type!r}")
 
-    def _create_hardlink(self, entry: tarfile.TarInfo, path: bytes) -> None:
+    def _create_hardlink(self, entry: Entry, path: bytes) -> None:
         """Link to a file of this or a lower layer; the entry's own metadata counts for nothing (C.3)."""
         target = posixpath.normpath(b"/" + entry.linkname.encode("utf-8", "surrogateescape").lstrip(b"/"))
         directory, _, name = target.rpartition(b"/")
@@ -1411,82 +1621,46 @@ class LayerApplier:
         self._rootfs.remove(path)
         os.link(self._rootfs.host(real), self._rootfs.host(path), follow_symlinks=False)
 
-    def _create_file(self, entry: tarfile.TarInfo, path: bytes, stream: LayerStream) -> None:
-        """Write a new file. What is there is removed, never written through (C.1, C.2)."""
+    def _create_file(self, entry: Entry, path: bytes, content: bytes | int) -> None:
+        """Make a new file of its data, or of a staged one. What is there is removed, never written through (C.1, C.2)."""
         self._budget.spend_written(entry.size)
         self._rootfs.remove(path)
-        if entry.size <= SMALL_FILE and entry.sparse is None and not self._has_xattrs(entry):
-            data = stream.read(entry.size)
-            if len(data) < entry.size:
-                raise ImageError("a layer is cut short in the middle of a file")
-            self._rootfs.write_later(path, self._owner(entry), entry.mode & 0o7777, modification_time(entry), data)
+        if isinstance(content, bytes):
+            self._rootfs.write_later(path, self._owner(entry), entry.mode & 0o7777, modification_time(entry), content)
             return
-        descriptor = os.open(self._rootfs.host(path), NEW_FILE_FLAGS, 0o600)
-        try:
-            if entry.sparse is None:
-                self._copy(stream, descriptor, entry.size)
-            else:
-                self._copy_sparse(entry, stream, descriptor)
-            self._set_metadata(path, entry, descriptor)
-        finally:
-            os.close(descriptor)
-
-    @staticmethod
-    def _copy(stream: LayerStream, descriptor: int, count: int) -> None:
-        while count:
-            piece = stream.take(min(count, COPY_CHUNK))
-            if not piece:
-                raise ImageError("a layer is cut short in the middle of a file")
-            count -= len(piece)
-            write_all(descriptor, piece)
-
-    def _copy_sparse(self, entry: tarfile.TarInfo, stream: LayerStream, descriptor: int) -> None:
-        """Write a sparse file's pieces where they belong; the holes stay holes."""
-        for offset, count in entry.sparse:
-            if offset < 0 or count < 0 or offset + count > entry.size:
-                raise ImageError(f"{entry.name!r} has a bad sparse map")
-            os.lseek(descriptor, offset, os.SEEK_SET)
-            self._copy(stream, descriptor, count)
-        os.ftruncate(descriptor, entry.size)
+        self._place(self._staging.path(content), self._rootfs.host(path))
+        self._set_metadata(path, entry)
 
     # -- metadata --
 
-    def _set_metadata(self, path: bytes, entry: tarfile.TarInfo, descriptor: int | None = None) -> None:
-        """Set owner, extended attributes, mode, time, in this order: chown clears setuid and capabilities (D.1).
-
-        A descriptor of what is at path spares the kernel to look for it again and again.
-        """
+    def _set_metadata(self, path: bytes, entry: Entry) -> None:
+        """Set owner, extended attributes, mode, time, in this order: chown clears setuid and capabilities (D.1)."""
         host = self._rootfs.host(path)
-        place, link = (host, {"follow_symlinks": False}) if descriptor is None else (descriptor, {})
-        os.chown(place, *self._owner(entry), **link)
-        self._set_xattrs(place, link, entry)
+        os.chown(host, *self._owner(entry), follow_symlinks=False)
+        self._set_xattrs(host, entry)
         if not entry.issym():
-            os.chmod(place, entry.mode & 0o7777)
+            os.chmod(host, entry.mode & 0o7777)
         mtime = modification_time(entry)
         if entry.isdir():
             self._directory_times[path] = mtime
         else:
-            os.utime(place, ns=(mtime, mtime), **link)
+            os.utime(host, ns=(mtime, mtime), follow_symlinks=False)
 
-    def _owner(self, entry: tarfile.TarInfo) -> tuple[int, int]:
+    def _owner(self, entry: Entry) -> tuple[int, int]:
         """Return the host ids of an entry's owner: the image's, moved into the function's range."""
         if max(entry.uid, entry.gid) >= IDS or min(entry.uid, entry.gid) < 0:
             raise ImageError(f"{entry.name!r} has a bad owner {entry.uid}:{entry.gid}: containers have the ids 0 to "
                              f"{IDS - 1}, so build the image with these")
         return self._rootfs.first_id + entry.uid, self._rootfs.first_id + entry.gid
 
-    @staticmethod
-    def _has_xattrs(entry: tarfile.TarInfo) -> bool:
-        return any(key.startswith(XATTR_RECORD) for key in entry.pax_headers)
-
-    def _set_xattrs(self, place: int | bytes, link: dict[str, bool], entry: tarfile.TarInfo) -> None:
+    def _set_xattrs(self, host: bytes, entry: Entry) -> None:
         if entry.isdir():                               # a directory over a directory takes nothing over (D.3)
-            if self._has_xattrs(entry):
+            if has_xattrs(entry):
                 self._rootfs.settle()                   # a default ACL is for files that are made later
-            for name in os.listxattr(place, **link):
+            for name in os.listxattr(host, follow_symlinks=False):
                 if name != SELINUX_XATTR:               # the host's own label
                     self._rootfs.settle()
-                    os.removexattr(place, name, **link)
+                    os.removexattr(host, name, follow_symlinks=False)
         for key, value in entry.pax_headers.items():
             name = key.removeprefix(XATTR_RECORD)
             if name in (key, SELINUX_XATTR):
@@ -1494,7 +1668,7 @@ class LayerApplier:
             if name.startswith("user.") and not (entry.isreg() or entry.isdir()):
                 continue                                # xattr(7): only files and directories carry them
             try:
-                os.setxattr(place, name, value.encode("utf-8", "surrogateescape"), **link)
+                os.setxattr(host, name, value.encode("utf-8", "surrogateescape"), follow_symlinks=False)
             except OSError as error:
                 if error.errno == errno.ENOSPC and os.statvfs(self._rootfs.path).f_bavail > len(value):
                     raise ImageError(f"cannot unpack {entry.name}: extended attribute {name} is too large for this "
@@ -1506,7 +1680,11 @@ class LayerApplier:
                 self._warned_xattrs = True
 
 
-def modification_time(entry: tarfile.TarInfo) -> int:
+def has_xattrs(entry: Entry) -> bool:
+    return any(key.startswith(XATTR_RECORD) for key in entry.pax_headers)
+
+
+def modification_time(entry: Entry) -> int:
     """Return an entry's mtime in nanoseconds, exact where a PAX record has it, within what a file system can hold."""
     text = entry.pax_headers.get("mtime")
     if not text and isinstance(entry.mtime, int):
@@ -1681,48 +1859,58 @@ def host_architecture() -> str:
     return ARCHITECTURES.get(platform.machine(), platform.machine())
 
 
-def inflate_archive(path: Path, budget: Budget) -> Path:
-    """Return path, or a file beside it with its content decompressed: `docker load` takes a compressed archive too."""
-    with path.open("rb") as file:
-        blob = SpanReader(file, 0, os.fstat(file.fileno()).st_size)
-        decompress = find_decompressor(blob)
-        if decompress is None:
-            return path
-        inflated = path.with_name("inflated.tar")
-        with inflated.open("wb") as out, contextlib.closing(decompress(blob.chunks())) as chunks:
-            for data in chunks:
+def read_archive(source: BinaryIO, budget: Budget) -> ByteStream:
+    """Return the tar that a file holds, which may be compressed: `docker load` takes that too."""
+    head = b""
+    while len(head) < len(ZSTD_MAGIC) and (data := source.read(COPY_CHUNK)):
+        head += data
+    pieces = read_pieces(head, source)
+    decompress = find_decompressor(head)
+    return ByteStream(inflate(decompress(pieces), budget) if decompress else pieces)
+
+
+def read_pieces(head: bytes, source: BinaryIO) -> Iterator[bytes]:
+    yield head
+    while data := source.read(COPY_CHUNK):
+        yield data
+
+
+def inflate(decompressed: Iterator[bytes], budget: Budget) -> Iterator[bytes]:
+    """Count the bytes of a compressed archive."""
+    with contextlib.closing(decompressed) as pieces:
+        try:
+            for data in pieces:
                 budget.spend_read(len(data))
-                out.write(data)
-    path.unlink()
-    return inflated
+                yield data
+        except ImageError as error:
+            raise ArchiveDamaged(str(error)) from None
 
 
-def unpack_image(path: Path, directory: Path, tag: str, max_size: int, max_entries: int, first_id: int) -> dict:
-    """Unpack the image archive at path to directory/rootfs and return what directory/image.json then says.
+def unpack_image(source: BinaryIO, directory: Path, tag: str, max_size: int, max_entries: int, first_id: int) -> dict:
+    """Unpack the image archive that source holds to directory/rootfs; return what directory/image.json then says.
 
-    directory must not exist yet, and nobody but root may be able to reach it. first_id is the host id of the image's
-    root. On any error what is there is left half done, for the caller to remove. Raises FaasdError.
+    source is read unbuffered, as it comes. directory must not exist yet, and nobody but root may be able to reach it.
+    first_id is the host id of the image's root. On any error what is there is left half done, for the caller to remove.
+    Raises FaasdError.
     """
     try:
-        path = inflate_archive(path, Budget(max_size, max_entries))
-        directory.mkdir(mode=0o711)
-        rootfs_path = directory / "rootfs"
-        rootfs_path.mkdir()
+        rootfs_path, staging_path = directory / "rootfs", directory / "staging"
+        for path, mode in (directory, 0o711), (rootfs_path, 0o755), (staging_path, 0o700):
+            path.mkdir()
+            path.chmod(mode)
         os.chown(rootfs_path, first_id, first_id)
-        rootfs_path.chmod(0o755)
-        count = FILE_WRITERS if path.stat().st_size >= LARGE_ARCHIVE else 0
-        with path.open("rb") as file, contextlib.closing(FileWriters(count)) as writers:
-            archive = Archive(file)
+        budget = Budget(max_size, max_entries)
+        with contextlib.closing(Staging(staging_path, Budget(max_size, max_entries))) as staging, \
+                contextlib.closing(read_archive(source, Budget(max_size, max_entries))) as stream:
+            archive = Archive(stream, staging)
             image = choose_image(archive, tag, host_architecture())
-            budget = Budget(max_size, max_entries)
-            for layer in image.layers:
-                # A rootfs of its own for each layer: what one has resolved, the next may change.
-                with contextlib.closing(LayerStream(archive.open(layer.member), budget)) as stream:
-                    LayerApplier(Rootfs(rootfs_path, writers, first_id), budget).apply(stream)
-                    stream.verify(layer)
-            rootfs = Rootfs(rootfs_path, writers, first_id)
-            process = resolve_process(image.config, rootfs)
-            prepare_mount_targets(rootfs)
+            count = FILE_WRITERS if stream.tell() >= LARGE_ARCHIVE else 0
+            with contextlib.closing(FileWriters(count)) as writers:
+                apply_layers(image.layers, archive, staging, lambda: Rootfs(rootfs_path, writers, first_id), budget)
+                rootfs = Rootfs(rootfs_path, writers, first_id)
+                process = resolve_process(image.config, rootfs)
+                prepare_mount_targets(rootfs)
+        shutil.rmtree(staging_path)
         document = {"digest": f"sha256:{image.digest}", "version": image.digest[:12], "tag": image.tag,
                     "first_id": first_id, "size": budget.written, "entries": budget.entries, "process": process}
         (directory / "image.json").write_text(json.dumps(document, indent=1))
@@ -1731,15 +1919,28 @@ def unpack_image(path: Path, directory: Path, tag: str, max_size: int, max_entri
         raise storage_error(error, "unpacking the image") from error
 
 
+def apply_layers(layers: list[Layer], archive: Archive, staging: Staging, open_rootfs: Callable[[], Rootfs],
+                 budget: Budget) -> None:
+    """Apply an image's layers, the lowest first."""
+    staged = [archive.layer(layer.member) for layer in layers]
+    uses = collections.Counter(map(id, staged))         # one that is listed twice is applied twice (E.3)
+    for layer, found in zip(layers, staged, strict=True):
+        uses[id(found)] -= 1
+        # A rootfs of its own for each layer: what one has resolved, the next may change.
+        LayerApplier(open_rootfs(), budget, staging, again=uses[id(found)] > 0).apply(found)
+        found.verify(layer)
+
+
 def unpack_main(arguments: list[str]) -> int:
-    """Run `faasd.py unpack ARCHIVE DIRECTORY TAG MAX_SIZE MAX_ENTRIES FIRST_ID`, the daemon's child; print JSON."""
-    archive, directory, tag, *numbers = arguments
+    """Run `faasd.py unpack DIRECTORY TAG MAX_SIZE MAX_ENTRIES FIRST_ID < ARCHIVE`, the daemon's child; print JSON."""
+    directory, tag, *numbers = arguments
     die_with_parent()
     os.nice(10)                         # invocations come first
     os.umask(0o022)
     resource.setrlimit(resource.RLIMIT_AS, (UNPACK_ADDRESS_SPACE, UNPACK_ADDRESS_SPACE))
     try:
-        document = unpack_image(Path(archive), Path(directory), tag, *map(int, numbers))
+        with open(0, "rb", buffering=0) as source:
+            document = unpack_image(source, Path(directory), tag, *map(int, numbers))
     except FaasdError as error:
         print(json.dumps({"error": str(error), "status": error.status}))
         return 1
@@ -5370,21 +5571,29 @@ class ControlHandler(http.server.BaseHTTPRequestHandler):
 
     def _call(self, coroutine):
         """Run a coroutine on the daemon's loop and return its result. Ends it when the client leaves."""
+        return self._end(self._begin(coroutine))
+
+    def _begin(self, coroutine) -> asyncio.Task:
+        """Start a coroutine on the daemon's loop; _end has to follow."""
+        return asyncio.run_coroutine_threadsafe(as_task(coroutine), self.server.daemon.loop).result()
+
+    def _end(self, task: asyncio.Task, watching: bool = True):
+        """Return a task's result when it is over. Ends it when the client leaves, or at once if we are not watching."""
         loop = self.server.daemon.loop
-        started: list[asyncio.Task] = []
-        future = asyncio.run_coroutine_threadsafe(run_to_end(coroutine, started), loop)
-        watching = True
+        if not watching:
+            loop.call_soon_threadsafe(task.cancel)
+        over = asyncio.run_coroutine_threadsafe(asyncio.wait([task]), loop)
         while True:
             try:
-                task = future.result(timeout=1.0)
+                over.result(timeout=1.0)
                 return task.result()
             except (asyncio.CancelledError, concurrent.futures.CancelledError):
                 raise Stopping("faasd is stopping, or you left") from None
             except TimeoutError:
-                if future.done():
+                if over.done():
                     raise
                 if watching and self._client_left():    # once: what then runs is the task's cleaning
-                    loop.call_soon_threadsafe(started[0].cancel)
+                    loop.call_soon_threadsafe(task.cancel)
                     watching = False
 
     def _client_left(self) -> bool:
@@ -5522,9 +5731,19 @@ class ControlHandler(http.server.BaseHTTPRequestHandler):
         directory = None
         try:
             directory = Path(tempfile.mkdtemp(dir=daemon.settings.state_dir / "tmp"))
-            archive = directory / "archive.tar"
-            self._receive(archive)
-            created, document = self._call(daemon.deploy(name, archive, tag, options))
+            source, pipe = os.pipe()
+            with open(pipe, "wb", buffering=0) as file:
+                deploy = self._begin(daemon.deploy(name, open(source, "rb"), directory / "image", tag, options))
+                try:
+                    self._receive(file)
+                except BrokenPipeError:
+                    pass                # it is refused already, and the deploy knows why
+                except BaseException:
+                    # Before the pipe is closed, which would look like the archive's end.
+                    with contextlib.suppress(FaasdError):
+                        self._end(deploy, watching=False)
+                    raise
+            created, document = self._end(deploy)
         except TimeoutError:
             raise FaasdError(f"the upload stood still for {MAX_BODY_SECONDS:g} s", status=408) from None
         except ConnectionError:
@@ -5537,32 +5756,30 @@ class ControlHandler(http.server.BaseHTTPRequestHandler):
             self._call(daemon.end_change(name))
         self._reply(201 if created else 200, document)
 
-    def _receive(self, path: Path) -> None:
-        """Write the request's body to path as it comes. Raises BadRequest if it is cut short, LimitExceeded."""
+    def _receive(self, pipe: BinaryIO) -> None:
+        """Pass the request's body on as it comes. Raises BadRequest if it is cut short, LimitExceeded."""
         limit = self.server.daemon.settings.max_image_size
         size = 0
         self.connection.settimeout(MAX_BODY_SECONDS)
         if self._continue_expected:
             self.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        with path.open("wb") as file:
-            for data in self._body():
-                size += len(data)
-                if size > limit:
-                    raise LimitExceeded(f"the archive is over {limit} bytes (--max-image-size)")
-                file.write(data)
-        if size == 0:
-            raise ImageError("the archive is empty: did the command before the pipe fail?")
+        fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, PIPE_SIZE)
+        for count in self._body_parts():
+            size += count
+            if size > limit:
+                raise LimitExceeded(f"the archive is over {limit} bytes (--max-image-size)")
+            self._pass_on(count, pipe)
 
-    def _body(self) -> Iterator[memoryview]:
-        """Yield the request's body in pieces, each good until the next (RFC 9112, section 7). Raises BadRequest."""
+    def _body_parts(self) -> Iterator[int]:
+        """Yield how many bytes of the body come next, to be read before it goes on (RFC 9112, section 7)."""
         if "Transfer-Encoding" in self.headers:
             while size := self._chunk_size():
-                yield from self._exactly(size)
+                yield size
                 if self.rfile.readline(3) != b"\r\n":
                     raise BadRequest("the request's chunked encoding is broken")
             self._skip_trailers()
         elif "Content-Length" in self.headers:
-            yield from self._exactly(int(self.headers["Content-Length"]))
+            yield int(self.headers["Content-Length"])
         else:
             raise Refused(411, "the request needs a Content-Length or chunked encoding")
 
@@ -5582,14 +5799,18 @@ class ControlHandler(http.server.BaseHTTPRequestHandler):
                 break
         raise BadRequest(f"the request's trailers are broken, or over {MAX_TRAILERS}")
 
-    def _exactly(self, count: int) -> Iterator[memoryview]:
-        buffer = memoryview(bytearray(COPY_CHUNK))      # one for all: fresh memory costs more than the copy
+    def _pass_on(self, count: int, pipe: BinaryIO) -> None:
+        """Have the next count bytes go into a pipe. What is not in our buffer yet never comes out of the kernel."""
+        buffered = self.rfile.read(min(count, len(self.rfile.peek(1)))) if count else b""
+        write_all(pipe.fileno(), memoryview(buffered))
+        count -= len(buffered)
         while count:
-            size = self.rfile.readinto(buffer[:min(count, COPY_CHUNK)])
-            if not size:
+            if not is_readable(self.connection, MAX_BODY_SECONDS):
+                raise TimeoutError
+            moved = os.splice(self.connection.fileno(), pipe.fileno(), min(count, PIPE_SIZE))
+            if not moved:
                 raise BadRequest("the upload was cut short")
-            count -= size
-            yield buffer[:size]
+            count -= moved
 
     def _logs(self, name: str, query: dict) -> None:
         tail = parse_count(query["tail"][-1]) if "tail" in query else None
@@ -5621,12 +5842,8 @@ class ControlHandler(http.server.BaseHTTPRequestHandler):
             self.wfile.write(b"%x\r\n%s\r\n" % (len(piece), piece) if chunked else piece)
 
 
-async def run_to_end(coroutine, started: list[asyncio.Task]) -> asyncio.Task:
-    """Run a coroutine as a task and return the task when it is over, even if it is cancelled: then it has cleaned."""
-    task = asyncio.ensure_future(coroutine)
-    started.append(task)
-    await asyncio.wait([task])
-    return task
+async def as_task(coroutine) -> asyncio.Task:
+    return asyncio.ensure_future(coroutine)
 
 
 def parse_since(text: str) -> str:
@@ -5911,21 +6128,23 @@ class Daemon:
 
     # -- deploy --
 
-    async def deploy(self, name: str, archive: Path, tag: str, options: Options) -> tuple[bool, dict]:
-        """Unpack an archive, prove that its handler comes up, and make it the function's version.
+    async def deploy(self, name: str, archive: BinaryIO, unpacked: Path, tag: str,
+                     options: Options) -> tuple[bool, dict]:
+        """Unpack an archive as it comes, prove that its handler comes up, and make it the function's version.
 
-        archive lies in a directory of its own below STATE_DIR/tmp, which the caller removes. Returns whether the
-        function is new, and its description. On any error nothing has changed. Raises FaasdError.
+        archive is a pipe, which is closed when nothing more is wanted from it; unpacked lies in a directory below
+        STATE_DIR/tmp, which the caller removes. Returns whether the function is new, and its description. On any
+        error nothing has changed. Raises FaasdError.
         """
-        with self._registered():
+        with self._registered(), archive:
             self._refuse_if_stopping()
             self._check_warm(name, options)
             function = self._functions.get(name)
             created = function is None
             with self._id_range(name) as first_id:
-                image = await self._unpack(archive, tag, first_id)
+                image = await self._unpack(archive, unpacked, tag, first_id)
                 async with function.changing if function else contextlib.nullcontext():
-                    async with self._placed(name, archive.parent / "image", image) as directory:
+                    async with self._placed(name, unpacked, image) as directory:
                         version = Version(name, directory, image, options, self._host)
                         function = await self._install(name, version)
             self._note(function, "deployed")
@@ -5992,13 +6211,14 @@ class Daemon:
         function.log.write("-", ">", f"{what} version={version}")
         log.info("function=%s version=%s %s at %s", function.record.name, version, what, function.record.address)
 
-    async def _unpack(self, archive: Path, tag: str, first_id: int) -> dict:
+    async def _unpack(self, archive: BinaryIO, directory: Path, tag: str, first_id: int) -> dict:
         """Run the unpacking child; return image.json. Raises FaasdError with what the child said."""
-        arguments = [str(archive), str(archive.parent / "image"), tag, str(self.settings.max_image_size),
-                     str(self.settings.max_image_entries), str(first_id)]
+        arguments = [str(directory), tag, str(self.settings.max_image_size), str(self.settings.max_image_entries),
+                     str(first_id)]
         child = await asyncio.create_subprocess_exec(
             sys.executable, "-I", __file__, "unpack", *arguments,
-            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+            stdin=archive, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+        archive.close()                 # if the child ends early, who writes into the pipe should know
         try:
             stdout, stderr = await child.communicate()
         except asyncio.CancelledError:

@@ -11,6 +11,7 @@ import base64
 import contextlib
 import gzip
 import hashlib
+import io
 import json
 import os
 import re
@@ -407,15 +408,14 @@ def apply_layers(rootfs: Path, layers: Iterable[bytes], max_size: int = faasd.MA
     budget = faasd.Budget(max_size, max_entries)
     with contextlib.closing(faasd.FileWriters(2)) as writers:
         for data in layers:
-            with tempfile.TemporaryFile() as spool:
-                spool.write(data)
-                spool.flush()
-                stream = faasd.LayerStream(faasd.SpanReader(spool, 0, len(data)), budget)
+            with tempfile.TemporaryDirectory(dir=rootfs.parent) as directory_, \
+                    contextlib.closing(faasd.Staging(Path(directory_), faasd.Budget(max_size, max_entries))) as staging:
+                staged = staging.stage_layer(iter([data]))
                 try:
-                    faasd.LayerApplier(faasd.Rootfs(rootfs, writers, FIRST_ID), budget).apply(stream)
+                    faasd.LayerApplier(faasd.Rootfs(rootfs, writers, FIRST_ID), budget, staging).apply(staged)
                 finally:
                     writers.settle()            # what came before an error is there, for the tests to look at
-                stream.verify(faasd.Layer("test", sha256(data), None))
+                staged.verify(faasd.Layer("test", sha256(data), None))
     return budget
 
 
@@ -517,11 +517,9 @@ class Sandbox(unittest.TestCase):
         """Unpack a whole image in this process, to self.image."""
         subprocess.run(["rm", "-rf", self.image], check=True)
         try:
-            return faasd.unpack_image(self.write(archive), self.image, tag, max_size, max_entries, 0)
+            return faasd.unpack_image(io.BytesIO(archive), self.image, tag, max_size, max_entries, 0)
         finally:
             self.assert_host_unchanged()
-            (self.directory / "archive.tar").unlink(missing_ok=True)
-            (self.directory / "inflated.tar").unlink(missing_ok=True)
             self.assertLessEqual({path.name for path in self.directory.iterdir()}, {"image"})
 
     def unpack_child(self, archive: bytes | Path, tag: str = "", max_size: int = faasd.MAX_IMAGE_SIZE,
@@ -531,10 +529,10 @@ class Sandbox(unittest.TestCase):
         path = archive if isinstance(archive, Path) else self.write(archive)
         image = image or self.image
         with tempfile.TemporaryFile("w+") as stdout, tempfile.TemporaryFile("w+") as stderr, \
-                tempfile.NamedTemporaryFile("r") as peak:
+                tempfile.NamedTemporaryFile("r") as peak, path.open("rb") as source:
             command = [sys.executable, "-c", WATCH, peak.name, *before, sys.executable, "-I", ROOT / "faasd.py",
-                       "unpack", path, image, tag, str(max_size), str(max_entries), "0"]
-            child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr, env=env,
+                       "unpack", image, tag, str(max_size), str(max_entries), "0"]
+            child = subprocess.Popen(command, stdin=source, stdout=stdout, stderr=stderr, env=env,
                                      start_new_session=True)
             try:
                 child.wait(timeout)

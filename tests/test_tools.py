@@ -127,7 +127,8 @@ class Tools(unittest.TestCase):
     def unpack(self, archive: Path) -> tuple[dict, dict]:
         """Return image.json and the listing of the rootfs, less what faasd adds."""
         image = Path(tempfile.mkdtemp(dir=self.directory))
-        document = faasd.unpack_image(archive, image / "image", "", faasd.MAX_IMAGE_SIZE, faasd.MAX_IMAGE_ENTRIES, 0)
+        with archive.open("rb", buffering=0) as source:
+            document = faasd.unpack_image(source, image / "image", "", faasd.MAX_IMAGE_SIZE, faasd.MAX_IMAGE_ENTRIES, 0)
         listing = self.listing(image / "image/rootfs")
         shutil.rmtree(image)
         return document, listing
@@ -210,7 +211,8 @@ class Tools(unittest.TestCase):
             self.unpack(archive)
         image = Path(tempfile.mkdtemp(dir=self.directory))
         self.addCleanup(shutil.rmtree, image)
-        document = faasd.unpack_image(archive, image / "image", "app:docker", 1 << 30, 1000, 0)
+        with archive.open("rb", buffering=0) as source:
+            document = faasd.unpack_image(source, image / "image", "app:docker", 1 << 30, 1000, 0)
         self.assertEqual(document["digest"], self.config_digest("docker"))
 
     def skopeo(self, kind: str, target: str, *arguments) -> None:
@@ -280,8 +282,8 @@ class Tools(unittest.TestCase):
         for tag in ("app", "second"):
             image = Path(tempfile.mkdtemp(dir=self.directory))
             self.addCleanup(shutil.rmtree, image)
-            with self.subTest(tag=tag):
-                again = faasd.unpack_image(archive, image / "image", tag, 1 << 30, 1000, 0)
+            with self.subTest(tag=tag), archive.open("rb", buffering=0) as source:
+                again = faasd.unpack_image(source, image / "image", tag, 1 << 30, 1000, 0)
                 self.assertEqual(again["digest"], document["digest"])
 
 
