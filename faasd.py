@@ -77,7 +77,6 @@ import itertools
 import json
 import logging
 import math
-import operator
 import os
 import pickle
 import platform
@@ -106,7 +105,8 @@ from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timedelta, timezone
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
-from typing import BinaryIO
+from tarfile import TarInfo
+from typing import BinaryIO, NamedTuple
 
 __version__ = "0.1.0"
 
@@ -138,7 +138,8 @@ HASH_AHEAD = 8                      # of these chunks may wait for the thread th
 FILE_WRITERS = 2                    # processes that write the small files of an image …
 LARGE_ARCHIVE = 8 * MIB             # … if its archive has at least so many bytes: they take a while to start
 SMALL_FILE = 16 * KIB               # bytes; larger files are written where they are read
-WRITE_BATCH = 64 * KIB              # bytes of small files sent to a writer at a time
+WRITE_BATCH = 128                   # of them sent to a writer at a time
+SPOOL_BATCH = 64 * KIB              # bytes of headers and small files set down in one go
 MAX_UNWRITTEN_FILES = 8192          # of which we do not know yet that they are there
 
 # Containers.
@@ -466,32 +467,23 @@ class ByteStream:
         self._pieces.close()
 
 
-class Entry(tarfile.TarInfo):
-    """What the headers of one tar entry say; pickles small."""
+class Entry(NamedTuple):
+    """What the headers of one tar entry say, in the words of tarfile.TarInfo."""
+    name: str
+    type: bytes
+    size: int
+    mode: int
+    uid: int
+    gid: int
+    mtime: int | float
+    linkname: str
+    devmajor: int = 0
+    devminor: int = 0
+    sparse: list[tuple[int, int]] | None = None
+    pax_headers: dict[str, str] = {}        # nobody changes it
 
-    __slots__ = ()
-    KEPT = ("name", "type", "mode", "uid", "gid", "size", "mtime", "linkname", "devmajor", "devminor", "sparse",
-            "pax_headers")
-
-    def __reduce__(self) -> tuple:
-        return restore_entry, (operator.attrgetter(*self.KEPT)(self),)
-
-    @classmethod
-    def frombuf(cls, buf: bytes, encoding: str, errors: str) -> Entry:
-        """Parse one header: those that nearly all entries have in a third of tarfile's time, all others as it does."""
-        match = PLAIN_HEADER.fullmatch(buf)
-        if not match:
-            return super().frombuf(buf, encoding, errors)
-        name, mode, uid, gid, size, mtime, checksum, kind, target = match.groups()
-        if int(checksum, 8) != sum(buf) - sum(buf[148:156]) + 8 * ord(" "):
-            return super().frombuf(buf, encoding, errors)
-        entry = cls(tarfile.nts(name, encoding, errors))
-        entry.mode, entry.uid, entry.gid = int(mode, 8), int(uid, 8), int(gid, 8)
-        entry.size, entry.mtime, entry.type = int(size, 8), int(mtime, 8), kind
-        entry.linkname = tarfile.nts(target, encoding, errors)
-        if kind == tarfile.DIRTYPE:
-            entry.name = entry.name.rstrip("/")
-        return entry
+    isreg, isdir, issym, islnk = TarInfo.isreg, TarInfo.isdir, TarInfo.issym, TarInfo.islnk
+    isfifo, ischr, isblk = TarInfo.isfifo, TarInfo.ischr, TarInfo.isblk
 
 
 # The header of a file, a link or a directory in ustar or GNU format whose numbers are octal, and that has no prefix.
@@ -499,11 +491,17 @@ PLAIN_HEADER = re.compile(rb"(.{100})([0-7]{7})[\0 ]([0-7]{7})[\0 ]([0-7]{7})[\0
                           rb"([0-7]{6})\0 ([0125])(.{100})ustar(?:\x0000|  \0).{80}\0.{166}", re.DOTALL)
 
 
-def restore_entry(values: tuple) -> Entry:
-    entry = Entry()
-    for name, value in zip(Entry.KEPT, values, strict=True):
-        setattr(entry, name, value)
-    return entry
+def parse_plain_header(block: bytes) -> Entry | None:
+    """Parse what nearly all entries have, in a fifth of tarfile's time; None for all other headers."""
+    match = PLAIN_HEADER.fullmatch(block)
+    if not match:
+        return None
+    name, mode, uid, gid, size, mtime, checksum, kind, target = match.groups()
+    if int(checksum, 8) != sum(block) - sum(block[148:156]) + 8 * ord(" "):
+        return None
+    path, link = (text.partition(b"\0")[0].decode("utf-8", "surrogateescape") for text in (name, target))
+    return Entry(path.rstrip("/") if kind == tarfile.DIRTYPE else path, kind, int(size, 8), int(mode, 8), int(uid, 8),
+                 int(gid, 8), int(mtime, 8), link)
 
 
 class TarReader:
@@ -523,12 +521,16 @@ class TarReader:
         self.ended = False              # saw the end-of-archive marker, rather than the end of the data
         self._stream = stream
         self._budget = 0
+        self._block = b""               # a header that was read and is to be read again by the parser
 
     @property
     def pax_headers(self) -> dict[str, str]:
         return {}                       # a new one each time: global PAX headers are ignored (rule C.4)
 
     def read(self, count: int) -> bytes:
+        if self._block:
+            block, self._block = self._block, b""
+            return block
         if count < 0:
             raise ImageError("bad tar header: negative size")
         if count > self._budget:
@@ -546,22 +548,36 @@ class TarReader:
     def __iter__(self) -> Iterator[Entry]:
         while True:
             self._stream.seek(self.offset)
-            self._budget = MAX_RECORD_SIZE
-            at = self.offset
-            try:
-                entry = Entry.fromtarfile(self)
-            except tarfile.EOFHeaderError:
-                self.ended = True
-                return
-            except tarfile.EmptyHeaderError:
-                return
-            except tarfile.TruncatedHeaderError:
-                raise ImageError("the tar stream is cut short in the middle of a header") from None
-            except (tarfile.TarError, ValueError, IndexError, OverflowError, RecursionError) as error:
-                raise ImageError(f"bad tar header at byte {at}: {error}") from None
-            if entry.size < 0 or self.offset < self.tell():     # either would lead back, and round for ever
-                raise ImageError(f"bad tar header at byte {at}: negative size")
+            self._block = self._stream.read(tarfile.BLOCKSIZE)
+            entry = parse_plain_header(self._block)
+            if entry:
+                self._block = b""
+                blocks = 1 + (-(-entry.size // tarfile.BLOCKSIZE) if entry.type == tarfile.REGTYPE else 0)
+                self.offset += blocks * tarfile.BLOCKSIZE
+            else:
+                entry = self._parse_header()
+                if entry is None:
+                    return
             yield entry
+
+    def _parse_header(self) -> Entry | None:
+        """Parse whatever headers the next entry has; None at the end."""
+        self._budget = MAX_RECORD_SIZE
+        at = self.offset
+        try:
+            info = TarInfo.fromtarfile(self)
+        except tarfile.EOFHeaderError:
+            self.ended = True
+            return None
+        except tarfile.EmptyHeaderError:
+            return None
+        except tarfile.TruncatedHeaderError:
+            raise ImageError("the tar stream is cut short in the middle of a header") from None
+        except (tarfile.TarError, ValueError, IndexError, OverflowError, RecursionError) as error:
+            raise ImageError(f"bad tar header at byte {at}: {error}") from None
+        if info.size < 0 or self.offset < self.tell():      # either would lead back, and round for ever
+            raise ImageError(f"bad tar header at byte {at}: negative size")
+        return Entry(*(getattr(info, field) for field in Entry._fields))
 
 
 def looks_like_layer(head: bytes) -> bool:
@@ -569,7 +585,7 @@ def looks_like_layer(head: bytes) -> bool:
     if find_decompressor(head):
         return True
     try:
-        tarfile.TarInfo.frombuf(head, TarReader.encoding, TarReader.errors)
+        TarInfo.frombuf(head, TarReader.encoding, TarReader.errors)
     except (tarfile.TarError, ValueError):
         return False
     return True
@@ -1149,9 +1165,9 @@ class Staging:
             for entry in TarReader(stream):
                 self._budget.spend_entry()
                 content = self._stage_content(entry, stream) if entry.isreg() else None
-                batch.append((entry, content))
+                batch.append((tuple(entry), content))
                 size += tarfile.BLOCKSIZE + (len(content) if isinstance(content, bytes) else 0)
-                if size > WRITE_BATCH:
+                if size > SPOOL_BATCH:
                     pickle.dump(batch, self._spool)
                     batch, size = [], 0
         finally:
@@ -1180,7 +1196,8 @@ class Staging:
         """Yield a layer's entries with the content of files. Raises ImageError where it could not be read on."""
         self._spool.seek(staged.offset)
         while self._spool.tell() < staged.end:
-            yield from pickle.load(self._spool)
+            for fields, content in pickle.load(self._spool):
+                yield Entry(*fields), content
         if staged.error:
             raise staged.error
 
@@ -1222,12 +1239,10 @@ class FileWriters:
 
     def __init__(self, count: int) -> None:
         self.pending: set[bytes] = set()        # host paths
-        self._batch: list[tuple] = []
-        self._batch_size = 0
         self._links: list[tuple[int, BinaryIO]] = []
         for _ in range(count):
             self._links.append(self._start())
-        self._turns = itertools.cycle(link for _, link in self._links)
+        self._batches: list[list[tuple]] = [[] for _ in range(count)]
 
     def _start(self) -> tuple[int, BinaryIO]:
         """Fork a writer; return its pid and our end of the connection to it."""
@@ -1249,26 +1264,27 @@ class FileWriters:
         if not self._links:
             create_file(host, owner, mode, mtime, data)
             return
-        self._batch.append((host, owner, mode, mtime, data))
+        # All of a directory by the same process: two that create files in one directory wait for each other.
+        number = hash(host.rpartition(b"/")[0]) % len(self._links)
+        self._batches[number].append((host, owner, mode, mtime, data))
         self.pending.add(host)
-        self._batch_size += len(data) + len(host)
-        if self._batch_size > WRITE_BATCH:
-            self._send()
+        if len(self._batches[number]) == WRITE_BATCH:
+            self._send(number)
 
-    def _send(self) -> None:
-        link = next(self._turns)
+    def _send(self, number: int) -> None:
+        _, link = self._links[number]
         with self._alive():
-            pickle.dump(self._batch, link)
+            pickle.dump(self._batches[number], link)
             link.flush()
-        self._batch, self._batch_size = [], 0
+        self._batches[number] = []
 
     def settle(self) -> None:
         """Return when everything is written. Raises OSError with the host path as its filename, FaasdError."""
         if not self.pending:
             return
-        self._send()
         with self._alive():
-            for _, link in self._links:
+            for number, (_, link) in enumerate(self._links):
+                self._send(number)
                 pickle.dump(None, link)
                 link.flush()
             errors = [pickle.load(link) for _, link in self._links]
@@ -1338,6 +1354,7 @@ class Rootfs:
         self.first_id = first_id
         self._writers = writers
         self._resolved: dict[bytes, bytes] = {}         # directory as named → as it really is
+        self.made: set[bytes] = set()                   # directories that we made, of which none was removed since
 
     def host(self, path: bytes) -> bytes:
         """Return the host's name of a resolved path."""
@@ -1347,7 +1364,7 @@ class Rootfs:
         """Return the real path of a directory, made 0755 root:root with its parents where it is missing (A.6)."""
         real = self._resolved.get(path)
         if real is None:
-            real = self._resolved[path] = self._walk(path, self._place_directory)
+            real = self._resolved[path] = self._walk(path, self.place_directory)
         return real
 
     def find_directory(self, path: bytes) -> bytes:
@@ -1402,8 +1419,10 @@ class Rootfs:
         except FileNotFoundError:
             return 0
 
-    def _place_directory(self, path: bytes) -> None:
+    def place_directory(self, path: bytes) -> None:
+        """Put a new directory, 0755 root:root, in the place of whatever is there."""
         self.remove(path)
+        self.made.add(path)
         os.mkdir(self.host(path))
         os.chown(self.host(path), self.first_id, self.first_id)
         os.chmod(self.host(path), 0o755)                # whatever the umask is
@@ -1417,6 +1436,7 @@ class Rootfs:
         kind = self.kind(path)
         if kind in (stat.S_IFDIR, stat.S_IFLNK):
             self._resolved.clear()
+            self.made.clear()
         if kind == stat.S_IFDIR:
             self.settle()
             shutil.rmtree(self.host(path))
@@ -1442,7 +1462,7 @@ class Rootfs:
         for name in path.split(b"/")[1:]:
             real += b"/" + name
             if self.kind(real) != stat.S_IFDIR:
-                self._place_directory(real)
+                self.place_directory(real)
 
     def read_file(self, path: bytes, limit: int) -> bytes:
         """Return the content of a small regular file, b"" if there is none; never follows a final link (G.3)."""
@@ -1583,8 +1603,7 @@ class LayerApplier:
             return
         if entry.isdir():
             if self._rootfs.kind(path) != stat.S_IFDIR:
-                self._rootfs.remove(path)
-                os.mkdir(self._rootfs.host(path))
+                self._rootfs.place_directory(path)
             self._set_metadata(path, entry)
         elif entry.isreg():
             self._create_file(entry, path, content)
@@ -1624,12 +1643,18 @@ class LayerApplier:
     def _create_file(self, entry: Entry, path: bytes, content: bytes | int) -> None:
         """Make a new file of its data, or of a staged one. What is there is removed, never written through (C.1, C.2)."""
         self._budget.spend_written(entry.size)
-        self._rootfs.remove(path)
+        if not self._is_free(path):
+            self._rootfs.remove(path)
         if isinstance(content, bytes):
             self._rootfs.write_later(path, self._owner(entry), entry.mode & 0o7777, modification_time(entry), content)
             return
         self._place(self._staging.path(content), self._rootfs.host(path))
         self._set_metadata(path, entry)
+
+    def _is_free(self, path: bytes) -> bool:
+        """Tell without asking the kernel that nothing is at path, which is so for most files of most layers."""
+        made = self._rootfs.made
+        return path.rpartition(b"/")[0] in made and path not in made and path not in self._own
 
     # -- metadata --
 
@@ -6216,7 +6241,7 @@ class Daemon:
         arguments = [str(directory), tag, str(self.settings.max_image_size), str(self.settings.max_image_entries),
                      str(first_id)]
         child = await asyncio.create_subprocess_exec(
-            sys.executable, "-I", __file__, "unpack", *arguments,
+            sys.executable, "-I", "-S", __file__, "unpack", *arguments,
             stdin=archive, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
         archive.close()                 # if the child ends early, who writes into the pipe should know
         try:
