@@ -637,7 +637,7 @@ class Archive:
         while len(head) < min(size, tarfile.BLOCKSIZE):
             head += next(pieces)
         pieces = itertools.chain([head], pieces)
-        if size > MAX_JSON_SIZE or looks_like_layer(head):
+        if size > MAX_JSON_SIZE or looks_like_layer(head[:tarfile.BLOCKSIZE]):
             return Member(size, layer=self._staging.stage_layer(pieces))
         return Member(size, offset=self._staging.write(pieces))
 
