@@ -40,7 +40,7 @@ On disk:
     STATE_DIR/images/NAME/VERSION/rootfs/     the unpacked image; VERSION = first 12 hex digits of its digest
     STATE_DIR/images/NAME/VERSION/image.json  what the image says about the process to run
     STATE_DIR/logs/NAME.log, NAME.log.1       output of the handlers and a line per invocation
-    STATE_DIR/tmp/                            uploads and unpacking; emptied at start
+    STATE_DIR/tmp/                            unpacking; emptied at start
     RUN_DIR/faasd.sock, faasd.lock            control API; one daemon per run-dir
     RUN_DIR/net/NAME, resolv.conf.*           network namespaces of functions with --net egress, and their resolvers
     RUN_DIR/containers/ID/                    config.json, control.sock and output of one container, on a tmpfs
@@ -663,7 +663,7 @@ class Archive:
         return member
 
     def layer(self, name: str) -> StagedLayer:
-        """Return a member as a layer; whether it is one shows when it is applied. Raises ImageError if it is missing."""
+        """Return a member as a layer; if it is none, that shows when it is applied. Raises ImageError if it is missing."""
         member = self._get(name)
         if member.layer is None:
             member.layer = self._staging.stage_layer(iter([self._staging.read(member.offset, member.size)]))
@@ -1508,7 +1508,7 @@ class LayerApplier:
         self._rootfs = rootfs
         self._budget = budget
         self._staging = staging
-        self._place = os.link if again else os.rename   # a staged file: the layer may be applied once more
+        self._place = shutil.copyfile if again else os.rename   # what is staged, if the layer applies again later
         self._own: set[bytes] = set()                   # paths of this layer and their parents: no whiteout hides them
         self._directory_times: dict[bytes, int] = {}    # set at the end, when nothing writes into them any more
         self._warned_xattrs = False                     # the file system has none: one warning is enough
@@ -1641,7 +1641,7 @@ class LayerApplier:
         os.link(self._rootfs.host(real), self._rootfs.host(path), follow_symlinks=False)
 
     def _create_file(self, entry: Entry, path: bytes, content: bytes | int) -> None:
-        """Make a new file of its data, or of a staged one. What is there is removed, never written through (C.1, C.2)."""
+        """Make a new file of its data, or of a staged one. What is there is removed, not written through (C.1, C.2)."""
         self._budget.spend_written(entry.size)
         if not self._is_free(path):
             self._rootfs.remove(path)

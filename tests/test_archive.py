@@ -10,6 +10,7 @@ import json
 import os
 import random
 import shutil
+import tarfile
 import unittest
 from dataclasses import replace
 from pathlib import Path
@@ -39,6 +40,7 @@ from tests.archives import (
     outer,
     padded,
     pax,
+    sha256,
     sparse_gnu,
     sparse_pax,
     symlink,
@@ -54,7 +56,8 @@ OTHER = Image(layers=[layer(file("other", "o"))], tags=("other:1",))
 SAME_LAYER = Image(process={"Cmd": ["/else"]}, tags=("else:1",))
 ABROAD = Image(architecture=FOREIGN)
 LAYOUT = ("oci-layout", b'{"imageLayoutVersion": "1.0.0"}')
-PREPARED = {"dev", "proc", "sys", "tmp", "control.sock", "etc", "etc/hosts"}        # not the image's; test_process.py
+# not the image's; test_process.py
+PREPARED = {"dev", "proc", "sys", "tmp", "control.sock", "etc", "etc/hosts", "etc/resolv.conf"}
 TREES = {"app": {"hello": "file hello\n"}, "layered": {"d": "dir", "keep": "file k", "again": "file a"},
          "other": {"other": "file o"}}
 
@@ -359,6 +362,89 @@ add_cases(Layouts, [
     ("F3 a lone surrogate in a name", outer(("manifest.json", b'[{"Config": "\\ud800", "Layers": []}]')),
      Refused(400, "lacks")),
 ], "check")
+
+
+class Staging(Sandbox):
+    """What waits for its layer's turn: the order of layers in the archive is not the one in which they apply."""
+
+    LAYERS = [layer(file("a", b"1" * 99_999, mode=0o4750, uid=5), file("b", b"2" * 20_000), file("small", "x"),
+                    sparse_gnu("holes", 1 << 20, [(500_000, b"y" * 600)])),
+              layer(archives.whiteout("b"), hardlink("link", "a"),
+                    file("c", b"3" * 30_000, records={"SCHILY.xattr.user.x": "v"})),
+              layer(file("a", b"4" * 50_000, mtime=5))]
+
+    def check_order(self, *members: tuple[str, bytes], layers: list[bytes] = LAYERS):
+        image = Image(layers=layers)
+        names = [f"{sha256(data)}.tar" for data in layers]
+        self.unpack(outer(*members, *([(name, data) for name, data in zip(names, layers, strict=True)][::-1]),
+                          ("config", image.config), manifest_json({"Config": "config", "Layers": names})))
+        self.assertEqual(sorted(os.listdir(self.image)), ["image.json", "rootfs"])
+        return self.made()
+
+    def made(self) -> dict[str, tuple]:
+        return {path: what for path, what in archives.full_tree(self.image / "rootfs").items()
+                if path not in PREPARED | {"."}}
+
+    def test_layers_in_any_order_with_members_that_nobody_wants(self):
+        reference = self.unpack(archives.podman(Image(layers=self.LAYERS)))
+        wanted = self.made()
+        others = [("other.tar", layer(file("x", b"5" * 99_999), symlink("y", "y"), file("y/z"))),
+                  ("x.gz", gz(b"x" * 9999)), ("broken.tar", self.LAYERS[0][:9000] + bytes(999) + b"?" * 9000),
+                  ("y.gz", gz(b"y" * 9999)[:-9])]
+        found = self.check_order(*others)
+        self.assertEqual(found, wanted)
+        self.assertEqual(json.loads((self.image / "image.json").read_text()), reference | {"tag": ""})
+        rootfs = self.image / "rootfs"
+        self.assertEqual((rootfs / "a").read_bytes(), b"4" * 50_000)
+        self.assertEqual((rootfs / "link").read_bytes(), b"1" * 99_999)
+        self.assertEqual([os.lstat(rootfs / name).st_nlink for name in ("a", "link", "c", "holes")], [1, 1, 1, 1])
+        self.assertFalse((rootfs / "b").exists())
+
+    def test_E3_layer_with_large_files_twice(self):
+        first, second, third = self.LAYERS
+        found = self.check_order(layers=[first, second, third, first])
+        for name, what in self.check_order(layers=[first]).items():
+            self.assertEqual(found[name], what)
+
+    def test_E4_what_nobody_wants_counts(self):
+        for name, other in (("size", layer(file("x", bytes(3 << 20)))),
+                            ("entries", layer(*(file(f"x{number}") for number in range(99))))):
+            with self.subTest(name), self.refused(413, f"--max-image-{name}"):
+                self.unpack(outer(("other", gz(other))), max_size=1 << 20, max_entries=50)
+
+    def test_looks_at_most_at_a_block(self):
+        """A small layer is one, and a document is none, in however many pieces they come."""
+        archive = archives.podman(APP)
+
+        class Slow(io.BytesIO):
+            def read(self, count: int = -1) -> bytes:
+                return super().read(min(count, 100))
+        document = faasd.unpack_image(Slow(archive), self.image, "", faasd.MAX_IMAGE_SIZE, faasd.MAX_IMAGE_ENTRIES, 0)
+        self.assertEqual(document["digest"], APP.digest)
+
+
+class PlainHeaders(unittest.TestCase):
+    """The parser of our own says what tarfile says, or leaves the header to it."""
+
+    def test_same_as_tarfile(self):
+        chance = random.Random(7)
+        seen = {True: 0, False: 0}
+        for _ in range(3000):
+            block = bytearray(header(chance.choice(["a", "dir/", "ü" * 40, "n" * 100, b"\xff\xfe", "a\0b"]),
+                                     chance.choice([b"0", b"0", b"1", b"2", b"5", b"\0", b"7", b"3"]),
+                                     size=chance.choice([0, 1, 513, 8 ** 11 - 1, 8 ** 11]),
+                                     mode=chance.randrange(8 ** 4), uid=chance.choice([0, 5, 8 ** 7]),
+                                     gid=chance.randrange(9), gnu=chance.random() < 0.5,
+                                     mtime=chance.choice([0, 5, -1]), target=chance.choice(["", "t", "t" * 100]),
+                                     tail=b"prefix" if chance.random() < 0.1 else None))
+            if chance.random() < 0.2:
+                block[chance.randrange(512)] = chance.choice(b"\0 07x")
+            found = faasd.parse_plain_header(bytes(block))
+            seen[found is None] += 1
+            if found:
+                info = tarfile.TarInfo.frombuf(bytes(block), "utf-8", "surrogateescape")
+                self.assertEqual(found[:8], tuple(getattr(info, name) for name in found._fields[:8]))
+        self.assertGreater(min(seen.values()), 300)
 
 
 class Damage(Sandbox):
