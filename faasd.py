@@ -663,7 +663,7 @@ class Archive:
         return member
 
     def layer(self, name: str) -> StagedLayer:
-        """Return a member as a layer; if it is none, that shows when it is applied. Raises ImageError if it is missing."""
+        """Return a member as a layer; if it is none, applying it tells. Raises ImageError if it is missing."""
         member = self._get(name)
         if member.layer is None:
             member.layer = self._staging.stage_layer(iter([self._staging.read(member.offset, member.size)]))

@@ -412,15 +412,17 @@ class Staging(Sandbox):
             with self.subTest(name), self.refused(413, f"--max-image-{name}"):
                 self.unpack(outer(("other", gz(other))), max_size=1 << 20, max_entries=50)
 
-    def test_looks_at_most_at_a_block(self):
-        """A small layer is one, and a document is none, in however many pieces they come."""
-        archive = archives.podman(APP)
-
-        class Slow(io.BytesIO):
+    def test_pieces_of_any_size(self):
+        """What a pipe gives at a time means nothing."""
+        class Pipe(io.BytesIO):
             def read(self, count: int = -1) -> bytes:
-                return super().read(min(count, 100))
-        document = faasd.unpack_image(Slow(archive), self.image, "", faasd.MAX_IMAGE_SIZE, faasd.MAX_IMAGE_ENTRIES, 0)
-        self.assertEqual(document["digest"], APP.digest)
+                return super().read(min(count, size))
+        for size in (1, 100, 513):
+            for archive in (archives.podman(LAYERED), gz(archives.oci(LAYERED, compress=gz))):
+                with self.subTest(size=size):
+                    shutil.rmtree(self.image, ignore_errors=True)
+                    faasd.unpack_image(Pipe(archive), self.image, "", 1 << 20, 100, 0)
+                    self.assertEqual(of_the_image(archives.tree(self.image / "rootfs")), TREES["layered"])
 
 
 class PlainHeaders(unittest.TestCase):
