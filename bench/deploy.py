@@ -3,7 +3,7 @@
 
 The image has one layer of MIB mebibytes (2048 by default) in files of 8 MiB and 20,000 small files, uncompressed as
 `docker save` writes it, and a layer with the test handler. The deploy includes upload, digests and the proof. Runs in a
-network namespace of its own; needs root and three times the size in /var/tmp.
+network namespace of its own; needs root and nine times the size in /var/tmp.
 """
 
 import hashlib
