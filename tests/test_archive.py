@@ -408,6 +408,7 @@ class Staging(Sandbox):
 
     def test_E4_what_nobody_wants_counts(self):
         for name, other in (("size", layer(file("x", bytes(3 << 20)))),
+                            ("size", layer(sparse_gnu("x", 1 << 40, [(0, b"y" * 600)]))),
                             ("entries", layer(*(file(f"x{number}") for number in range(99))))):
             with self.subTest(name), self.refused(413, f"--max-image-{name}"):
                 self.unpack(outer(("other", gz(other))), max_size=1 << 20, max_entries=50)
