@@ -4943,10 +4943,18 @@ class Registry:
         except OSError as error:
             raise storage_error(error, "writing the registry") from error
 
+    def clear(self) -> None:
+        """Remove what a daemon that was killed had begun to write. Raises OSError."""
+        temporary_of(self._path).unlink(missing_ok=True)
+
+
+def temporary_of(path: Path) -> Path:
+    return path.with_name(f".{path.name}.new")
+
 
 def replace_file(path: Path, document: dict) -> None:
     """Make path a JSON document, for good and as a whole. Raises OSError; the file is then as it was."""
-    temporary = path.with_name(f".{path.name}.new")
+    temporary = temporary_of(path)
     try:
         # Only for root: options have environment variables, which may be secrets.
         with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
@@ -6015,6 +6023,7 @@ class Daemon:
         Returns the containers that serve clients.
         """
         survivors = self._host.prepare({record.name: record.address for record in records})
+        self._registry.clear()
         self._empty_tmp()
         kept = {(record.name, entry.version) for record in records for entry in record.versions}
         kept |= {(survivor.function, survivor.version) for survivor in survivors}

@@ -120,6 +120,19 @@ def handler_image(source: str | bytes | None = None, label: str = "1", **config)
     return docker_archive([base, layer({"handler.py": source})], settings)
 
 
+SYS_RECVMSG = {"x86_64": 47, "aarch64": 212}.get(os.uname().machine, 0)
+
+
+def small_image(label: str = "1", **config) -> bytes:
+    """Return an image that runs tests/handler.pl: it deploys in a fifth of the time."""
+    libraries = subprocess.run(["ldd", "/usr/bin/perl"], capture_output=True, text=True, check=True).stdout
+    paths = ["/usr/bin/perl", *re.findall(r"(/\S+) \(", libraries)]
+    files = {path.lstrip("/"): Path(path).read_bytes() for path in paths}
+    settings = {"Entrypoint": ["/usr/bin/perl", "/handler.pl"], "Env": [f"LABEL={label}", f"SYS_recvmsg={SYS_RECVMSG}"]}
+    return docker_archive([layer({**files, "handler.pl": HANDLER.with_suffix(".pl").read_bytes()})],
+                          {**settings, **config})
+
+
 # -- the daemon --
 
 class Daemon:

@@ -1,0 +1,267 @@
+"""The daemon is killed with SIGKILL between two system calls, at every such place: nothing is lost, nothing is left.
+
+By default a sample of the places, always the same; all of them with FAASD_SOAK_SECONDS:
+`sudo FAASD_SOAK_SECONDS=1 ./test.sh -v tests/test_crash.py`
+"""
+
+import collections
+import contextlib
+import http.client
+import json
+import os
+import random
+import signal
+import time
+import unittest
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import gate
+import support
+from support import curl, get, wait_until
+
+EXHAUSTIVE = "FAASD_SOAK_SECONDS" in os.environ
+SAMPLE = 3                      # places of each operation besides those at which the state changes for good …
+CHILD_SAMPLE = 1                # … and of the calls of its children
+TELLING = ("rename", "fsync", "syncfs")
+QUIET_SECONDS = 0.3             # without a call of the daemon: what an operation leaves to do is done
+LABELS = ("1", "2")
+F_ADDRESS = "10.0.0.10"
+
+
+class Crash(unittest.TestCase):
+    """One operation a test. Beside `f`, which it is about, there is always `g`, with a warm container."""
+
+    def setUp(self):
+        signal.alarm(7200 if EXHAUSTIVE else 600)
+        self.calls: list[tuple[str, str]] = []          # whose, and what, since arm()
+        self.target: tuple[str, int] | None = None      # whose call, which one: the daemon is killed before it
+        self.last_call = 0.0
+        self.gate = gate.Gate(self.decide)
+        self.addCleanup(self.gate.close)
+        self.daemon = support.Daemon(wrapper=self.gate.wrapper).start()
+        self.addCleanup(self.daemon.close)
+        self.images = {label: support.small_image(label=label) for label in LABELS}
+        self.labels: dict[str, str] = {}                # version → label
+        self.prepare: Callable[[], object] = lambda: None       # makes f what the operation needs
+        self.goal: dict = {}                            # what state() is when it has succeeded
+        for label in LABELS:
+            self.deploy("f", label)
+        self.deploy("g", "1", warm=1)
+        self.options = self.state()["f"]["versions"][0][1]
+
+    # -- at the gate --
+
+    def decide(self, call: gate.Call) -> None:
+        if call.starts_thread:
+            return
+        if call.of in ("daemon", "unpack"):
+            self.last_call = time.monotonic()
+        self.calls.append((call.of, str(call) if call.of == "daemon" else call.of))
+        if self.target and call.of == self.target[0]:
+            mine = sum(1 for of, _ in self.calls if of == call.of)
+            if mine == self.target[1]:
+                os.kill(self.gate.daemon, signal.SIGKILL)
+
+    def arm(self, target: tuple[str, int] | None) -> None:
+        self.calls, self.target, self.last_call = [], target, time.monotonic()
+
+    # -- what there is --
+
+    def api(self, method: str, path: str, body: bytes = b"") -> dict | None:
+        """Send a request; None if the daemon died meanwhile."""
+        try:
+            status, answer = self.daemon.api(method, path, body)
+        except (OSError, http.client.HTTPException):
+            return None
+        self.assertIn(status, (200, 201), answer)
+        return json.loads(answer)
+
+    def deploy(self, name: str, label: str, warm: int = 0) -> dict | None:
+        document = self.api("POST", f"/functions/{name}?warm={warm}", self.images[label])
+        if document:
+            self.labels[document["version"]] = label
+        return document
+
+    def state(self) -> dict[str, dict]:
+        """Return what must survive of each function."""
+        functions = {}
+        for entry in self.api("GET", "/functions")["functions"]:
+            versions = self.api("GET", f"/functions/{entry['name']}/versions")["versions"]
+            functions[entry["name"]] = {
+                "address": entry["address"], "state": entry["state"],
+                "versions": [(version["version"], version["options"]) for version in versions]}
+        return functions
+
+    def settle(self) -> None:
+        """Wait until there is no container but the warm one."""
+        self.daemon.wait_warm("g", 1)
+        wait_until(lambda: len(os.listdir(self.daemon.run_dir / "containers")) == 1, "one container is left")
+
+    def check(self) -> None:
+        """Each function answers, with what it says it runs, and there is nothing that no function has."""
+        functions = self.state()
+        for name, entry in functions.items():
+            self.assertEqual(get(entry["address"]), (200, self.labels[entry["versions"][0][0]]), name)
+            self.daemon.wait_idle(name)
+        self.settle()
+        state_dir, run_dir = self.daemon.state_dir, self.daemon.run_dir
+        ids = os.listdir(run_dir / "containers")
+        self.assertEqual(ids, support.list_containers(self.daemon))
+        self.assertEqual({path.rpartition("/")[2] for path in support.container_cgroups(self.daemon)}, set(ids))
+        self.assertEqual(sorted(os.listdir(run_dir)), ["containers", "faasd.lock", "faasd.sock", "runc"])
+        self.assertEqual(sorted(os.listdir(state_dir)), ["faasd.lock", "images", "logs", "registry.json", "tmp"])
+        self.assertEqual(os.listdir(state_dir / "tmp"), [])
+        kept = {(name, version) for name, entry in functions.items() for version, _ in entry["versions"]}
+        self.assertEqual({(path.parent.name, path.name) for path in (state_dir / "images").glob("*/*")}, kept)
+        self.assertEqual(set(os.listdir(state_dir / "images")), set(functions))
+        self.assertLessEqual({path.name for path in (state_dir / "logs").iterdir()}, {f"{f}.log" for f in functions})
+        self.assertEqual(sorted(support.addresses()), sorted(f"{entry['address']}/32" for entry in functions.values()))
+        self.assertEqual(len(support.mounts(self.daemon.directory.name)), 1)
+        self.assertEqual(sorted(line.split()[4] for line in support.processes(f"--root {run_dir}")), ["run"])
+        self.assertEqual(len(support.processes(f"--run-dir {run_dir}")), 1)
+
+    # -- killing --
+
+    def crash_everywhere(self, operate: Callable[[dict], bool]) -> None:
+        """Kill the daemon at each place of an operation and look whether the next one finds all in order.
+
+        operate is given what state() is, sets `goal` to what it shall be, does it, and returns whether the daemon said
+        that it is done.
+        """
+        self.one_round(operate, None)
+        places = self.places()
+        self.assertGreater(len(places), 5)
+        expected = killed = 0
+        for of, number, what in places:
+            with self.subTest(f"before call {number} of {of}: {what}"):
+                expected += of == "daemon"
+                killed += self.one_round(operate, (of, number)) and of == "daemon"
+        # Which thread comes first is not the same each time, and how many calls runc makes still less.
+        self.assertGreaterEqual(killed, expected * 0.8)
+
+    def one_round(self, operate: Callable[[dict], bool], target: tuple[str, int] | None) -> bool:
+        """Operate, with a kill at the target; see what there is then. Returns whether the kill took place."""
+        self.prepare()
+        self.settle()
+        before = self.state()
+        self.arm(target)
+        done = operate(before)
+        wait_until(lambda: self.daemon.process.poll() is not None
+                   or time.monotonic() - self.last_call > QUIET_SECONDS, "it is killed or idle")
+        calls, self.target = list(self.calls), None
+        killed = self.daemon.process.poll() == -signal.SIGKILL
+        if self.daemon.process.poll() is not None:
+            self.daemon.kill()
+            self.daemon.start()
+        after = self.state()
+        if done:
+            self.assertEqual(after, self.goal)
+        else:
+            self.assertIn(after, (before, self.goal))
+        self.check()
+        self.calls = calls
+        return killed
+
+    def places(self) -> list[tuple[str, int, str]]:
+        """Return whose call it is, which one of theirs and what it does, for the places where to kill."""
+        places = collections.defaultdict(list)
+        for of, what in self.calls:
+            places[of].append((of, len(places[of]) + 1, what))
+        if EXHAUSTIVE:
+            return [place for of in places for place in places[of]]
+        chance = random.Random(self.id())
+        telling = [place for place in places["daemon"] if any(f" {name}(" in place[2] for name in TELLING)]
+        others = [place for place in places.pop("daemon") if place not in telling]
+        return telling + chance.sample(others, min(SAMPLE, len(others))) + [
+            chance.choice(place) for place in chance.sample(sorted(places.values()), min(CHILD_SAMPLE, len(places)))]
+
+    # -- operations --
+
+    def with_version(self, before: dict, version: str, options: dict) -> dict:
+        """Return the state with that version of f on top."""
+        kept = dict(before["f"]["versions"]) if "f" in before else {}
+        kept.pop(version, None)
+        versions = [(version, options), *kept.items()]
+        return {**before, "f": {"address": F_ADDRESS, "state": "ready", "versions": versions}}
+
+    def version_of(self, label: str) -> str:
+        return next(version for version, other in self.labels.items() if other == label)
+
+    def redeploy(self, before: dict) -> bool:
+        label = "2" if self.labels[before["f"]["versions"][0][0]] == "1" else "1"
+        self.goal = self.with_version(before, self.version_of(label), self.options)
+        return self.deploy("f", label) is not None
+
+    def deploy_new(self, before: dict) -> bool:
+        self.goal = self.with_version(before, self.version_of("1"), self.options)
+        return self.deploy("f", "1") is not None
+
+    def roll_back(self, before: dict) -> bool:
+        self.goal = self.with_version(before, *before["f"]["versions"][1])
+        return self.api("POST", "/functions/f/rollback") is not None
+
+    def set_timeout(self, before: dict) -> bool:
+        version, options = before["f"]["versions"][0]
+        timeout = 50 - options["timeout"]
+        self.goal = self.with_version(before, version, {**options, "timeout": timeout})
+        return self.api("PATCH", f"/functions/f?timeout={timeout:g}") is not None
+
+    def remove(self, before: dict) -> bool:
+        self.goal = {name: entry for name, entry in before.items() if name != "f"}
+        return self.api("DELETE", "/functions/f") is not None
+
+    def invoke(self, before: dict) -> bool:
+        """A client gets the whole answer, or an end that it can tell from one."""
+        self.goal = before
+        out = curl("--write-out", "\n%{http_code}", f"http://{F_ADDRESS}/sleep?0.2", check=False)
+        self.assertIn(out, (f"{self.labels[before['f']['versions'][0][0]]}\n200", "\n000"))
+        return True
+
+    def stop(self, before: dict) -> bool:
+        self.goal = before
+        with ThreadPoolExecutor() as pool:
+            client = pool.submit(self.invoke, before)
+            wait_until(lambda: self.daemon.process.poll() is not None or self.daemon.info("f")["running"], "it runs")
+            self.daemon.process.send_signal(signal.SIGTERM)
+            self.daemon.process.wait(support.READY_SECONDS)
+            return client.result()
+
+    def start(self, before: dict) -> bool:
+        self.goal = before
+        self.daemon.kill()
+        with contextlib.suppress(AssertionError):       # it was killed again
+            self.daemon.start()
+        return True
+
+    # -- tests --
+
+    def test_redeploy(self):
+        self.crash_everywhere(self.redeploy)
+
+    def test_deploy(self):
+        self.prepare = lambda: "f" not in self.state() or self.api("DELETE", "/functions/f")
+        self.crash_everywhere(self.deploy_new)
+
+    def test_rollback(self):
+        self.crash_everywhere(self.roll_back)
+
+    def test_set(self):
+        self.crash_everywhere(self.set_timeout)
+
+    def test_rm(self):
+        self.prepare = lambda: "f" in self.state() or self.deploy("f", "1")
+        self.crash_everywhere(self.remove)
+
+    def test_invocation(self):
+        self.crash_everywhere(self.invoke)
+
+    def test_stop(self):
+        self.crash_everywhere(self.stop)
+
+    def test_start_after_a_kill(self):
+        self.crash_everywhere(self.start)
+
+
+if __name__ == "__main__":
+    unittest.main()
