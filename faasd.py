@@ -103,7 +103,7 @@ import time
 import urllib.parse
 import zlib
 from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime, timedelta, timezone
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
@@ -2062,9 +2062,23 @@ class Options:
             raise BadRequest("the command has a NUL byte")
         return self
 
+    def check_types(self) -> Options:
+        """Return self if each value is of its type, else raise TypeError."""
+        kinds = {"int": int, "float": (int, float), "int | None": (int, type(None)), "str": str,
+                 "tuple[str, ...]": tuple}
+        for field in fields(self):
+            if not isinstance(getattr(self, field.name), kinds[field.type]):
+                raise TypeError(f"{field.name} is {getattr(self, field.name)!r}")
+        if not all(isinstance(text, str) for text in (*self.env, *self.cmd)):
+            raise TypeError("env or cmd has what is no string")
+        return self
+
     @classmethod
     def from_json(cls, document: dict) -> Options:
-        """Return what to_json wrote. Raises TypeError, KeyError."""
+        """Return what to_json wrote. Raises TypeError, KeyError, and FaasdError for what a newer faasd wrote."""
+        if unknown := document.keys() - {field.name for field in fields(cls)}:
+            raise FaasdError(f"the registry has options that this faasd does not know ({', '.join(sorted(unknown))}): "
+                             "use the faasd that wrote it")
         return cls(**{**document, "env": tuple(document["env"]), "cmd": tuple(document["cmd"]),
                       "warm": None if document.get("warm") == "auto" else document.get("warm")})
 
@@ -2461,7 +2475,11 @@ class Runtime:
 
     def delete(self, container_id: str) -> None:
         """Remove a container by force. Blocks; failure is logged, for the caller removes what is left by hand."""
-        result = run_command(self.program, "--root", str(self.root), "delete", "--force", container_id)
+        try:
+            result = run_command(self.program, "--root", str(self.root), "delete", "--force", container_id)
+        except FaasdError as error:
+            log.error("container=%s %s", container_id, error)
+            return
         if result.returncode != 0:
             log.warning("container=%s %s delete failed: %s", container_id, self.program, result.stderr.strip()[:500])
 
@@ -2586,6 +2604,8 @@ class Network:
         self.subnet = subnet
         self._claim: socket.socket | None = None
         self._added: set[str] = set()
+        self._lingering: set[str] = set()       # not wanted any more, but `ip` failed to take them away
+        self._removal = threading.Lock()        # held by who takes addresses away
 
     def claim(self) -> None:
         """Make sure that the subnet is nobody else's. Raises UsageError."""
@@ -2632,10 +2652,12 @@ class Network:
         self._added.add(address)
 
     def remove(self, address: str) -> None:
-        """Take an address that we added from lo; failure is logged."""
-        if address in self._added:
-            self._added.discard(address)
-            self._delete(address)
+        """Take an address that we added from lo; failure is logged, and the next removal tries again."""
+        with self._removal:
+            if address in self._added:
+                self._added.discard(address)
+                self._lingering.add(address)
+            self._lingering = {address for address in self._lingering if not self._delete(address)}
 
     def remove_all(self) -> None:
         for address in list(self._added):
@@ -2654,10 +2676,16 @@ class Network:
                     self._delete(entry["local"])
 
     @staticmethod
-    def _delete(address: str) -> None:
-        result = run_command("ip", "addr", "del", f"{address}/32", "dev", "lo", "label", ADDRESS_LABEL)
+    def _delete(address: str) -> bool:
+        """Take an address from lo; return whether that could be done. Failure is logged."""
+        try:
+            result = run_command("ip", "addr", "del", f"{address}/32", "dev", "lo", "label", ADDRESS_LABEL)
+        except FaasdError as error:
+            log.error("cannot remove %s from lo: %s", address, error)
+            return False
         if result.returncode != 0:
             log.warning("cannot remove %s from lo: %s", address, result.stderr.strip())
+        return result.returncode == 0
 
 
 def fit_resolv_conf(texts: Iterable[str]) -> tuple[str, list[str]]:
@@ -4298,6 +4326,26 @@ class FunctionRecord:
         return cls(document["name"], document["address"], document.get("first_id"), document["created"],
                    document["updated"], versions)
 
+    def check(self) -> FunctionRecord:
+        """Return self if it can be one of ours. Raises BadRequest, ValueError, TypeError.
+
+        A file that somebody edited must not name a path outside of ours, nor an address that is none.
+        """
+        check_name(self.name)
+        address = re.fullmatch(r"[0-9.]+", self.address) and ipaddress.IPv4Address(self.address)
+        if not address or not self.versions:
+            raise ValueError(f"function {self.name} has no {'version' if address else 'IPv4 address'}")
+        for entry in self.versions:
+            if not re.fullmatch(r"[0-9a-f]{12}", entry.version):
+                raise ValueError(f"function {self.name} has a version {entry.version!r}")
+            entry.options.check_types().check()
+        if not isinstance(self.first_id, int | None) or self.first_id is not None and self.first_id < IDS:
+            raise ValueError(f"function {self.name} has the ids {self.first_id!r}")
+        moments = [self.created, self.updated, *(entry.deployed for entry in self.versions)]
+        if not all(isinstance(moment, str) for moment in moments):
+            raise ValueError(f"function {self.name} has a time that is no string")
+        return self
+
     def to_json(self) -> dict:
         return {"name": self.name, "address": self.address, "first_id": self.first_id,
                 "created": self.created, "updated": self.updated,
@@ -4913,6 +4961,23 @@ class Function:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def sync_file_system(path: Path) -> None:
+    """Return when all that was written to the file system of path is on its disk. Blocks. Raises FaasdError.
+
+    syncfs(2), because an image is thousands of files: to fsync one after the other takes ten times as long and more.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            if ctypes.CDLL(None, use_errno=True).syncfs(descriptor) != 0:
+                number = ctypes.get_errno()
+                raise OSError(number, os.strerror(number))
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise storage_error(error, "writing the image to disk") from None
+
+
 class Registry:
     """STATE_DIR/registry.json: every change replaces the file as a whole, so that it is never half written."""
 
@@ -4926,14 +4991,25 @@ class Registry:
             if document["format"] not in (1, 2, REGISTRY_FORMAT):
                 raise FaasdError(f"{self._path} has format {document['format']!r}, this faasd knows "
                                  f"{REGISTRY_FORMAT}: use the faasd that wrote it")
-            return [FunctionRecord.from_json(entry) for entry in document["functions"]]
+            return self._check([FunctionRecord.from_json(entry).check() for entry in document["functions"]])
         except FileNotFoundError:
             return []
         except OSError as error:
             raise FaasdError(f"cannot read {self._path}: {error.strerror}") from error
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise FaasdError(f"{self._path} is damaged ({error}): restore it from a backup, or move it away to start "
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError, BadRequest) as error:
+            damage = f"no {error}" if isinstance(error, KeyError) else error
+            raise FaasdError(f"{self._path} is damaged ({damage}): restore it from a backup, or move it away to start "
                              "without functions") from error
+
+    @staticmethod
+    def _check(records: list[FunctionRecord]) -> list[FunctionRecord]:
+        """Return the records if they get along with each other. Raises ValueError."""
+        for what in ("name", "address", "first_id"):
+            counts = collections.Counter(getattr(record, what) for record in records)
+            for value, count in counts.items():
+                if count > 1 and value is not None:
+                    raise ValueError(f"{count} functions have the {what} {value}")
+        return records
 
     def save(self, records: Iterable[FunctionRecord]) -> None:
         """Write the functions to disk, for good. Raises FaasdError; the file is then as it was."""
@@ -4941,7 +5017,7 @@ class Registry:
         try:
             replace_file(self._path, document)
         except OSError as error:
-            raise storage_error(error, "writing the registry") from error
+            raise storage_error(error, "writing the registry") from None
 
     def clear(self) -> None:
         """Remove what a daemon that was killed had begun to write. Raises OSError."""
@@ -4962,15 +5038,23 @@ def replace_file(path: Path, document: dict) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.rename(path)
-        directory = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(directory)                 # the rename itself
-        finally:
-            os.close(directory)
     except OSError:
         with contextlib.suppress(OSError):      # whatever is there does not get better by our trying
             temporary.unlink()
         raise
+    sync_rename(path)
+
+
+def sync_rename(path: Path) -> None:
+    """Have the new name of a file on the disk too. Failure is logged: to say that nothing was written would be wrong."""
+    try:
+        directory = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+    except OSError as error:
+        log.error("%s is written, but may be an older one after a power loss: %s", path, error.strerror)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -5069,7 +5153,11 @@ class FunctionLog:
 
     def _append_part(self, lines: list[bytes]) -> None:
         """Write as many of the lines as fit into the file, at least one, and take them off the list."""
+        if self._file is not None and os.fstat(self._file.fileno()).st_nlink == 0:      # somebody cleared the logs
+            self._file.close()
+            self._file = None
         if self._file is None:
+            self.path.parent.mkdir(mode=0o700, exist_ok=True)
             self._file = self.path.open("ab", buffering=0)
             self._size = self._file.tell()
         if self._size and self._size + len(lines[0]) > LOG_FILE_SIZE:
@@ -5105,9 +5193,13 @@ class FunctionLog:
         self.close()
 
     def remove(self) -> None:
+        """Remove the files; failure is logged, and the next start tries again."""
         self.end()
-        self.path.unlink(missing_ok=True)
-        self._previous.unlink(missing_ok=True)
+        for path in (self.path, self._previous):
+            try:
+                path.unlink(missing_ok=True)
+            except OSError as error:
+                log.error("cannot remove %s: %s", path, error.strerror)
 
     def read(self, tail: int | None, since: str) -> tuple[list[bytes], BinaryIO | None]:
         """Return the last `tail` lines (None: all) from the time `since` (RFC 3339 UTC) on, and the log behind them.
@@ -5998,7 +6090,10 @@ class Daemon:
                 log.warning("%s", warning)
         records = self._registry.load()
         await self._give_ids(records)
-        survivors = self._clear_past(records)
+        try:
+            survivors = self._clear_past(records)
+        except OSError as error:
+            raise storage_error(error, f"clearing what an earlier faasd left at {error.filename}") from error
         number = None
         try:
             for record in records:
@@ -6034,7 +6129,7 @@ class Daemon:
         for directory in self._images_dir.glob("*/"):
             if not any(directory.iterdir()):
                 directory.rmdir()
-        for path in (self.settings.state_dir / "logs").iterdir():
+        for path in (self.settings.state_dir / "logs").glob("*.log*"):
             if path.name.split(".")[0] not in {record.name for record in records}:
                 path.unlink()
         self._egress.recover({record.name for record in records if record.options.net == "egress"})
@@ -6096,6 +6191,7 @@ class Daemon:
                     log.info("function=%s version=%s its files get new owners", record.name, entry.version)
                     (parent / entry.version).chmod(0o711)
                     move_owners(parent / entry.version / "rootfs", record.first_id)
+                    sync_file_system(parent)
                     replace_file(parent / entry.version / "image.json", {**image, "first_id": record.first_id})
         except OSError as error:
             raise storage_error(error, f"preparing {parent}") from error
@@ -6270,10 +6366,14 @@ class Daemon:
         """Run the unpacking child; return image.json. Raises FaasdError with what the child said."""
         arguments = [str(directory), tag, str(self.settings.max_image_size), str(self.settings.max_image_entries),
                      str(first_id)]
-        child = await asyncio.create_subprocess_exec(
-            sys.executable, "-I", "-S", f"/dev/fd/{self._program}", "unpack", *arguments, pass_fds=[self._program],
-            stdin=archive, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
-        archive.close()                 # if the child ends early, who writes into the pipe should know
+        try:
+            child = await asyncio.create_subprocess_exec(
+                sys.executable, "-I", "-S", f"/dev/fd/{self._program}", "unpack", *arguments, pass_fds=[self._program],
+                stdin=archive, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+        except OSError as error:        # out of processes, memory, descriptors
+            raise FaasdError(f"cannot start the unpacking of the image: {error.strerror}", status=503) from error
+        finally:
+            archive.close()             # if the child ends early, who writes into the pipe should know
         try:
             stdout, stderr = await child.communicate()
         except asyncio.CancelledError:
@@ -6286,7 +6386,9 @@ class Daemon:
         try:
             document = json.loads(stdout)
         except ValueError:
-            raise FaasdError(f"unpacking ended with status {child.returncode}; faasd's log has the detail") from None
+            end = (f"was killed by signal {-child.returncode} (out of memory?)" if child.returncode < 0 else
+                   f"ended with status {child.returncode}; faasd's log has the detail")
+            raise FaasdError(f"unpacking the image {end}") from None
         if "error" in document:
             raise FaasdError(document["error"], status=document["status"])
         return document
@@ -6315,6 +6417,8 @@ class Daemon:
         except OSError as error:
             raise storage_error(error, "storing the image") from error
         try:
+            # Before the registry names it: a disk that loses its power keeps things in whatever order it likes.
+            await asyncio.to_thread(sync_file_system, directory)
             yield directory
         except BaseException:
             await asyncio.to_thread(self._remove_image, directory)

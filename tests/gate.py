@@ -100,6 +100,7 @@ class Gate:
         self._server.listen()
         self._wake, self._woken = socket.socketpair()
         self._listeners: list[int] = []
+        self._mistake: Exception | None = None
         self._thread = threading.Thread(target=self._serve, name="gate")
         self._thread.start()
 
@@ -112,6 +113,8 @@ class Gate:
         for listener in self._listeners:
             os.close(listener)
         self._directory.cleanup()
+        if self._mistake:
+            raise self._mistake
 
     def _serve(self) -> None:
         poll = select.poll()
@@ -155,6 +158,8 @@ class Gate:
             failure = self.decide(Call(NUMBERS[nr], pid, self._whose(pid), tuple(arguments)))
         except (FileNotFoundError, ProcessLookupError):         # it was killed meanwhile
             pass
+        except Exception as error:                              # a mistake in the test, which close() tells
+            self._mistake = self._mistake or error
         flags = 0 if failure else SECCOMP_USER_NOTIF_FLAG_CONTINUE
         try:
             fcntl.ioctl(listener, SECCOMP_IOCTL_NOTIF_SEND, struct.pack("QqiI", number, 0, -(failure or 0), flags))

@@ -10,11 +10,14 @@ import http.client
 import json
 import os
 import random
+import re
 import signal
+import subprocess
 import time
 import unittest
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import gate
 import support
@@ -261,6 +264,73 @@ class Crash(unittest.TestCase):
 
     def test_start_after_a_kill(self):
         self.crash_everywhere(self.start)
+
+
+class PowerLoss(unittest.TestCase):
+    """What the registry names is on the disk before, and what it does not name any more goes after: by strace."""
+
+    def setUp(self):
+        self.daemon = support.Daemon().start()
+        self.addCleanup(self.daemon.close)
+        self.state = str(self.daemon.state_dir)
+
+    def trace(self, method: str, path: str, body: bytes = b"") -> list[str]:
+        """Return the daemon's calls during a request: `+call(...)` when it begins, `-call(...)` when it is done."""
+        output = self.daemon.directory / "strace"
+        strace = subprocess.Popen(["strace", "-f", "--detach-on=execve", "-y", "-qq", "-s", "4096", "-o", output,
+                                   "-e", "trace=/^(syncfs|f.*sync|openat|rename.*|mkdir.*|rmdir|unlink.*)$",
+                                   "-p", str(self.daemon.process.pid)], stdin=subprocess.DEVNULL)
+        try:
+            wait_until(lambda: re.search(r"TracerPid:\t[1-9]", self.status()), "strace is there")
+            status, answer = self.daemon.api(method, path, body)
+            self.assertIn(status, (200, 201), answer)
+        finally:
+            strace.terminate()
+            strace.wait()
+        events, unfinished = [], {}
+        for line in output.read_text().splitlines():
+            pid, call = line.split(None, 1)
+            if call.startswith("<... "):
+                events.append("-" + unfinished.pop(pid))
+            elif call.endswith("<unfinished ...>"):
+                unfinished[pid] = call
+                events.append("+" + call)
+            elif not call.startswith(("+++", "---")):
+                events += ["+" + call, "-" + call]
+        return events
+
+    def status(self) -> str:
+        return Path(f"/proc/{self.daemon.process.pid}/status").read_text()
+
+    def assert_order(self, events: list[str], *patterns: str) -> None:
+        """The patterns are found in this order, and the last event of each is before the first of the next."""
+        last = -1
+        for pattern in patterns:
+            found = [index for index, event in enumerate(events) if re.search(pattern, event)]
+            self.assertTrue(found, f"{pattern} in {events}")
+            self.assertGreater(found[0], last, f"{pattern} in {events}")
+            last = found[-1]
+
+    def registry_is_replaced(self) -> list[str]:
+        new, final = re.escape(f"{self.state}/.registry.json.new"), re.escape(f"{self.state}/registry.json")
+        return [rf"\+openat\(.*{new}.*O_TRUNC", rf"-fsync\(\d+<{new}>", rf"\+rename.*{new}.*{final}",
+                rf"-fsync\(\d+<{re.escape(self.state)}>"]
+
+    def test_image_is_on_disk_before_the_registry_names_it(self):
+        for label in LABELS:                # a new function, and a new version
+            events = self.trace("POST", "/functions/f?warm=0", support.small_image(label=label))
+            self.assert_order(events, r"-rename.*/images/f/[0-9a-f]{12}\"", r"-syncfs\(\d+<.*/images/f/[0-9a-f]{12}>",
+                              *self.registry_is_replaced())
+
+    def test_registry_forgets_a_function_before_its_files_go(self):
+        self.daemon.deploy("f", support.small_image())
+        events = self.trace("DELETE", "/functions/f")
+        self.assert_order(events, *self.registry_is_replaced(), r"\+unlinkat\(.*(perl|rootfs|image\.json)\"",
+                          r"-rmdir\(.*/images/f\"|-unlinkat\(.*\"f\"")
+
+    def test_change_of_options_is_on_disk_when_it_is_answered(self):
+        self.daemon.deploy("f", support.small_image())
+        self.assert_order(self.trace("PATCH", "/functions/f?timeout=20"), *self.registry_is_replaced())
 
 
 if __name__ == "__main__":
