@@ -24,8 +24,8 @@ import support
 from support import curl, get, wait_until
 
 EXHAUSTIVE = "FAASD_SOAK_SECONDS" in os.environ
-SAMPLE = 3                      # places of each operation besides those at which the state changes for good …
-CHILD_SAMPLE = 1                # … and of the calls of its children
+SAMPLE = 6                      # calls of the daemon in each operation: those at which the state changes for good …
+OTHERS = 2                      # … and at least so many others; and one of its children's
 TELLING = ("rename", "fsync", "syncfs")
 QUIET_SECONDS = 0.3             # without a call of the daemon: what an operation leaves to do is done
 LABELS = ("1", "2")
@@ -134,7 +134,7 @@ class Crash(unittest.TestCase):
         """
         self.one_round(operate, None)
         places = self.places()
-        self.assertGreater(len(places), 5)
+        self.assertGreaterEqual(len(places), SAMPLE)
         expected = killed = 0
         for of, number, what in places:
             with self.subTest(f"before call {number} of {of}: {what}"):
@@ -176,8 +176,8 @@ class Crash(unittest.TestCase):
         chance = random.Random(self.id())
         telling = [place for place in places["daemon"] if any(f" {name}(" in place[2] for name in TELLING)]
         others = [place for place in places.pop("daemon") if place not in telling]
-        return telling + chance.sample(others, min(SAMPLE, len(others))) + [
-            chance.choice(place) for place in chance.sample(sorted(places.values()), min(CHILD_SAMPLE, len(places)))]
+        count = min(len(others), max(OTHERS, SAMPLE - len(telling)))
+        return telling + chance.sample(others, count) + [chance.choice(chance.choice(sorted(places.values())))]
 
     # -- operations --
 

@@ -258,24 +258,24 @@ class RegistryFile(unittest.TestCase):
         with tempfile.TemporaryDirectory() as directory:
             registry = faasd.Registry(Path(directory) / "registry.json")
             self.assertEqual(registry.load(), [])
-            versions = [faasd.VersionRecord("v2", "t", faasd.Options(env=("A=1",), cmd=("x",), warm=3)),
-                        faasd.VersionRecord("v1", "s", faasd.Options())]
+            versions = [faasd.VersionRecord("0" * 11 + "2", "t", faasd.Options(env=("A=1",), cmd=("x",), warm=3)),
+                        faasd.VersionRecord("0" * 11 + "1", "s", faasd.Options())]
             record = faasd.FunctionRecord("n", "10.0.0.10", 1 << 20, "t", "u", versions)
             registry.save([record])
             self.assertEqual(registry.load(), [record])
-            self.assertEqual((record.version, record.options.warm), ("v2", 3))
+            self.assertEqual((record.version, record.options.warm), ("0" * 11 + "2", 3))
             self.assertEqual([path.name for path in Path(directory).iterdir()], ["registry.json"])
 
     def test_format_1_had_one_version_and_fewer_options(self):
         options = {"memory": 1 << 29, "cpus": 1.0, "pids": 64, "timeout": 30.0, "start_timeout": 10.0, "env": ["A=1"],
                    "cmd": []}
-        entry = {"name": "n", "address": "10.0.0.10", "created": "t", "updated": "u", "version": "v",
+        entry = {"name": "n", "address": "10.0.0.10", "created": "t", "updated": "u", "version": "0" * 12,
                  "options": options}
         with tempfile.TemporaryDirectory() as directory:
             path = Path(directory) / "registry.json"
             path.write_text(json.dumps({"format": 1, "functions": [entry]}))
             record, = faasd.Registry(path).load()
-        self.assertEqual(record.versions, [faasd.VersionRecord("v", "u", faasd.Options(env=("A=1",)))])
+        self.assertEqual(record.versions, [faasd.VersionRecord("0" * 12, "u", faasd.Options(env=("A=1",)))])
 
     def test_failed_save_leaves_the_old_file(self):
         with tempfile.TemporaryDirectory() as directory:
