@@ -5046,7 +5046,7 @@ def replace_file(path: Path, document: dict) -> None:
 
 
 def sync_rename(path: Path) -> None:
-    """Have the new name of a file on the disk too. Failure is logged: to say that nothing was written would be wrong."""
+    """Have a file's new name on the disk too. Failure is logged: to say that nothing was written would be wrong."""
     try:
         directory = os.open(path.parent, os.O_RDONLY)
         try:
@@ -6035,6 +6035,9 @@ class Settings:
     api_host: Iterable[str] = ()                    # names, besides its address, by which clients may call it
 
 
+IMAGE_FIELDS = {"digest": str, "tag": str, "size": int, "process": dict}        # of an image.json, to be sure of
+
+
 class Daemon:
     """Owns the functions and takes them through deploy, restart, removal and stop."""
 
@@ -6570,6 +6573,9 @@ class Daemon:
             image = parse_json((directory / "image.json").read_bytes(), dict, "image.json")
             if not (directory / "rootfs").is_dir():
                 raise FileNotFoundError(errno.ENOENT, "No such file or directory", "rootfs")
+            for key, kind in IMAGE_FIELDS.items():
+                if not isinstance(image.get(key), kind):
+                    raise ImageError(f"image.json has no good {key!r}")
             return image
         except (OSError, ImageError) as error:
             raise FaasdError(f"its image in {directory} is damaged ({error}): deploy it again") from error

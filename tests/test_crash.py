@@ -24,8 +24,8 @@ import support
 from support import curl, get, wait_until
 
 EXHAUSTIVE = "FAASD_SOAK_SECONDS" in os.environ
-SAMPLE = 6                      # calls of the daemon in each operation: those at which the state changes for good …
-OTHERS = 2                      # … and at least so many others; and one of its children's
+SAMPLE = 4                      # calls of the daemon in each operation: those at which the state changes for good …
+OTHERS = 1                      # … and at least so many others; and one of its children's
 TELLING = ("rename", "fsync", "syncfs")
 QUIET_SECONDS = 0.3             # without a call of the daemon: what an operation leaves to do is done
 LABELS = ("1", "2")
@@ -225,7 +225,8 @@ class Crash(unittest.TestCase):
         self.goal = before
         with ThreadPoolExecutor() as pool:
             client = pool.submit(self.invoke, before)
-            wait_until(lambda: self.daemon.process.poll() is not None or self.daemon.info("f")["running"], "it runs")
+            wait_until(lambda: (self.api("GET", "/functions/f") or {"running": "as long as it lived"})["running"],
+                       "it runs")
             self.daemon.process.send_signal(signal.SIGTERM)
             self.daemon.process.wait(support.READY_SECONDS)
             return client.result()

@@ -1,5 +1,6 @@
 """Changes and invocations that are cut in the middle: by their client, by a stop, by what lacks."""
 
+import json
 import os
 import re
 import signal
@@ -151,7 +152,10 @@ class Start(CutCase):
         address = daemon.deploy("g")
         self.assertEqual(daemon.stop(), 0)
         image, = (daemon.state_dir / "images" / "f").glob("*/image.json")
-        for content in ("[]", "{}", "", '{"process": 1}'):
+        good = json.loads(image.read_text())
+        process = {key: value for key, value in good["process"].items() if key != "cwd"}
+        for content in ("[]", "{}", "", '{"process": 1}', json.dumps({**good, "digest": None}),
+                        json.dumps({**good, "process": process})):
             image.write_text(content)
             daemon.start()
             self.assertEqual((daemon.info("f")["state"], get(address)[0]), ("broken", 200), content)

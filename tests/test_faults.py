@@ -504,7 +504,7 @@ class Registry(unittest.TestCase):
         (daemon.state_dir / "registry.json").write_bytes(b"{")
         result = subprocess.run(daemon.command(), capture_output=True, text=True, check=False)
         self.assertEqual(result.returncode, 1)
-        self.assertRegex(result.stderr, r"\nfaasd: \S+registry.json is damaged \(.*\): restore .* without functions\n\Z")
+        self.assertRegex(result.stderr, r"\nfaasd: \S+registry.json is damaged \(.*\): restore .* without .*\n\Z")
         self.assertNotIn("Traceback", result.stderr)
         self.assertEqual((daemon.state_dir / "registry.json").read_bytes(), b"{")
         self.assertTrue((daemon.state_dir / "images/f/0123456789ab").exists())
