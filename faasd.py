@@ -5131,6 +5131,7 @@ class FunctionLog:
         self._writer = writer
         self._file = None
         self._size = 0
+        self._failing = False
         self._ended = False
         self._grown = threading.Condition()     # held to change the file
 
@@ -5147,8 +5148,11 @@ class FunctionLog:
             try:
                 while lines and not self._ended:
                     self._append_part(lines)
+                    self._failing = False
             except OSError as error:
-                log.error("cannot write %s: %s", self.path, error.strerror)
+                if not self._failing:           # the daemon's own log may be on the same disk
+                    log.error("cannot write %s: %s; lines are lost until it can be", self.path, error.strerror)
+                self._failing = True
             self._grown.notify_all()
 
     def _append_part(self, lines: list[bytes]) -> None:
@@ -5172,7 +5176,12 @@ class FunctionLog:
             count += 1
         data = b"".join(lines[:count])
         del lines[:count]                       # first: what cannot be written now is not tried again and again
-        self._file.write(data)
+        try:
+            write_all(self._file.fileno(), memoryview(data))
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._file.fileno(), self._size)       # no half line, to which the next would be added
+            raise
         self._size += len(data)
 
     @property
