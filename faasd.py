@@ -4999,7 +4999,7 @@ class Registry:
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError, BadRequest) as error:
             damage = f"no {error}" if isinstance(error, KeyError) else error
             raise FaasdError(f"{self._path} is damaged ({damage}): restore it from a backup, or move it away to start "
-                             "without functions") from error
+                             "without functions, which removes their images") from error
 
     @staticmethod
     def _check(records: list[FunctionRecord]) -> list[FunctionRecord]:
