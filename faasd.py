@@ -2657,6 +2657,7 @@ class Network:
             if address in self._added:
                 self._added.discard(address)
                 self._lingering.add(address)
+            self._lingering -= self._added              # a new function has it by now
             self._lingering = {address for address in self._lingering if not self._delete(address)}
 
     def remove_all(self) -> None:
