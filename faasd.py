@@ -2605,7 +2605,7 @@ class Network:
         self._claim: socket.socket | None = None
         self._added: set[str] = set()
         self._lingering: set[str] = set()       # not wanted any more, but `ip` failed to take them away
-        self._removal = threading.Lock()        # held by who takes addresses away
+        self._lock = threading.Lock()           # held to change lo
 
     def claim(self) -> None:
         """Make sure that the subnet is nobody else's. Raises UsageError."""
@@ -2646,18 +2646,19 @@ class Network:
 
     def add(self, address: str) -> None:
         """Put a function's address on lo, where it may be already. Raises FaasdError."""
-        result = run_command("ip", "addr", "replace", f"{address}/32", "dev", "lo", "label", ADDRESS_LABEL)
-        if result.returncode != 0:
-            raise FaasdError(f"cannot add {address} to lo: {result.stderr.strip()}")
-        self._added.add(address)
+        with self._lock:
+            result = run_command("ip", "addr", "replace", f"{address}/32", "dev", "lo", "label", ADDRESS_LABEL)
+            if result.returncode != 0:
+                raise FaasdError(f"cannot add {address} to lo: {result.stderr.strip()}")
+            self._added.add(address)
+            self._lingering.discard(address)
 
     def remove(self, address: str) -> None:
         """Take an address that we added from lo; failure is logged, and the next removal tries again."""
-        with self._removal:
+        with self._lock:
             if address in self._added:
                 self._added.discard(address)
                 self._lingering.add(address)
-            self._lingering -= self._added              # a new function has it by now
             self._lingering = {address for address in self._lingering if not self._delete(address)}
 
     def remove_all(self) -> None:
