@@ -13,6 +13,7 @@ import random
 import re
 import signal
 import subprocess
+import threading
 import time
 import unittest
 from collections.abc import Callable
@@ -39,7 +40,10 @@ class Crash(unittest.TestCase):
         signal.alarm(7200 if EXHAUSTIVE else 600)
         self.calls: list[tuple[str, str]] = []          # whose, and what, since arm()
         self.target: tuple[str, int] | None = None      # whose call, which one: the daemon is killed before it
+        self.seen: list[tuple[str, str]] = []           # those of the last round
         self.last_call = 0.0
+        self.killed = False
+        self.lock = threading.Lock()                    # of what decide() uses, which runs in a thread of its own
         self.gate = gate.Gate(self.decide)
         self.addCleanup(self.gate.close)
         self.daemon = support.Daemon(wrapper=self.gate.wrapper).start()
@@ -60,16 +64,27 @@ class Crash(unittest.TestCase):
     def decide(self, call: gate.Call) -> None:
         if call.starts_thread:
             return
-        if call.of in ("daemon", "unpack"):
+        with self.lock:
             self.last_call = time.monotonic()
-        self.calls.append((call.of, str(call) if call.of == "daemon" else call.of))
-        if self.target and call.of == self.target[0]:
-            mine = sum(1 for of, _ in self.calls if of == call.of)
-            if mine == self.target[1]:
-                os.kill(self.gate.daemon, signal.SIGKILL)
+            self.calls.append((call.of, str(call) if call.of == "daemon" else call.of))
+            if self.target and call.of == self.target[0]:
+                if sum(1 for of, _ in self.calls if of == call.of) == self.target[1]:
+                    os.kill(self.gate.daemon, signal.SIGKILL)
+                    self.killed = True
 
     def arm(self, target: tuple[str, int] | None) -> None:
-        self.calls, self.target, self.last_call = [], target, time.monotonic()
+        with self.lock:
+            self.calls, self.target, self.killed, self.last_call = [], target, False, time.monotonic()
+
+    def disarm(self) -> list[tuple[str, str]]:
+        """Return the calls since arm(), once the daemon is dead or has nothing to do any more."""
+        wait_until(lambda: self.killed or time.monotonic() - self.last_call > QUIET_SECONDS, "it is killed or idle")
+        with self.lock:
+            self.target = None
+            calls, self.calls = self.calls, []
+        if self.killed:
+            self.daemon.process.wait()
+        return calls
 
     # -- what there is --
 
@@ -155,10 +170,7 @@ class Crash(unittest.TestCase):
         before = self.state()
         self.arm(target)
         done = operate(before)
-        wait_until(lambda: self.daemon.process.poll() is not None
-                   or time.monotonic() - self.last_call > QUIET_SECONDS, "it is killed or idle")
-        calls, self.target = list(self.calls), None
-        killed = self.daemon.process.poll() == -signal.SIGKILL
+        calls, killed = self.disarm(), self.killed
         if self.daemon.process.poll() is not None:
             self.daemon.kill()
             self.daemon.start()
@@ -168,13 +180,13 @@ class Crash(unittest.TestCase):
         else:
             self.assertIn(after, (before, self.goal))
         self.check()
-        self.calls = calls
+        self.seen = calls
         return killed
 
     def places(self) -> list[tuple[str, int, str]]:
         """Return whose call it is, which one of theirs and what it does, for the places where to kill."""
         places = collections.defaultdict(list)
-        for of, what in self.calls:
+        for of, what in self.seen:
             places[of].append((of, len(places[of]) + 1, what))
         if EXHAUSTIVE:
             return [place for of in places for place in places[of]]
