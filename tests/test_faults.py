@@ -203,7 +203,7 @@ class Space(FaultCase):
         with self.neighbour_is_served():
             fill_file(fill)
             status, body = get(self.f)
-            self.assertEqual(status, 502)
+            self.assertEqual(status, 503)
             self.assertIn("cannot start a container: No space left on device", body)
             self.assertIn("No space left on device", self.deploy("new", status=422)["error"])
             fill.unlink()
@@ -249,7 +249,7 @@ class Processes(FaultCase):
             failure = number
             with self.neighbour_is_served():
                 status, body = get(self.f)
-                self.assertEqual(status, 502)
+                self.assertEqual(status, 503)
                 self.assertIn(f"cannot start a container: {os.strerror(number)}", body)
                 self.assertIn(os.strerror(number), self.deploy("new", status=503)["error"])
                 self.assert_one_line(daemon.faas("set", "f", "--timeout", "12", check=False), os.strerror(number))
@@ -276,7 +276,7 @@ class Processes(FaultCase):
                 client = pool.submit(get, self.f)
                 wait_until(lambda: client.done() or daemon.log().count("Too many open files") > lines, "it lacks some")
                 run("prlimit", f"--pid={pid}", f"--nofile={soft}:{hard}")
-                self.assertIn(client.result()[0], (200, 502))
+                self.assertIn(client.result()[0], (200, 503))
                 daemon.wait_idle("f")
         self.assertIn("cannot accept: Too many open files", daemon.log())
         self.assertIn("cannot start a container: Too many open files", daemon.log())
@@ -341,7 +341,7 @@ class Programs(FaultCase):
         with self.neighbour_is_served():
             (self.bin / "runc").rename(self.bin / "away")
             status, body = get(self.f)
-            self.assertEqual(status, 502)
+            self.assertEqual(status, 503)
             self.assertIn("cannot start a container: No such file or directory", body)
             self.assertIn("No such file or directory", self.deploy("new", status=422)["error"])
             self.assert_one_line(daemon.faas("set", "f", "--timeout", "9", check=False), "No such file or directory")
