@@ -1198,8 +1198,8 @@ class Staging:
         """Yield a layer's entries with the content of files. Raises ImageError where it could not be read on."""
         self._spool.seek(staged.offset)
         while self._spool.tell() < staged.end:
-            for fields, content in pickle.load(self._spool):
-                yield Entry(*fields), content
+            for values, content in pickle.load(self._spool):
+                yield Entry(*values), content
         if staged.error:
             raise staged.error
 
