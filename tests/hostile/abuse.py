@@ -1,0 +1,395 @@
+"""What the hostile image does to the machine, its neighbours and faasd: one function for each, called with the client's socket, the control
+connection and words of the request. What a function returns is the answer; what cannot be answered is printed.
+"""
+
+import contextlib
+import ctypes
+import errno
+import fcntl
+import json
+import mmap
+import os
+import select
+import signal
+import socket
+import struct
+import sys
+import threading
+import time
+
+from attempts import IP, LIBC, SIOCGSKNS, UNIX, configure_interface, syscall, try_it
+
+ABSTRACT, PORT, SHM_KEY, QUEUE = "\0hostile-victim", 7777, 0x5EC7E7, b"/hostile-victim"
+UNSPECIFIED = struct.pack("H14x", 0)        # connect(2): dissolves a connection
+SO_LINGER_FOR_EVER = struct.pack("ii", 1, 1 << 20)
+SO_DETACH_FILTER, SO_ATTACH_FILTER, SO_MARK, TCP_REPAIR, IP_TRANSPARENT = 27, 26, 36, 19, 19
+LIBC.shmat.restype = ctypes.c_void_p
+
+
+def say(text) -> None:
+    print(f"[{text}]", file=sys.stderr, flush=True)
+
+
+def close(*descriptors) -> None:
+    for descriptor in descriptors:
+        with contextlib.suppress(OSError):
+            os.close(descriptor)
+
+
+# -- across functions --
+
+def hold(client, control):
+    """Own one thing of every kind that another function might reach, until the client hangs up."""
+    listener = socket.create_server(("127.0.0.1", PORT))
+    abstract = socket.socket(UNIX)
+    abstract.bind(ABSTRACT)
+    abstract.listen()
+    assert LIBC.shmget(SHM_KEY, 4096, 0o1666) >= 0
+    assert ctypes.CDLL(None, use_errno=True).mq_open(QUEUE, os.O_CREAT | os.O_RDWR, 0o666, None) >= 0
+    with open("/tmp/secret", "w") as file:
+        file.write("the other function's secret")
+    client.sendall(b"HTTP/1.1 200 OK\r\n\r\nready\n")
+    select.select([client, listener, abstract], [], [])
+
+
+def reach(client, control, words):
+    """Try to reach what hold() has, and what the host has; words are the JSON of what the test knows of both."""
+    known = json.loads(bytes.fromhex(words))
+    tries = {
+        "its port": lambda: socket.create_connection(("127.0.0.1", PORT), 2),
+        "its abstract socket": lambda: socket.socket(UNIX).connect(ABSTRACT),
+        "its shared memory": lambda: checked(LIBC.shmget(SHM_KEY, 4096, 0)),
+        "its message queue": lambda: checked(ctypes.CDLL(None, use_errno=True).mq_open(QUEUE, os.O_RDWR)),
+        "its secret": lambda: open("/tmp/secret").read(),
+        "kill its process": lambda: os.kill(known["pid"], signal.SIGKILL),
+        "its /proc": lambda: os.listdir(f"/proc/{known['pid']}/root"),
+        "port of the host": lambda: socket.create_connection(("127.0.0.1", known["host_port"]), 2),
+        "abstract socket of faasd": lambda: socket.socket(UNIX).connect(known["abstract"]),
+        "another function's address": lambda: socket.create_connection((known["address"], 80), 2),
+    }
+    for path in known["paths"]:
+        for top in ("", "/proc/1/root", "/proc/self/root", "/proc/self/cwd/../../../..", "/proc/self/fd/0/../../..", "/tmp/../../.."):
+            tries[f"{top}{path}"] = lambda path=top + path: os.stat(path)
+    for path in known["sockets"]:
+        tries[f"connect {path}"] = lambda path=path: socket.socket(UNIX).connect(path)
+    return {name: try_it(action) for name, action in tries.items()}
+
+
+def checked(result: int) -> int:
+    if result < 0:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    return result
+
+
+# -- the client's socket, which belongs to the host's network --
+
+def options(client, control):
+    """Ask of the host's network, through the one socket of it that a handler has, what it should not give."""
+    return {
+        "its namespace": try_it(lambda: fcntl.ioctl(client, SIOCGSKNS)),
+        "take lo down": try_it(lambda: configure_interface(client.dup())),
+        "mark": try_it(lambda: client.setsockopt(socket.SOL_SOCKET, SO_MARK, 1)),
+        "repair": try_it(lambda: client.setsockopt(socket.IPPROTO_TCP, TCP_REPAIR, 1)),
+        "transparent": try_it(lambda: client.setsockopt(socket.IPPROTO_IP, IP_TRANSPARENT, 1)),
+        "take the filter off": try_it(lambda: client.setsockopt(socket.SOL_SOCKET, SO_DETACH_FILTER, 0)),
+        "another filter": try_it(lambda: attach_filter(client)),
+    }
+
+
+def attach_filter(sock) -> None:
+    code = ctypes.create_string_buffer(struct.pack("HBBI", 6, 0, 0, 0xFFFFFFFF))         # ret -1: all
+    sock.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, struct.pack("HP", 1, ctypes.addressof(code)))
+
+
+def connect_elsewhere(client, control, host, port):
+    """Dissolve the client's connection and make another from its socket, out of the host's network."""
+    checked(LIBC.connect(client.fileno(), UNSPECIFIED, len(UNSPECIFIED)))
+    client.settimeout(2)
+    say("elsewhere: " + try_it(lambda: client.connect((host, int(port)))))
+
+
+def listen_elsewhere(client, control):
+    """Dissolve the client's connection and wait for others'."""
+    checked(LIBC.connect(client.fileno(), UNSPECIFIED, len(UNSPECIFIED)))
+    client.listen()
+    say("listening: %s:%d" % client.getsockname())
+    client.settimeout(4)
+    say("accepting: " + try_it(client.accept))
+
+
+def linger(client, control):
+    """Have whoever closes the client's socket last wait until the client has read everything, which it does not."""
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, SO_LINGER_FOR_EVER)
+    client.setblocking(False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            client.send(bytes(1 << 16))
+    say("lingers")
+
+
+def keep_client(client, control):
+    """Give the client's socket to a child that has left the session, answer nothing, exit."""
+    if os.fork() == 0:
+        os.setsid()
+        if os.fork() == 0:
+            time.sleep(3600)
+        os._exit(0)
+    os.wait()
+    os._exit(0)
+
+
+def close_client(client, control):
+    client.close()
+    time.sleep(3600)
+
+
+def cork(client, control):
+    """Leave the client's socket in the worst of states for the one who still has to answer on it."""
+    for level, option, value in ((socket.SOL_SOCKET, socket.SO_SNDBUF, 1), (socket.IPPROTO_TCP, socket.TCP_CORK, 1),
+                                 (socket.SOL_SOCKET, 47, 1)):         # SO_MAX_PACING_RATE, bytes a second
+        client.setsockopt(level, option, value)
+    client.setblocking(True)
+    os._exit(5)
+
+
+# -- the control connection --
+
+def junk(client, control):
+    """Write a megabyte of it; return how it ended."""
+    def write_all():
+        for _ in range(1000):
+            control.sendall(b"junk" * 256)
+    return try_it(write_all)
+
+
+def descriptors(client, control):
+    """Send as many descriptors as go, of the kinds that are dear to close."""
+    return try_it(lambda: send_descriptors(control))
+
+
+def send_descriptors(control):
+    files = [LIBC.inotify_init() for _ in range(20)]
+    files = [file for file in files if file >= 0]
+    big = os.memfd_create("big")
+    os.ftruncate(big, 64 << 20)
+    with mmap.mmap(big, 64 << 20) as memory:
+        memory.write(bytes(64 << 20))
+    listener = socket.create_server(("127.0.0.1", 0))
+    one, other = socket.create_connection(listener.getsockname()), listener.accept()[0]
+    one.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, SO_LINGER_FOR_EVER)
+    one.setblocking(False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            one.send(bytes(1 << 16))
+    everything = [one.fileno(), other.fileno(), big, *files]
+    control.setblocking(False)
+    for _ in range(100):
+        socket.send_fds(control, [b"R"], everything)
+    say("sent descriptors")
+
+
+def ready_and_more(client, control):
+    """Say READY again and again, without reading what comes."""
+    def write_all():
+        for _ in range(1000):
+            control.send(b"R")
+    return try_it(write_all)
+
+
+def share_control(client, control):
+    """Leave the control connection to a child and exit."""
+    client.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+    if os.fork() == 0:
+        time.sleep(3600)
+    os._exit(0)
+
+
+# -- resources --
+
+def fork_bomb(client, control):
+    """Fork until nothing more goes, in every child too; then say so and stay."""
+    started = time.monotonic()
+    failures = 0
+    while failures < 100 and time.monotonic() - started < 20:
+        try:
+            if os.fork() == 0:
+                started = time.monotonic()
+                while time.monotonic() - started < 60:
+                    with contextlib.suppress(OSError):
+                        if os.fork() == 0:
+                            client = None
+        except OSError as error:
+            failures += 1
+            last = error
+        if failures == 100 and client is not None and os.getpid() == 1:
+            body = json.dumps([errno.errorcode[last.errno], len([p for p in os.listdir("/proc") if p.isdigit()])])
+            client.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body.encode()))
+            time.sleep(3600)
+
+
+def zombies(client, control):
+    """Make children that end, and reap none, until no more go."""
+    count = 0
+    with contextlib.suppress(OSError):
+        while True:
+            if os.fork() == 0:
+                os._exit(0)
+            count += 1
+    return count
+
+
+def threads(client, control):
+    count = 0
+    try:
+        while count < 1000:
+            threading.Thread(target=time.sleep, args=(3600,), daemon=True).start()
+            count += 1
+    except RuntimeError:
+        client.sendall(b"HTTP/1.1 200 OK\r\n\r\n%d" % count)
+        os._exit(0)
+
+
+def memory(client, control):
+    blocks = []
+    while True:
+        blocks.append(b"x" * (8 << 20))
+
+
+def fill(client, control, *directories):
+    """Fill each file system; return [errno, MiB written] of each, and leave the files."""
+    return [fill_one(directory) for directory in directories]
+
+
+def fill_one(directory):
+    count = 0
+    try:
+        with open(f"{directory}/fill", "wb", buffering=0) as file:
+            while True:
+                count += file.write(bytes(1 << 20))
+    except OSError as error:
+        return [errno.errorcode[error.errno], count >> 20]
+
+
+def open_files(client, control):
+    """Open files until the limit, in more processes than one; return the count in this one and how it ended."""
+    count = 0
+    try:
+        while True:
+            os.open("/handler.py", os.O_RDONLY)
+            count += 1
+    except OSError as error:
+        client.sendall(b"HTTP/1.1 200 OK\r\n\r\n" + json.dumps([errno.errorcode[error.errno], count]).encode())
+        os._exit(0)
+
+
+def exhaust(client, control):
+    """Take what is counted by user rather than by container, and hold it until the client hangs up."""
+    counts = {name: count_until_error(action) for name, action in COUNTED.items()}
+    client.sendall(b"HTTP/1.1 200 OK\r\n\r\n" + json.dumps(counts).encode() + b"\n")
+    select.select([client], [], [])
+
+
+def take_one(client, control):
+    """Take one of each; return how that went."""
+    return {name: try_it(lambda: None if action(0) is None else None) for name, action in COUNTED.items()}
+
+
+def make_queue(number):
+    attributes = ctypes.create_string_buffer(struct.pack("8l", 0, 10, 8192, 0, 0, 0, 0, 0))
+    return checked(ctypes.CDLL(None, use_errno=True).mq_open(b"/q%d" % number, os.O_CREAT | os.O_RDWR, 0o600, attributes))
+
+
+def make_timer(number):
+    timer = ctypes.c_void_p()
+    return checked(LIBC.timer_create(1, None, ctypes.byref(timer)))
+
+
+def make_terminal(number):
+    return os.open("/dev/ptmx", os.O_RDWR | os.O_NOCTTY)
+
+
+def make_pipe(number):
+    reading, writing = os.pipe()
+    fcntl.fcntl(writing, 1031, 1 << 20)         # F_SETPIPE_SZ
+    return reading
+
+
+COUNTED = {"inotify": lambda number: checked(LIBC.inotify_init()), "queue": make_queue, "timer": make_timer,
+           "terminal": make_terminal, "pipe": make_pipe}
+
+
+def count_until_error(action):
+    count = 0
+    try:
+        while count < 150_000:
+            action(count)
+            count += 1
+    except OSError as error:
+        return [errno.errorcode[error.errno], count]
+    return ["no limit", count]
+
+
+def sockets(client, control):
+    """Fill the buffers of connections over lo with data that nobody reads; return how many MiB went in."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    kept, count = [], 0
+    for _ in range(150):
+        one = socket.create_connection(listener.getsockname())
+        kept += [one, listener.accept()[0]]
+        one.setblocking(False)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                count += one.send(bytes(1 << 16))
+    return count >> 20
+
+
+def spin(client, control):
+    """Use every CPU there is, in as many processes as go, until killed."""
+    with contextlib.suppress(OSError):
+        while os.fork():
+            continue
+    while True:
+        continue
+
+
+def flood(client, control, seconds):
+    """Write to stderr as fast as it goes."""
+    block = b"x" * 65535 + b"\n"
+    end = time.monotonic() + float(seconds)
+    while time.monotonic() < end:
+        os.write(2, block)
+    return "written"
+
+
+def forge(client, control):
+    """Write what would look like lines of faasd's own, or move the cursor of a terminal."""
+    os.write(2, b"a\r2026-01-01T00:00:00.000Z forged > outcome=answered\n\x1b[2J\x1b]0;title\x07\x9b1A\xc2\x9b\xe2\x80\xa8\x00\xff\n"
+                b"b" * 3 + b"\n")
+    return "written"
+
+
+# -- refusing to end --
+
+def ignore_signals(client, control):
+    for number in range(1, signal.NSIG):
+        with contextlib.suppress(OSError, ValueError):
+            signal.signal(number, signal.SIG_IGN)
+    for _ in range(20):                     # and away, by two forks each
+        if os.fork() == 0:
+            os.setsid()
+            if os.fork() == 0:
+                time.sleep(3600)
+            time.sleep(3600)
+    client.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+    control.close()
+    time.sleep(3600)
+
+
+def stop_everything(client, control):
+    """Stop all processes, so that none can end by itself."""
+    for _ in range(10):
+        if os.fork() == 0:
+            os.kill(os.getpid(), signal.SIGSTOP)
+    control.close()
+    client.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+    time.sleep(3600)
