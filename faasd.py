@@ -150,6 +150,8 @@ MIN_MEMORY = 6 * MIB                # bytes; Docker's minimum too: runc's own in
 CPU_PERIOD = 100_000                # microseconds (cgroup cpu controller)
 TMP_SIZE, SHM_SIZE, DEV_SIZE, VOLUME_SIZE = "64m", "64m", "1m", "64m"      # tmpfs(5) size=
 CONTAINER_NOFILE = 65_536           # RLIMIT_NOFILE inside
+MAX_TERMINALS = 16                  # ptys of one container; all containers of a machine share some 3,000 (pty.max)
+SO_PASSRIGHTS = 83                  # Linux 6.16: whether a Unix socket takes descriptors
 EXIT_GRACE = 1.0                    # seconds a handler has between letting go of its client and being killed
 KILL_RETRY = 0.02                   # seconds between two rounds of killing one container
 KILL_TIMEOUT = 10.0                 # seconds before runc itself is killed and its remains are deleted
@@ -196,6 +198,9 @@ ACCEPT_BATCH = 64                   # connections accepted before other events g
 ACCEPT_PAUSE = 0.5                  # seconds without accepting when descriptors have run out
 TCP_ESTABLISHED, TCP_CLOSE, TCP_CLOSE_WAIT = 1, 7, 8          # include/net/tcp_states.h
 TCP_FIN_STATES = (4, 9, 11)          # FIN_WAIT1, LAST_ACK, CLOSING: we have closed, the FIN is not yet acknowledged
+SO_ATTACH_FILTER, SO_LOCK_FILTER = 26, 44   # socket(7); the numbers are those of include/uapi/asm-generic/socket.h
+BPF_LOAD_WORD, BPF_LOAD_HALF, BPF_JUMP_EQUAL, BPF_RETURN = 0x20, 0x28, 0x15, 0x06      # linux/bpf_common.h
+BPF_IP_HEADER = 0xFFF0_0000          # SKF_NET_OFF (linux/filter.h): what is loaded from here on is in the IP header
 TCP_INFO_RECEIVED, TCP_INFO_NOTSENT, TCP_INFO_SENT = 128, 144, 200    # offsets in struct tcp_info (linux/tcp.h)
 
 # Logs.
@@ -2128,7 +2133,6 @@ ALLOWED_CALLS = """
     pwrite64 pwritev pwritev2 read readahead readlink readlinkat readv removexattr rename renameat renameat2 rmdir
     sendfile setxattr splice stat statfs statx symlink symlinkat sync sync_file_range sync_file_range2 syncfs tee
     truncate umask unlink unlinkat utime utimensat utimes vmsplice write writev
-    io_cancel io_destroy io_getevents io_setup io_submit
 
     brk madvise mincore mlock mlock2 mlockall mmap mprotect mremap msync munlock munlockall munmap pkey_alloc
     pkey_free pkey_mprotect
@@ -2148,7 +2152,7 @@ ALLOWED_CALLS = """
     timer_gettime timer_settime timerfd_create timerfd_gettime timerfd_settime
 
     accept accept4 bind connect getpeername getsockname getsockopt listen recvfrom recvmmsg recvmsg sendmmsg sendmsg
-    sendto setsockopt shutdown socketpair
+    sendto shutdown socketpair
 
     epoll_create epoll_create1 epoll_ctl epoll_pwait epoll_pwait2 epoll_wait eventfd eventfd2 pause pipe pipe2 poll
     ppoll pselect6 select signalfd signalfd4
@@ -2159,6 +2163,28 @@ ALLOWED_CALLS = """
 SOCKET_FAMILIES = (socket.AF_UNIX, socket.AF_INET, socket.AF_INET6, socket.AF_NETLINK)      # getifaddrs(3) asks netlink
 CLONE_NAMESPACES = 0x7E02_0000          # CLONE_NEWNS, NEWCGROUP, NEWUTS, NEWIPC, NEWUSER, NEWPID, NEWNET (clone(2))
 SECCOMP_ARCHITECTURES = {"x86_64": "SCMP_ARCH_X86_64", "aarch64": "SCMP_ARCH_AARCH64", "riscv64": "SCMP_ARCH_RISCV64"}
+
+
+def socket_option_rules() -> list[dict]:
+    """Return the filter rules for setsockopt: all options but SO_LINGER, which only seems to be set.
+
+    With it, close(2) waits until the peer has taken everything, even on a socket that does not block. The last to close
+    a client's socket is often faasd, and what a handler sends to faasd is faasd's to close. The kernel looks at 32 bits of level and option,
+    seccomp compares 64, so "not equal" would let a number pass that has others set; hence powers of two.
+    """
+    def compare(index: int, value: int, mask: int) -> dict:
+        return {"index": index, "value": mask, "valueTwo": value, "op": "SCMP_CMP_MASKED_EQ"}
+
+    def others(index: int, number: int, bits: int) -> list[dict]:
+        """Return conditions of which one holds for each number of so many bits but this one."""
+        everything = (1 << 64) - 1
+        return [compare(index, (number ^ 1 << bit) >> bit << bit, everything >> bit << bit) for bit in range(bits)]
+
+    level, option = compare(1, socket.SOL_SOCKET, (1 << 64) - 1), compare(2, socket.SO_LINGER, (1 << 64) - 1)
+    allowed = [[condition] for condition in others(1, socket.SOL_SOCKET, 9)]
+    allowed += [[level, condition] for condition in others(2, socket.SO_LINGER, 7)]
+    return [{"names": ["setsockopt"], "action": "SCMP_ACT_ERRNO", "errnoRet": 0, "args": [level, option]},
+            *({"names": ["setsockopt"], "action": "SCMP_ACT_ALLOW", "args": conditions} for conditions in allowed)]
 
 
 def seccomp_profile(machine: str) -> dict | None:
@@ -2178,7 +2204,8 @@ def seccomp_profile(machine: str) -> dict | None:
         "syscalls": [
             {"names": ALLOWED_CALLS, "action": allow},
             {"names": ["clone"], "action": allow, "args": [no_namespace]},
-            {"names": ["clone3"], "action": "SCMP_ACT_ERRNO", "errnoRet": errno.ENOSYS},
+            {"names": ["clone3", "io_setup"], "action": "SCMP_ACT_ERRNO", "errnoRet": errno.ENOSYS},
+            *socket_option_rules(),
             *({"names": ["socket"], "action": allow, "args": [{"index": 0, "value": family, "op": "SCMP_CMP_EQ"}]}
               for family in map(int, SOCKET_FAMILIES)),
         ],
@@ -2245,7 +2272,8 @@ def bundle_mounts(volumes: list[dict], control_socket: str) -> list[dict]:
         {"destination": "/dev", "type": "tmpfs", "source": "tmpfs",
          "options": ["nosuid", "noexec", "strictatime", "mode=755", f"size={DEV_SIZE}"]},
         {"destination": "/dev/pts", "type": "devpts", "source": "devpts",
-         "options": ["nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620", "gid=5"]},
+         "options": ["nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620", "gid=5",
+                     f"max={MAX_TERMINALS}"]},
         tmpfs_mount("/dev/shm", SHM_SIZE, "noexec", "mode=1777"),
         {"destination": "/dev/mqueue", "type": "mqueue", "source": "mqueue", "options": ["nosuid", "noexec", "nodev"]},
         tmpfs_mount("/tmp", TMP_SIZE, "mode=1777"),
@@ -3078,6 +3106,7 @@ def open_listener(address: str, port: int) -> socket.socket:
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, DEFER_ACCEPT_SECONDS)
         notice_vanished_clients(listener)
         listener.bind((address, port))
+        keep_to_address(listener)
         listener.listen(int(Path("/proc/sys/net/core/somaxconn").read_text()))
     except OSError as error:
         listener.close()
@@ -3170,6 +3199,26 @@ def refuse_connections(listener: socket.socket) -> None:
     """Close a listening socket even if others, such as the service manager, have descriptors of it."""
     listener.shutdown(socket.SHUT_RD)
     listener.close()
+
+
+def keep_to_address(listener: socket.socket) -> None:
+    """Have a listening socket and all that it accepts receive nothing but what is sent to its address and port.
+
+    A handler gets a socket of the host's network. connect(2) can dissolve its connection, and then it could go anywhere
+    that the host can, or listen. Its new port would not be this one, so that it would hear nothing. The filter is
+    inherited by what is accepted, costs an invocation nothing, and is locked: no handler can take it off.
+    """
+    address, port = listener.getsockname()
+    program = b"".join(struct.pack("HBBI", *instruction) for instruction in (
+        (BPF_LOAD_HALF, 0, 0, 2),                                       # destination port, in the TCP header
+        (BPF_JUMP_EQUAL, 0, 3, port),
+        (BPF_LOAD_WORD, 0, 0, BPF_IP_HEADER + 16),                      # destination address
+        (BPF_JUMP_EQUAL, 0, 1, int(ipaddress.IPv4Address(address))),
+        (BPF_RETURN, 0, 0, 0xFFFF_FFFF),                                # all of the packet
+        (BPF_RETURN, 0, 0, 0)))                                         # none
+    code = ctypes.create_string_buffer(program, len(program))
+    listener.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, struct.pack("HP", len(program) // 8, ctypes.addressof(code)))
+    listener.setsockopt(socket.SOL_SOCKET, SO_LOCK_FILTER, 1)
 
 
 @dataclass(frozen=True)
@@ -3438,6 +3487,8 @@ class Container:
     def _listen(self) -> socket.socket:
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         path = f"{self._directory}/control.sock"
+        with contextlib.suppress(OSError):              # ENOPROTOOPT: before Linux 6.16
+            listener.setsockopt(socket.SOL_SOCKET, SO_PASSRIGHTS, 0)     # what a handler sends would be ours to close
         listener.bind(path)
         os.chmod(path, 0o666)           # the image's user connects; on the host the directory keeps others out
         listener.listen(1)

@@ -31,7 +31,7 @@ import attempts  # noqa: E402
 MEMORY = 32 << 20           # bytes by which the daemon may have grown over all of it
 STDLIB = Path(sysconfig.get_path("stdlib"))
 PACKAGES = ("asyncio", "concurrent", "ctypes", "logging", "multiprocessing", "sqlite3")
-EXTENSIONS = ("_asyncio", "_contextvars", "_ctypes", "_multiprocessing", "_posixshmem", "_queue", "_sqlite3", "fcntl", "mmap", "resource")
+EXTENSIONS = ("_asyncio", "_contextvars", "_ctypes", "_multiprocessing", "_posixshmem", "_queue", "_sqlite3", "fcntl", "mmap", "resource", "unicodedata")
 NODES = {"memory": (1, 1, tarfile.CHRTYPE), "kmsg": (1, 11, tarfile.CHRTYPE), "disk": (8, 0, tarfile.BLKTYPE),
          "fuse": (10, 229, tarfile.CHRTYPE), "tun": (10, 200, tarfile.CHRTYPE)}
 CAPABILITIES = struct.pack("<5I", 0x02000001, *[0x7F7F7F7F] * 4).decode()      # struct vfs_cap_data, linux/capability.h
@@ -169,3 +169,192 @@ class Attempts(HostileCase):
 class AttemptsOfAUser(Attempts):
     """The same, of an image that runs as a user of its own."""
     config = {"User": "1000:1000"}
+
+
+class Neighbours(HostileCase):
+    """Other functions, the host, and what a container is given of either."""
+
+    def test_other_functions_and_the_host(self):
+        """A victim owns one thing of every kind; nothing of it is there for another function, nor for another container of its own."""
+        host = socket.create_server(("127.0.0.1", 0))
+        self.addCleanup(host.close)
+        with socket.create_connection((self.address, 80)) as victim:
+            victim.sendall(b"GET /hold HTTP/1.1\r\n\r\n")
+            self.assertIn(b"ready", read_until(victim, b"ready\n"))
+            container, = filter(self.is_hostile, os.listdir(self.daemon.run_dir / "containers"))
+            known = {"pid": self.init_pid(container), "host_port": host.getsockname()[1], "abstract": "\0faasd/10.0.0.0/24",
+                     "address": self.neighbour,
+                     "paths": [str(self.daemon.rootfs("neighbour") / "handler.py"), str(self.daemon.state_dir), str(self.daemon.run_dir)],
+                     "sockets": [str(self.daemon.socket), str(self.daemon.run_dir / "containers" / container / "control.sock")]}
+            outcomes = self.ask(f"/reach?{json.dumps(known).encode().hex()}")
+        expected = dict.fromkeys(outcomes, {"ENOENT"}) | {
+            "its port": {"ECONNREFUSED"}, "its abstract socket": {"ECONNREFUSED"}, "kill its process": {"ESRCH"},
+            "port of the host": {"ECONNREFUSED"}, "abstract socket of faasd": {"ECONNREFUSED"},
+            "another function's address": {"ENETUNREACH"}}
+        for name, outcome in outcomes.items():
+            with self.subTest(name):
+                self.assertIn(outcome, expected[name])
+
+    def is_hostile(self, container: str) -> bool:
+        config = self.daemon.run_dir / "containers" / container / "config.json"
+        with contextlib.suppress(FileNotFoundError):        # the neighbour's come and go
+            return json.loads(config.read_text())["hostname"] == "hostile"
+        return False
+
+    def init_pid(self, container: str) -> int:
+        return json.loads((self.daemon.run_dir / "runc" / container / "state.json").read_text())["init_process_pid"]
+
+    def test_what_is_counted_by_user(self):
+        """One function takes all it can get of what the kernel counts for each user; others have theirs."""
+        with socket.create_connection((self.address, 80)) as greedy:
+            greedy.sendall(b"GET /exhaust HTTP/1.1\r\n\r\n")
+            counts = json.loads(read_until(greedy, b"}\n").partition(b"\r\n\r\n")[2])
+            print(counts)
+            other = self.daemon.deploy("other", hostile_image())
+            try:
+                status, body = get(other, "/take_one")
+                self.assertEqual((status, set(json.loads(body).values())), (200, {"done"}), body)
+            finally:
+                self.daemon.faas("rm", "other")
+
+
+def read_until(sock: socket.socket, end: bytes) -> bytes:
+    sock.settimeout(support.READY_SECONDS)
+    data = b""
+    while end not in data:
+        received = sock.recv(65536)
+        if not received:
+            raise AssertionError(f"the connection ended: {data!r}")
+        data += received
+    return data
+
+
+class ClientSocket(HostileCase):
+    """The client's socket is a socket of the host's network; it must be good for this client alone."""
+
+    options = ("--timeout", "10")
+
+    def test_options(self):
+        self.assertEqual(set(self.ask("/options").values()), {"EPERM"})
+
+    def test_connect_elsewhere(self):
+        for address in ("127.0.0.1", self.neighbour):
+            with self.subTest(address), socket.create_server((address, 0)) as host:
+                with contextlib.suppress(AssertionError):
+                    get(self.address, "/connect_elsewhere?%s?%d" % host.getsockname())
+                self.assertNotEqual(self.said("elsewhere"), "done")
+                host.settimeout(0)
+                self.assertRaises(BlockingIOError, host.accept)
+
+    def test_listen_elsewhere(self):
+        with socket.create_connection((self.address, 80)) as client:
+            client.sendall(b"GET /listen_elsewhere HTTP/1.1\r\n\r\n")
+            host, port = self.said("listening").split(":")
+            with socket.socket() as other:
+                other.settimeout(1)
+                self.assertRaises(TimeoutError, other.connect, (host, int(port)))
+        self.assertEqual(self.said("accepting"), "timeout")
+
+    def test_linger(self):
+        """close(2) of a socket that lingers waits for its client: faasd's must not."""
+        with socket.create_connection((self.address, 80)) as client:
+            client.sendall(b"GET /linger HTTP/1.1\r\n\r\n")
+            wait_until(lambda: "[lingers]" in self.function_log()[self.log_start:], "the handler says so", 5)
+            self.daemon.wait_idle("hostile")
+
+    def test_kept_by_a_process_that_left(self):
+        status, body = get(self.address, "/keep_client")
+        self.assertEqual(status, 502, body)
+
+    def test_closed_at_once(self):
+        status, body = get(self.address, "/close_client")
+        self.assertEqual(status, 504, body)
+
+    def test_left_unusable(self):
+        with contextlib.suppress(AssertionError):
+            get(self.address, "/cork")
+
+
+class ControlSocket(HostileCase):
+    """The handler's other end of faasd's own conversation."""
+
+    options = ("--timeout", "5")
+
+    def test_junk(self):
+        with contextlib.suppress(AssertionError):
+            get(self.address, "/junk")
+
+    def test_descriptors(self):
+        with contextlib.suppress(AssertionError):
+            print(get(self.address, "/descriptors"))
+
+    def test_ready_without_end(self):
+        with contextlib.suppress(AssertionError):
+            get(self.address, "/ready_and_more")
+
+    def test_shared_with_a_child(self):
+        self.assertEqual(get(self.address, "/share_control"), (200, ""))
+
+
+class Resources(HostileCase):
+    """What a container may take of the machine."""
+
+    options = ("--timeout", "20", "--memory", "160m", "--pids", "48")
+    config = {"Volumes": {"/volume": {}}}
+
+    def test_fork_bomb(self):
+        error, count = self.ask("/fork_bomb")
+        self.assertEqual(error, "EAGAIN")
+        self.assertLessEqual(count, 48)
+
+    def test_zombies(self):
+        self.assertLess(self.ask("/zombies"), 48)
+
+    def test_threads(self):
+        self.assertLess(self.ask("/threads"), 48)
+
+    def test_memory(self):
+        status, body = get(self.address, "/memory")
+        self.assertEqual(status, 502)
+        self.assertIn("out of memory?", body)
+
+    def test_temporary_files(self):
+        for directory, size in (("/tmp", 64), ("/dev/shm", 64), ("/dev", 1), ("/volume", 64)):
+            with self.subTest(directory):
+                self.assertEqual(self.ask(f"/fill?{directory}"), [["ENOSPC", size]])
+
+    def test_temporary_files_are_memory(self):
+        status, body = get(self.address, "/fill?/tmp?/dev/shm?/volume")
+        self.assertEqual(status, 502, body)
+        self.assertIn("out of memory?", body)
+
+    def test_open_files(self):
+        error, count = self.ask("/open_files")
+        self.assertEqual(error, "EMFILE")
+        self.assertLess(count, 65536)
+
+    def test_socket_buffers(self):
+        print(get(self.address, "/sockets"))
+
+    def test_cpu(self):
+        status, _ = get(self.address, "/spin")
+        self.assertEqual(status, 504)
+
+    def test_flood_of_output(self):
+        self.assertEqual(self.ask("/flood?2"), "written")
+
+    def test_forged_log(self):
+        self.assertEqual(self.ask("/forge"), "written")
+        text = self.function_log()[self.log_start:]
+        self.assertNotRegex(text, r"(?m)^\S+ forged")
+        self.assertTrue(all(c.isprintable() or c == "\n" for c in text), text)
+
+
+class Ends(HostileCase):
+    """Containers that do not want to end."""
+
+    def test_ignores_signals_and_leaves_its_session(self):
+        self.assertEqual(get(self.address, "/ignore_signals")[0], 200)
+
+    def test_stops_all_its_processes(self):
+        self.assertEqual(get(self.address, "/stop_everything")[0], 200)

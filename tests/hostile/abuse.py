@@ -68,7 +68,7 @@ def reach(client, control, words):
         "another function's address": lambda: socket.create_connection((known["address"], 80), 2),
     }
     for path in known["paths"]:
-        for top in ("", "/proc/1/root", "/proc/self/root", "/proc/self/cwd/../../../..", "/proc/self/fd/0/../../..", "/tmp/../../.."):
+        for top in ("", "/proc/1/root", "/proc/self/root", "/proc/self/cwd/../../../..", "/tmp/../../.."):
             tries[f"{top}{path}"] = lambda path=top + path: os.stat(path)
     for path in known["sockets"]:
         tries[f"connect {path}"] = lambda path=path: socket.socket(UNIX).connect(path)
@@ -114,7 +114,11 @@ def listen_elsewhere(client, control):
     client.listen()
     say("listening: %s:%d" % client.getsockname())
     client.settimeout(4)
-    say("accepting: " + try_it(client.accept))
+    try:
+        client.accept()
+        say("accepting: done")
+    except TimeoutError:
+        say("accepting: timeout")
 
 
 def linger(client, control):
@@ -168,24 +172,23 @@ def descriptors(client, control):
 
 
 def send_descriptors(control):
-    files = [LIBC.inotify_init() for _ in range(20)]
-    files = [file for file in files if file >= 0]
-    big = os.memfd_create("big")
-    os.ftruncate(big, 64 << 20)
-    with mmap.mmap(big, 64 << 20) as memory:
-        memory.write(bytes(64 << 20))
+    """Send sockets that nobody should close who cannot wait, and let go of them, so that faasd is the last to have them."""
     listener = socket.create_server(("127.0.0.1", 0))
+    pairs = [make_lingering_pair(listener) for _ in range(50)]
+    control.setblocking(False)
+    for one, _ in pairs:
+        socket.send_fds(control, [b"R"], [one.fileno()])
+        one.close()
+
+
+def make_lingering_pair(listener):
     one, other = socket.create_connection(listener.getsockname()), listener.accept()[0]
     one.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, SO_LINGER_FOR_EVER)
     one.setblocking(False)
     with contextlib.suppress(BlockingIOError):
         while True:
             one.send(bytes(1 << 16))
-    everything = [one.fileno(), other.fileno(), big, *files]
-    control.setblocking(False)
-    for _ in range(100):
-        socket.send_fds(control, [b"R"], everything)
-    say("sent descriptors")
+    return one, other
 
 
 def ready_and_more(client, control):
