@@ -149,7 +149,7 @@ CONTROL_SOCKET = "/control.sock"
 MIN_MEMORY = 6 * MIB                # bytes; Docker's minimum too: runc's own init runs inside the limit
 CPU_PERIOD = 100_000                # microseconds (cgroup cpu controller)
 TMP_SIZE, SHM_SIZE, DEV_SIZE, VOLUME_SIZE = "64m", "64m", "1m", "64m"      # tmpfs(5) size=
-CONTAINER_NOFILE = 65_536           # RLIMIT_NOFILE inside
+MAX_DESCRIPTORS = 65_536            # RLIMIT_NOFILE, ours and inside
 MAX_TERMINALS = 16                  # ptys of one container; all containers of a machine share some 3,000 (pty.max)
 SO_PASSRIGHTS = 83                  # Linux 6.16: whether a Unix socket takes descriptors
 EXIT_GRACE = 1.0                    # seconds a handler has between letting go of its client and being killed
@@ -2118,7 +2118,7 @@ MASKED_PATHS = ["/proc/acpi", "/proc/asound", "/proc/interrupts", "/proc/kcore",
                 "/proc/sched_debug", "/proc/scsi", "/proc/timer_list", "/proc/timer_stats",
                 "/sys/devices/virtual/powercap", "/sys/firmware"]
 READONLY_PATHS = ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"]
-NAMESPACES = ["pid", "mount", "ipc", "uts", "cgroup", "user"]       # and that of its network
+NAMESPACES = ["pid", "mount", "ipc", "uts", "cgroup"]       # and that of its network
 
 # What a handler may ask of the kernel, in the spirit of Docker's profile: what programs in Python, Node, Go, Java, Ruby
 # or C need to compute, to talk and to use the files they are given. Everything else is EPERM: mounts, namespaces,
@@ -2295,15 +2295,14 @@ def command_line(process: dict, options: Options) -> list[str]:
 
 
 def build_spec(name: str, image: dict, options: Options, rootfs: str, control_socket: str, cgroup: str,
-               container_id: str, limit_swap: bool, run_dir: Path, apparmor: str = "") -> dict:
+               container_id: str, limit_swap: bool, run_dir: Path, apparmor: str = "", user_namespace: str = "") -> dict:
     """Return the OCI runtime configuration (runtime-spec config.md) of a function's container.
 
     image is the content of image.json; rootfs, control_socket and cgroup are paths, cgroup below the cgroup mounts;
-    apparmor is the name of a profile that is loaded, or empty.
+    apparmor is the name of a profile that is loaded, or empty; user_namespace the path of one to join, or empty for a
+    new one.
     """
     process = image["process"]
-    # The container's init has no capability to raise a hard limit above the one it inherits from us.
-    nofile = min(CONTAINER_NOFILE, resource.getrlimit(resource.RLIMIT_NOFILE)[1])
     env = merge_env(process["env"], [*options.env, f"FAAS_FUNCTION={name}", f"FAAS_VERSION={image['version']}",
                                      f"FAAS_CONTAINER_ID={container_id}"])
     ids = [{"containerID": 0, "hostID": image["first_id"], "size": IDS}]
@@ -2319,13 +2318,12 @@ def build_spec(name: str, image: dict, options: Options, rootfs: str, control_so
             "noNewPrivileges": True, **({"apparmorProfile": apparmor} if apparmor else {}),
             "capabilities": {kind: [] for kind in
                              ("bounding", "effective", "inheritable", "permitted", "ambient")},
-            "rlimits": [{"type": kind, "soft": limit, "hard": limit} for kind, limit in
-                        (("RLIMIT_NOFILE", nofile), ("RLIMIT_CORE", 0))],
         },
         "mounts": [*bundle_mounts(process["volumes"], control_socket),
                    *network_mounts(options.net, process, run_dir)],
         "linux": {
-            "namespaces": [{"type": kind} for kind in NAMESPACES] + network_namespace(options.net, name, run_dir),
+            "namespaces": [*({"type": kind} for kind in NAMESPACES), *network_namespace(options.net, name, run_dir),
+                           {"type": "user", **({"path": user_namespace} if user_namespace else {})}],
             "uidMappings": ids, "gidMappings": ids,
             **({"seccomp": seccomp} if seccomp else {}),
             "cgroupsPath": cgroup,
@@ -2342,18 +2340,24 @@ def build_spec(name: str, image: dict, options: Options, rootfs: str, control_so
 
 
 class Bundle:
-    """A function's config.json, rendered once; only the container's id is filled in for each."""
+    """A function's config.json, rendered once; only the container's id and the user namespace are filled in for each."""
 
     def __init__(self, name: str, image: dict, options: Options, rootfs: Path, run_dir: Path, cgroups: Cgroups,
                  apparmor: str = ""):
         self.first_id: int = image["first_id"]          # host id of the containers' root
         self._mark = f"@{secrets.token_hex(16)}@"       # stands for the id; nothing a user writes contains it
+        self._namespace_mark = f"@{secrets.token_hex(16)}@"
         spec = build_spec(name, image, options, str(rootfs), str(run_dir / "containers" / self._mark / "control.sock"),
-                          cgroups.path(self._mark), self._mark, cgroups.can_limit_swap, run_dir, apparmor)
+                          cgroups.path(self._mark), self._mark, cgroups.can_limit_swap, run_dir, apparmor,
+                          self._namespace_mark)
         self._template = json.dumps(spec)
 
-    def render(self, container_id: str) -> bytes:
-        return self._template.replace(self._mark, container_id).encode()
+    def render(self, container_id: str, user_namespace: str = "") -> bytes:
+        """user_namespace is the path of the one to join, or empty for a new one."""
+        text = self._template.replace(self._mark, container_id)
+        if user_namespace:
+            return text.replace(self._namespace_mark, user_namespace).encode()
+        return text.replace(f', "path": "{self._namespace_mark}"', "").encode()
 
 
 # Of cgroup v1 and v2 (kernel documentation, admin-guide/cgroup-v1 and cgroup-v2.rst).
@@ -2550,6 +2554,8 @@ class IdRanges:
     def __init__(self, ids: range):
         self._ids = ids
         self._taken: set[int] = set()
+        self._namespaces: dict[int, int] = {}   # user namespaces with the ids of a range: first id → descriptor
+        self._making = asyncio.Lock()
 
     def take(self) -> int:
         """Return the first id of a free range, which is taken from now on. Raises Conflict when there is none."""
@@ -2566,6 +2572,38 @@ class IdRanges:
 
     def release(self, first: int) -> None:
         self._taken.discard(first)
+        if first in self._namespaces:
+            os.close(self._namespaces.pop(first))
+
+    async def user_namespace(self, first: int) -> str:
+        """Return the path of the user namespace of a range; "" if this machine has none but runc's."""
+        async with self._making:
+            if first not in self._namespaces:
+                try:
+                    self._namespaces[first] = await asyncio.to_thread(make_user_namespace, first)
+                except (OSError, FaasdError) as error:
+                    log.warning("user=%d cannot make a user namespace, so runc makes one for each container, and all functions "
+                                "share what root may take of inotify, queues and timers: %s", first, error)
+                    return ""
+        return f"/proc/{os.getpid()}/fd/{self._namespaces[first]}"
+
+
+def make_user_namespace(first: int) -> int:
+    """Return a descriptor of a user namespace with the ids from first on, made by the first of them. Blocks.
+
+    The kernel charges what it counts by user, such as inotify instances, message queues and timers, to a container's user,
+    and once more to the user who made the namespace. runc would make it as root: then one function could take all that is
+    there for every function and for root's own programs. Raises OSError, FaasdError.
+    """
+    with subprocess.Popen(["unshare", "--user", "cat"], cwd="/", bufsize=0, user=first, group=first, extra_groups=[],
+                          stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        with process.stdin as stdin:            # its end is cat's
+            stdin.write(b".")
+            if not process.stdout.read(1):      # from cat, so that it has been made
+                raise FaasdError(process.stderr.read().decode(errors="replace").strip())
+            for kind in ("uid_map", "gid_map"):
+                Path(f"/proc/{process.pid}/{kind}").write_text(f"0 {first} {IDS}\n")
+            return os.open(f"/proc/{process.pid}/ns/user", os.O_RDONLY | os.O_CLOEXEC)
 
 
 def move_owners(rootfs: Path, first_id: int) -> None:
@@ -3430,10 +3468,11 @@ class Container:
 
         Raises StartFailed when it exits or the time is over; then nothing of it is left.
         """
+        user_namespace = await self._host.ids.user_namespace(self._bundle.first_id)
         begin = self._host.loop.time()
         try:
             self._host.descriptors.check_start()
-            self._spawn()
+            self._spawn(user_namespace)
         except OSError as error:
             await self.finish(0)
             raise StartFailed(f"cannot start a container: {error.strerror or error}", [], 503) from error
@@ -3453,11 +3492,11 @@ class Container:
             raise StartFailed(f"the handler did not connect to {CONTROL_SOCKET} within {timeout:g} s", tail, 504)
         raise StartFailed(f"the handler {describe_exit(status)} before it connected to {CONTROL_SOCKET}", tail, 502)
 
-    def _spawn(self) -> None:
+    def _spawn(self, user_namespace: str) -> None:
         os.mkdir(self._directory, 0o710)
         os.chown(self._directory, 0, self._bundle.first_id)     # runc mounts control.sock as the container's root
         with open(f"{self._directory}/config.json", "xb") as file:
-            file.write(self._bundle.render(self.id))
+            file.write(self._bundle.render(self.id, user_namespace))
         self._listener = self._listen()
         self._host.loop.add_reader(self._listener, self._on_connect)
         self._output = OutputReader(self._make_output(), lambda text: self.write_line(self.id, text))
@@ -3685,8 +3724,9 @@ def peer_of(candidate: socket.socket, address: str) -> str:
 class ContainerHost:
     """Where this daemon's containers live: directories, runtime and cgroups, and what to do about their remains."""
 
-    def __init__(self, run_dir: Path, runtime: Runtime):
+    def __init__(self, run_dir: Path, runtime: Runtime, ids: IdRanges):
         self.containers_dir = run_dir / "containers"
+        self.ids = ids
         self.runtime = runtime
         self.cgroups = Cgroups(run_dir)
         self.apparmor = apparmor_profile()
@@ -6115,7 +6155,7 @@ class Daemon:
         self._listeners = ListenerStore()
         # By its full name: it is started with a PATH that may differ from ours.
         self._runtime = Runtime(shutil.which(settings.runtime) or settings.runtime, settings.run_dir / "runc")
-        self._host = ContainerHost(settings.run_dir, self._runtime)
+        self._host = ContainerHost(settings.run_dir, self._runtime, ids)
         self._registry = Registry(settings.state_dir / "registry.json")
         self._functions: dict[str, Function] = {}
         self._changes: dict[str, str] = {}              # name → what is being done to it; one thing at a time
@@ -6981,6 +7021,16 @@ async def serve(settings: Settings, network: Network, ids: IdRanges) -> None:
     await Daemon(settings, network, ids).run()
 
 
+def set_limits() -> None:
+    """Set the resource limits that we, who need four descriptors an invocation, and all containers have.
+
+    Containers inherit them: for runc to set them in a user namespace that is not root's takes CAP_SYS_RESOURCE.
+    """
+    most = min(MAX_DESCRIPTORS, resource.getrlimit(resource.RLIMIT_NOFILE)[1])
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
 def main(argv: list[str]) -> int:
     """Run the daemon; return its exit status: 0 stopped, 1 failed, 2 called in a way that cannot work."""
     if argv[:1] == ["unpack"]:
@@ -6995,8 +7045,7 @@ def main(argv: list[str]) -> int:
         with lock_directory(settings.run_dir), lock_directory(settings.state_dir):
             network = Network(settings.subnet)
             network.claim()
-            _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))    # four descriptors an invocation
+            set_limits()
             asyncio.run(serve(settings, network, ids))
     except FaasdError as error:
         print(f"faasd: {error}", file=sys.stderr)
