@@ -2118,7 +2118,7 @@ MASKED_PATHS = ["/proc/acpi", "/proc/asound", "/proc/interrupts", "/proc/kcore",
                 "/proc/sched_debug", "/proc/scsi", "/proc/timer_list", "/proc/timer_stats",
                 "/sys/devices/virtual/powercap", "/sys/firmware"]
 READONLY_PATHS = ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"]
-NAMESPACES = ["pid", "mount", "ipc", "uts", "cgroup"]       # and that of its network
+NAMESPACES = ["pid", "mount", "ipc", "uts", "cgroup"]    # besides those of its network and of the function's users
 
 # What a handler may ask of the kernel, in the spirit of Docker's profile: what programs in Python, Node, Go, Java, Ruby
 # or C need to compute, to talk and to use the files they are given. Everything else is EPERM: mounts, namespaces,
@@ -2169,8 +2169,8 @@ def socket_option_rules() -> list[dict]:
     """Return the filter rules for setsockopt: all options but SO_LINGER, which only seems to be set.
 
     With it, close(2) waits until the peer has taken everything, even on a socket that does not block. The last to close
-    a client's socket is often faasd, and what a handler sends to faasd is faasd's to close. The kernel looks at 32 bits of level and option,
-    seccomp compares 64, so "not equal" would let a number pass that has others set; hence powers of two.
+    a client's socket is often faasd. The kernel looks at 32 bits of level and option, but seccomp compares 64, so that
+    "not equal" would let a number pass that has others set; hence powers of two.
     """
     def compare(index: int, value: int, mask: int) -> dict:
         return {"index": index, "value": mask, "valueTwo": value, "op": "SCMP_CMP_MASKED_EQ"}
@@ -2340,7 +2340,7 @@ def build_spec(name: str, image: dict, options: Options, rootfs: str, control_so
 
 
 class Bundle:
-    """A function's config.json, rendered once; only the container's id and the user namespace are filled in for each."""
+    """A function's config.json, rendered once; for each container its id and the user namespace are filled in."""
 
     def __init__(self, name: str, image: dict, options: Options, rootfs: Path, run_dir: Path, cgroups: Cgroups,
                  apparmor: str = ""):
@@ -2582,8 +2582,8 @@ class IdRanges:
                 try:
                     self._namespaces[first] = await asyncio.to_thread(make_user_namespace, first)
                 except (OSError, FaasdError) as error:
-                    log.warning("user=%d cannot make a user namespace, so runc makes one for each container, and all functions "
-                                "share what root may take of inotify, queues and timers: %s", first, error)
+                    log.warning("user=%d cannot make a user namespace, so runc makes one for each container, and all "
+                                "functions share what root may take of inotify, queues and timers: %s", first, error)
                     return ""
         return f"/proc/{os.getpid()}/fd/{self._namespaces[first]}"
 
@@ -2591,9 +2591,9 @@ class IdRanges:
 def make_user_namespace(first: int) -> int:
     """Return a descriptor of a user namespace with the ids from first on, made by the first of them. Blocks.
 
-    The kernel charges what it counts by user, such as inotify instances, message queues and timers, to a container's user,
-    and once more to the user who made the namespace. runc would make it as root: then one function could take all that is
-    there for every function and for root's own programs. Raises OSError, FaasdError.
+    The kernel charges what it counts by user, such as inotify instances, message queues and timers, to a container's
+    user, and once more to the user who made the namespace. runc would make it as root: then one function could take all
+    that is there for every function and for root's own programs. Raises OSError, FaasdError.
     """
     with subprocess.Popen(["unshare", "--user", "cat"], cwd="/", bufsize=0, user=first, group=first, extra_groups=[],
                           stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
@@ -3255,7 +3255,8 @@ def keep_to_address(listener: socket.socket) -> None:
         (BPF_RETURN, 0, 0, 0xFFFF_FFFF),                                # all of the packet
         (BPF_RETURN, 0, 0, 0)))                                         # none
     code = ctypes.create_string_buffer(program, len(program))
-    listener.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, struct.pack("HP", len(program) // 8, ctypes.addressof(code)))
+    fprog = struct.pack("HP", len(program) // 8, ctypes.addressof(code))           # struct sock_fprog
+    listener.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, fprog)
     listener.setsockopt(socket.SOL_SOCKET, SO_LOCK_FILTER, 1)
 
 

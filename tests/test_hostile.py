@@ -6,6 +6,7 @@ The attempts, and what is in the way of each, are in tests/hostile/. Real daemon
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import io
 import json
 import os
@@ -18,7 +19,9 @@ import sys
 import sysconfig
 import tarfile
 import threading
+import time
 import unittest
+from collections.abc import Iterable
 from pathlib import Path
 
 import support
@@ -31,12 +34,36 @@ import attempts  # noqa: E402
 MEMORY = 32 << 20           # bytes by which the daemon may have grown over all of it
 STDLIB = Path(sysconfig.get_path("stdlib"))
 PACKAGES = ("asyncio", "concurrent", "ctypes", "logging", "multiprocessing", "sqlite3")
-EXTENSIONS = ("_asyncio", "_contextvars", "_ctypes", "_multiprocessing", "_posixshmem", "_queue", "_sqlite3", "fcntl", "mmap", "resource", "unicodedata")
+EXTENSIONS = ("_asyncio", "_contextvars", "_ctypes", "_multiprocessing", "_posixshmem", "_queue", "_sqlite3", "fcntl",
+              "mmap", "resource", "unicodedata")
 NODES = {"memory": (1, 1, tarfile.CHRTYPE), "kmsg": (1, 11, tarfile.CHRTYPE), "disk": (8, 0, tarfile.BLKTYPE),
          "fuse": (10, 229, tarfile.CHRTYPE), "tun": (10, 200, tarfile.CHRTYPE)}
 CAPABILITIES = struct.pack("<5I", 0x02000001, *[0x7F7F7F7F] * 4).decode()      # struct vfs_cap_data, linux/capability.h
 PROGRAMS = {"setuid-root": (0o4755, 0, {}), "setuid-other": (0o4755, 33, {}), "setgid-root": (0o2755, 0, {}),
             "capable": (0o755, 0, {"SCHILY.xattr.security.capability": CAPABILITIES})}
+
+
+# name: arguments, what they print. In /tmp, with $PORT a web server on the container's own lo.
+PROGRAMS_THAT_MEAN_WELL = {
+    "bash": (["-c", "for i in 3 1 2; do echo $i; done | (while read x; do echo $((x + 1)); done); echo x >/dev/stderr; "
+              "read -r line < <(echo substituted); echo $line; (exit 3) & wait $! || echo waited $?"], "waited 3"),
+    "busybox": (["sh", "-c", "echo b a | busybox tr ' ' '\\n' | busybox sort | busybox tr -d '\\n'; "
+                 "busybox wget -qO- http://127.0.0.1:$PORT/; busybox tar cf t.tar /handler.py; busybox ps"], "abserved"),
+    "perl": (["-e", "$p = fork; exit 5 unless $p; wait; print $? >> 8; open F, '/handler.py' or die"], "5"),
+    "git": (["init", "/tmp/repository"], "Initialized empty Git repository"),
+    "openssl": (["dgst", "-sha256", "/handler.py"], "(/handler.py)= "),
+    "curl": (["--silent", "--show-error", "http://127.0.0.1:@PORT@/"], "served"),
+    "node": (["-e", """
+        const {Worker} = require("worker_threads"), http = require("http"), os = require("os");
+        new Worker("require('worker_threads').parentPort.postMessage(42)", {eval: true}).on("message", answer => {
+            os.networkInterfaces(); require("fs").watch("/tmp").close();
+            console.log(require("child_process").execFileSync(process.execPath, ["-p", "6*7"]).toString(),
+                        require("crypto").pbkdf2Sync("a", "b", 10, 8, "sha256").length);
+            http.get("http://127.0.0.1:" + process.env.PORT,
+                     response => response.on("data", data => console.log(`${answer} ${data}`)));
+        });"""], "42 served"),
+}
+DATA = ("/usr/lib/ssl/openssl.cnf", "/etc/ssl/openssl.cnf", "/usr/share/nodejs")      # what they read at start
 
 
 def libraries(program: Path) -> set[str]:
@@ -49,7 +76,8 @@ def host_layer(*trees: str | Path) -> bytes:
     """Return a layer with files and directories of this machine at their places, and the libraries they need."""
     files: set[str] = set()
     for tree in map(Path, trees):
-        files |= {str(p) for p in tree.rglob("*") if p.is_file() and p.suffix != ".pyc"} if tree.is_dir() else {str(tree)}
+        found = tree.rglob("*") if tree.is_dir() else [tree]
+        files |= {str(path) for path in found if path.is_file() and path.suffix != ".pyc"}
     for file in [file for file in files if os.access(file, os.X_OK) or ".so" in file]:
         files |= libraries(Path(file))
     return support.layer({file.lstrip("/"): Path(file).read_bytes() for file in sorted(files)})
@@ -71,33 +99,50 @@ def nodes_layer() -> bytes:
     return buffer.getvalue()
 
 
-def hostile_image(**config) -> bytes:
+def hostile_image(more: Iterable[bytes] = (), **config) -> bytes:
     extras = [STDLIB / name for name in PACKAGES]
     extras += [path for name in EXTENSIONS for path in STDLIB.glob(f"lib-dynload/{name}.*")]
     layers = [support.python_layer(), host_layer(*extras, shutil.which("cat")), nodes_layer(),
-              support.layer({path.name: path.read_bytes() for path in HOSTILE.glob("*.py")})]
-    return support.docker_archive(layers, {
-        "Entrypoint": [*support.python_layer.entrypoint, "/handler.py"], "Env": ["PYTHONDONTWRITEBYTECODE=1"], **config})
+              support.layer({path.name: path.read_bytes() for path in HOSTILE.glob("*.py")}), *more]
+    return support.docker_archive(layers, {"Entrypoint": [*support.python_layer.entrypoint, "/handler.py"],
+                                           "Env": ["PYTHONDONTWRITEBYTECODE=1"], **config})
+
+
+class Lab:
+    """One daemon for all tests: a neighbour, and the hostile image as the container's root and as another user."""
+
+    def __init__(self):
+        self.daemon = support.Daemon().start()
+        try:
+            self.neighbour = self.daemon.deploy("neighbour", support.handler_image(), "--warm", "1")
+            image = hostile_image(Volumes={"/volume": {}})
+            self.hostile = self.daemon.deploy("hostile", image, "--memory", "192m", "--pids", "48")
+            self.user = self.daemon.deploy("user", hostile_image(User="1000:1000"))
+            for name in ("neighbour", "hostile", "user"):           # its log is one of the descriptors that are counted
+                wait_until(lambda name=name: b"> deployed" in self.daemon.api("GET", f"/functions/{name}/logs")[1],
+                           "the log is there")
+        except BaseException:
+            self.daemon.close()
+            raise
+        self.memory = support.resident_memory(self.daemon.process.pid)
+
+
+lab: Lab
+
+
+def setUpModule():
+    global lab
+    lab = Lab()
+    unittest.addModuleCleanup(lab.daemon.close)
 
 
 class HostileCase(unittest.TestCase):
-    """One daemon with a neighbour and a hostile function; after each test the daemon is as it was before."""
+    """The neighbour is asked all the time and must answer; after each test the daemon is as it was before."""
 
-    options: tuple[str, ...] = ()
-    config: dict = {}
     maxDiff = None
 
-    @classmethod
-    def setUpClass(cls):
-        cls.daemon = support.Daemon().start()
-        cls.addClassCleanup(cls.daemon.close)
-        cls.neighbour = cls.daemon.deploy("neighbour", support.handler_image(), "--warm", "1")
-        cls.address = cls.daemon.deploy("hostile", hostile_image(**cls.config), *cls.options)
-        for name in ("neighbour", "hostile"):
-            wait_until(lambda: b"> deployed" in cls.daemon.api("GET", f"/functions/{name}/logs")[1], "the log is there")
-        cls.memory = support.resident_memory(cls.daemon.process.pid)
-
     def setUp(self):
+        self.daemon, self.address = lab.daemon, lab.hostile
         self.settle()
         self.before = self.footprint()
         self.log_start = len(self.function_log())
@@ -112,9 +157,10 @@ class HostileCase(unittest.TestCase):
         """Ask the neighbour again and again for as long as the test runs."""
         while not self._stop_asking.is_set():
             try:
-                self.answers.append(get(self.neighbour, "/"))
+                self.answers.append(get(lab.neighbour, "/"))
             except AssertionError as error:
                 self.answers.append((0, str(error)))
+            time.sleep(0.05)                        # leave the CPUs something
 
     def tearDown(self):
         wait_until(lambda: self.answers, "the neighbour answers")
@@ -126,7 +172,7 @@ class HostileCase(unittest.TestCase):
         with contextlib.suppress(AssertionError):
             wait_until(lambda: self.footprint() == self.before, "all is as before", 10)
         self.assertEqual(self.footprint(), self.before)
-        self.assertLess(support.resident_memory(self.daemon.process.pid), self.memory + MEMORY)
+        self.assertLess(support.resident_memory(self.daemon.process.pid), lab.memory + MEMORY)
         self.assertNotIn("Traceback", self.daemon.log())
 
     def settle(self) -> None:
@@ -156,36 +202,40 @@ class HostileCase(unittest.TestCase):
 
 
 class Attempts(HostileCase):
-    """Everything in tests/hostile/attempts.py, as the container's root."""
+    """Everything in tests/hostile/attempts.py."""
 
-    def test_attempts(self):
-        outcomes = self.ask("/attempts")
+    def check(self, address: str) -> None:
+        status, body = get(address, "/attempts")
+        self.assertEqual(status, 200, body)
+        outcomes = json.loads(body)
         self.assertEqual(outcomes.keys(), attempts.ATTEMPTS.keys())
         for name, attempt in attempts.ATTEMPTS.items():
             with self.subTest(name, stopped_by=attempt.stopped_by):
                 self.assertIn(outcomes[name], attempt.expected)
 
+    def test_as_root(self):
+        self.check(lab.hostile)
 
-class AttemptsOfAUser(Attempts):
-    """The same, of an image that runs as a user of its own."""
-    config = {"User": "1000:1000"}
+    def test_as_user(self):
+        self.check(lab.user)
 
 
 class Neighbours(HostileCase):
     """Other functions, the host, and what a container is given of either."""
 
     def test_other_functions_and_the_host(self):
-        """A victim owns one thing of every kind; nothing of it is there for another function, nor for another container of its own."""
+        """A victim owns one thing of every kind; nothing of it is there for another container, even of its function."""
         host = socket.create_server(("127.0.0.1", 0))
         self.addCleanup(host.close)
         with socket.create_connection((self.address, 80)) as victim:
             victim.sendall(b"GET /hold HTTP/1.1\r\n\r\n")
             self.assertIn(b"ready", read_until(victim, b"ready\n"))
             container, = filter(self.is_hostile, os.listdir(self.daemon.run_dir / "containers"))
-            known = {"pid": self.init_pid(container), "host_port": host.getsockname()[1], "abstract": "\0faasd/10.0.0.0/24",
-                     "address": self.neighbour,
-                     "paths": [str(self.daemon.rootfs("neighbour") / "handler.py"), str(self.daemon.state_dir), str(self.daemon.run_dir)],
-                     "sockets": [str(self.daemon.socket), str(self.daemon.run_dir / "containers" / container / "control.sock")]}
+            state, run = self.daemon.state_dir, self.daemon.run_dir
+            known = {"pid": self.init_pid(container), "host_port": host.getsockname()[1],
+                     "abstract": "\0faasd/10.0.0.0/24", "address": lab.neighbour,
+                     "paths": [str(path) for path in (self.daemon.rootfs("neighbour") / "handler.py", state, run)],
+                     "sockets": [str(self.daemon.socket), str(run / "containers" / container / "control.sock")]}
             outcomes = self.ask(f"/reach?{json.dumps(known).encode().hex()}")
         expected = dict.fromkeys(outcomes, {"ENOENT"}) | {
             "its port": {"ECONNREFUSED"}, "its abstract socket": {"ECONNREFUSED"}, "kill its process": {"ESRCH"},
@@ -206,16 +256,13 @@ class Neighbours(HostileCase):
 
     def test_what_is_counted_by_user(self):
         """One function takes all it can get of what the kernel counts for each user; others have theirs."""
+        libc = ctypes.CDLL(None, use_errno=True)
         with socket.create_connection((self.address, 80)) as greedy:
             greedy.sendall(b"GET /exhaust HTTP/1.1\r\n\r\n")
             counts = json.loads(read_until(greedy, b"}\n").partition(b"\r\n\r\n")[2])
-            print(counts)
-            other = self.daemon.deploy("other", hostile_image())
-            try:
-                status, body = get(other, "/take_one")
-                self.assertEqual((status, set(json.loads(body).values())), (200, {"done"}), body)
-            finally:
-                self.daemon.faas("rm", "other")
+            self.assertNotIn("no limit", {error for error, _ in counts.values()}, counts)
+            self.assertEqual(json.loads(get(lab.user, "/take_one")[1]), dict.fromkeys(counts, "done"))
+            self.assertGreaterEqual(libc.inotify_init(), 0, "root of the host has its own")
 
 
 def read_until(sock: socket.socket, end: bytes) -> bytes:
@@ -232,13 +279,11 @@ def read_until(sock: socket.socket, end: bytes) -> bytes:
 class ClientSocket(HostileCase):
     """The client's socket is a socket of the host's network; it must be good for this client alone."""
 
-    options = ("--timeout", "10")
-
     def test_options(self):
         self.assertEqual(set(self.ask("/options").values()), {"EPERM"})
 
     def test_connect_elsewhere(self):
-        for address in ("127.0.0.1", self.neighbour):
+        for address in ("127.0.0.1", lab.neighbour):
             with self.subTest(address), socket.create_server((address, 0)) as host:
                 with contextlib.suppress(AssertionError):
                     get(self.address, "/connect_elsewhere?%s?%d" % host.getsockname())
@@ -268,7 +313,7 @@ class ClientSocket(HostileCase):
 
     def test_closed_at_once(self):
         status, body = get(self.address, "/close_client")
-        self.assertEqual(status, 504, body)
+        self.assertEqual(status, 502, body)
 
     def test_left_unusable(self):
         with contextlib.suppress(AssertionError):
@@ -278,29 +323,26 @@ class ClientSocket(HostileCase):
 class ControlSocket(HostileCase):
     """The handler's other end of faasd's own conversation."""
 
-    options = ("--timeout", "5")
-
     def test_junk(self):
-        with contextlib.suppress(AssertionError):
-            get(self.address, "/junk")
+        status, body = get(self.address, "/junk")       # it may be killed before it can say how that ended
+        self.assertTrue(status == 502 or json.loads(body) in ("EPIPE", "ECONNRESET"), body)
 
     def test_descriptors(self):
-        with contextlib.suppress(AssertionError):
-            print(get(self.address, "/descriptors"))
+        """Since Linux 6.16 they are refused; before, faasd is the one who closes them."""
+        status, body = get(self.address, "/descriptors")
+        if tuple(map(int, re.findall("[0-9]+", os.uname().release)[:2])) >= (6, 16):
+            self.assertEqual((status, json.loads(body)), (200, "EPERM"))
 
     def test_ready_without_end(self):
-        with contextlib.suppress(AssertionError):
-            get(self.address, "/ready_and_more")
+        status, body = get(self.address, "/ready_and_more")
+        self.assertTrue(status == 502 or json.loads(body) in ("EPIPE", "ECONNRESET"), body)
 
     def test_shared_with_a_child(self):
-        self.assertEqual(get(self.address, "/share_control"), (200, ""))
+        self.assertEqual(self.ask("/share_control"), "shared")
 
 
 class Resources(HostileCase):
     """What a container may take of the machine."""
-
-    options = ("--timeout", "20", "--memory", "160m", "--pids", "48")
-    config = {"Volumes": {"/volume": {}}}
 
     def test_fork_bomb(self):
         error, count = self.ask("/fork_bomb")
@@ -319,9 +361,8 @@ class Resources(HostileCase):
         self.assertIn("out of memory?", body)
 
     def test_temporary_files(self):
-        for directory, size in (("/tmp", 64), ("/dev/shm", 64), ("/dev", 1), ("/volume", 64)):
-            with self.subTest(directory):
-                self.assertEqual(self.ask(f"/fill?{directory}"), [["ENOSPC", size]])
+        self.assertEqual(self.ask("/fill?/tmp?/dev?/volume"), [["ENOSPC", 64], ["ENOSPC", 1], ["ENOSPC", 64]])
+        self.assertEqual(self.ask("/fill?/dev/shm"), [["ENOSPC", 64]])
 
     def test_temporary_files_are_memory(self):
         status, body = get(self.address, "/fill?/tmp?/dev/shm?/volume")
@@ -333,15 +374,11 @@ class Resources(HostileCase):
         self.assertEqual(error, "EMFILE")
         self.assertLess(count, 65536)
 
-    def test_socket_buffers(self):
-        print(get(self.address, "/sockets"))
-
     def test_cpu(self):
-        status, _ = get(self.address, "/spin")
-        self.assertEqual(status, 504)
+        self.assertEqual(self.ask("/spin?2"), "spun")
 
     def test_flood_of_output(self):
-        self.assertEqual(self.ask("/flood?2"), "written")
+        self.assertEqual(self.ask("/flood?1"), "written")
 
     def test_forged_log(self):
         self.assertEqual(self.ask("/forge"), "written")
@@ -351,10 +388,43 @@ class Resources(HostileCase):
 
 
 class Ends(HostileCase):
-    """Containers that do not want to end."""
+    """Containers that do not want to end, or to begin."""
 
     def test_ignores_signals_and_leaves_its_session(self):
-        self.assertEqual(get(self.address, "/ignore_signals")[0], 200)
+        self.assertEqual(self.ask("/ignore_signals"), "stays")
 
     def test_stops_all_its_processes(self):
-        self.assertEqual(get(self.address, "/stop_everything")[0], 200)
+        self.assertEqual(self.ask("/stop_everything"), "stays")
+
+    def test_warm_containers_full_of_processes(self):
+        self.daemon.faas("set", "hostile", "--warm", "2", "-e", "AT_START=fork_at_start")
+        self.daemon.wait_warm("hostile", 2)
+        self.assertEqual(self.ask("/zombies"), 0)
+        self.daemon.faas("set", "hostile", "--warm", "0", "--unset-env", "AT_START")
+
+
+class Ordinary(HostileCase):
+    """What the same containers must not keep from programs that mean well."""
+
+    def test_python(self):
+        for address in (lab.hostile, lab.user):
+            status, body = get(address, "/python")
+            self.assertEqual((status, set(json.loads(body).values())), (200, {"works"}), body)
+
+    def test_programs(self):
+        """Programs of this machine, with their libraries, in an image."""
+        present = {name: path for name in PROGRAMS_THAT_MEAN_WELL if (path := shutil.which(name))}
+        layers = [host_layer(*present.values(), *filter(os.path.exists, DATA))]
+        address = self.daemon.deploy("ordinary", hostile_image(layers))
+        try:
+            for name, path in present.items():
+                script, expected = PROGRAMS_THAT_MEAN_WELL[name]
+                with self.subTest(name):
+                    argv = [path, *script]
+                    status, body = get(address, f"/program?{json.dumps(argv).encode().hex()}")
+                    self.assertEqual(status, 200, body)
+                    code, out = json.loads(body)
+                    self.assertEqual(code, 0, out)
+                    self.assertIn(expected, out)
+        finally:
+            self.daemon.faas("rm", "ordinary")

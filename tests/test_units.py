@@ -160,6 +160,21 @@ class Spec(unittest.TestCase):
         for net in ("egress", "host"):
             self.assertRaises(faasd.Conflict, self.spec, options=faasd.Options(net=net))
 
+    def test_linger_is_the_one_socket_option_that_is_not_set(self):
+        """Every number of 32 bits meets one rule, and those with higher bits, which the kernel overlooks, none."""
+        def actions(level: int, option: int) -> list[str]:
+            numbers = (0, level, option)
+            return [rule["action"] for rule in faasd.socket_option_rules()
+                    if all(numbers[c["index"]] & c["value"] == c["valueTwo"] for c in rule["args"])]
+        allowed, pretended = ["SCMP_ACT_ALLOW"], ["SCMP_ACT_ERRNO"]
+        for number in range(128):
+            self.assertEqual(actions(socket.SOL_SOCKET, number), pretended if number == socket.SO_LINGER else allowed)
+        for level in (0, *range(2, 512)):
+            self.assertEqual(actions(level, socket.SO_LINGER), allowed)
+        for high in (1 << 32, 1 << 40, 1 << 63):
+            self.assertEqual(actions(high | socket.SOL_SOCKET, socket.SO_LINGER), [])
+            self.assertEqual(actions(socket.SOL_SOCKET, high | socket.SO_LINGER), [])
+
     def test_limits(self):
         resources = self.spec(options=faasd.Options(memory=1 << 26, cpus=0.5, pids=9))["linux"]["resources"]
         self.assertEqual(resources["memory"], {"limit": 1 << 26, "swap": 1 << 26})

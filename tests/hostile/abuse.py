@@ -1,5 +1,7 @@
-"""What the hostile image does to the machine, its neighbours and faasd: one function for each, called with the client's socket, the control
-connection and words of the request. What a function returns is the answer; what cannot be answered is printed.
+"""What the hostile image does to the machine, its neighbours and faasd.
+
+One function for each, called with the client's socket, the control connection and words of the request. What a function
+returns is the answer; what cannot be answered is printed.
 """
 
 import contextlib
@@ -7,7 +9,6 @@ import ctypes
 import errno
 import fcntl
 import json
-import mmap
 import os
 import select
 import signal
@@ -17,23 +18,16 @@ import sys
 import threading
 import time
 
-from attempts import IP, LIBC, SIOCGSKNS, UNIX, configure_interface, syscall, try_it
+from attempts import LIBC, SIOCGSKNS, UNIX, configure_interface, try_it
 
 ABSTRACT, PORT, SHM_KEY, QUEUE = "\0hostile-victim", 7777, 0x5EC7E7, b"/hostile-victim"
 UNSPECIFIED = struct.pack("H14x", 0)        # connect(2): dissolves a connection
 SO_LINGER_FOR_EVER = struct.pack("ii", 1, 1 << 20)
 SO_DETACH_FILTER, SO_ATTACH_FILTER, SO_MARK, TCP_REPAIR, IP_TRANSPARENT = 27, 26, 36, 19, 19
-LIBC.shmat.restype = ctypes.c_void_p
 
 
 def say(text) -> None:
     print(f"[{text}]", file=sys.stderr, flush=True)
-
-
-def close(*descriptors) -> None:
-    for descriptor in descriptors:
-        with contextlib.suppress(OSError):
-            os.close(descriptor)
 
 
 # -- across functions --
@@ -45,7 +39,7 @@ def hold(client, control):
     abstract.bind(ABSTRACT)
     abstract.listen()
     assert LIBC.shmget(SHM_KEY, 4096, 0o1666) >= 0
-    assert ctypes.CDLL(None, use_errno=True).mq_open(QUEUE, os.O_CREAT | os.O_RDWR, 0o666, None) >= 0
+    assert LIBC.mq_open(QUEUE, os.O_CREAT | os.O_RDWR, 0o666, None) >= 0
     with open("/tmp/secret", "w") as file:
         file.write("the other function's secret")
     client.sendall(b"HTTP/1.1 200 OK\r\n\r\nready\n")
@@ -59,7 +53,7 @@ def reach(client, control, words):
         "its port": lambda: socket.create_connection(("127.0.0.1", PORT), 2),
         "its abstract socket": lambda: socket.socket(UNIX).connect(ABSTRACT),
         "its shared memory": lambda: checked(LIBC.shmget(SHM_KEY, 4096, 0)),
-        "its message queue": lambda: checked(ctypes.CDLL(None, use_errno=True).mq_open(QUEUE, os.O_RDWR)),
+        "its message queue": lambda: checked(LIBC.mq_open(QUEUE, os.O_RDWR)),
         "its secret": lambda: open("/tmp/secret").read(),
         "kill its process": lambda: os.kill(known["pid"], signal.SIGKILL),
         "its /proc": lambda: os.listdir(f"/proc/{known['pid']}/root"),
@@ -143,7 +137,9 @@ def keep_client(client, control):
 
 
 def close_client(client, control):
+    """Let go of everything without a word, and stay."""
     client.close()
+    control.close()
     time.sleep(3600)
 
 
@@ -172,7 +168,7 @@ def descriptors(client, control):
 
 
 def send_descriptors(control):
-    """Send sockets that nobody should close who cannot wait, and let go of them, so that faasd is the last to have them."""
+    """Send sockets that nobody should close who cannot wait, and let go of them: faasd is the last to have them."""
     listener = socket.create_server(("127.0.0.1", 0))
     pairs = [make_lingering_pair(listener) for _ in range(50)]
     control.setblocking(False)
@@ -201,7 +197,7 @@ def ready_and_more(client, control):
 
 def share_control(client, control):
     """Leave the control connection to a child and exit."""
-    client.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+    client.sendall(answer("shared"))
     if os.fork() == 0:
         time.sleep(3600)
     os._exit(0)
@@ -210,24 +206,39 @@ def share_control(client, control):
 # -- resources --
 
 def fork_bomb(client, control):
-    """Fork until nothing more goes, in every child too; then say so and stay."""
-    started = time.monotonic()
-    failures = 0
-    while failures < 100 and time.monotonic() - started < 20:
+    """Fork in every process until nothing more goes anywhere; return how it ended, and how many there were."""
+    for _ in range(6):
+        fork_quietly()
+    if os.getpid() != 1:
+        while True:
+            fork_quietly()
+    failures = []
+    while len(failures) < 10:               # while the others go on trying
         try:
             if os.fork() == 0:
-                started = time.monotonic()
-                while time.monotonic() - started < 60:
-                    with contextlib.suppress(OSError):
-                        if os.fork() == 0:
-                            client = None
+                time.sleep(3600)
         except OSError as error:
-            failures += 1
-            last = error
-        if failures == 100 and client is not None and os.getpid() == 1:
-            body = json.dumps([errno.errorcode[last.errno], len([p for p in os.listdir("/proc") if p.isdigit()])])
-            client.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body.encode()))
-            time.sleep(3600)
+            failures.append(errno.errorcode[error.errno])
+    client.sendall(answer([failures[-1], len([name for name in os.listdir("/proc") if name.isdigit()])]))
+    os._exit(0)
+
+
+def fork_quietly():
+    with contextlib.suppress(OSError):
+        os.fork()
+
+
+def fork_at_start(client, control):
+    """Fork before connecting, so that a warm container has all the processes that it may."""
+    with contextlib.suppress(OSError):
+        while True:
+            if os.fork() == 0:
+                time.sleep(3600)
+
+
+def answer(result) -> bytes:
+    body = json.dumps(result).encode()
+    return b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\nConnection: close\r\n\r\n%s\n" % (len(body) + 1, body)
 
 
 def zombies(client, control):
@@ -248,7 +259,7 @@ def threads(client, control):
             threading.Thread(target=time.sleep, args=(3600,), daemon=True).start()
             count += 1
     except RuntimeError:
-        client.sendall(b"HTTP/1.1 200 OK\r\n\r\n%d" % count)
+        client.sendall(answer(count))
         os._exit(0)
 
 
@@ -281,14 +292,14 @@ def open_files(client, control):
             os.open("/handler.py", os.O_RDONLY)
             count += 1
     except OSError as error:
-        client.sendall(b"HTTP/1.1 200 OK\r\n\r\n" + json.dumps([errno.errorcode[error.errno], count]).encode())
+        client.sendall(answer([errno.errorcode[error.errno], count]))
         os._exit(0)
 
 
 def exhaust(client, control):
     """Take what is counted by user rather than by container, and hold it until the client hangs up."""
     counts = {name: count_until_error(action) for name, action in COUNTED.items()}
-    client.sendall(b"HTTP/1.1 200 OK\r\n\r\n" + json.dumps(counts).encode() + b"\n")
+    client.sendall(answer(counts))
     select.select([client], [], [])
 
 
@@ -299,7 +310,7 @@ def take_one(client, control):
 
 def make_queue(number):
     attributes = ctypes.create_string_buffer(struct.pack("8l", 0, 10, 8192, 0, 0, 0, 0, 0))
-    return checked(ctypes.CDLL(None, use_errno=True).mq_open(b"/q%d" % number, os.O_CREAT | os.O_RDWR, 0o600, attributes))
+    return checked(LIBC.mq_open(b"/q%d" % number, os.O_CREAT | os.O_RDWR, 0o600, attributes))
 
 
 def make_timer(number):
@@ -332,27 +343,16 @@ def count_until_error(action):
     return ["no limit", count]
 
 
-def sockets(client, control):
-    """Fill the buffers of connections over lo with data that nobody reads; return how many MiB went in."""
-    listener = socket.create_server(("127.0.0.1", 0))
-    kept, count = [], 0
-    for _ in range(150):
-        one = socket.create_connection(listener.getsockname())
-        kept += [one, listener.accept()[0]]
-        one.setblocking(False)
-        with contextlib.suppress(BlockingIOError):
-            while True:
-                count += one.send(bytes(1 << 16))
-    return count >> 20
-
-
-def spin(client, control):
-    """Use every CPU there is, in as many processes as go, until killed."""
+def spin(client, control, seconds):
+    """Use every CPU there is, in as many processes as go."""
     with contextlib.suppress(OSError):
         while os.fork():
             continue
-    while True:
+    end = time.monotonic() + float(seconds)
+    while os.getpid() != 1 or time.monotonic() < end:
         continue
+    client.sendall(answer("spun"))
+    os._exit(0)
 
 
 def flood(client, control, seconds):
@@ -366,8 +366,8 @@ def flood(client, control, seconds):
 
 def forge(client, control):
     """Write what would look like lines of faasd's own, or move the cursor of a terminal."""
-    os.write(2, b"a\r2026-01-01T00:00:00.000Z forged > outcome=answered\n\x1b[2J\x1b]0;title\x07\x9b1A\xc2\x9b\xe2\x80\xa8\x00\xff\n"
-                b"b" * 3 + b"\n")
+    os.write(2, b"a\r2026-01-01T00:00:00.000Z forged > outcome=answered\n")
+    os.write(2, b"\x1b[2J\x1b]0;title\x07\x9b1A\xc2\x9b\xe2\x80\xa8\x00\xff\n")
     return "written"
 
 
@@ -377,22 +377,22 @@ def ignore_signals(client, control):
     for number in range(1, signal.NSIG):
         with contextlib.suppress(OSError, ValueError):
             signal.signal(number, signal.SIG_IGN)
+    control.close()
     for _ in range(20):                     # and away, by two forks each
         if os.fork() == 0:
             os.setsid()
             if os.fork() == 0:
                 time.sleep(3600)
             time.sleep(3600)
-    client.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
-    control.close()
+    client.sendall(answer("stays"))
     time.sleep(3600)
 
 
 def stop_everything(client, control):
     """Stop all processes, so that none can end by itself."""
+    control.close()
     for _ in range(10):
         if os.fork() == 0:
             os.kill(os.getpid(), signal.SIGSTOP)
-    control.close()
-    client.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+    client.sendall(answer("stays"))
     time.sleep(3600)

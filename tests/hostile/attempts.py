@@ -1,19 +1,22 @@
 """What the hostile image tries, one row each: what is tried, and how it has to fail.
 
-Runs inside the container (handler.py). tests/test_hostile.py imports the same table for what is expected. An attempt returns, or raises OSError;
-its outcome is the name of the errno, "killed SIGNAL", or the text of what it returned ("done" for nothing).
+Runs inside the container (handler.py); tests/test_hostile.py imports the same table for what is expected. An attempt
+returns, or raises OSError; its outcome is the name of the errno, "killed-SIGNAL", or the text of what it returned,
+"done" for nothing.
 """
 
 import ctypes
 import errno
+import fcntl
 import mmap
 import os
 import platform
+import resource
 import select
 import signal
 import socket
 import struct
-import sys
+import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,10 +24,9 @@ from dataclasses import dataclass
 MACHINE = platform.machine()
 SECONDS = 10            # for one attempt
 BLOCKED = "EPERM"       # by the seccomp filter, before the kernel looks at an argument
-GONE = "ENOENT"
 LIBC = ctypes.CDLL(None, use_errno=True)
 
-# name: (x86_64, aarch64), from the kernel's syscall tables; one number where both have the same, None where there is none
+# name: (x86_64, aarch64), from the kernel's syscall tables; one number where both are the same, None where one has none
 NUMBERS = {
     "mount": (165, 40), "umount2": (166, 39), "pivot_root": (155, 41), "chroot": (161, 51), "open_tree": 428,
     "move_mount": 429, "fsopen": 430, "fsconfig": 431, "fsmount": 432, "fspick": 433, "mount_setattr": 442,
@@ -46,9 +48,8 @@ NUMBERS = {
 CLONE = {"NEWNS": 0x20000, "NEWCGROUP": 0x2000000, "NEWUTS": 0x4000000, "NEWIPC": 0x8000000, "NEWUSER": 0x10000000,
          "NEWPID": 0x20000000, "NEWNET": 0x40000000}       # clone(2)
 CLONE_NEWTIME = 0x80            # of unshare and clone3; in clone these bits are the exit signal
-MS_REMOUNT, MS_BIND = 32, 4096
 IP, IPV6, UNIX = socket.AF_INET, socket.AF_INET6, socket.AF_UNIX
-TIOCSTI, SIOCGSKNS, SIOCSIFFLAGS = 0x5412, 0x894C, 0x8914
+TIOCSTI, SIOCGSKNS, SIOCSIFFLAGS, TUNSETIFF = 0x5412, 0x894C, 0x8914, 0x400454CA
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,8 @@ PLAIN_CALLS = {
     "kexec_load": (0, 0, 0, 0), "kexec_file_load": (-1, -1, 0, 0, 0), "init_module": (0, 0, 0),
     "finit_module": (-1, 0, 0), "delete_module": (b"x", 0), "open_by_handle_at": (-100, 0, 0),
     "name_to_handle_at": (-100, b"/", 0, 0, 0), "personality": (0x0040000,), "settimeofday": (0, 0),
-    "clock_settime": (0, 0), "clock_adjtime": (0, 0), "adjtimex": (0,), "reboot": (0xFEE1DEAD, 672274793, 0x89ABCDEF, 0),
+    "clock_settime": (0, 0), "clock_adjtime": (0, 0), "adjtimex": (0,),
+    "reboot": (0xFEE1DEAD, 672274793, 0x89ABCDEF, 0),           # Ctrl-Alt-Del is switched on
     "swapon": (b"/tmp/x", 0), "swapoff": (b"/tmp/x",), "acct": (b"/tmp/x",), "sethostname": (b"evil", 4),
     "setdomainname": (b"evil", 4), "syslog": (3, 0, 0), "quotactl": (0, 0, 0, 0), "vhangup": (),
     "move_pages": (0, 0, 0, 0, 0, 0), "mbind": (0, 0, 0, 0, 0, 0), "iopl": (3,), "ioperm": (0x70, 2, 1),
@@ -191,7 +193,6 @@ for label, family in (("raw socket", IP), ("raw IPv6 socket", IPV6)):
 
 
 def configure_interface(client: socket.socket | None = None):
-    import fcntl
     with client or socket.socket(IP) as sock:
         fcntl.ioctl(sock, SIOCSIFFLAGS, struct.pack("16sh14x", b"lo", 0))
 
@@ -239,19 +240,16 @@ for path in ("/dev/mem", "/dev/kmem", "/dev/port", "/dev/kmsg", "/dev/fuse", "/d
 
 @attempt("EPERM", "no CAP_NET_ADMIN")
 def make_an_interface_from_the_image_s_own_tun_device():
-    import fcntl
-    fcntl.ioctl(os.open("/nodes/tun", os.O_RDWR), 0x400454CA, struct.pack("16sH22x", b"tun0", 1))      # TUNSETIFF, IFF_TUN
+    fcntl.ioctl(os.open("/nodes/tun", os.O_RDWR), TUNSETIFF, struct.pack("16sH22x", b"tun0", 1))        # IFF_TUN
 
 
 @attempt("ENXIO", "no terminal")
 def push_input_into_the_terminal():
-    import fcntl
     fcntl.ioctl(os.open("/dev/tty", os.O_RDWR), TIOCSTI, b"x")
 
 
 @attempt("EIO ENOTTY EPERM", "stdin, stdout and stderr are no terminals", "TIOCSTI on stdin")
 def push_input_into_stdin():
-    import fcntl
     for descriptor in (0, 1, 2):
         fcntl.ioctl(descriptor, TIOCSTI, b"x")
 
@@ -260,21 +258,28 @@ def push_input_into_stdin():
 
 def status_of(*argv: str) -> str:
     """Return user id and effective capabilities of a program, which prints its /proc/self/status."""
-    import subprocess
     text = subprocess.run([*argv, "/proc/self/status"], capture_output=True, text=True, check=True).stdout
     fields = dict(line.split(":", 1) for line in text.splitlines())
     ids, capabilities = set(fields["Uid"].split()), {fields[key].strip() for key in ("CapPrm", "CapEff", "CapAmb")}
     return "same" if (ids, capabilities) == ({str(os.getuid())}, {"0" * 16}) else f"{ids} {capabilities}"
 
 
-for program in ("setuid-root", "setuid-other", "setgid-root", "capable"):
-    attempt("same", "no_new_privs", f"a program of the image, {program}")(lambda program=program: status_of(f"/nodes/{program}"))
+for program in ("setuid-root", "setuid-other", "setgid-root"):
+    attempt("same", "no_new_privs", f"a program of the image, {program}")(
+        lambda program=program: status_of(f"/nodes/{program}"))
+attempt("EPERM", "empty bounding set: it does not start", "a program of the image with capabilities")(
+    lambda: status_of("/nodes/capable"))
 for label, action in {
-        "setuid": lambda: os.setuid(12345), "setgid": lambda: os.setgid(12345),
-        "setgroups": lambda: os.setgroups([0, 12345]), "chown": lambda: chown_own_file(12345),
-        "nice": lambda: os.nice(-5), "real-time scheduling": lambda: os.sched_setscheduler(0, 1, os.sched_param(50)),
-        "raise descriptor limit": lambda: raise_limit("RLIMIT_NOFILE"), "raise core limit": lambda: raise_limit("RLIMIT_CORE"),
-        "capset": lambda: capset(), "lock memory for ever": lambda: raise_limit("RLIMIT_MEMLOCK", above=1 << 40),
+        "setuid": lambda: os.setuid(12345),
+        "setgid": lambda: os.setgid(12345),
+        "setgroups": lambda: os.setgroups([0, 12345]),
+        "chown": lambda: chown_own_file(12345),
+        "nice": lambda: os.nice(-5),
+        "real-time scheduling": lambda: os.sched_setscheduler(0, 1, os.sched_param(50)),
+        "raise descriptor limit": lambda: raise_limit("RLIMIT_NOFILE"),
+        "raise core limit": lambda: raise_limit("RLIMIT_CORE"),
+        "capset": lambda: capset(),
+        "lock memory for ever": lambda: raise_limit("RLIMIT_MEMLOCK", above=1 << 40),
 }.items():
     attempt("EPERM EACCES", "no capabilities", label)(action)
 
@@ -285,7 +290,6 @@ def chown_own_file(user: int) -> None:
 
 
 def raise_limit(name: str, above: int = 0) -> None:
-    import resource
     kind = getattr(resource, name)
     wanted = max(resource.getrlimit(kind)[1], above) + 1
     try:
@@ -319,14 +323,20 @@ def write(path: str, data: bytes = b"1", flags: int = 0) -> None:
 
 READ_ONLY = "read-only rootfs"
 for label, action in {
-        "write the handler": lambda: write("/handler.py"), "write it through /proc/self/root": lambda: write("/proc/self/root/handler.py"),
+        "write the handler": lambda: write("/handler.py"),
+        "write it through /proc/self/root": lambda: write("/proc/self/root/handler.py"),
         "write it through /proc/1/root": lambda: write("/proc/1/root/handler.py"),
         "write it through /proc/self/cwd": lambda: write(f"/proc/self/cwd{'/..' * 20}/handler.py"),
-        "make a file": lambda: write("/new", flags=os.O_CREAT), "remove a file": lambda: os.unlink("/handler.py"),
-        "rename a file": lambda: os.rename("/handler.py", "/other.py"), "make a directory": lambda: os.mkdir("/etc/new"),
-        "link a file": lambda: os.link("/handler.py", "/tmp/handler.py"), "chmod a file": lambda: os.chmod("/handler.py", 0o4777),
-        "set a time": lambda: os.utime("/handler.py"), "set an attribute": lambda: os.setxattr("/handler.py", "user.x", b"x"),
-        "remove control.sock": lambda: os.unlink("/control.sock"), "write /sys": lambda: write("/sys/kernel/uevent_seqnum"),
+        "make a file": lambda: write("/new", flags=os.O_CREAT),
+        "remove a file": lambda: os.unlink("/handler.py"),
+        "rename a file": lambda: os.rename("/handler.py", "/other.py"),
+        "make a directory": lambda: os.mkdir("/etc/new"),
+        "link a file": lambda: os.link("/handler.py", "/tmp/handler.py"),
+        "chmod a file": lambda: os.chmod("/handler.py", 0o4777),
+        "set a time": lambda: os.utime("/handler.py"),
+        "set an attribute": lambda: os.setxattr("/handler.py", "user.x", b"x"),
+        "remove control.sock": lambda: os.unlink("/control.sock"),
+        "write /sys": lambda: write("/sys/kernel/uevent_seqnum"),
 }.items():
     attempt("EROFS EACCES EPERM EXDEV EBUSY", READ_ONLY, label)(action)
 
@@ -349,8 +359,8 @@ def write_a_library_through_own_memory():
 KERNEL = "read-only /proc, user namespace"
 for path in ("/proc/sys/kernel/core_pattern", "/proc/sys/kernel/hostname", "/proc/sys/kernel/shmmax",
              "/proc/sys/vm/drop_caches", "/proc/sys/net/ipv4/ip_forward", "/proc/sys/user/max_user_namespaces",
-             "/proc/sys/fs/binfmt_misc/register", "/proc/sys/kernel/modprobe", "/proc/sysrq-trigger", "/proc/irq/default_smp_affinity",
-             "/proc/mtrr", "/proc/kmsg", "/proc/bus/pci/00/00.0"):
+             "/proc/sys/fs/binfmt_misc/register", "/proc/sys/kernel/modprobe", "/proc/sysrq-trigger",
+             "/proc/irq/default_smp_affinity", "/proc/mtrr", "/proc/kmsg", "/proc/bus/pci/00/00.0"):
     attempt("EROFS EACCES EPERM ENOENT", KERNEL, f"write {path}")(lambda path=path: write(path))
 for path, data in (("uid_map", b"0 0 1"), ("gid_map", b"0 0 1"), ("setgroups", b"allow"),
                    ("oom_score_adj", b"-1000"), ("timens_offsets", b"monotonic 1 0"), ("attr/current", b"unconfined"),
@@ -360,9 +370,11 @@ for path, data in (("uid_map", b"0 0 1"), ("gid_map", b"0 0 1"), ("setgroups", b
 for path in ("/proc/kcore", "/proc/keys", "/proc/timer_list", "/proc/sched_debug", "/proc/interrupts", "/proc/acpi",
              "/proc/asound", "/proc/scsi", "/sys/firmware", "/sys/devices/virtual/powercap", "/proc/latency_stats"):
     attempt("nothing ENOENT EACCES", "masked paths", f"read {path}")(lambda path=path: read_anything(path))
-for path in ("/proc/kmsg", "/proc/kpagecount", "/proc/kpageflags", "/proc/vmallocinfo", "/proc/slabinfo", "/proc/kallsyms",
-             "/sys/kernel/debug", "/sys/kernel/tracing", "/sys/fs/bpf", "/sys/kernel/security", "/sys/fs/cgroup", "/sys/fs/pstore"):
-    attempt("nothing ENOENT EACCES EPERM zeros", "no capabilities", f"read {path}")(lambda path=path: read_anything(path))
+for path in ("/proc/kmsg", "/proc/kpagecount", "/proc/kpageflags", "/proc/vmallocinfo", "/proc/slabinfo",
+             "/proc/kallsyms", "/sys/kernel/debug", "/sys/kernel/tracing", "/sys/fs/bpf", "/sys/kernel/security",
+             "/sys/fs/cgroup", "/sys/fs/pstore"):
+    attempt("nothing ENOENT EACCES EPERM zeros", "no capabilities", f"read {path}")(
+        lambda path=path: read_anything(path))
 
 
 def read_anything(path: str) -> str:
@@ -432,8 +444,3 @@ def see_message_queues():
 @attempt("ECONNREFUSED", "faasd takes one connection and closes the listener", "a second connect to control.sock")
 def second_connect():
     socket.socket(UNIX).connect("/control.sock")
-
-
-if __name__ == "__main__":      # outside a container, to see what these would do: at your own risk, hence by name
-    for chosen in sys.argv[1:]:
-        print(chosen, outcome_of(ATTEMPTS[chosen].action))

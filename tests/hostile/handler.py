@@ -1,10 +1,12 @@
-"""The hostile handler: runs the attempts, or one abuse, and answers with what came of it as JSON."""
+"""The hostile handler: runs all attempts, one abuse, or something ordinary, and answers in JSON with what came of it.
 
+The request's path is the name of a function, and its arguments after question marks.
+"""
+
+import importlib
 import json
 import os
-import signal
 import socket
-import sys
 
 import abuse
 import attempts
@@ -29,7 +31,8 @@ def main() -> None:
     if words[0] == "attempts":
         respond(client, attempts.run_all())
     else:
-        result = getattr(abuse, words[0])(client, control, *words[1:])
+        action = getattr(abuse, words[0], None) or getattr(importlib.import_module("ordinary"), words[0])
+        result = action(client, control, *words[1:])
         if result is not None:
             respond(client, result)
     client.close()
