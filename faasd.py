@@ -2484,7 +2484,13 @@ class Runtime:
         return result.stdout.splitlines()[0] if result.stdout else "unknown"
 
     def run_argv(self, bundle: str, container_id: str) -> list[str]:
-        return [self.program, "--root", str(self.root), "run", "--bundle", bundle, container_id]
+        """Return the command that runs a container.
+
+        A session keyring for each would limit a function to 200 containers: so many keys may a user have that is not
+        root (kernel.keys.maxkeys). Where the seccomp filter leaves no call that could use one, it needs none of its own.
+        """
+        keyring = ["--no-new-keyring"] if seccomp_profile(platform.machine()) else []
+        return [self.program, "--root", str(self.root), "run", *keyring, "--bundle", bundle, container_id]
 
     def spawn(self, bundle: str, container_id: str, output: int) -> int:
         """Start `runc run` with stdout and stderr on the descriptor output; return its pid. Raises OSError.
