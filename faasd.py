@@ -2345,6 +2345,8 @@ class Bundle:
     def __init__(self, name: str, image: dict, options: Options, rootfs: Path, run_dir: Path, cgroups: Cgroups,
                  apparmor: str = ""):
         self.first_id: int = image["first_id"]          # host id of the containers' root
+        # runc joins a user namespace first, and from there no network that the host has made.
+        self.joins_user_namespace = options.net != "egress"
         self._mark = f"@{secrets.token_hex(16)}@"       # stands for the id; nothing a user writes contains it
         self._namespace_mark = f"@{secrets.token_hex(16)}@"
         spec = build_spec(name, image, options, str(rootfs), str(run_dir / "containers" / self._mark / "control.sock"),
@@ -3475,7 +3477,8 @@ class Container:
 
         Raises StartFailed when it exits or the time is over; then nothing of it is left.
         """
-        user_namespace = await self._host.ids.user_namespace(self._bundle.first_id)
+        joins = self._bundle.joins_user_namespace
+        user_namespace = await self._host.ids.user_namespace(self._bundle.first_id) if joins else ""
         begin = self._host.loop.time()
         try:
             self._host.descriptors.check_start()
