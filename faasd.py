@@ -2564,6 +2564,7 @@ class IdRanges:
         self._taken: set[int] = set()
         self._namespaces: dict[int, int] = {}   # user namespaces with the ids of a range: first id → descriptor
         self._making = asyncio.Lock()
+        self._can_make = True
 
     def take(self) -> int:
         """Return the first id of a free range, which is taken from now on. Raises Conflict when there is none."""
@@ -2584,12 +2585,15 @@ class IdRanges:
             os.close(self._namespaces.pop(first))
 
     async def user_namespace(self, first: int) -> str:
-        """Return the path of the user namespace of a range; "" if this machine has none but runc's."""
+        """Return the path of the user namespace of a range, made at first use; "" if only runc can make one here."""
         async with self._making:
             if first not in self._namespaces:
+                if not self._can_make:
+                    return ""
                 try:
                     self._namespaces[first] = await asyncio.to_thread(make_user_namespace, first)
                 except (OSError, FaasdError) as error:
+                    self._can_make = isinstance(error, OSError)         # out of descriptors or processes, for now
                     log.warning("user=%d cannot make a user namespace, so runc makes one for each container, and all "
                                 "functions share what root may take of inotify, queues and timers: %s", first, error)
                     return ""
