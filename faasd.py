@@ -2118,6 +2118,8 @@ MASKED_PATHS = ["/proc/acpi", "/proc/asound", "/proc/interrupts", "/proc/kcore",
                 "/proc/sched_debug", "/proc/scsi", "/proc/timer_list", "/proc/timer_stats",
                 "/sys/devices/virtual/powercap", "/sys/firmware"]
 READONLY_PATHS = ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"]
+# Those that join a user namespace whose ids are given too, as they need. runc 1.3 refuses ("non-matching mapping").
+JOINING_RUNTIMES = re.compile(r"runc version 1\.1\.")
 NAMESPACES = ["pid", "mount", "ipc", "uts", "cgroup"]    # besides those of its network and of the function's users
 
 # What a handler may ask of the kernel, in the spirit of Docker's profile: what programs in Python, Node, Go, Java, Ruby
@@ -2295,7 +2297,8 @@ def command_line(process: dict, options: Options) -> list[str]:
 
 
 def build_spec(name: str, image: dict, options: Options, rootfs: str, control_socket: str, cgroup: str,
-               container_id: str, limit_swap: bool, run_dir: Path, apparmor: str = "", user_namespace: str = "") -> dict:
+               container_id: str, limit_swap: bool, run_dir: Path, apparmor: str = "",
+               user_namespace: str = "") -> dict:
     """Return the OCI runtime configuration (runtime-spec config.md) of a function's container.
 
     image is the content of image.json; rootfs, control_socket and cgroup are paths, cgroup below the cgroup mounts;
@@ -2489,7 +2492,7 @@ class Runtime:
         """Return the command that runs a container.
 
         A session keyring for each would limit a function to 200 containers: so many keys may a user have that is not
-        root (kernel.keys.maxkeys). Where the seccomp filter leaves no call that could use one, it needs none of its own.
+        root (kernel.keys.maxkeys). Where the seccomp filter leaves no call that could use one, none is needed.
         """
         keyring = ["--no-new-keyring"] if seccomp_profile(platform.machine()) else []
         return [self.program, "--root", str(self.root), "run", *keyring, "--bundle", bundle, container_id]
@@ -2564,7 +2567,7 @@ class IdRanges:
         self._taken: set[int] = set()
         self._namespaces: dict[int, int] = {}   # user namespaces with the ids of a range: first id → descriptor
         self._making = asyncio.Lock()
-        self._can_make = True
+        self.can_make = False                   # whether the runtime joins a user namespace: see JOINING_RUNTIMES
 
     def take(self) -> int:
         """Return the first id of a free range, which is taken from now on. Raises Conflict when there is none."""
@@ -2588,12 +2591,12 @@ class IdRanges:
         """Return the path of the user namespace of a range, made at first use; "" if only runc can make one here."""
         async with self._making:
             if first not in self._namespaces:
-                if not self._can_make:
+                if not self.can_make:
                     return ""
                 try:
                     self._namespaces[first] = await asyncio.to_thread(make_user_namespace, first)
                 except (OSError, FaasdError) as error:
-                    self._can_make = isinstance(error, OSError)         # out of descriptors or processes, for now
+                    self.can_make = isinstance(error, OSError)         # out of descriptors or processes, for now
                     log.warning("user=%d cannot make a user namespace, so runc makes one for each container, and all "
                                 "functions share what root may take of inotify, queues and timers: %s", first, error)
                     return ""
@@ -6203,6 +6206,7 @@ class Daemon:
         for number in {signal.SIGTERM, signal.SIGINT, signal.SIGHUP} - ignored:
             self.loop.add_signal_handler(number, self._stop_signals.put_nowait, number)
         self.runtime_version = self._runtime.version()
+        self._ids.can_make = bool(JOINING_RUNTIMES.match(self.runtime_version))
         log.info("faasd %s, %s, Linux %s", __version__, self.runtime_version, platform.release())
         for warning in (runc_warning(self.runtime_version), *machine_warnings()):
             if warning:
