@@ -35,7 +35,9 @@ import attempts  # noqa: E402
 
 MEMORY = 32 << 20           # bytes by which the daemon may have grown over all of it
 STDLIB = Path(sysconfig.get_path("stdlib"))
-PACKAGES = ("asyncio", "concurrent", "ctypes", "logging", "multiprocessing", "sqlite3")
+# What ordinary.py imports beyond handler.py, in one version of Python or another.
+PACKAGES = ("asyncio", "compression", "concurrent", "ctypes", "logging", "multiprocessing", "pathlib", "sqlite3",
+            "string", "sysconfig", "urllib")
 EXTENSIONS = ("_asyncio", "_contextvars", "_ctypes", "_multiprocessing", "_posixshmem", "_queue", "_sqlite3", "fcntl",
               "mmap", "resource", "unicodedata")
 NODES = {"memory": (1, 1, tarfile.CHRTYPE), "kmsg": (1, 11, tarfile.CHRTYPE), "disk": (8, 0, tarfile.BLKTYPE),
