@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""This checkout against another one: fresh containers a second, and warm requests: sudo bench/against.py CHECKOUT [ROUNDS]
+"""This checkout against another, fresh containers a second and warm requests: sudo bench/against.py CHECKOUT [ROUNDS]
 
-For example, what a change costs: git worktree add /tmp/before COMMIT && sudo bench/against.py /tmp/before. Both daemons run
-side by side with the same handler, and take their turns; what is printed is the ratio of this checkout to the other, as
-median and 10th to 90th percentile. Runs in a network namespace of its own; needs root.
+For example, what a change costs: git worktree add /tmp/before COMMIT && sudo bench/against.py /tmp/before. Both daemons
+run side by side with the same handler, and take their turns; what is printed is the ratio of this checkout to the
+other, as median and 10th to 90th percentile. Runs in a network namespace of its own; needs root.
 """
 
 from __future__ import annotations
