@@ -182,7 +182,7 @@ class HostileCase(unittest.TestCase):
 
     def settle(self) -> None:
         self.daemon.wait_idle("hostile")
-        self.daemon.wait_warm("neighbour", 1)
+        support.wait_until(lambda: len(self.daemon.wait_warm("neighbour", 1)) == 1, "the neighbour has one container")
 
     def footprint(self) -> dict:
         """Return the daemon's footprint; the neighbour's one warm container is another each time."""
