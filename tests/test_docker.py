@@ -137,8 +137,9 @@ def tree_of_archive(stream) -> set[tuple]:
 
 
 def tree_of_directory(root: Path) -> set[tuple]:
-    """The same of a directory, never following a link."""
+    """The same of an unpacked image, never following a link; owners as the image has them."""
     tree = set()
+    first_id = json.loads((Path(root).parent / "image.json").read_text())["first_id"]
     for directory, directories, files in os.walk(root):
         for name in directories + files:
             path = os.path.join(directory, name)
@@ -148,7 +149,8 @@ def tree_of_directory(root: Path) -> set[tuple]:
                 content = hashlib.sha256(Path(path).read_bytes()).hexdigest()
             elif stat.S_ISLNK(status.st_mode):
                 content = os.readlink(path)
-            tree.add(describe_file(os.path.relpath(path, root), status.st_mode, status.st_uid, status.st_gid, content))
+            owner = status.st_uid - first_id, status.st_gid - first_id
+            tree.add(describe_file(os.path.relpath(path, root), status.st_mode, *owner, content))
     return tree
 
 

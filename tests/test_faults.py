@@ -199,6 +199,8 @@ class Space(FaultCase):
 
     def test_tmpfs_of_the_containers_is_full(self):
         daemon = self.start()
+        if not os.path.ismount(daemon.run_dir / "containers"):
+            self.skipTest("the run-dir is on a tmpfs already, which others use too")
         fill = daemon.run_dir / "containers" / "fill"
         with self.neighbour_is_served():
             fill_file(fill)
