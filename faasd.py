@@ -6,7 +6,7 @@ Every TCP connection accepted on that address is one invocation: it gets a conta
 `runc run`, and the accepted socket itself travels to the handler over /control.sock with SCM_RIGHTS. From then on
 client and handler talk kernel to kernel; faasd neither parses nor copies a byte of it.
 
-    client            faasd                                 container (runc: own pid, mount, net, ipc, uts, cgroup)
+    client            faasd                                 container (runc: own user, pid, mount, net, …)
       |  connect        |                                      |
       |---------------->| accept                               |
       |                 | mkdir RUN_DIR/containers/ID          |
@@ -19,11 +19,12 @@ client and handler talk kernel to kernel; faasd neither parses nor copies a byte
 
 One invocation, in the names used below:
     Function._accept       accept from a listener with TCP_DEFER_ACCEPT
-    Function._invoke       wait for one of as many start slots as there are CPUs
+    Function._admit        into the queue, or away with a 503
+    Function.dispatch      who waits longest takes a warm container, if there is one; Pool.reconcile starts what lacks
     Container.start        private directory, config.json, control.sock, runc run, wait for the connect
     Container.hand_over    one sendmsg with one descriptor
-    Container.handled      end of file (or a READY byte) on the control connection, or runc's exit
-    Function._conclude     no byte sent (TCP_INFO)? then 502 or 504 on the duplicate that faasd kept
+    Function._on_release   end of file (or a READY byte) on the control connection, or runc's exit; no byte sent
+                           (TCP_INFO)? then 502 or 504 on the duplicate that faasd kept
     Container.finish       the container exits or is killed, runc removes its cgroups, faasd its directory
 
 Process and threads: one asyncio loop in the main thread owns listeners, containers, functions and the registry, so
@@ -49,8 +50,8 @@ On disk:
 Trusted: this host, and whoever may open faasd.sock or has the token of --api (that is root on this box). Not trusted:
 images, handlers and clients. Not done here: TLS, HTTP, load balancing, more than one machine.
 
-The sections follow a function's way through the daemon: image archive, layers, process config, OCI bundle, network,
-container, function, registry, logs, control API, daemon and main.
+The sections follow a function's way through the daemon: image archive, layers, process config, OCI bundle, ids, network,
+networks of functions, container, warm pool, function, registry, logs, control API, daemon and main.
 """
 
 from __future__ import annotations
@@ -2771,6 +2772,169 @@ class Network:
         return result.returncode == 0
 
 
+def notice_vanished_clients(listener: socket.socket) -> None:
+    """Have the kernel probe the idle connections of a listener (tcp(7)); they inherit what is set here."""
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, value in zip((socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT), CLIENT_KEEPALIVE):
+        listener.setsockopt(socket.IPPROTO_TCP, option, value)
+
+
+def open_listener(address: str, port: int) -> socket.socket:
+    """Return a non-blocking listening socket. Raises Conflict if the port is taken, FaasdError otherwise.
+
+    TCP_DEFER_ACCEPT: the kernel shows us a connection when its first data is there, so that a client that sends
+    nothing costs no container (tcp(7)).
+    """
+    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, DEFER_ACCEPT_SECONDS)
+        notice_vanished_clients(listener)
+        listener.bind((address, port))
+        keep_to_address(listener)
+        listener.listen(int(Path("/proc/sys/net/core/somaxconn").read_text()))
+    except OSError as error:
+        listener.close()
+        if error.errno == errno.EADDRINUSE:
+            raise Conflict(f"port {port} on {address} is taken by another program, perhaps one that listens on every "
+                           "address: stop it, or start faasd with another --port") from None
+        raise FaasdError(f"cannot listen on {address}:{port}: {error.strerror}") from None
+    listener.setblocking(False)
+    return listener
+
+
+def notify_service_manager(state: str, *descriptors: int) -> None:
+    """Tell systemd of a change, such as "READY=1" (sd_notify(3)); without systemd there is nobody to tell."""
+    address = os.environ.get("NOTIFY_SOCKET")
+    if address:
+        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack(f"{len(descriptors)}i", *descriptors))]
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+            try:
+                sock.connect(address.replace("@", "\0", 1) if address[0] == "@" else address)
+                sock.sendmsg([state.encode()], rights if descriptors else [])
+            except OSError as error:
+                log.warning("cannot notify the service manager: %s", error.strerror)
+
+
+def inherited_descriptors() -> dict[int, str]:
+    """Return the descriptors that the service manager has passed to us, with their names (sd_listen_fds(3))."""
+    count, names, pid = (os.environ.pop(name, "") for name in ("LISTEN_FDS", "LISTEN_FDNAMES", "LISTEN_PID"))
+    if pid != str(os.getpid()):                 # they were meant for somebody else
+        return {}
+    numbers = range(LISTEN_FDS_START, LISTEN_FDS_START + int(count))
+    return dict(zip(numbers, itertools.chain(names.split(":"), itertools.repeat("unknown"))))
+
+
+class ListenerStore:
+    """Opens listening sockets, which the service manager keeps while no daemon runs: nobody is refused meanwhile.
+
+    This is systemd's file descriptor store (FileDescriptorStoreMax= in the unit). A socket goes there when it is made,
+    comes back when the service is restarted, and is recognised by what it is bound to. Where nobody keeps sockets,
+    they are only opened.
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[tuple[str, int], socket.socket] = {}
+        for descriptor, name in inherited_descriptors().items():
+            os.set_inheritable(descriptor, False)
+            listener = listener_of(descriptor)
+            if listener is not None:
+                self._kept[listener.getsockname()] = listener
+            else:
+                log.warning("a descriptor %r of the service manager is no listening socket", name)
+                os.close(descriptor)
+                notify_service_manager(f"FDSTOREREMOVE=1\nFDNAME={name}")
+
+    def open(self, address: str, port: int) -> socket.socket:
+        """Return a listening socket: the one that was kept, or a new one. Raises as open_listener does."""
+        listener = self._kept.pop((address, port), None)
+        if listener is not None:
+            listener.setblocking(False)
+            return listener
+        listener = open_listener(address, port)
+        notify_service_manager(f"FDSTORE=1\nFDNAME={address}-{port}", listener.fileno())
+        return listener
+
+    def forget(self, address: str, port: int) -> None:
+        """Have a socket kept no longer."""
+        notify_service_manager(f"FDSTOREREMOVE=1\nFDNAME={address}-{port}")
+
+    def forget_unclaimed(self) -> None:
+        """Close the sockets that were kept, but have not been opened."""
+        while self._kept:
+            (address, port), listener = self._kept.popitem()
+            log.warning("closing the listening socket of %s:%d, which no function has any more", address, port)
+            refuse_connections(listener)
+            self.forget(address, port)
+
+
+def listener_of(descriptor: int) -> socket.socket | None:
+    """Return the socket of a descriptor, None if it does not listen for IPv4 connections."""
+    try:
+        listener = socket.socket(fileno=descriptor)
+    except OSError:                             # no socket
+        return None
+    if listener.family == socket.AF_INET and listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+        return listener
+    listener.detach()
+    return None
+
+
+def refuse_connections(listener: socket.socket) -> None:
+    """Close a listening socket even if others, such as the service manager, have descriptors of it."""
+    listener.shutdown(socket.SHUT_RD)
+    listener.close()
+
+
+def keep_to_address(listener: socket.socket) -> None:
+    """Have a listening socket and all that it accepts receive nothing but what is sent to its address and port.
+
+    A handler gets a socket of the host's network. connect(2) can dissolve its connection, and then it could go anywhere
+    that the host can, or listen. Its new port would not be this one, so that it would hear nothing. The filter is
+    inherited by what is accepted, costs an invocation nothing, and is locked: no handler can take it off.
+    """
+    address, port = listener.getsockname()
+    program = b"".join(struct.pack("HBBI", *instruction) for instruction in (
+        (BPF_LOAD_HALF, 0, 0, 2),                                       # destination port, in the TCP header
+        (BPF_JUMP_EQUAL, 0, 3, port),
+        (BPF_LOAD_WORD, 0, 0, BPF_IP_HEADER + 16),                      # destination address
+        (BPF_JUMP_EQUAL, 0, 1, int(ipaddress.IPv4Address(address))),
+        (BPF_RETURN, 0, 0, 0xFFFF_FFFF),                                # all of the packet
+        (BPF_RETURN, 0, 0, 0)))                                         # none
+    code = ctypes.create_string_buffer(program, len(program))
+    fprog = struct.pack("HP", len(program) // 8, ctypes.addressof(code))           # struct sock_fprog
+    listener.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, fprog)
+    listener.setsockopt(socket.SOL_SOCKET, SO_LOCK_FILTER, 1)
+
+
+@dataclass(frozen=True)
+class TcpState:
+    """What the kernel knows of a client's connection."""
+    state: int
+    received: int       # bytes
+    sent: int           # bytes handed to the kernel for sending, whether or not they have left
+
+    @classmethod
+    def of(cls, client: socket.socket) -> TcpState:
+        info = client.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
+        received, = struct.unpack_from("Q", info, TCP_INFO_RECEIVED)
+        sent, sent_again = struct.unpack_from("QQ", info, TCP_INFO_SENT)
+        waiting, = struct.unpack_from("I", info, TCP_INFO_NOTSENT)
+        if waiting and info[0] in TCP_FIN_STATES:
+            waiting -= 1                                # the FIN takes a sequence number, and goes last
+        return cls(info[0], received, sent - sent_again + waiting)
+
+    @property
+    def can_answer(self) -> bool:
+        """Whether nothing was said to the client yet and it still can be."""
+        return self.sent == 0 and self.state in (TCP_ESTABLISHED, TCP_CLOSE_WAIT)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Networks of functions with --net egress
+# ---------------------------------------------------------------------------------------------------------------------
+
+
 def fit_resolv_conf(texts: Iterable[str]) -> tuple[str, list[str]]:
     """Return a resolv.conf for a network namespace of its own, and the resolvers in it.
 
@@ -3138,164 +3302,6 @@ class TableWatch:
             if kind == NFT_DELTABLE and self._name in data[:length]:
                 self._on_delete()
             data = data[max(16, length + 3 & ~3):]
-
-
-def notice_vanished_clients(listener: socket.socket) -> None:
-    """Have the kernel probe the idle connections of a listener (tcp(7)); they inherit what is set here."""
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for option, value in zip((socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT), CLIENT_KEEPALIVE):
-        listener.setsockopt(socket.IPPROTO_TCP, option, value)
-
-
-def open_listener(address: str, port: int) -> socket.socket:
-    """Return a non-blocking listening socket. Raises Conflict if the port is taken, FaasdError otherwise.
-
-    TCP_DEFER_ACCEPT: the kernel shows us a connection when its first data is there, so that a client that sends
-    nothing costs no container (tcp(7)).
-    """
-    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, DEFER_ACCEPT_SECONDS)
-        notice_vanished_clients(listener)
-        listener.bind((address, port))
-        keep_to_address(listener)
-        listener.listen(int(Path("/proc/sys/net/core/somaxconn").read_text()))
-    except OSError as error:
-        listener.close()
-        if error.errno == errno.EADDRINUSE:
-            raise Conflict(f"port {port} on {address} is taken by another program, perhaps one that listens on every "
-                           "address: stop it, or start faasd with another --port") from None
-        raise FaasdError(f"cannot listen on {address}:{port}: {error.strerror}") from None
-    listener.setblocking(False)
-    return listener
-
-
-def notify_service_manager(state: str, *descriptors: int) -> None:
-    """Tell systemd of a change, such as "READY=1" (sd_notify(3)); without systemd there is nobody to tell."""
-    address = os.environ.get("NOTIFY_SOCKET")
-    if address:
-        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack(f"{len(descriptors)}i", *descriptors))]
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
-            try:
-                sock.connect(address.replace("@", "\0", 1) if address[0] == "@" else address)
-                sock.sendmsg([state.encode()], rights if descriptors else [])
-            except OSError as error:
-                log.warning("cannot notify the service manager: %s", error.strerror)
-
-
-def inherited_descriptors() -> dict[int, str]:
-    """Return the descriptors that the service manager has passed to us, with their names (sd_listen_fds(3))."""
-    count, names, pid = (os.environ.pop(name, "") for name in ("LISTEN_FDS", "LISTEN_FDNAMES", "LISTEN_PID"))
-    if pid != str(os.getpid()):                 # they were meant for somebody else
-        return {}
-    numbers = range(LISTEN_FDS_START, LISTEN_FDS_START + int(count))
-    return dict(zip(numbers, itertools.chain(names.split(":"), itertools.repeat("unknown"))))
-
-
-class ListenerStore:
-    """Opens listening sockets, which the service manager keeps while no daemon runs: nobody is refused meanwhile.
-
-    This is systemd's file descriptor store (FileDescriptorStoreMax= in the unit). A socket goes there when it is made,
-    comes back when the service is restarted, and is recognised by what it is bound to. Where nobody keeps sockets,
-    they are only opened.
-    """
-
-    def __init__(self) -> None:
-        self._kept: dict[tuple[str, int], socket.socket] = {}
-        for descriptor, name in inherited_descriptors().items():
-            os.set_inheritable(descriptor, False)
-            listener = listener_of(descriptor)
-            if listener is not None:
-                self._kept[listener.getsockname()] = listener
-            else:
-                log.warning("a descriptor %r of the service manager is no listening socket", name)
-                os.close(descriptor)
-                notify_service_manager(f"FDSTOREREMOVE=1\nFDNAME={name}")
-
-    def open(self, address: str, port: int) -> socket.socket:
-        """Return a listening socket: the one that was kept, or a new one. Raises as open_listener does."""
-        listener = self._kept.pop((address, port), None)
-        if listener is not None:
-            listener.setblocking(False)
-            return listener
-        listener = open_listener(address, port)
-        notify_service_manager(f"FDSTORE=1\nFDNAME={address}-{port}", listener.fileno())
-        return listener
-
-    def forget(self, address: str, port: int) -> None:
-        """Have a socket kept no longer."""
-        notify_service_manager(f"FDSTOREREMOVE=1\nFDNAME={address}-{port}")
-
-    def forget_unclaimed(self) -> None:
-        """Close the sockets that were kept, but have not been opened."""
-        while self._kept:
-            (address, port), listener = self._kept.popitem()
-            log.warning("closing the listening socket of %s:%d, which no function has any more", address, port)
-            refuse_connections(listener)
-            self.forget(address, port)
-
-
-def listener_of(descriptor: int) -> socket.socket | None:
-    """Return the socket of a descriptor, None if it does not listen for IPv4 connections."""
-    try:
-        listener = socket.socket(fileno=descriptor)
-    except OSError:                             # no socket
-        return None
-    if listener.family == socket.AF_INET and listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
-        return listener
-    listener.detach()
-    return None
-
-
-def refuse_connections(listener: socket.socket) -> None:
-    """Close a listening socket even if others, such as the service manager, have descriptors of it."""
-    listener.shutdown(socket.SHUT_RD)
-    listener.close()
-
-
-def keep_to_address(listener: socket.socket) -> None:
-    """Have a listening socket and all that it accepts receive nothing but what is sent to its address and port.
-
-    A handler gets a socket of the host's network. connect(2) can dissolve its connection, and then it could go anywhere
-    that the host can, or listen. Its new port would not be this one, so that it would hear nothing. The filter is
-    inherited by what is accepted, costs an invocation nothing, and is locked: no handler can take it off.
-    """
-    address, port = listener.getsockname()
-    program = b"".join(struct.pack("HBBI", *instruction) for instruction in (
-        (BPF_LOAD_HALF, 0, 0, 2),                                       # destination port, in the TCP header
-        (BPF_JUMP_EQUAL, 0, 3, port),
-        (BPF_LOAD_WORD, 0, 0, BPF_IP_HEADER + 16),                      # destination address
-        (BPF_JUMP_EQUAL, 0, 1, int(ipaddress.IPv4Address(address))),
-        (BPF_RETURN, 0, 0, 0xFFFF_FFFF),                                # all of the packet
-        (BPF_RETURN, 0, 0, 0)))                                         # none
-    code = ctypes.create_string_buffer(program, len(program))
-    fprog = struct.pack("HP", len(program) // 8, ctypes.addressof(code))           # struct sock_fprog
-    listener.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, fprog)
-    listener.setsockopt(socket.SOL_SOCKET, SO_LOCK_FILTER, 1)
-
-
-@dataclass(frozen=True)
-class TcpState:
-    """What the kernel knows of a client's connection."""
-    state: int
-    received: int       # bytes
-    sent: int           # bytes handed to the kernel for sending, whether or not they have left
-
-    @classmethod
-    def of(cls, client: socket.socket) -> TcpState:
-        info = client.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
-        received, = struct.unpack_from("Q", info, TCP_INFO_RECEIVED)
-        sent, sent_again = struct.unpack_from("QQ", info, TCP_INFO_SENT)
-        waiting, = struct.unpack_from("I", info, TCP_INFO_NOTSENT)
-        if waiting and info[0] in TCP_FIN_STATES:
-            waiting -= 1                                # the FIN takes a sequence number, and goes last
-        return cls(info[0], received, sent - sent_again + waiting)
-
-    @property
-    def can_answer(self) -> bool:
-        """Whether nothing was said to the client yet and it still can be."""
-        return self.sent == 0 and self.state in (TCP_ESTABLISHED, TCP_CLOSE_WAIT)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
