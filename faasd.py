@@ -50,8 +50,8 @@ On disk:
 Trusted: this host, and whoever may open faasd.sock or has the token of --api (that is root on this box). Not trusted:
 images, handlers and clients. Not done here: TLS, HTTP, load balancing, more than one machine.
 
-The sections follow a function's way through the daemon: image archive, layers, process config, OCI bundle, ids, network,
-networks of functions, container, warm pool, function, registry, logs, control API, daemon and main.
+The sections follow a function's way through the daemon: image archive, layers, process config, OCI bundle, ids,
+network, networks of functions, container, warm pool, function, registry, logs, control API, daemon and main.
 """
 
 from __future__ import annotations
