@@ -176,6 +176,7 @@ SURPLUS_SECONDS = 20.0              # how long more containers than asked for ma
 MAX_WARM_SECONDS = 3600.0           # age at which a container that waits is replaced by a new one
 HEALTHY_SECONDS = 10.0              # a warm container that dies younger counts as a failed start
 FIRST_RETRY_SECONDS, MAX_RETRY_SECONDS = 1.0, 60.0     # between failed starts that nobody waits for
+HEAD_START_SECONDS = 0.002          # for a handler that has just got a client, before the CPUs start its replacement
 START_SLOT_SECONDS = 1.0            # how long a start counts against the starts allowed at a time
 WARM_PER_CPU = 16                   # default of --max-warm, which is no more than …
 WARM_MEMORY = 64 * MIB              # … one for each of these bytes of the machine's memory
@@ -4002,6 +4003,7 @@ class Starter:
         self._loop = loop
         self._now: dict[Pool, None] = {}        # the next one first
         self._ahead: dict[Pool, None] = {}
+        self._timer: asyncio.TimerHandle | None = None
         # The one whose turn it is first, with how a pool tells that it still needs one.
         self._lines = [(self._now, Pool.lacks_now), (self._ahead, Pool.lacks_ahead)]
         self._tasks: set[asyncio.Task] = set()
@@ -4011,7 +4013,13 @@ class Starter:
         self.fill()
 
     def need_ahead(self, pool: Pool) -> None:
+        """Start a container for the pool in a moment: not before the one that was just taken has got to its answer."""
         self._ahead.setdefault(pool)
+        if self._timer is None:
+            self._timer = self._loop.call_later(HEAD_START_SECONDS, self._fill_later)
+
+    def _fill_later(self) -> None:
+        self._timer = None
         self.fill()
 
     def fill(self) -> None:
