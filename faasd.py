@@ -198,7 +198,7 @@ LINGER_BYTES = 16 * MIB             # of it, at most
 PEEK_BYTES = 2048                   # of the request, for the log line
 ACCEPT_BATCH = 64                   # connections accepted before other events get their turn
 ACCEPT_PAUSE = 0.5                  # seconds without accepting when descriptors have run out
-TCP_ESTABLISHED, TCP_CLOSE, TCP_CLOSE_WAIT = 1, 7, 8          # include/net/tcp_states.h
+TCP_ESTABLISHED, TCP_CLOSE_WAIT = 1, 8          # include/net/tcp_states.h
 TCP_FIN_STATES = (4, 9, 11)          # FIN_WAIT1, LAST_ACK, CLOSING: we have closed, the FIN is not yet acknowledged
 SO_ATTACH_FILTER, SO_LOCK_FILTER = 26, 44   # socket(7); the numbers are those of include/uapi/asm-generic/socket.h
 BPF_LOAD_WORD, BPF_LOAD_HALF, BPF_JUMP_EQUAL, BPF_RETURN = 0x20, 0x28, 0x15, 0x06      # linux/bpf_common.h
@@ -3423,17 +3423,19 @@ class Descriptors:
 
     def check_client(self) -> None:
         """Raise OSError if no connection should be accepted."""
-        self._check(1, 2 * self._spare)
+        latest = os.dup(self._probe)            # asked for every connection, so no more is done than must be
+        os.close(latest)
+        self._check(latest, 2 * self._spare)
 
     def check_start(self) -> None:
         """Raise OSError if no container should be started."""
-        self._check(CONTAINER_DESCRIPTORS, self._spare)
-
-    def _check(self, count: int, spare: int) -> None:
         with contextlib.ExitStack() as stack:
-            for _ in range(count):
+            for _ in range(CONTAINER_DESCRIPTORS):
                 latest = os.dup(self._probe)
                 stack.callback(os.close, latest)
+        self._check(latest, self._spare)
+
+    def _check(self, latest: int, spare: int) -> None:
         if latest >= self.limit - spare:
             raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 
@@ -4594,6 +4596,15 @@ def peek(client: socket.socket) -> bytes:
         return b""
 
 
+def was_reset(client: socket.socket) -> bool:
+    """Whether a connection has been reset: it has no peer any more. Cheaper to ask than TcpState."""
+    try:
+        client.getpeername()
+        return False
+    except OSError:                             # ENOTCONN
+        return True
+
+
 class Function:
     """Accepts connections on one address and gives each a container of its own. Lives on the loop's thread.
 
@@ -4751,7 +4762,7 @@ class Function:
         self._active.add(invocation)
         self._quiet.clear()
         self.statistics.requests += 1
-        if TcpState.of(invocation.client).state == TCP_CLOSE:       # reset, after it had sent its request
+        if was_reset(invocation.client):        # after it had sent its request
             self._abandon(invocation)
             return
         self.demand.arrived(invocation.accepted)
