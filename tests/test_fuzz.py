@@ -370,7 +370,8 @@ class ControlApi(unittest.TestCase):
         self.assertEqual(names, ["good", "victim"])
         self.daemon.faas("rm", "victim")
         self.daemon.wait_warm("good", 1)
-        wait_until(lambda: self.count()[0] <= descriptors, f"FAASD_FUZZ_SEED={SEED}: {descriptors} descriptors are open")
+        wait_until(lambda: self.count()[0] <= descriptors,
+                   f"as before, {descriptors} descriptors are open (FAASD_FUZZ_SEED={SEED})")
         self.assertLessEqual(self.count()[1], threads + (os.cpu_count() or 1) + 4)      # what asyncio.to_thread keeps
         self.assertEqual(support.get(self.good)[0], 200)
 
