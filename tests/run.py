@@ -156,8 +156,11 @@ def show(path: Path) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description="Run faasd's tests.")
     parser.add_argument("-v", "--verbose", action="store_true", help="print every test and its seconds")
+    parser.add_argument("--soak", metavar="SECONDS", help="how long each of those tests takes that may take any time")
     parser.add_argument("files", nargs="*", type=Path, metavar="FILE", help="tests/test_*.py by default")
     arguments = parser.parse_args()
+    if arguments.soak:
+        os.environ["FAASD_SOAK_SECONDS"] = arguments.soak       # which the tests read
     files = [path.resolve() for path in arguments.files] or sorted(TESTS.glob("test_*.py"))
     if missing := [path for path in files if not path.is_file()]:
         parser.error(f"no such test file: {missing[0]}")

@@ -1,7 +1,7 @@
 """Random nonsense for the control API, on both its listeners: it answers, or not, but nothing breaks or is left.
 
 A few seconds of the same nonsense each time; longer, and of a seed that nobody has tried:
-`sudo FAASD_FUZZ_SECONDS=600 ./test.sh tests/test_fuzz.py`. A failure names its seed, and FAASD_FUZZ_SEED repeats it.
+`sudo ./test.sh --soak 600 tests/test_fuzz.py`. A failure names its seed, and FAASD_FUZZ_SEED repeats it.
 """
 
 import json
@@ -24,8 +24,8 @@ import faasd
 import support
 from support import wait_until
 
-SECONDS = float(os.environ.get("FAASD_FUZZ_SECONDS", "6"))
-SEED = os.environ.get("FAASD_FUZZ_SEED", secrets.token_hex(8) if "FAASD_FUZZ_SECONDS" in os.environ else "faasd")
+SECONDS = float(os.environ.get("FAASD_SOAK_SECONDS", "6"))
+SEED = os.environ.get("FAASD_FUZZ_SEED", secrets.token_hex(8) if "FAASD_SOAK_SECONDS" in os.environ else "faasd")
 ROUNDS = 40             # of requests at least, however slow the machine
 ADDRESS = ("127.0.0.1", 9000)
 TOKEN = "correct-horse-battery-staple"

@@ -1,7 +1,7 @@
 """Clients that mean harm: silent, slow, leaving, vanishing, sending garbage. Real daemon, real sockets.
 
 Of each attack: nothing of it stays behind, and what it has not to do with goes on. Random resets last 3 s, or as long
-as FAASD_SOAK_SECONDS says: `sudo FAASD_SOAK_SECONDS=600 ./test.sh tests/test_hostile_clients.py`
+as --soak says: `sudo ./test.sh --soak 600 tests/test_hostile_clients.py`
 """
 
 import collections

@@ -1,6 +1,6 @@
 """Mixed load for a while: nothing goes wrong but what is injected, and nothing grows.
 
-60 s, or as long as FAASD_SOAK_SECONDS says: `sudo FAASD_SOAK_SECONDS=1800 ./test.sh tests/test_soak.py`
+60 s, or as long as --soak says: `sudo ./test.sh --soak 1800 tests/test_soak.py`
 """
 
 import collections
