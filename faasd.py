@@ -4016,12 +4016,13 @@ class Starter:
     """Starts containers for all pools: a few at a time, because more only makes each of them slower.
 
     There are two lines, of pools whose clients wait and of pools that start ahead of theirs. The lines alternate, and
-    within a line pools come in turn: so a flood on one function delays another's start by little more than the starts
-    that are under way, and does not keep it from replacing the warm containers it has used.
+    within a line pools come in turn. One slot is for pools that have no start under way. So a flood on one function
+    does not keep another from starting at once, be it for a client or to replace a warm container it has used.
     """
 
     def __init__(self, slots: int, loop: asyncio.AbstractEventLoop):
-        self._free = slots
+        """slots is how many starts there may be at a time, the one that is kept for others not counted."""
+        self._free = slots + 1
         self._loop = loop
         self._now: dict[Pool, None] = {}        # the next one first
         self._ahead: dict[Pool, None] = {}
@@ -4053,8 +4054,9 @@ class Starter:
 
     def _next(self) -> Pool | None:
         for line, lacks in self._lines:
-            while line:
-                pool = next(iter(line))
+            for pool in list(line):
+                if self._free == 1 and pool.starting:
+                    continue                    # the last slot is for others
                 del line[pool]
                 if lacks(pool):
                     line[pool] = None           # at the end: it may need another, but others have their turn first

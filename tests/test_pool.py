@@ -253,6 +253,22 @@ class Admission(PoolCase):
         self.assertEqual({response(client)[:12] for client in clients}, {b"HTTP/1.1 504"})
 
 
+class Slots(PoolCase):
+    constants = {"START_SLOT_SECONDS": 60}
+
+    def test_function_whose_starts_hang_leaves_a_slot_to_others(self):
+        self.daemon.deploy("bad", None, "--warm", "0", "--start-timeout", "30")
+        good = self.daemon.deploy("good", None, "--warm", "0")
+        (self.daemon.rootfs("bad") / "misbehave").write_text("never-connect")
+        clients = [request(self.daemon.info("bad")["address"]) for _ in range(2 * os.cpu_count())]
+        wait_until(lambda: self.daemon.info("bad")["starting"] == os.cpu_count(), "its starts take the other slots")
+        for _ in range(3):
+            self.assertEqual(get(good)[0], 200)
+        self.assertEqual(self.daemon.outcomes("bad"), {})
+        for client in clients:
+            client.close()
+
+
 class Reuse(PoolCase):
     def ids(self, address: str, count: int) -> list[str]:
         answers = []
