@@ -2031,7 +2031,6 @@ def die_with_parent() -> None:
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # OCI bundle: from an image and options to config.json, and the runtime that reads it
 # ---------------------------------------------------------------------------------------------------------------------
