@@ -37,6 +37,8 @@ class InvocationCase(unittest.TestCase):
 
     def setUp(self):
         self.daemon.wait_idle("f")
+        # The container that proved the deploy is nobody's invocation, and may still be on its way out.
+        wait_until(lambda: not any((self.daemon.run_dir / "containers").iterdir()), "no container is left")
         self.before = support.footprint(self.daemon)
         self.log_start = len(self.function_log())
 
