@@ -1481,7 +1481,11 @@ class Rootfs:
         try:
             self._writers.settle()
         except OSError as error:
-            raise unpack_error(error.filename.removeprefix(self.path), error) from None
+            raise self.error(error) from None
+
+    def error(self, error: OSError) -> FaasdError:
+        """Return what to raise for a host path that the kernel refused."""
+        return unpack_error((error.filename or self.path).removeprefix(self.path), error)
 
     def make_real_directory(self, path: bytes) -> None:
         """Make path and all its parents plain directories, putting them in the place of links and files (H.1)."""
@@ -1519,8 +1523,9 @@ class Rootfs:
 
 
 def show(path: bytes) -> str:
-    """Return a path of an image for a message."""
-    return escape_controls(path.decode("utf-8", "backslashreplace"))
+    """Return a path of an image for a message, the begin of a long one."""
+    shown = path if len(path) <= MAX_NAME_LENGTH else path[:MAX_NAME_LENGTH] + "…".encode()
+    return escape_controls(shown.decode("utf-8", "backslashreplace"))
 
 
 XATTR_RECORD = "SCHILY.xattr."           # + name: how PAX headers carry extended attributes
@@ -1569,7 +1574,7 @@ class LayerApplier:
         if path.count(b"/") > MAX_PATH_DEPTH + 1:
             raise ImageError(f"a path in the image is over {MAX_PATH_DEPTH} directories deep (MAX_PATH_DEPTH)")
         if len(path) > MAX_NAME_LENGTH and any(len(component) > MAX_NAME_LENGTH for component in path.split(b"/")):
-            raise ImageError(f"a name in the image is over {MAX_NAME_LENGTH} bytes: {show(name[:80])}…")
+            raise ImageError(f"a name in the image is over {MAX_NAME_LENGTH} bytes: {show(name)}")
         return path
 
     def _apply_entry(self, entry: Entry, path: bytes, content: bytes | int | None) -> None:
@@ -1960,8 +1965,11 @@ def unpack_image(source: BinaryIO, directory: Path, tag: str, max_size: int, max
             with contextlib.closing(FileWriters(count)) as writers:
                 apply_layers(image.layers, archive, staging, lambda: Rootfs(rootfs_path, writers, first_id), budget)
                 rootfs = Rootfs(rootfs_path, writers, first_id)
-                process = resolve_process(image.config, rootfs)
-                prepare_mount_targets(rootfs)
+                try:
+                    process = resolve_process(image.config, rootfs)
+                    prepare_mount_targets(rootfs)
+                except OSError as error:        # of the target of a link, say, which may be any text
+                    raise rootfs.error(error) from None
         shutil.rmtree(staging_path)
         document = {"digest": f"sha256:{image.digest}", "version": image.digest[:12], "tag": image.tag,
                     "first_id": first_id, "size": budget.written, "entries": budget.entries, "process": process}

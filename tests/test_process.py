@@ -288,6 +288,12 @@ add_cases(Processes, [
     ("G3 passwd too large", [file("etc/passwd", "x" * (1 << 20) + "x")], {}, 413, "MAX_ACCOUNTS_SIZE"),
     ("G3 group too large", [file("etc/group", "x" * (1 << 20) + "x")], {}, 413, "MAX_ACCOUNTS_SIZE"),
     ("G3 passwd is a loop of links", [symlink("etc", "etc")], {}, 400, "MAX_LINK_HOPS"),
+    ("G3 passwd lies below a link to a name that cannot be", [symlink("etc", "x" * 256)], {}, 400,
+     "cannot unpack .*too long"),
+    ("G3 passwd lies below a link to a path that cannot be", [symlink("etc", f"{'x' * 250}/" * 16 + "y" * 70)], {}, 400,
+     "cannot unpack .*too long"),
+    ("G2 WorkingDir is a link to a name that cannot be", [symlink("w", "x" * 256)], {"WorkingDir": "/w"}, 400,
+     "cannot unpack .*too long"),
     ("G3 unknown user", [], {"User": "app"}, 400, "user 'app'"),
     *[(f"H1 volume {path!r} is in the way", entries, {"Volumes": {path: {}}}, 400, "in the way")
       for path, entries in (("/", []), ("", []), (".", []), ("/proc", []), ("/proc/sys", []), ("/dev", []),
