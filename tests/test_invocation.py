@@ -29,6 +29,12 @@ class InvocationCase(unittest.TestCase):
         cls.addClassCleanup(cls.daemon.close)
         cls.address = cls.daemon.deploy("f", support.handler_image(), *cls.options)
         cls.wait_logged("f")
+        cls.wait_containers(0)
+
+    @classmethod
+    def wait_containers(cls, count: int):
+        """Wait for those that have proved deploys, which are nobody's invocations, to be gone."""
+        wait_until(lambda: len(list((cls.daemon.run_dir / "containers").iterdir())) == count, f"{count} are left")
 
     @classmethod
     def wait_logged(cls, name: str):
@@ -37,8 +43,6 @@ class InvocationCase(unittest.TestCase):
 
     def setUp(self):
         self.daemon.wait_idle("f")
-        # The container that proved the deploy is nobody's invocation, and may still be on its way out.
-        wait_until(lambda: not any((self.daemon.run_dir / "containers").iterdir()), "no container is left")
         self.before = support.footprint(self.daemon)
         self.log_start = len(self.function_log())
 
@@ -336,6 +340,7 @@ class Load(InvocationCase):
         cls.open.sendall(b"GET /echo HTTP/1.1\r\n\r\n")
         cls.opened = time.monotonic()
         assert b"101" in cls.open.recv(65536)
+        cls.wait_containers(1)
 
     def test_zz_connection_outlives_the_default_timeout(self):
         time.sleep(max(0.0, self.opened + faasd.Options().timeout + 1 - time.monotonic()))
