@@ -319,6 +319,23 @@ class Processes(FaultCase):
             failing = ""
         self.all_is_well()
 
+    def test_disk_fails_to_take_an_image(self):
+        """EIO of syncfs, which runs while the handler is proved: the registry must not name the image."""
+        failing = False
+
+        def decide(call: gate.Call) -> int | None:
+            return errno.EIO if call.of == "daemon" and call.name == "syncfs" and failing else None
+        daemon = self.start_at_gate(decide)
+        registry = (daemon.state_dir / "registry.json").read_bytes()
+        with self.neighbour_is_served():
+            failing = True
+            answer = self.deploy("new", status=500)
+            self.assertEqual(answer["error"], "writing the image to disk: Input/output error")
+            failing = False
+        self.assertEqual((daemon.state_dir / "registry.json").read_bytes(), registry)
+        self.assertFalse((daemon.state_dir / "images" / "new").exists())
+        self.all_is_well()
+
 
 class Programs(FaultCase):
     """runc and ip, each behind a script of ours."""
