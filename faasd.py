@@ -30,7 +30,8 @@ One invocation, in the names used below:
 Process and threads: one asyncio loop in the main thread owns listeners, containers, functions and the registry, so
 there are no locks around them. The control API is a stdlib http.server on a Unix socket, with --api on a TCP port too,
 one thread a connection, which calls into the loop with run_coroutine_threadsafe. Images are unpacked by a child process
-(`faasd.py unpack …`): it is heavy, must not delay an invocation, and is where hostile bytes are parsed.
+(`faasd.py unpack …`): it is heavy, must not delay an invocation, and is where hostile bytes are parsed. It is the first
+part of this file; the imports that only the daemon needs come after it.
 
 SIGTERM drains and leaves nothing. SIGHUP leaves what serves a client to the next daemon. No container depends on the
 daemon that started it, so after SIGHUP, and after a crash too, the next one finds them, takes duplicates of their
@@ -56,31 +57,15 @@ network, networks of functions, container, warm pool, function, registry, logs, 
 
 from __future__ import annotations
 
-import argparse
-import asyncio
-import bisect
 import collections
-import concurrent.futures
 import contextlib
 import ctypes
-import enum
 import errno
-import fcntl
-import functools
 import gc
-import grp
 import hashlib
-import hmac
-import http.client
-import http.server
-import importlib.util
-import io
-import ipaddress
 import itertools
 import json
 import logging
-import marshal
-import math
 import os
 import pickle
 import platform
@@ -88,25 +73,17 @@ import posixpath
 import queue
 import re
 import resource
-import secrets
-import select
 import shutil
 import signal
 import socket
-import socketserver
 import stat
-import struct
 import subprocess
 import sys
 import tarfile
-import tempfile
 import threading
-import time
-import urllib.parse
 import zlib
-from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterator
-from dataclasses import asdict, dataclass, fields, replace
-from datetime import datetime, timedelta, timezone
+from collections.abc import Callable, Generator, Iterable, Iterator
+from dataclasses import dataclass, replace
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from tarfile import TarInfo
@@ -1991,6 +1968,14 @@ def apply_layers(layers: list[Layer], archive: Archive, staging: Staging, open_r
         found.verify(layer)
 
 
+PR_SET_PDEATHSIG = 1                    # prctl(2)
+
+
+def die_with_parent() -> None:
+    """Have the kernel kill this process when the daemon dies, so that it does not unpack for nobody."""
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 def unpack_main(arguments: list[str]) -> int:
     """Run `faasd.py unpack DIRECTORY TAG MAX_SIZE MAX_ENTRIES FIRST_ID < ARCHIVE`, the daemon's child; print JSON."""
     directory, tag, *numbers = arguments
@@ -2013,30 +1998,42 @@ def unpack_main(arguments: list[str]) -> int:
     return 0
 
 
-PR_SET_PDEATHSIG = 1                    # prctl(2)
+if __name__ == "__main__" and sys.argv[1:2] == ["unpack"]:
+    # All below is the daemon's: without it and its imports, the child starts in two thirds of the time.
+    exit_status = unpack_main(sys.argv[2:])
+    sys.stdout.flush()
+    os._exit(exit_status)               # to take the interpreter apart takes 30 ms
 
+# ---------------------------------------------------------------------------------------------------------------------
+# What the daemon needs besides
+# ---------------------------------------------------------------------------------------------------------------------
 
-def compile_program() -> int:
-    """Return a descriptor of a file with this program, compiled: a child that runs it starts in two thirds of the time.
-
-    It is what this process runs, whatever becomes of the source meanwhile. Compiled in a child, for it takes memory.
-    """
-    descriptor = os.memfd_create("faasd.pyc")
-    pid = os.fork()
-    if pid == 0:
-        try:
-            code = compile(Path(__file__).read_bytes(), __file__, "exec", dont_inherit=True)
-            # A .pyc begins with Python's magic number, and with flags, time and size, which are not looked at here.
-            write_all(descriptor, memoryview(importlib.util.MAGIC_NUMBER + bytes(12) + marshal.dumps(code)))
-        finally:
-            os._exit(0)                 # without a file, or with half of one, a deploy fails and says so
-    os.waitpid(pid, 0)
-    return descriptor
-
-
-def die_with_parent() -> None:
-    """Have the kernel kill this process when the daemon dies, so that it does not unpack for nobody."""
-    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+import argparse
+import asyncio
+import bisect
+import concurrent.futures
+import enum
+import fcntl
+import functools
+import grp
+import hmac
+import http.client
+import http.server
+import importlib.util
+import io
+import ipaddress
+import marshal
+import math
+import secrets
+import select
+import socketserver
+import struct
+import tempfile
+import time
+import urllib.parse
+from collections.abc import AsyncIterator
+from dataclasses import asdict, fields
+from datetime import datetime, timedelta, timezone
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -6215,6 +6212,24 @@ class Settings:
     api_host: Iterable[str] = ()                    # names, besides its address, by which clients may call it
 
 
+def compile_program() -> int:
+    """Return a descriptor of a file with this program, compiled: a child that runs it starts in two thirds of the time.
+
+    It is what this process runs, whatever becomes of the source meanwhile. Compiled in a child, for it takes memory.
+    """
+    descriptor = os.memfd_create("faasd.pyc")
+    pid = os.fork()
+    if pid == 0:
+        try:
+            code = compile(Path(__file__).read_bytes(), __file__, "exec", dont_inherit=True)
+            # A .pyc begins with Python's magic number, and with flags, time and size, which are not looked at here.
+            write_all(descriptor, memoryview(importlib.util.MAGIC_NUMBER + bytes(12) + marshal.dumps(code)))
+        finally:
+            os._exit(0)                 # without a file, or with half of one, a deploy fails and says so
+    os.waitpid(pid, 0)
+    return descriptor
+
+
 IMAGE_FIELDS = {"digest": str, "tag": str, "size": int, "process": dict}        # of an image.json, to be sure of
 
 
@@ -7120,10 +7135,6 @@ def set_limits() -> None:
 
 def main(argv: list[str]) -> int:
     """Run the daemon; return its exit status: 0 stopped, 1 failed, 2 called in a way that cannot work."""
-    if argv[:1] == ["unpack"]:
-        status = unpack_main(argv[1:])
-        sys.stdout.flush()
-        os._exit(status)                # to take the interpreter apart takes 30 ms
     settings = parse_arguments(argv)
     configure_logging(settings.log_format == "json", settings.verbose)
     try:
