@@ -2396,6 +2396,11 @@ LIMIT_FILES = ("memory.limit_in_bytes", "memory.memsw.limit_in_bytes", "memory.m
                "cpu.cfs_quota_us", "cpu.cfs_period_us", "cpu.max", "pids.max", "devices.list")
 
 
+# What is said of a pid whose process was reaped; EINVAL by pidfd_open of older kernels, such as 6.1, where the pid is still
+# that of a process group or a session.
+PROCESS_GONE = {errno.ESRCH, errno.ENOENT, errno.EINVAL}
+
+
 class Cgroups:
     """The cgroups of this daemon's containers: PARENT/ID in every hierarchy, of v1 and v2.
 
@@ -2439,20 +2444,19 @@ class Cgroups:
                 for name in LIMIT_FILES for directory in directories if (directory / name).exists()}
 
     def kill(self, container_id: str) -> None:
-        """Send SIGKILL to every process of a container."""
+        """Send SIGKILL to every process of a container. What fails is logged: callers try again while there are any."""
         for pid in self.processes(container_id):
             try:
                 descriptor = os.pidfd_open(pid)
-            except ProcessLookupError:
-                continue
-            try:
-                # The pid may have been taken over since we read it, but the descriptor now holds one process fast.
-                if f"/{container_id}" in Path(f"/proc/{pid}/cgroup").read_text():
-                    signal.pidfd_send_signal(descriptor, signal.SIGKILL)
-            except (FileNotFoundError, ProcessLookupError):
-                continue
-            finally:
-                os.close(descriptor)
+                try:
+                    # The pid may have been taken over since we read it, but the descriptor now holds one process fast.
+                    if f"/{container_id}" in Path(f"/proc/{pid}/cgroup").read_text():
+                        signal.pidfd_send_signal(descriptor, signal.SIGKILL)
+                finally:
+                    os.close(descriptor)
+            except OSError as error:
+                if error.errno not in PROCESS_GONE:
+                    log.warning("container=%s cannot kill its process %d: %s", container_id, pid, error.strerror)
 
     def remove(self, path: str) -> None:
         """Remove a cgroup directory in every hierarchy if it is empty."""

@@ -297,6 +297,26 @@ class Processes(FaultCase):
             killing = False
         self.all_is_well()
 
+    def test_signal_cannot_be_sent(self):
+        """A kill that fails is tried again, and the client has its answer."""
+        refused = 3
+
+        def decide(call: gate.Call) -> int | None:
+            nonlocal refused
+            if call.of == "daemon" and call.name == "pidfd_send_signal" and refused < 3:
+                refused += 1
+                return errno.EPERM
+            return None
+        daemon = self.start_at_gate(decide)
+        self.assertEqual(daemon.api("PATCH", "/functions/f?timeout=200ms")[0], 200)
+        with self.neighbour_is_served():
+            refused = 0
+            self.assertEqual(get(self.f, "/sleep?3600")[0], 504)
+        self.assertEqual(refused, 3)
+        self.assertIn("cannot kill its process", daemon.log())
+        self.assertEqual(daemon.api("PATCH", "/functions/f?timeout=30")[0], 200)
+        self.all_is_well()
+
     def test_disk_fails_to_sync(self):
         """EIO of fsync: there a disk tells that it has lost what was written."""
         failing = ""

@@ -6,7 +6,10 @@ import dis
 import ipaddress
 import json
 import logging
+import os
+import signal
 import socket
+import subprocess
 import sys
 import tempfile
 import types
@@ -108,6 +111,24 @@ class UnpackingChild(unittest.TestCase):
         with mock.patch.dict(sys.modules, {module.__name__: module}):       # where dataclasses look for it
             exec(code, vars(module))
         self.assertEqual({name for name in global_names(code) if name not in {*vars(module), *vars(builtins)}}, set())
+
+
+class Cgroups(unittest.TestCase):
+    def test_process_that_is_gone_while_its_session_is_not(self):
+        """Of its pid, Linux 6.1 says EINVAL rather than ESRCH."""
+        leader = subprocess.Popen(["sh", "-c", "sleep 1000 >&2 & echo $!"], start_new_session=True, text=True,
+                                  stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        with leader.stdout:
+            self.addCleanup(os.kill, int(leader.stdout.readline()), signal.SIGKILL)
+        leader.wait()
+        with tempfile.TemporaryDirectory() as hierarchy:
+            cgroups = faasd.Cgroups(Path("/run/test"))
+            cgroups._hierarchies = [Path(hierarchy)]
+            directory = Path(hierarchy + cgroups.path("container"))
+            directory.mkdir(parents=True)
+            (directory / "cgroup.procs").write_text(f"{leader.pid}\n")
+            with self.assertNoLogs(faasd.log):
+                cgroups.kill("container")
 
 
 class ResolvConf(unittest.TestCase):
