@@ -208,6 +208,8 @@ class Daemon:
                 assert not left, f"left behind: {left}"
                 assert "Traceback" not in self.log(), self.log()
         finally:
+            if self.process.poll() is None:     # it hangs, and must not stand in the way of the tests that follow
+                self.kill()
             shutil.rmtree(self.directory)
 
     # -- clients --
