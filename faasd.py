@@ -2111,7 +2111,7 @@ class Options:
             raise FaasdError(f"the registry has options that this faasd does not know ({', '.join(sorted(unknown))}): "
                              "use the faasd that wrote it")
         return cls(**{**document, "env": tuple(document["env"]), "cmd": tuple(document["cmd"]),
-                      "warm": None if document.get("warm") == "auto" else document.get("warm")})
+                      "warm": None if document["warm"] == "auto" else document["warm"]})
 
     def to_json(self) -> dict:
         return {**asdict(self), "warm": "auto" if self.warm is None else self.warm}
@@ -2267,7 +2267,7 @@ def resolv_conf_path(run_dir: Path, net: str) -> Path:
 
 
 def network_mounts(net: str, process: dict, run_dir: Path) -> list[dict]:
-    """Return what a container finds of its network at /sys and in resolv.conf. Raises Conflict.
+    """Return what a container finds of its network at /sys and in resolv.conf.
 
     The kernel gives a container sysfs only with a network namespace that its own user namespace made. One that joins
     another gets an empty /sys: the host's, bound there, would show the host's interfaces.
@@ -2275,9 +2275,6 @@ def network_mounts(net: str, process: dict, run_dir: Path) -> list[dict]:
     if net == "none":
         return [{"destination": "/sys", "type": "sysfs", "source": "sysfs",
                  "options": ["nosuid", "noexec", "nodev", "ro"]}]
-    if "resolv_conf" not in process:
-        raise Conflict(f"the image was unpacked by an older faasd, without a place for the resolv.conf of net {net}: "
-                       "deploy it again")
     return [tmpfs_mount("/sys", "4k", "noexec", "ro", "mode=555"),
             {"destination": process["resolv_conf"], "type": "bind", "source": str(resolv_conf_path(run_dir, net)),
              "options": ["bind", "ro", "nosuid", "nodev", "noexec"]}]
@@ -2649,28 +2646,6 @@ def make_user_namespace(first: int) -> int:
             for kind in ("uid_map", "gid_map"):
                 Path(f"/proc/{process.pid}/{kind}").write_text(f"0 {first} {IDS}\n")
             return os.open(f"/proc/{process.pid}/ns/user", os.O_RDONLY | os.O_CLOEXEC)
-
-
-def move_owners(rootfs: Path, first_id: int) -> None:
-    """Give a tree that a faasd without user namespaces has unpacked to ids from first_id on. Blocks. Raises OSError.
-
-    Done again after it was cut, it does the rest: an id that is moved already is none of an image's.
-    """
-    def move(path: str) -> None:
-        status = os.lstat(path)
-        if max(status.st_uid, status.st_gid) < IDS:
-            names = [] if stat.S_ISLNK(status.st_mode) else os.listxattr(path, follow_symlinks=False)
-            values = {name: os.getxattr(path, name, follow_symlinks=False) for name in names}
-            os.chown(path, status.st_uid + first_id, status.st_gid + first_id, follow_symlinks=False)
-            for name in values.keys() - set(os.listxattr(path, follow_symlinks=False)):
-                os.setxattr(path, name, values[name], follow_symlinks=False)        # security.capability
-            if not stat.S_ISLNK(status.st_mode):
-                os.chmod(path, stat.S_IMODE(status.st_mode))            # chown has cleared setuid
-
-    for directory, directories, files in os.walk(rootfs):
-        for name in (*directories, *files):
-            move(os.path.join(directory, name))
-    move(str(rootfs))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -4473,21 +4448,18 @@ class FunctionRecord:
     """What the registry keeps of a function."""
     name: str
     address: str
-    first_id: int | None        # host id of its containers' root; None for a registry of format 1 or 2
+    first_id: int               # host id of its containers' root
     created: str                # RFC 3339
     updated: str
     versions: list[VersionRecord]       # the one that runs first, then those that ran before, latest first
 
     @classmethod
     def from_json(cls, document: dict) -> FunctionRecord:
-        """Return what to_json wrote, now or when the registry had format 1 or 2. Raises KeyError, TypeError."""
-        if "versions" not in document:
-            document = {**document, "versions": [{"version": document["version"], "deployed": document["updated"],
-                                                  "options": document["options"]}]}
+        """Return what to_json wrote. Raises KeyError, TypeError."""
         versions = [VersionRecord(entry["version"], entry["deployed"], Options.from_json(entry["options"]))
                     for entry in document["versions"]]
-        return cls(document["name"], document["address"], document.get("first_id"), document["created"],
-                   document["updated"], versions)
+        return cls(document["name"], document["address"], document["first_id"], document["created"], document["updated"],
+                   versions)
 
     def check(self) -> FunctionRecord:
         """Return self if it can be one of ours. Raises BadRequest, ValueError, TypeError.
@@ -4502,7 +4474,7 @@ class FunctionRecord:
             if not re.fullmatch(r"[0-9a-f]{12}", entry.version):
                 raise ValueError(f"function {self.name} has a version {entry.version!r}")
             entry.options.check_types().check()
-        if not isinstance(self.first_id, int | None) or self.first_id is not None and self.first_id < IDS:
+        if not isinstance(self.first_id, int) or self.first_id < IDS:
             raise ValueError(f"function {self.name} has the ids {self.first_id!r}")
         moments = [self.created, self.updated, *(entry.deployed for entry in self.versions)]
         if not all(isinstance(moment, str) for moment in moments):
@@ -5160,7 +5132,7 @@ class Registry:
         """Return the functions. Raises FaasdError if the file is damaged or newer; it is never overwritten."""
         try:
             document = json.loads(self._path.read_text())
-            if document["format"] not in (1, 2, REGISTRY_FORMAT):
+            if document["format"] != REGISTRY_FORMAT:
                 raise FaasdError(f"{self._path} has format {document['format']!r}, this faasd knows "
                                  f"{REGISTRY_FORMAT}: use the faasd that wrote it")
             return self._check([FunctionRecord.from_json(entry).check() for entry in document["functions"]])
@@ -5179,7 +5151,7 @@ class Registry:
         for what in ("name", "address", "first_id"):
             counts = collections.Counter(getattr(record, what) for record in records)
             for value, count in counts.items():
-                if count > 1 and value is not None:
+                if count > 1:
                     raise ValueError(f"{count} functions have the {what} {value}")
         return records
 
@@ -6292,7 +6264,8 @@ class Daemon:
             if warning:
                 log.warning("%s", warning)
         records = self._registry.load()
-        await self._give_ids(records)
+        for record in records:
+            self._ids.claim(record.first_id)
         try:
             survivors = self._clear_past(records)
         except OSError as error:
@@ -6355,7 +6328,6 @@ class Daemon:
             if not self._network.has(record.address):
                 raise FaasdError(f"its address {record.address} is not in {self.settings.subnet}: start faasd with the "
                                  "--subnet that it was deployed under, or deploy it again for a new address")
-            await asyncio.to_thread(self._move_images, record)
             version = self._load_version(record.name, record.versions[0])
             await self._provide_network(record.name, record.options)
             await self._open_function(function)
@@ -6368,36 +6340,6 @@ class Daemon:
             log.error("function=%s is broken: %s", record.name, error)
             for survivor in survivors:
                 await asyncio.to_thread(self._host.end_survivor, survivor)
-
-    async def _give_ids(self, records: list[FunctionRecord]) -> None:
-        """Give functions from before user namespaces their ids, and write that down. Raises FaasdError."""
-        for record in records:
-            if record.first_id is not None:
-                self._ids.claim(record.first_id)
-        without = [record for record in records if record.first_id is None]
-        for record in without:
-            record.first_id = self._ids.take()
-        if without:
-            await asyncio.to_thread(self._registry.save, records)
-
-    def _move_images(self, record: FunctionRecord) -> None:
-        """Let a function's containers reach its images, and give them those unpacked before user namespaces. Blocks."""
-        parent = self._images_dir / record.name
-        try:
-            admit_containers(parent, record.first_id)
-            for entry in record.versions:
-                try:
-                    image = self._load_image(record.name, entry.version)
-                except FaasdError:                  # whoever needs it will say so
-                    continue
-                if "first_id" not in image:
-                    log.info("function=%s version=%s its files get new owners", record.name, entry.version)
-                    (parent / entry.version).chmod(0o711)
-                    move_owners(parent / entry.version / "rootfs", record.first_id)
-                    sync_file_system(parent)
-                    replace_file(parent / entry.version / "image.json", {**image, "first_id": record.first_id})
-        except OSError as error:
-            raise storage_error(error, f"preparing {parent}") from error
 
     async def _stop(self, servers: list[ControlServer], leave: bool) -> None:
         """Stop accepting, drain, leave nothing behind; or leave to the next daemon what serves a client."""

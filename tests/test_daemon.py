@@ -107,8 +107,8 @@ class Refusals(unittest.TestCase):
     def test_registry_damaged_or_newer(self):
         state = self.directory / "state"
         state.mkdir()
-        for content, words in (("{", "is damaged"), ("[]", "is damaged"), ('{"format": 1}', "is damaged"),
-                               ('{"format": 1, "functions": [{"name": "x"}]}', "is damaged"),
+        for content, words in (("{", "is damaged"), ("[]", "is damaged"), ('{"format": 3}', "is damaged"),
+                               ('{"format": 3, "functions": [{"name": "x"}]}', "is damaged"),
                                ('{"format": 4, "functions": []}', "has format 4, this faasd knows 3")):
             with self.subTest(content):
                 (state / "registry.json").write_text(content)

@@ -202,50 +202,6 @@ class Lasting(unittest.TestCase):
             self.assertEqual(self.first_ids()["d"], before["b"], "what is free is used again")
             self.assertEqual({get(address)[0] for address in addresses.values()}, {200})
 
-    def test_functions_from_before_user_namespaces_come_over(self):
-        with self.daemon as daemon:
-            image = support.handler_image(label="old")
-            address = daemon.deploy("f", image)
-            daemon.stop()
-            rootfs = daemon.rootfs("f")
-            self.make_old(rootfs)
-            daemon.start()
-            self.assertEqual(get(address)[0], 200)
-            first = self.first_ids()["f"]
-            status = (rootfs / "setuid").lstat()
-            self.assertEqual((status.st_uid - first, status.st_gid - first, oct(status.st_mode)), (7, 8, "0o104755"))
-            self.assertEqual(os.getxattr(rootfs / "setuid", "security.capability"), self.CAPABILITY)
-            self.assertEqual((rootfs / "link").lstat().st_uid, first)
-            daemon.stop()
-            daemon.start()                      # and only once
-            self.assertEqual((rootfs / "setuid").lstat().st_uid, first + 7)
-            self.assertEqual(get(address)[0], 200)
-
-    CAPABILITY = bytes.fromhex("0100000200040000000000000000000000000000")       # cap_net_bind_service=ep, revision 2
-
-    def make_old(self, rootfs: Path) -> None:
-        """Make registry and image what a faasd of format 2 left."""
-        path = self.daemon.state_dir / "registry.json"
-        registry = json.loads(path.read_text())
-        first = registry["functions"][0].pop("first_id")
-        path.write_text(json.dumps({**registry, "format": 2}))
-        description = json.loads((rootfs.parent / "image.json").read_text())
-        self.assertEqual(description.pop("first_id"), first)
-        (rootfs.parent / "image.json").write_text(json.dumps(description))
-        for directory in (rootfs.parent.parent, rootfs.parent):
-            os.chown(directory, 0, 0)
-            directory.chmod(0o700)
-        for entry in [rootfs, *rootfs.rglob("*")]:
-            mode = stat.S_IMODE(entry.lstat().st_mode)
-            os.chown(entry, entry.lstat().st_uid - first, entry.lstat().st_gid - first, follow_symlinks=False)
-            if not entry.is_symlink():
-                entry.chmod(mode)
-        (rootfs / "setuid").write_text("")
-        os.chown(rootfs / "setuid", 7, 8)
-        os.setxattr(rootfs / "setuid", "security.capability", self.CAPABILITY)
-        (rootfs / "setuid").chmod(0o4755)
-        os.symlink("/etc/shadow", rootfs / "link")
-
     def test_directory_that_containers_cannot_pass_is_refused(self):
         directory = support.temporary_directory()
         self.addCleanup(shutil.rmtree, directory)

@@ -493,15 +493,6 @@ class Modes(unittest.TestCase):
         status, body = self.daemon.api("POST", "/functions/f?net=bridge", b"x")
         self.assertEqual((status, json.loads(body)["error"]), (400, "bad net 'bridge': write none, egress or host"))
 
-    def test_image_of_an_older_faasd(self):
-        self.deploy("f")
-        path, = (self.daemon.state_dir / "images/f").glob("*/image.json")
-        image = json.loads(path.read_text())
-        del image["process"]["resolv_conf"]
-        path.write_text(json.dumps(image))
-        for net in ("egress", "host"):
-            self.assertIn("unpacked by an older faasd", self.daemon.faas("set", "f", "--net", net, check=False).stderr)
-
     def test_subnets_in_use(self):
         self.deploy("f", "--net", "egress")
         for subnet, words in (("198.18.0.0/24", "198.18.0.1/32 is assigned to faas"),

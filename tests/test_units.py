@@ -206,10 +206,6 @@ class Spec(unittest.TestCase):
                              None if net == "none" else f"/run/x/resolv.conf.{net}")
             self.assertEqual("/sys/firmware" in spec["linux"]["maskedPaths"], net == "none")
 
-    def test_images_of_an_older_faasd_have_no_place_for_resolv_conf(self):
-        for net in ("egress", "host"):
-            self.assertRaises(faasd.Conflict, self.spec, options=faasd.Options(net=net))
-
     def test_linger_is_the_one_socket_option_that_is_not_set(self):
         """Every number of 32 bits meets one rule, and those with higher bits, which the kernel overlooks, none."""
         def actions(level: int, option: int) -> list[str]:
@@ -330,17 +326,6 @@ class RegistryFile(unittest.TestCase):
             self.assertEqual(registry.load(), [record])
             self.assertEqual((record.version, record.options.warm), ("0" * 11 + "2", 3))
             self.assertEqual([path.name for path in Path(directory).iterdir()], ["registry.json"])
-
-    def test_format_1_had_one_version_and_fewer_options(self):
-        options = {"memory": 1 << 29, "cpus": 1.0, "pids": 64, "timeout": 30.0, "start_timeout": 10.0, "env": ["A=1"],
-                   "cmd": []}
-        entry = {"name": "n", "address": "10.0.0.10", "created": "t", "updated": "u", "version": "0" * 12,
-                 "options": options}
-        with tempfile.TemporaryDirectory() as directory:
-            path = Path(directory) / "registry.json"
-            path.write_text(json.dumps({"format": 1, "functions": [entry]}))
-            record, = faasd.Registry(path).load()
-        self.assertEqual(record.versions, [faasd.VersionRecord("0" * 12, "u", faasd.Options(env=("A=1",)))])
 
     def test_failed_save_leaves_the_old_file(self):
         with tempfile.TemporaryDirectory() as directory:
