@@ -1,15 +1,16 @@
 #!/usr/bin/env python3
 """Run faasd's tests with nothing but unittest: `python3 tests/run.py [-v] [tests/test_x.py…]`.
 
-One line per file as it finishes, tracebacks of what failed, then why things were skipped, then the closing line
-`N passed, N failed[, N skipped]`. Exit status 1 if a test failed, or if none ran. A test counts once, however many of
-its subtests fail; an error outside of a test (import, setUpClass) counts as one failure. Tests expect root and a
-network namespace of their own: ./test.sh makes that.
+One line per file as it finishes, tracebacks of what failed, then what was skipped, a line `skipped: N: reason` for each
+reason, and the closing line `N passed, N failed[, N skipped]`. Exit status 1 if a test failed, or if none ran. A test
+counts once, however many of its subtests fail or are skipped; an error outside of a test (import, setUpClass) counts as
+one failure. Tests expect root and a network namespace of their own: ./test.sh makes that.
 """
 
 from __future__ import annotations
 
 import argparse
+import collections
 import importlib.util
 import os
 import signal
@@ -36,6 +37,7 @@ class FileResult(unittest.TestResult):
         self.passed: list[str] = []
         self.broken: list[tuple[str, list[str]]] = []       # name, tracebacks
         self.left_out: list[tuple[str, str]] = []           # name, reason
+        self.reasons: list[str] = []                        # of every skip, also of a part of a test that passed
         self.in_test = False
         self._problems: list[str] = []                      # of the running test
         self._reasons: list[str] = []
@@ -85,8 +87,11 @@ class FileResult(unittest.TestResult):
     def addSubTest(self, test, subtest, err):
         if err is not None:
             self._problem(test, f"{subtest.id()}\n{describe(err)}")
+        else:
+            self._succeeded = True              # so that a test of which only a part is skipped counts as run
 
     def addSkip(self, test, reason):
+        self.reasons.append(reason)
         if self.in_test:
             self._reasons.append(reason)
         else:
@@ -134,6 +139,7 @@ def run_file(path: Path, verbose: bool) -> FileResult:
         load(path).run(result)
     except unittest.SkipTest as skip:
         result.left_out.append((path.stem, str(skip)))
+        result.reasons.append(str(skip))
     except (Exception, SystemExit):
         result.broken.append((path.stem, [describe(sys.exc_info())]))
     counts = f"{len(result.passed)} passed"
@@ -147,6 +153,18 @@ def run_file(path: Path, verbose: bool) -> FileResult:
     if result.broken:
         print()
     return result
+
+
+def reset_signals() -> None:
+    """Give what tests start the dispositions and the mask that a shell would, whatever started us (nohup, cron, a CI).
+
+    Exec resets a signal that is handled, but not one that is ignored. So those stay without effect on us, and have their
+    own on daemons and handlers. SIGPIPE and SIGXFSZ are ignored by Python itself, which resets them in its children.
+    """
+    signal.pthread_sigmask(signal.SIG_SETMASK, [])
+    for number in signal.valid_signals() - {signal.SIGPIPE, signal.SIGXFSZ}:
+        if signal.getsignal(number) == signal.SIG_IGN:
+            signal.signal(number, lambda number, frame: None)
 
 
 def show(path: Path) -> str:
@@ -164,6 +182,7 @@ def main() -> int:
     files = [path.resolve() for path in arguments.files] or sorted(TESTS.glob("test_*.py"))
     if missing := [path for path in files if not path.is_file()]:
         parser.error(f"no such test file: {missing[0]}")
+    reset_signals()
     os.chdir(TESTS.parent)
     sys.path[:0] = [str(TESTS), str(TESTS.parent)]
     results = []
@@ -173,6 +192,8 @@ def main() -> int:
             break
     for name, reason in [skip for result in results for skip in result.left_out]:
         print(f"skipped {name}: {reason}")
+    for reason, count in collections.Counter(reason for result in results for reason in result.reasons).most_common():
+        print(f"skipped: {count}: {reason}")
     passed, failed, skipped = (sum(map(len, lists)) for lists in (
         [result.passed for result in results], [result.broken for result in results],
         [result.left_out for result in results]))

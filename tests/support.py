@@ -263,6 +263,10 @@ class Daemon:
         stats, = json.loads(self.api("GET", f"/functions/{name}/stats")[1])["functions"]
         return {outcome: count for outcome, count in stats["outcomes"].items() if count}
 
+    def wait_outcomes(self, name: str, expected: dict[str, int]) -> None:
+        """Wait until just these outcomes are counted: a client has its answer a moment before the daemon counts it."""
+        wait_until(lambda: self.outcomes(name) == expected, f"{name} counts {expected}")
+
     def wait_warm(self, name: str, count: int) -> set[str]:
         """Wait until so many warm containers wait and none is on its way; return all containers' ids."""
         def settled():
