@@ -2,7 +2,8 @@
 # See a function answer: ./quickstart.sh [--subnet 10.0.0.0/24] [other options of faasd.py]
 #
 # Starts faasd, deploys test_handler.py as the function `test-handler`, calls it five times and leaves it running until
-# Ctrl-C; then it removes everything again, but for the packages that it had to install (runc, iproute2, curl).
+# Ctrl-C; then it removes everything again, but for the packages that it had to install (runc or
+# what --runtime names, iproute2, curl).
 # The image comes from Docker where its daemon answers, else from `./faas pack`, which needs no Docker.
 # FAASD_STATE_DIR and FAASD_RUN_DIR change the directories, by default /var/lib/faasd and /run/faasd.
 set -euo pipefail
@@ -32,15 +33,30 @@ done
 [ -n "$python" ] || die "faasd needs Python 3.11 or newer; found: $(python3 --version 2>&1 || true)"
 faas() { "$python" ./faas --socket "$run/faasd.sock" "$@"; }
 
+# The value that an option has among ours, or else its default.
+option() {
+    local name=$1 value=$2 previous=
+    for argument in "${arguments[@]}"; do
+        [ "$previous" != "$name" ] || value=$argument
+        [[ $argument != "$name"=* ]] || value=${argument#*=}
+        previous=$argument
+    done
+    echo "$value"
+}
+arguments=("$@")
+
+runtime=$(option --runtime runc)
+needs=(ip:iproute2 curl:curl)
+[[ $runtime == */* ]] || needs=("$runtime:$runtime" "${needs[@]}")      # of a path, faasd.py says if nothing is there
 missing=()
-for need in runc:runc ip:iproute2 curl:curl; do
+for need in "${needs[@]}"; do
     command -v "${need%:*}" >/dev/null || missing+=("${need#*:}")
 done
 if [ ${#missing[@]} -gt 0 ]; then
     command -v apt-get >/dev/null || die "please install first: ${missing[*]}"
     say "Installing with apt-get: ${missing[*]}"
     export DEBIAN_FRONTEND=noninteractive
-    apt-get update -qq </dev/null
+    apt-get update -qq </dev/null || echo "apt-get update failed; going on with the lists that are there"
     apt-get install -qq -y --no-install-recommends "${missing[@]}" </dev/null >/dev/null
 fi
 
@@ -104,13 +120,7 @@ faas new test-handler <"$image"
 deployed=yes
 rm "$image"
 
-port=80 previous=
-for argument in "$@"; do
-    [ "$previous" != --port ] || port=$argument
-    [[ $argument != --port=* ]] || port=${argument#*=}
-    previous=$argument
-done
-url=http://$(faas ip test-handler):$port/
+url=http://$(faas ip test-handler):$(option --port 80)/
 url=${url%:80/}
 url=${url%/}/
 say "curl $url"

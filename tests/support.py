@@ -27,6 +27,7 @@ from pathlib import Path
 TOP = Path(__file__).resolve().parent.parent
 PREFIX = f"faasd-test.{secrets.token_hex(3)}."         # of this run: another may be under way
 HANDLER = Path(__file__).with_name("handler.py")
+RUNTIME = os.environ.get("FAASD_TEST_RUNTIME", "runc")     # the --runtime of every daemon that does not ask for another
 READY_SECONDS = 30      # for anything that must happen at all; no test is about how fast
 
 
@@ -157,7 +158,7 @@ class Daemon:
             program = ["-c", f"import sys; sys.path.insert(0, {str(TOP)!r}); import faasd; {settings}; "
                              "sys.exit(faasd.main(sys.argv[1:]))"]
         return [*self.wrapper, sys.executable, *program, "--state-dir", str(self.state_dir),
-                "--run-dir", str(self.run_dir), *self.arguments]
+                "--run-dir", str(self.run_dir), "--runtime", RUNTIME, *self.arguments]
 
     def start(self) -> Daemon:
         self.log_file = (self.directory / "log").open("ab")
@@ -377,16 +378,16 @@ def footprint(daemon: Daemon) -> dict[str, object]:
 
 
 def list_containers(daemon: Daemon) -> list[str]:
-    """Return what `runc list` knows; without a root directory it knows nothing, which newer ones call an error."""
+    """Return what the runtime lists; without a root directory it knows nothing, which newer ones call an error."""
     root = daemon.run_dir / "runc"
     if not root.exists():
         return []
 
     def ask() -> subprocess.CompletedProcess | None:        # it fails if a container ends while it looks
-        result = subprocess.run(["runc", "--root", root, "list", "--quiet"], capture_output=True, text=True,
+        result = subprocess.run([RUNTIME, "--root", root, "list", "--quiet"], capture_output=True, text=True,
                                 check=False)
         return result if result.returncode == 0 else None
-    return wait_until(ask, "runc lists the containers").stdout.split()
+    return wait_until(ask, f"{RUNTIME} lists the containers").stdout.split()
 
 
 def cpu_ticks(pid: int) -> int:

@@ -50,7 +50,8 @@ class Refusals(unittest.TestCase):
         self.assertEqual(line, "faasd: faasd needs root, for namespaces, addresses and file owners: sudo ./faasd.py")
 
     def test_no_runtime(self):
-        self.assertIn("no runc on this machine: apt install runc", self.refuse(env={"PATH": "/nonexistent"}))
+        self.assertIn(f"no {support.RUNTIME} on this machine: apt install {support.RUNTIME}",
+                      self.refuse(env={"PATH": "/nonexistent"}))
         self.assertIn("no /opt/none on this machine", self.refuse("--runtime", "/opt/none"))
 
     def test_runtime_that_does_not_run(self):
@@ -360,14 +361,15 @@ class Version(unittest.TestCase):
         directory = support.temporary_directory()
         self.addCleanup(shutil.rmtree, directory)
         program = directory / "my-runtime"
-        program.write_text(f'#!/bin/sh\necho "$@" >>{directory}/calls\nexec runc "$@"\n')
+        program.write_text(f'#!/bin/sh\necho "$@" >>{directory}/calls\nexec {support.RUNTIME} "$@"\n')
         program.chmod(0o755)
         with support.Daemon("--runtime", str(program)) as daemon:
             self.assertEqual(get(daemon.deploy("f"))[0], 200)
             self.assertEqual((directory / "calls").read_text().count(" --bundle "), 2)
 
     def test_runtime_and_its_holes_are_named_at_start(self):
-        first = subprocess.run(["runc", "--version"], capture_output=True, text=True, check=True).stdout.splitlines()[0]
+        version = subprocess.run([support.RUNTIME, "--version"], capture_output=True, text=True, check=True)
+        first = version.stdout.splitlines()[0]
         with support.Daemon() as daemon:
             self.assertIn(first, daemon.log())
             self.assertEqual("check your package's changelog" in daemon.log(), faasd.runc_warning(first) is not None)

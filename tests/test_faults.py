@@ -358,7 +358,7 @@ class Processes(FaultCase):
 
 
 class Programs(FaultCase):
-    """runc and ip, each behind a script of ours."""
+    """The runtime and ip, each behind a script of ours."""
 
     def setUp(self):
         self.bin = support.temporary_directory()
@@ -376,19 +376,19 @@ class Programs(FaultCase):
         return self.start(env={"PATH": f"{self.wrapper(name, fault).parent}:{os.environ['PATH']}"}, **more)
 
     def test_runc_is_missing(self):
-        daemon = self.start_with("runc", "exit 1")
+        daemon = self.start_with(support.RUNTIME, "exit 1")
         with self.neighbour_is_served():
-            (self.bin / "runc").rename(self.bin / "away")
+            (self.bin / support.RUNTIME).rename(self.bin / "away")
             status, body = get(self.f)
             self.assertEqual(status, 503)
             self.assertIn("cannot start a container: No such file or directory", body)
             self.assertIn("No such file or directory", self.deploy("new", status=422)["error"])
             self.assert_one_line(daemon.faas("set", "f", "--timeout", "9", check=False), "No such file or directory")
-            (self.bin / "away").rename(self.bin / "runc")
+            (self.bin / "away").rename(self.bin / support.RUNTIME)
         self.all_is_well()
 
     def test_runc_fails(self):
-        self.start_with("runc", "{ echo out of luck >&2; exit 3; }")
+        self.start_with(support.RUNTIME, "{ echo out of luck >&2; exit 3; }")
         with self.neighbour_is_served():
             self.flag.touch()
             status, body = get(self.f)
@@ -399,7 +399,7 @@ class Programs(FaultCase):
         self.all_is_well()
 
     def test_runc_hangs(self):
-        daemon = self.start_with("runc", "exec sleep 3600", constants={"KILL_TIMEOUT": 0.5})
+        daemon = self.start_with(support.RUNTIME, "exec sleep 3600", constants={"KILL_TIMEOUT": 0.5})
         self.assertEqual(daemon.api("PATCH", "/functions/f?start_timeout=500ms")[0], 200)
         with self.neighbour_is_served():
             self.flag.touch()

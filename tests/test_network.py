@@ -579,7 +579,7 @@ class Daemons(unittest.TestCase):
         """Each is one line, and the function goes on as it was."""
         programs = world.directory / "bin"
         programs.mkdir()
-        for name in ("ip", "runc", "mount", "umount", "unshare", "nsenter", "true"):
+        for name in ("ip", support.RUNTIME, "mount", "umount", "unshare", "nsenter", "true"):
             (programs / name).symlink_to(shutil.which(name))
         daemon = world.start_daemon(self.addCleanup, *OTHER_DAEMON, env={"PATH": str(programs)})
         address = daemon.deploy("f", world.image)

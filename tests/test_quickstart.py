@@ -9,6 +9,9 @@ import unittest
 
 import support
 
+# None for runc, as in the README.
+OPTIONS = [] if support.RUNTIME == "runc" else ["--runtime", support.RUNTIME]
+
 
 def run_quickstart(test: unittest.TestCase, env: dict[str, str]) -> str:
     """Run it to the end of its demonstration, call the function, press Ctrl-C; return its output."""
@@ -17,8 +20,8 @@ def run_quickstart(test: unittest.TestCase, env: dict[str, str]) -> str:
     output = directory / "output"
     env = {**env, "FAASD_STATE_DIR": str(directory / "state"), "FAASD_RUN_DIR": str(directory / "run")}
     with output.open("w") as file:
-        process = subprocess.Popen([support.TOP / "quickstart.sh"], env=env, stdin=subprocess.DEVNULL, stdout=file,
-                                   stderr=file)
+        process = subprocess.Popen([support.TOP / "quickstart.sh", *OPTIONS], env=env, stdin=subprocess.DEVNULL,
+                                   stdout=file, stderr=file)
     try:
         support.wait_until(lambda: "Ctrl-C stops it" in output.read_text() or process.poll() is not None,
                            "the demonstration is over", 120)

@@ -1,0 +1,111 @@
+#!/usr/bin/env bash
+# Run tests in the userland of another Debian: its Python, runtime and tools, this machine's kernel.
+#   userland.sh SUITE [--runtime crun] [test_file…]        ./test.sh, with the image tools and a Docker engine
+#   userland.sh SUITE [--runtime crun] --newcomer [test_file…]
+#       as a new user who has nothing but python3: ./quickstart.sh, tests/test_quickstart.py, then ./test.sh
+#
+# SUITE is bookworm, trixie, forky … A plain chroot is not enough: runc does pivot_root itself, which needs a root that is
+# a mount. So the suite becomes the real root of a private mount namespace, where the tests run. The pid namespace is
+# private too: what a test leaves behind dies with pid 1, and no mount outlives it.
+set -euo pipefail
+here=$(dirname "$(readlink -f "$0")")
+source=$(dirname "$(dirname "$here")")
+complete=python3,python3-venv,runc,crun,iproute2,curl,procps,strace,zstd,nftables,docker.io,skopeo,podman,buildah,umoci
+complete+=,prometheus,busybox-static,apparmor,systemd
+newcomer=python3
+
+usage() {
+    sed -n '2,5s/^# //p' "$0" >&2
+    exit 2
+}
+
+# In the private namespaces: make the root and go on there, with bare hands.
+enter() {
+    local lower=$1 work=$2 root=$2/root
+    shift 2
+    # What is changed in the root is in memory and gone in the end. /var/tmp is on a disk, as on other machines.
+    mkdir "$work/changes" "$root" "$work/var-tmp"
+    mount -t tmpfs tmpfs "$work/changes"
+    mkdir -m 755 "$work/changes/upper" "$work/changes/work"
+    mount -t overlay -o "lowerdir=$lower,upperdir=$work/changes/upper,workdir=$work/changes/work" overlay "$root"
+    mount -t proc -o nosuid,nodev,noexec proc "$root/proc"
+    mount --rbind /sys "$root/sys"              # with the cgroup hierarchies
+    mount --rbind /dev "$root/dev"
+    mount -t tmpfs -o mode=1777,nosuid,nodev tmpfs "$root/tmp"
+    mount -t tmpfs -o mode=0755,nosuid,nodev tmpfs "$root/run"
+    chmod 1777 "$work/var-tmp"
+    mount --bind "$work/var-tmp" "$root/var/tmp"
+    mkdir -p "$root/src" "$root/run/old-root"
+    mount --bind "$source" "$root/src"
+    mount -o remount,bind,ro "$root/src"
+    if [ -d /var/cache/faasd-ci ]; then         # the base image of tests/test_docker.py
+        mkdir -p "$root/var/cache/faasd-ci"
+        mount --bind /var/cache/faasd-ci "$root/var/cache/faasd-ci"
+        mount -o remount,bind,ro "$root/var/cache/faasd-ci"
+    fi
+    cd "$root"
+    pivot_root . run/old-root
+    exec chroot . /usr/bin/env -i HOME=/root LANG=C.UTF-8 PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin \
+        PYTHONDONTWRITEBYTECODE=1 bash /src/tests/ci/userland.sh --inside "$@"
+}
+
+# In the new root. No exec in here: as pid 1, bash reaps orphans.
+inside() {
+    local suite=$1 runtime=$2 kind=$3
+    shift 3
+    umount -l /run/old-root
+    rmdir /run/old-root
+    [ "$runtime" = runc ] || export FAASD_TEST_RUNTIME=$runtime
+    # crun from 1.21 on refuses a machine with both hierarchies. So this part sees that of v1 alone.
+    if [ "$runtime" = crun ] && mountpoint -q /sys/fs/cgroup/unified; then
+        umount /sys/fs/cgroup/unified
+    fi
+    run_"$kind" "$@"
+}
+
+run_complete() {
+    cd /src
+    announce
+    ./test.sh "$@"
+}
+
+run_newcomer() {
+    local options=()
+    [ "$runtime" = runc ] || options=(--runtime "$runtime")
+    mkdir /root/faasd
+    tar -C /src --exclude=./.git -c . | tar -C /root/faasd -x
+    cd /root/faasd
+    # Only its installing, by apt and so in this machine's network; no daemon with --version, for that has no business there.
+    ./quickstart.sh "${options[@]}" --version || true
+    announce
+    # Not ./test.sh: nothing may be there but what quickstart.sh has installed.
+    unshare --net -- sh -c 'ip link set lo up && python3 tests/run.py tests/test_quickstart.py'
+    [ $# -eq 0 ] || ./test.sh "$@"
+}
+
+announce() {
+    echo "$suite: $(python3 --version), $("$runtime" --version | head -n 1), kernel $(uname -r)"
+}
+
+case ${1:-} in
+    --enter) shift; enter "$@" ;;
+    --inside) shift; inside "$@"; exit ;;
+    '' | -*) usage ;;
+esac
+
+suite=$1 runtime=runc kind=complete
+shift
+while [[ ${1:-} == --* ]]; do
+    case $1 in
+        --runtime) runtime=${2:?}; shift 2 ;;
+        --newcomer) kind=newcomer; shift ;;
+        --soak) break ;;
+        *) usage ;;
+    esac
+done
+[ "$suite" = bookworm ] || complete+=,docker-cli        # there it is in docker.io
+root=$("$here/root.sh" "$suite" "${!kind}")
+work=$(mktemp -d "/var/tmp/faasd-$suite.XXXXXX")
+trap 'rm -rf --one-file-system "$work"' EXIT
+unshare --mount --propagation private --pid --fork --kill-child -- \
+    "$0" --enter "$root" "$work" "$suite" "$runtime" "$kind" "$@"
