@@ -2538,7 +2538,7 @@ class Runtime:
 
     def containers(self) -> set[str]:
         """Return the ids that the runtime keeps state for."""
-        return {path.name for path in self.root.iterdir()} if self.root.is_dir() else set()
+        return {path.name for path in self.root.glob("[!.]*")}      # crun has its .cache there
 
     def has_state(self, container_id: str) -> bool:
         return (self.root / container_id).exists()
@@ -3906,6 +3906,7 @@ class ContainerHost:
             result = run_command("umount", str(self.containers_dir))
             if result.returncode != 0:
                 log.warning("cannot unmount %s: %s", self.containers_dir, result.stderr.strip())
+        shutil.rmtree(self.runtime.root / ".cache", ignore_errors=True)         # crun's, of seccomp filters
         for directory in (self.containers_dir, self.runtime.root):
             try:
                 directory.rmdir()

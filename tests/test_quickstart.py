@@ -56,7 +56,8 @@ class Refusals(unittest.TestCase):
     def test_a_running_faasd_is_left_alone(self):
         with support.Daemon() as daemon:
             env = {**os.environ, "FAASD_STATE_DIR": str(daemon.state_dir), "FAASD_RUN_DIR": str(daemon.run_dir)}
-            done = subprocess.run([support.TOP / "quickstart.sh"], env=env, capture_output=True, text=True, timeout=60)
+            done = subprocess.run([support.TOP / "quickstart.sh", *OPTIONS], env=env, capture_output=True, text=True,
+                                  timeout=60)
             self.assertEqual(done.returncode, 1, done)
             self.assertIn("already running", done.stderr)
             self.assertIsNone(daemon.process.poll())
@@ -66,7 +67,8 @@ class Refusals(unittest.TestCase):
             daemon.deploy("test-handler")
             self.assertEqual(daemon.stop(), 0)
             env = {**os.environ, "FAASD_STATE_DIR": str(daemon.state_dir), "FAASD_RUN_DIR": str(daemon.run_dir)}
-            done = subprocess.run([support.TOP / "quickstart.sh"], env=env, capture_output=True, text=True, timeout=60)
+            done = subprocess.run([support.TOP / "quickstart.sh", *OPTIONS], env=env, capture_output=True, text=True,
+                                  timeout=60)
             self.assertEqual(done.returncode, 1, done)
             self.assertIn("left alone", done.stderr)
             daemon.start()

@@ -21,7 +21,7 @@ usage() {
 
 # In the private namespaces: make the root and go on there, with bare hands.
 enter() {
-    local lower=$1 work=$2 root=$2/root
+    local lower=$1 work=$2 root=$2/root runtime=$4
     shift 2
     # What is changed in the root is in memory and gone in the end. /var/tmp is on a disk, as on other machines.
     mkdir "$work/changes" "$root" "$work/var-tmp"
@@ -30,6 +30,7 @@ enter() {
     mount -t overlay -o "lowerdir=$lower,upperdir=$work/changes/upper,workdir=$work/changes/work" overlay "$root"
     mount -t proc -o nosuid,nodev,noexec proc "$root/proc"
     mount --rbind /sys "$root/sys"              # with the cgroup hierarchies
+    [ "$runtime" != crun ] || show_one_cgroup_version "$root/sys/fs/cgroup"
     mount --rbind /dev "$root/dev"
     mount -t tmpfs -o mode=1777,nosuid,nodev tmpfs "$root/tmp"
     mount -t tmpfs -o mode=0755,nosuid,nodev tmpfs "$root/run"
@@ -49,6 +50,22 @@ enter() {
         PYTHONDONTWRITEBYTECODE=1 bash /src/tests/ci/userland.sh --inside "$@"
 }
 
+# crun from 1.21 on refuses a machine with both hierarchies. So where there are both, only those of v1 are seen. Not by
+# umount alone: where a directory `unified` is, crun makes its cgroups in it, and on the machine's own tmpfs they stay.
+show_one_cgroup_version() {
+    local top=$1 path
+    mountpoint -q "$top/unified" || return 0
+    mkdir "$work/cgroup"
+    mount -t tmpfs -o mode=0755,nosuid,nodev,noexec tmpfs "$work/cgroup"
+    for path in "$top"/*/; do
+        path=${path%/}
+        [ "${path##*/}" != unified ] || continue
+        mkdir "$work/cgroup/${path##*/}"
+        mount --bind "$path" "$work/cgroup/${path##*/}"
+    done
+    mount --rbind "$work/cgroup" "$top"
+}
+
 # In the new root. No exec in here: as pid 1, bash reaps orphans.
 inside() {
     local suite=$1 runtime=$2 kind=$3
@@ -56,10 +73,6 @@ inside() {
     umount -l /run/old-root
     rmdir /run/old-root
     [ "$runtime" = runc ] || export FAASD_TEST_RUNTIME=$runtime
-    # crun from 1.21 on refuses a machine with both hierarchies. So this part sees that of v1 alone.
-    if [ "$runtime" = crun ] && mountpoint -q /sys/fs/cgroup/unified; then
-        umount /sys/fs/cgroup/unified
-    fi
     run_"$kind" "$@"
 }
 
