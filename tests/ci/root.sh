@@ -18,6 +18,7 @@ if [ ! -d "$root" ]; then
     "$here/bootstrap.sh" "$suite" "$root.part" "$packages" >&2
     rm -f "$root.part"/var/cache/apt/archives/*.deb
     [ -e "$root.part/etc/hosts" ] || echo '127.0.0.1 localhost' >"$root.part/etc/hosts"
+    touch "$root.part"              # .ci/run removes old ones
     mv "$root.part" "$root"
 fi
 echo "$root"

@@ -10,8 +10,8 @@
 set -euo pipefail
 here=$(dirname "$(readlink -f "$0")")
 source=$(dirname "$(dirname "$here")")
-complete=python3,python3-venv,runc,crun,iproute2,curl,procps,strace,zstd,nftables,docker.io,skopeo,podman,buildah,umoci
-complete+=,prometheus,busybox-static,apparmor,systemd
+complete=python3,runc,crun,iproute2,curl,procps,strace,zstd,nftables
+complete+=,docker.io,skopeo,podman,buildah,umoci,prometheus,busybox-static,apparmor,systemd
 newcomer=python3
 
 usage() {

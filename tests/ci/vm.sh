@@ -1,32 +1,56 @@
 #!/usr/bin/env bash
-# Run the tests in a virtual machine with what this one may lack: cgroup v2, AppArmor, a systemd of its own, crun.
-#   [RUNTIME=crun] [ACCELERATION=kvm] vm.sh [test_file…]
+# Run the tests in a virtual machine with what this one may lack: cgroup v2, AppArmor, a systemd of its own.
+#   [SUITE=trixie] [ACCELERATION=tcg] vm.sh [--runtime crun] [test_file…]
 #
-# A Debian of this machine's release with its own kernel, below QEMU. Emulated unless KVM is asked for, and then some ten
-# times slower than here, so it is no part of .ci/run. Needs root, and
+# Debian 13 with its own kernel and systemd, or another SUITE, below QEMU. By default only what may differ there: see
+# `files`. Emulated where /dev/kvm does not work or ACCELERATION=tcg says so, and then some ten times slower than here, so it
+# is no part of .ci/run. Needs root, and
 #   apt install qemu-system-x86 debootstrap e2fsprogs
 set -euo pipefail
 
 here=$(dirname "$(readlink -f "$0")")
 top=$(dirname "$(dirname "$here")")
+packages=systemd-sysv,linux-image-cloud-amd64,initramfs-tools,apparmor,sudo,python3,runc,crun,iproute2,curl,procps,strace,zstd
+packages+=,nftables,busybox-static
+suite=${SUITE:-trixie} runtime=runc
+if [ "${1:-}" = --runtime ]; then
+    runtime=${2:?}
+    shift 2
+fi
+
+# Profiles and cgroups in the spec; what the kernel refuses and counts; out of memory; networks of another kernel; the unit
+# below systemd 257, which refuses cgroup v1; what the daemon finds at start, and finds again after a kill.
+files=()
+for name in units isolation hostile invocation network restart daemon packaging readme quickstart zz_leftovers; do
+    files+=("tests/test_$name.py")
+done
+[ $# -gt 0 ] || set -- "${files[@]}"
+
+accelerate=(-accel "tcg,thread=multi" -cpu max)
+if [ "${ACCELERATION:-kvm}" = kvm ] && [ -w /dev/kvm ]; then
+    accelerate=(-accel kvm -accel "tcg,thread=multi" -cpu max)      # the second where the first does not work
+fi
+
 work=$(mktemp -d /var/tmp/faasd-vm.XXXXXX)
 trap 'rm -rf --one-file-system "$work"' EXIT
-
-echo "vm: installing Debian"
-"$here/bootstrap.sh" host "$work/root" \
-    systemd-sysv,linux-image-cloud-amd64,initramfs-tools,apparmor,sudo,python3,runc,crun,iproute2,curl,procps,strace,zstd,nftables,busybox-static
+echo "vm: installing Debian $suite"
+root=$("$here/root.sh" "$suite" "$packages")
+mkdir "$work/root"
+cp -a "$root/." "$work/root"
 echo '/dev/vda / ext4 defaults 0 1' >"$work/root/etc/fstab"
-echo '127.0.0.1 localhost' >"$work/root/etc/hosts"
-[ -z "${RUNTIME:-}" ] || ln -s "/usr/bin/$RUNTIME" "$work/root/usr/local/sbin/runc"
 mkdir "$work/root/src"
-tar -C "$top" --exclude=.git -c . | tar -C "$work/root/src" -x
+tar -C "$top" --exclude=./.git -c . | tar -C "$work/root/src" -x
+export_runtime=
+[ "$runtime" = runc ] || export_runtime="export FAASD_TEST_RUNTIME=$runtime"
 # What a tty would do to lines is not wanted: each \n would get a \r.
 cat >"$work/root/src/job" <<JOB
 stty -F /dev/ttyS1 -onlcr
 exec >/dev/ttyS1 2>&1
 cd /src
 apparmor_parser -r packaging/apparmor-faasd-default
-echo "vm: \$(python3 --version), \$(runc --version | head -n 1), kernel \$(uname -r), \$(stat -f -c %T /sys/fs/cgroup)"
+echo "vm: \$(python3 --version), \$($runtime --version | head -n 1), \$(systemctl --version | head -n 1), kernel \$(uname -r)," \
+    "\$(stat -f -c %T /sys/fs/cgroup), AppArmor \$(cat /sys/module/apparmor/parameters/enabled)"
+$export_runtime
 PYTHONUNBUFFERED=1 ./test.sh $(printf '%q ' "$@")
 JOB
 cat >"$work/root/etc/systemd/system/job.service" <<UNIT
@@ -41,8 +65,6 @@ ln -s ../job.service "$work/root/etc/systemd/system/multi-user.target.wants/"
 truncate -s 8G "$work/disk"
 mke2fs -q -t ext4 -d "$work/root" "$work/disk"
 
-accelerate=(-accel tcg,thread=multi -cpu max)
-[ "${ACCELERATION:-}" != kvm ] || accelerate=(-accel kvm -cpu host)
 echo "vm: starting"
 qemu-system-x86_64 "${accelerate[@]}" -smp "$(nproc)" -m 6G -nodefaults -display none -no-reboot -nic none \
     -kernel "$work"/root/boot/vmlinuz-* -initrd "$work"/root/boot/initrd.img-* -append "root=/dev/vda rw console=ttyS0 quiet" \
