@@ -75,7 +75,6 @@ import re
 import resource
 import shutil
 import signal
-import socket
 import stat
 import subprocess
 import sys
@@ -117,13 +116,9 @@ UNPACK_ADDRESS_SPACE = GIB          # bytes; RLIMIT_AS of the unpacking child, w
 COPY_CHUNK = 256 * KIB              # bytes read or written at a time
 PIPE_SIZE = MIB                     # bytes on their way to the unpacking child; what a pipe may have at most
 HASH_AHEAD = 8                      # of these chunks may wait for the thread that hashes them
-FILE_WRITERS = 2                    # processes that write the small files of an image …
-LARGE_ARCHIVE = 8 * MIB             # … if its archive has at least so many bytes: they take a while to start
 SMALL_FILE = 16 * KIB               # bytes; larger files are written where they are read, and …
 LARGE_FILE = MIB                    # … from this size on, go to the disk at once
-WRITE_BATCH = 128                   # of them sent to a writer at a time
 SPOOL_BATCH = 64 * KIB              # bytes of headers and small files set down in one go
-MAX_UNWRITTEN_FILES = 8192          # of which we do not know yet that they are there
 
 # Containers.
 CONTROL_SOCKET = "/control.sock"
@@ -1234,113 +1229,6 @@ def write_all(descriptor: int, data: memoryview) -> None:
         data = data[os.write(descriptor, data):]
 
 
-class FileWriters:
-    """Processes that create small files: to create one takes the kernel as long as reading its header takes Python.
-
-    They decide nothing: what is added must be free to be created, and is there after settle(). Until then it is in
-    `pending`, and whoever looks at the file system must settle first. Without any, files are created here and now.
-    """
-
-    def __init__(self, count: int) -> None:
-        self.pending: set[bytes] = set()        # host paths
-        self._links: list[tuple[int, BinaryIO]] = []
-        for _ in range(count):
-            self._links.append(self._start())
-        self._batches: list[list[tuple]] = [[] for _ in range(count)]
-
-    def _start(self) -> tuple[int, BinaryIO]:
-        """Fork a writer; return its pid and our end of the connection to it."""
-        ours, theirs = socket.socketpair()
-        with ours, theirs:
-            pid = os.fork()
-            if pid:
-                return pid, ours.makefile("rwb")
-            try:
-                die_with_parent()
-                for link in [ours, *(link for _, link in self._links)]:     # open ends here would keep others waiting
-                    link.close()
-                serve_file_writes(theirs.makefile("rwb"))
-            finally:
-                os._exit(1)
-
-    def add(self, host: bytes, owner: tuple[int, int], mode: int, mtime: int, data: bytes) -> None:
-        """Have a file created, mtime in nanoseconds."""
-        if not self._links:
-            create_file(host, owner, mode, mtime, data)
-            return
-        # All of a directory by the same process: two that create files in one directory wait for each other.
-        number = hash(host.rpartition(b"/")[0]) % len(self._links)
-        self._batches[number].append((host, owner, mode, mtime, data))
-        self.pending.add(host)
-        if len(self._batches[number]) == WRITE_BATCH:
-            self._send(number)
-
-    def _send(self, number: int) -> None:
-        _, link = self._links[number]
-        with self._alive():
-            pickle.dump(self._batches[number], link)
-            link.flush()
-        self._batches[number] = []
-
-    def settle(self) -> None:
-        """Return when everything is written. Raises OSError with the host path as its filename, FaasdError."""
-        if not self.pending:
-            return
-        with self._alive():
-            for number, (_, link) in enumerate(self._links):
-                self._send(number)
-                pickle.dump(None, link)
-                link.flush()
-            errors = [pickle.load(link) for _, link in self._links]
-        self.pending.clear()
-        for error in filter(None, errors):
-            raise error
-
-    @contextlib.contextmanager
-    def _alive(self) -> Iterator[None]:
-        try:
-            yield
-        except (BrokenPipeError, EOFError, pickle.UnpicklingError):
-            raise FaasdError("a process that writes the image's files has died (out of memory?)") from None
-
-    def close(self) -> None:
-        for pid, link in self._links:
-            with contextlib.suppress(BrokenPipeError):
-                link.close()
-            os.waitpid(pid, 0)
-
-
-def serve_file_writes(link: BinaryIO) -> None:
-    """Create the files that come over the link, until its other end is closed; answer None with the first error."""
-    error = None
-    while link.peek(1):
-        files = pickle.load(link)
-        if files is None:
-            pickle.dump(error, link)
-            link.flush()
-            continue
-        try:
-            for file in files if error is None else ():
-                create_file(*file)
-        except OSError as caught:
-            error = caught
-
-
-def create_file(host: bytes, owner: tuple[int, int], mode: int, mtime: int, data: bytes) -> None:
-    """Create a file that is not there yet. Raises OSError with the host path as its filename."""
-    try:
-        descriptor = os.open(host, NEW_FILE_FLAGS, 0o600)
-        try:
-            write_all(descriptor, memoryview(data))
-            os.chown(descriptor, *owner)                # in the order that LayerApplier gives reasons for
-            os.chmod(descriptor, mode)
-            os.utime(descriptor, ns=(mtime, mtime))
-        finally:
-            os.close(descriptor)
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, host) from None
-
-
 class Missing(Exception):
     """A path does not lead to a directory."""
 
@@ -1352,11 +1240,10 @@ class Rootfs:
     lies below a 0700 directory), so what was looked at cannot change before it is used.
     """
 
-    def __init__(self, path: str | Path, writers: FileWriters, first_id: int):
+    def __init__(self, path: str | Path, first_id: int):
         """first_id is the host id that the image's root is: everything that is made belongs to it unless said."""
         self.path = os.fsencode(path)
         self.first_id = first_id
-        self._writers = writers
         self._resolved: dict[bytes, bytes] = {}         # directory as named → as it really is
         self.made: set[bytes] = set()                   # directories that we made, of which none was removed since
 
@@ -1415,11 +1302,8 @@ class Rootfs:
 
     def kind(self, path: bytes) -> int:
         """Return the file type (S_IFMT) of the last component itself, 0 if there is none."""
-        host = self.host(path)
-        if host in self._writers.pending:
-            self.settle()
         try:
-            return stat.S_IFMT(os.lstat(host).st_mode)
+            return stat.S_IFMT(os.lstat(self.host(path)).st_mode)
         except FileNotFoundError:
             return 0
 
@@ -1442,27 +1326,9 @@ class Rootfs:
             self._resolved.clear()
             self.made.clear()
         if kind == stat.S_IFDIR:
-            self.settle()
             shutil.rmtree(self.host(path))
         elif kind:
             os.unlink(self.host(path))
-
-    def write_later(self, path: bytes, owner: tuple[int, int], mode: int, mtime: int, data: bytes) -> None:
-        """Have another process create a file where nothing is; mtime in nanoseconds. Raises FaasdError."""
-        if len(self._writers.pending) >= MAX_UNWRITTEN_FILES:
-            self.settle()
-        self._writers.add(self.host(path), owner, mode, mtime, data)
-
-    def settle(self) -> None:
-        """Return when all files are written that others write for us. Raises FaasdError."""
-        try:
-            self._writers.settle()
-        except OSError as error:
-            raise self.error(error) from None
-
-    def error(self, error: OSError) -> FaasdError:
-        """Return what to raise for a host path that the kernel refused."""
-        return unpack_error((error.filename or self.path).removeprefix(self.path), error)
 
     def make_real_directory(self, path: bytes) -> None:
         """Make path and all its parents plain directories, putting them in the place of links and files (H.1)."""
@@ -1533,7 +1399,6 @@ class LayerApplier:
                 raise unpack_error(name, error) from None
             except (OverflowError, ValueError) as error:        # a number that no system call takes
                 raise ImageError(f"cannot unpack {show(name)}: {error}") from None
-        self._rootfs.settle()
         for path, mtime in self._directory_times.items():
             # A parent may have become a link to the host meanwhile, and utime would follow it there.
             if self._rootfs.is_directory(path):
@@ -1654,11 +1519,19 @@ class LayerApplier:
         self._budget.spend_written(entry.size)
         if not self._is_free(path):
             self._rootfs.remove(path)
-        if isinstance(content, bytes):
-            self._rootfs.write_later(path, self._owner(entry), entry.mode & 0o7777, modification_time(entry), content)
+        if isinstance(content, int):
+            self._place(self._staging.path(content), self._rootfs.host(path))
+            self._set_metadata(path, entry)
             return
-        self._place(self._staging.path(content), self._rootfs.host(path))
-        self._set_metadata(path, entry)
+        descriptor = os.open(self._rootfs.host(path), NEW_FILE_FLAGS, 0o600)
+        try:
+            write_all(descriptor, memoryview(content))
+            os.chown(descriptor, *self._owner(entry))   # in the order that _set_metadata gives reasons for
+            os.chmod(descriptor, entry.mode & 0o7777)
+            mtime = modification_time(entry)
+            os.utime(descriptor, ns=(mtime, mtime))
+        finally:
+            os.close(descriptor)
 
     def _is_free(self, path: bytes) -> bool:
         """Tell without asking the kernel that nothing is at path, which is so for most files of most layers."""
@@ -1689,11 +1562,8 @@ class LayerApplier:
 
     def _set_xattrs(self, host: bytes, entry: Entry) -> None:
         if entry.isdir():                               # a directory over a directory takes nothing over (D.3)
-            if has_xattrs(entry):
-                self._rootfs.settle()                   # a default ACL is for files that are made later
             for name in os.listxattr(host, follow_symlinks=False):
                 if name != SELINUX_XATTR:               # the host's own label
-                    self._rootfs.settle()
                     os.removexattr(host, name, follow_symlinks=False)
         for key, value in entry.pax_headers.items():
             name = key.removeprefix(XATTR_RECORD)
@@ -1938,15 +1808,14 @@ def unpack_image(source: BinaryIO, directory: Path, tag: str, max_size: int, max
                 contextlib.closing(read_archive(source, Budget(max_size, max_entries))) as stream:
             archive = Archive(stream, staging)
             image = choose_image(archive, tag, host_architecture())
-            count = FILE_WRITERS if stream.tell() >= LARGE_ARCHIVE else 0
-            with contextlib.closing(FileWriters(count)) as writers:
-                apply_layers(image.layers, archive, staging, lambda: Rootfs(rootfs_path, writers, first_id), budget)
-                rootfs = Rootfs(rootfs_path, writers, first_id)
-                try:
-                    process = resolve_process(image.config, rootfs)
-                    prepare_mount_targets(rootfs)
-                except OSError as error:        # of the target of a link, say, which may be any text
-                    raise rootfs.error(error) from None
+            apply_layers(image.layers, archive, staging, lambda: Rootfs(rootfs_path, first_id), budget)
+            rootfs = Rootfs(rootfs_path, first_id)
+            try:
+                process = resolve_process(image.config, rootfs)
+                prepare_mount_targets(rootfs)
+            except OSError as error:            # of the target of a link, say, which may be any text
+                path = os.fsencode(error.filename or "").removeprefix(rootfs.path)
+                raise unpack_error(path, error) from None
         shutil.rmtree(staging_path)
         document = {"digest": f"sha256:{image.digest}", "version": image.digest[:12], "tag": image.tag,
                     "first_id": first_id, "size": budget.written, "entries": budget.entries, "process": process}
@@ -2026,6 +1895,7 @@ import marshal
 import math
 import secrets
 import select
+import socket
 import socketserver
 import struct
 import tempfile
