@@ -108,12 +108,17 @@ MAX_DIGITS = 1024                   # in a row, within such headers; no name or 
 MAX_LINK_HOPS = 40                  # symbolic links followed for one path, as the kernel does (path_resolution(7))
 MAX_INDEX_DEPTH = 4                 # OCI indexes inside indexes
 MAX_PATH_DEPTH = 256                # directories above an entry; keeps recursive removal far from its limits
+FREE_STEPS = 100_000                # components of paths looked at, for an image; a new directory counts as …
+STEPS_PER_DIRECTORY = 16            # … so many; and
+STEPS_PER_ENTRY = 128               # … as many more for each entry
+FRAMES_PER_ENTRY = 2                # gzip members or zstd frames, for each of --max-image-entries; estargz has as many
 MAX_NAME_LENGTH = 255               # bytes of one component (NAME_MAX)
 MAX_PATH_LENGTH = 3072              # bytes of a path in an image config: PATH_MAX less what the rootfs is below
 MAX_ACCOUNTS_SIZE = MIB             # /etc/passwd and /etc/group of an image
 GC_THRESHOLD = 100_000              # objects; looking for cycles, of which entries make none, takes a tenth of all time
 UNPACK_ADDRESS_SPACE = GIB          # bytes; RLIMIT_AS of the unpacking child, whatever a parser is talked into
 COPY_CHUNK = 256 * KIB              # bytes read or written at a time
+FIRST_CHUNK = 2 * KIB               # bytes of a compressed frame that are looked at first
 PIPE_SIZE = MIB                     # bytes on their way to the unpacking child; what a pipe may have at most
 HASH_AHEAD = 8                      # of these chunks may wait for the thread that hashes them
 SMALL_FILE = 16 * KIB               # bytes; larger files are written where they are read, and …
@@ -576,7 +581,7 @@ class TarReader:
 
 def looks_like_layer(head: bytes) -> bool:
     """Tell by a member's first block whether it is a tar, or compressed and then certainly no JSON document."""
-    if find_decompressor(head):
+    if find_decompressor(head) or other_compression(head):
         return True
     try:
         TarInfo.frombuf(head, TarReader.encoding, TarReader.errors)
@@ -910,49 +915,56 @@ def pair_layers(chosen: Candidate, config: dict) -> list[Layer]:
 # Layers: decompress, verify, apply. Runs in the unpacking child.
 # ---------------------------------------------------------------------------------------------------------------------
 
-GZIP_MAGIC, ZSTD_MAGIC = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
+# How compressed streams begin (RFC 1952, 8878). A zstd stream may begin with frames that are to be skipped.
+GZIP_MAGIC = re.compile(rb"\x1f\x8b")
+ZSTD_MAGIC = re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18")
+OTHER_MAGIC = re.compile(rb"(?P<xz>\xfd7zXZ\0)|(?P<bzip2>BZh[1-9](?:1AY&SY|\x17rE8P\x90))|(?P<lzip>LZIP\x01)|"
+                         rb"(?P<lz4>[\x02\x04][\x21\x22][\x4c\x4d]\x18)|(?P<lzma>\x5d\0\0(?:[^\0]\0|\0[^\0]))")
+MAGIC_SIZE = 16                         # bytes in which all of these are
+PADDING = re.compile(rb"\0*")
 
 
-def gunzip(compressed: Iterator[bytes]) -> Iterator[bytes]:
-    """Decompress gzip of any number of members, in pieces of bounded size (E.1)."""
-    member = None
-    for data in compressed:
-        while data:
-            if member is None:
-                data = bytes(data).lstrip(b"\0")    # padding between members, which gzip(1) ignores too
-                member = zlib.decompressobj(wbits=31) if data else None
-                continue
-            try:
-                yield member.decompress(data, COPY_CHUNK)
-            except zlib.error as error:
-                raise ImageError(f"gzip data in the archive is damaged: {error}") from None
-            data = member.unused_data if member.eof else member.unconsumed_tail
-            if member.eof:
-                member = None
-    if member is not None:
-        raise ImageError("gzip data in the archive is cut short")
+def gunzip(compressed: Iterator[bytes], budget: Budget) -> Iterator[bytes]:
+    return decompress_frames(compressed, "gzip", lambda: zlib.decompressobj(wbits=31), zlib.error, budget)
 
 
-def unzstd(compressed: Iterator[bytes]) -> Iterator[bytes]:
-    """Decompress zstd of any number of frames, in pieces of bounded size (E.1)."""
+def unzstd(compressed: Iterator[bytes], budget: Budget) -> Iterator[bytes]:
     try:
         from compression import zstd
     except ImportError:                 # before Python 3.14
-        yield from unzstd_by_program(compressed)
-        return
-    frame = None
+        return unzstd_by_program(compressed)
+    return decompress_frames(compressed, "zstd", zstd.ZstdDecompressor, zstd.ZstdError, budget)
+
+
+def decompress_frames(compressed: Iterator[bytes], what: str, begin: Callable, failure: type[Exception],
+                      budget: Budget) -> Iterator[bytes]:
+    """Decompress any number of gzip members or zstd frames, in pieces of bounded size (E.1)."""
+    frame, size = None, 0
     for data in compressed:
-        while data or frame is not None and not frame.needs_input:
-            frame = frame or zstd.ZstdDecompressor()
+        at = 0
+        while True:
+            if frame is None:
+                if what == "gzip":      # gzip(1) ignores padding between members too
+                    at = PADDING.match(data, at).end()
+                if at == len(data):
+                    break
+                budget.spend_frame()
+                frame, size = begin(), FIRST_CHUNK
+            hungry = getattr(frame, "needs_input", True)        # zstd keeps what it was given, zlib returns it
+            given = memoryview(data)[at:at + size] if hungry else b""
+            if hungry and not given:
+                break
             try:
-                yield frame.decompress(data, COPY_CHUNK)
-            except zstd.ZstdError as error:
-                raise ImageError(f"zstd data in the archive is damaged: {error}") from None
-            data = frame.unused_data if frame.eof else b""
-            if frame.eof:
-                frame = None
+                piece = frame.decompress(given, COPY_CHUNK)
+            except failure as error:
+                raise ImageError(f"{what} data in the archive is damaged: {error}") from None
+            if piece:
+                yield piece
+            at += len(given) - len(frame.unused_data if frame.eof else getattr(frame, "unconsumed_tail", b""))
+            # What a frame leaves over is copied, so a short one is given little.
+            frame, size = None if frame.eof else frame, min(2 * size, COPY_CHUNK)
     if frame is not None:
-        raise ImageError("zstd data in the archive is cut short")
+        raise ImageError(f"{what} data in the archive is cut short")
 
 
 def unzstd_by_program(compressed: Iterator[bytes]) -> Iterator[bytes]:
@@ -990,11 +1002,17 @@ def unzstd_by_program(compressed: Iterator[bytes]) -> Iterator[bytes]:
         raise ImageError("zstd data in the archive is damaged or cut short")
 
 
-def find_decompressor(head: bytes) -> Callable[[Iterator[bytes]], Iterator[bytes]] | None:
+def find_decompressor(head: bytes) -> Callable[[Iterator[bytes], Budget], Iterator[bytes]] | None:
     """Tell by its first bytes how a stream is compressed; media types and names lie (E.1)."""
-    if head.startswith(GZIP_MAGIC):
+    if GZIP_MAGIC.match(head):
         return gunzip
-    return unzstd if head.startswith(ZSTD_MAGIC) else None
+    return unzstd if ZSTD_MAGIC.match(head) else None
+
+
+def other_compression(head: bytes) -> str:
+    """Return the name of a compression that image formats do not have, "" if it is none."""
+    match = OTHER_MAGIC.match(head)
+    return match.lastgroup if match else ""
 
 
 class Budget:
@@ -1005,6 +1023,8 @@ class Budget:
         self.written = 0                # bytes of files, with the holes of sparse ones
         self.read = 0                   # bytes of layers after decompression
         self.entries = 0
+        self._frames = 0                # gzip members and zstd frames
+        self._steps = 0                 # components of paths that were looked at, and what costs as much
 
     def spend_written(self, count: int) -> None:
         self.written += count
@@ -1022,6 +1042,17 @@ class Budget:
         self.entries += 1
         if self.entries > self._max_entries:
             raise LimitExceeded(f"the image has over {self._max_entries} files (--max-image-entries)")
+
+    def spend_frame(self) -> None:
+        self._frames += 1
+        if self._frames > FRAMES_PER_ENTRY * self._max_entries:
+            raise LimitExceeded(f"the image is compressed in over {FRAMES_PER_ENTRY * self._max_entries} pieces "
+                                "(FRAMES_PER_ENTRY × --max-image-entries)")
+
+    def spend_steps(self, count: int = 1) -> None:
+        self._steps += count
+        if self._steps > FREE_STEPS + STEPS_PER_ENTRY * self.entries:
+            raise LimitExceeded("the image's paths lead through too many links and directories (STEPS_PER_ENTRY)")
 
 
 class Sha256Thread:
@@ -1062,7 +1093,7 @@ class LayerStream(ByteStream):
         decompress = find_decompressor(head)
         if decompress:
             self._blob_hash = Sha256Thread()
-            self._source = decompress(self._hashed(self._source))
+            self._source = decompress(self._hashed(self._source), budget)
         super().__init__(self._counted())
 
     def _hashed(self, pieces: Iterator[bytes]) -> Iterator[bytes]:
@@ -1141,8 +1172,12 @@ class Staging:
     def stage_layer(self, pieces: Iterator[bytes]) -> StagedLayer:
         """Read a layer to its end, or as far as it can be read. Raises FaasdError for what is not its own fault."""
         staged = StagedLayer(self._spool.tell())
-        with contextlib.closing(LayerStream(next(pieces, b""), pieces, self._budget)) as stream:
+        head = next(pieces, b"")
+        with contextlib.closing(LayerStream(head, pieces, self._budget)) as stream:
             try:
+                if name := other_compression(head):
+                    raise ImageError(f"a layer is compressed with {name}, which no image format has: "
+                                     "save it again with gzip or zstd")
                 self._stage_entries(stream)
                 stream.drain()
                 staged.diff_id, staged.blob_digest = stream.digests()
@@ -1240,10 +1275,11 @@ class Rootfs:
     lies below a 0700 directory), so what was looked at cannot change before it is used.
     """
 
-    def __init__(self, path: str | Path, first_id: int):
+    def __init__(self, path: str | Path, first_id: int, budget: Budget):
         """first_id is the host id that the image's root is: everything that is made belongs to it unless said."""
         self.path = os.fsencode(path)
         self.first_id = first_id
+        self._budget = budget
         self._resolved: dict[bytes, bytes] = {}         # directory as named → as it really is
         self.made: set[bytes] = set()                   # directories that we made, of which none was removed since
 
@@ -1274,6 +1310,7 @@ class Rootfs:
                 real = real.rpartition(b"/")[0]         # of the root: the root, as in a chroot
                 continue
             here = real + b"/" + name
+            self._budget.spend_steps()
             kind = self.kind(here)
             if kind == stat.S_IFLNK:
                 hops += 1
@@ -1296,6 +1333,7 @@ class Rootfs:
         real = b""
         for name in path.split(b"/")[1:]:               # from the top, for what is below a link is not ours to look at
             real += b"/" + name
+            self._budget.spend_steps()
             if self.kind(real) != stat.S_IFDIR:
                 return False
         return True
@@ -1310,6 +1348,7 @@ class Rootfs:
     def place_directory(self, path: bytes) -> None:
         """Put a new directory, 0755 root:root, in the place of whatever is there."""
         self.remove(path)
+        self._budget.spend_steps(STEPS_PER_DIRECTORY)   # nobody counts those that an entry only implies
         self.made.add(path)
         os.mkdir(self.host(path))
         os.chown(self.host(path), self.first_id, self.first_id)
@@ -1464,6 +1503,7 @@ class LayerApplier:
         if self._rootfs.kind(path) != stat.S_IFDIR:
             return
         for name in os.listdir(self._rootfs.host(path)):
+            self._budget.spend_steps()                  # as often as a layer says that it is opaque
             child = path + b"/" + name
             if child in self._own:
                 self._hide_lower_children(child)
@@ -1766,11 +1806,14 @@ def host_architecture() -> str:
 def read_archive(source: BinaryIO, budget: Budget) -> ByteStream:
     """Return the tar that a file holds, which may be compressed: `docker load` takes that too."""
     head = b""
-    while len(head) < len(ZSTD_MAGIC) and (data := source.read(COPY_CHUNK)):
+    while len(head) < MAGIC_SIZE and (data := source.read(COPY_CHUNK)):
         head += data
+    if name := other_compression(head):
+        raise ImageError(f"the archive is compressed with {name}: decompress it first, "
+                         f"{name} -dc FILE | faas new NAME")
     pieces = read_pieces(head, source)
     decompress = find_decompressor(head)
-    return ByteStream(inflate(decompress(pieces), budget) if decompress else pieces)
+    return ByteStream(inflate(decompress(pieces, budget), budget) if decompress else pieces)
 
 
 def read_pieces(head: bytes, source: BinaryIO) -> Iterator[bytes]:
@@ -1808,8 +1851,8 @@ def unpack_image(source: BinaryIO, directory: Path, tag: str, max_size: int, max
                 contextlib.closing(read_archive(source, Budget(max_size, max_entries))) as stream:
             archive = Archive(stream, staging)
             image = choose_image(archive, tag, host_architecture())
-            apply_layers(image.layers, archive, staging, lambda: Rootfs(rootfs_path, first_id), budget)
-            rootfs = Rootfs(rootfs_path, first_id)
+            apply_layers(image.layers, archive, staging, lambda: Rootfs(rootfs_path, first_id, budget), budget)
+            rootfs = Rootfs(rootfs_path, first_id, budget)
             try:
                 process = resolve_process(image.config, rootfs)
                 prepare_mount_targets(rootfs)

@@ -410,7 +410,7 @@ def apply_layers(rootfs: Path, layers: Iterable[bytes], max_size: int = faasd.MA
         with tempfile.TemporaryDirectory(dir=rootfs.parent) as directory_, \
                 contextlib.closing(faasd.Staging(Path(directory_), faasd.Budget(max_size, max_entries))) as staging:
             staged = staging.stage_layer(iter([data]))
-            faasd.LayerApplier(faasd.Rootfs(rootfs, FIRST_ID), budget, staging).apply(staged)
+            faasd.LayerApplier(faasd.Rootfs(rootfs, FIRST_ID, budget), budget, staging).apply(staged)
             staged.verify(faasd.Layer("test", sha256(data), None))
     return budget
 
