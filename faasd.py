@@ -138,6 +138,7 @@ KILL_RETRY = 0.02                   # seconds between two rounds of killing one 
 KILL_TIMEOUT = 10.0                 # seconds before runc itself is killed and its remains are deleted
 COMMAND_TIMEOUT = 30.0              # seconds for ip, mount and runc delete
 SYS_PIDFD_GETFD = 438               # the same on every architecture (pidfd_getfd(2), Linux 5.6)
+MAX_RUNTIME_LOG = 64 * KIB          # bytes read of what the runtime has to say about one container
 MAX_SEARCHED = 10_000               # descriptors of one container among which its client is looked for
 
 # Isolation.
@@ -2057,8 +2058,6 @@ MASKED_PATHS = ["/proc/acpi", "/proc/asound", "/proc/interrupts", "/proc/kcore",
                 "/proc/sched_debug", "/proc/scsi", "/proc/timer_list", "/proc/timer_stats",
                 "/sys/devices/virtual/powercap", "/sys/firmware"]
 READONLY_PATHS = ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"]
-# Those that join a user namespace whose ids are given too, as they need. runc 1.3 refuses ("non-matching mapping").
-JOINING_RUNTIMES = re.compile(r"runc version 1\.1\.")
 NAMESPACES = ["pid", "mount", "ipc", "uts", "cgroup"]    # besides those of its network and of the function's users
 
 # What a handler may ask of the kernel, in the spirit of Docker's profile: what programs in Python, Node, Go, Java, Ruby
@@ -2324,6 +2323,9 @@ class Cgroups:
         # runc fails on a swap limit where a v1 kernel does not account for swap; on v2 it copes by itself.
         version_1 = [h / "memory.limit_in_bytes" for h in self._hierarchies if (h / "memory.limit_in_bytes").exists()]
         self.can_limit_swap = all(path.with_name("memory.memsw.limit_in_bytes").exists() for path in version_1)
+        # crun takes cgroup v1 for a hybrid with v2, and where no v2 is mounted it leaves plain files.
+        litter = Path("/sys/fs/cgroup/unified")
+        self._litter = litter if version_1 and litter not in self._hierarchies else None
 
     def path(self, container_id: str) -> str:
         """Return the cgroupsPath of a container."""
@@ -2333,7 +2335,8 @@ class Cgroups:
         return [h / path.lstrip("/") for h in self._hierarchies if (h / path.lstrip("/")).is_dir()]
 
     def exists(self, container_id: str) -> bool:
-        return bool(self._directories(self.path(container_id)))
+        path = self.path(container_id)
+        return bool(self._directories(path)) or self._litter is not None and (self._litter / path[1:]).exists()
 
     def containers(self) -> set[str]:
         """Return the ids of all containers that have a cgroup."""
@@ -2370,6 +2373,8 @@ class Cgroups:
 
     def remove(self, path: str) -> None:
         """Remove a cgroup directory in every hierarchy if it is empty."""
+        if self._litter:
+            shutil.rmtree(self._litter / path[1:], ignore_errors=True)
         for directory in self._directories(path):
             try:
                 directory.rmdir()
@@ -2381,7 +2386,7 @@ class Cgroups:
 def read_mounts() -> list[tuple[str, str]]:
     """Return mount point and file system type of every mount (proc_pid_mountinfo(5)), in order of mounting."""
     mounts = []
-    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+    for line in os.fsdecode(Path("/proc/self/mountinfo").read_bytes()).split("\n")[:-1]:
         before, _, after = line.partition(" - ")
         mounts.append((re.sub(r"\\([0-9]{3})", lambda m: chr(int(m[1], 8)), before.split()[4]), after.split()[0]))
     return mounts
@@ -2435,7 +2440,8 @@ class Runtime:
         root (kernel.keys.maxkeys). Where the seccomp filter leaves no call that could use one, none is needed.
         """
         keyring = ["--no-new-keyring"] if seccomp_profile(platform.machine()) else []
-        return [self.program, "--root", str(self.root), "run", *keyring, "--bundle", bundle, container_id]
+        return [self.program, "--root", str(self.root), "--log", f"{bundle}/runtime.log", "--log-format", "json", "run",
+                *keyring, "--bundle", bundle, container_id]
 
     def spawn(self, bundle: str, container_id: str, output: int) -> int:
         """Start `runc run` with stdout and stderr on the descriptor output; return its pid. Raises OSError.
@@ -2507,7 +2513,7 @@ class IdRanges:
         self._taken: set[int] = set()
         self._namespaces: dict[int, int] = {}   # user namespaces with the ids of a range: first id → descriptor
         self._making = asyncio.Lock()
-        self.can_make = False                   # whether the runtime joins a user namespace: see JOINING_RUNTIMES
+        self.can_make = True
 
     def take(self) -> int:
         """Return the first id of a free range, which is taken from now on. Raises Conflict when there is none."""
@@ -2540,7 +2546,10 @@ class IdRanges:
                     log.warning("user=%d cannot make a user namespace, so runc makes one for each container, and all "
                                 "functions share what root may take of inotify, queues and timers: %s", first, error)
                     return ""
-        return f"/proc/{os.getpid()}/fd/{self._namespaces[first]}"
+        # runc from 1.1.11 on looks up which ids a namespace has. For a path that begins with /proc/PID it takes those
+        # of that process, which are ours, says "non-matching mapping", and gives the container's stdout to our root.
+        # For any other path it asks the namespace itself.
+        return f"//proc/{os.getpid()}/fd/{self._namespaces[first]}"
 
 
 def make_user_namespace(first: int) -> int:
@@ -3428,11 +3437,32 @@ class Container:
             self.start_seconds = self.ready_at - begin
             return
         timed_out = not self._exited.done()
+        error = self._runtime_error()
         status = await self.finish(0)
         tail = self._output.tail
+        if error and not timed_out:
+            if error not in "\n".join(tail):            # crun prints it to its log alone
+                self.write_line(self.id, escape_controls(error))
+                tail.append(escape_controls(error))
+            raise StartFailed(f"{Path(self._host.runtime.program).name} could not make the container", tail, 502)
         if timed_out:
             raise StartFailed(f"the handler did not connect to {CONTROL_SOCKET} within {timeout:g} s", tail, 504)
         raise StartFailed(f"the handler {describe_exit(status)} before it connected to {CONTROL_SOCKET}", tail, 502)
+
+    def _runtime_error(self) -> str:
+        """Return what the runtime says kept it from making the container, "" if the handler has been run.
+
+        A handler may exit and print as it likes, but not write to the runtime's log.
+        """
+        error = ""
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError):      # it did not get so far, was cut short
+            with open(f"{self._directory}/runtime.log", encoding="utf-8", errors="replace") as file:
+                rest = file.read(MAX_RUNTIME_LOG).lstrip()
+            while rest:
+                entry, end = json.JSONDecoder().raw_decode(rest)        # crun's take several lines
+                rest = rest[end:].lstrip()
+                error = entry["msg"] if entry["level"] in ("error", "fatal") else error
+        return error
 
     def _spawn(self, user_namespace: str) -> None:
         os.mkdir(self._directory, 0o710)
@@ -3585,7 +3615,7 @@ class Container:
             await self._exited
 
     def _remove_directory(self) -> None:
-        for name in ("config.json", "control.sock", "output"):
+        for name in ("config.json", "control.sock", "output", "runtime.log"):
             with contextlib.suppress(FileNotFoundError):        # it was never made
                 os.unlink(f"{self._directory}/{name}")
         with contextlib.suppress(FileNotFoundError):
@@ -3600,7 +3630,7 @@ def inspect_process(pid: int) -> dict:
     process = Path(f"/proc/{pid}")
     status = dict(line.split(":\t", 1) for line in (process / "status").read_text().splitlines() if ":\t" in line)
     namespaces = {entry.name: os.readlink(entry) for entry in (process / "ns").iterdir() if "_for_" not in entry.name}
-    mounts = [line.split(" - ") for line in (process / "mountinfo").read_text().splitlines()]
+    mounts = [line.split(" - ") for line in os.fsdecode((process / "mountinfo").read_bytes()).split("\n")[:-1]]
     try:
         profile = (process / "attr/current").read_text().strip("\n\0")
     except OSError:                     # EINVAL: the kernel has no security module that keeps one
@@ -3725,7 +3755,7 @@ class ContainerHost:
                 pidfd = os.pidfd_open(pid)
                 stack.callback(os.close, pidfd)
                 command = self._command_of(pid)         # now that the pid cannot become another's
-                if command[:1] != ["run"]:
+                if "run" not in command:
                     return None
                 container_id = command[-1]
                 directory = self.containers_dir / container_id
@@ -6172,7 +6202,6 @@ class Daemon:
         for number in {signal.SIGTERM, signal.SIGINT, signal.SIGHUP} - ignored:
             self.loop.add_signal_handler(number, self._stop_signals.put_nowait, number)
         self.runtime_version = self._runtime.version()
-        self._ids.can_make = bool(JOINING_RUNTIMES.match(self.runtime_version))
         log.info("faasd %s, %s, Linux %s", __version__, self.runtime_version, platform.release())
         for warning in (runc_warning(self.runtime_version), *machine_warnings()):
             if warning:
