@@ -11,7 +11,7 @@ set -euo pipefail
 here=$(dirname "$(readlink -f "$0")")
 source=$(dirname "$(dirname "$here")")
 complete=python3,runc,crun,iproute2,curl,procps,strace,zstd,nftables
-complete+=,docker.io,skopeo,podman,buildah,umoci,prometheus,busybox-static,apparmor,systemd
+complete+=,docker.io,skopeo,podman,buildah,umoci,prometheus,apparmor,systemd,busybox-static,git,openssl,nodejs
 newcomer=python3
 
 usage() {
@@ -100,25 +100,30 @@ announce() {
     echo "$suite: $(python3 --version), $("$runtime" --version | head -n 1), kernel $(uname -r)"
 }
 
+run_suite() {
+    local suite=$1 runtime=runc kind=complete root work
+    shift
+    while [[ ${1:-} == --* ]]; do
+        case $1 in
+            --runtime) runtime=${2:?}; shift 2 ;;
+            --newcomer) kind=newcomer; shift ;;
+            --soak) break ;;                    # test.sh's
+            *) usage ;;
+        esac
+    done
+    [ "$suite" = bookworm ] || complete+=,docker-cli        # there it is in docker.io
+    root=$("$here/root.sh" "$suite" "${!kind}")
+    work=$(mktemp -d "/var/tmp/faasd-$suite.XXXXXX")
+    # shellcheck disable=SC2064  # now: $work is local
+    trap "rm -rf --one-file-system '$work'" EXIT
+    unshare --mount --propagation private --pid --fork --kill-child -- \
+        "$0" --enter "$root" "$work" "$suite" "$runtime" "$kind" "$@"
+}
+
 case ${1:-} in
     --enter) shift; enter "$@" ;;
-    --inside) shift; inside "$@"; exit ;;
+    --inside) shift; inside "$@" ;;
     '' | -*) usage ;;
+    *) run_suite "$@" ;;
 esac
-
-suite=$1 runtime=runc kind=complete
-shift
-while [[ ${1:-} == --* ]]; do
-    case $1 in
-        --runtime) runtime=${2:?}; shift 2 ;;
-        --newcomer) kind=newcomer; shift ;;
-        --soak) break ;;
-        *) usage ;;
-    esac
-done
-[ "$suite" = bookworm ] || complete+=,docker-cli        # there it is in docker.io
-root=$("$here/root.sh" "$suite" "${!kind}")
-work=$(mktemp -d "/var/tmp/faasd-$suite.XXXXXX")
-trap 'rm -rf --one-file-system "$work"' EXIT
-unshare --mount --propagation private --pid --fork --kill-child -- \
-    "$0" --enter "$root" "$work" "$suite" "$runtime" "$kind" "$@"
+exit

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # Run the tests in a virtual machine with what this one may lack: cgroup v2, AppArmor, a systemd of its own.
-#   [SUITE=trixie] [ACCELERATION=tcg] vm.sh [--runtime crun] [test_file…]
+#   [SUITE=trixie] [ACCELERATION=kvm] vm.sh [--runtime crun] [test_file…]
 #
 # Debian 13 with its own kernel and systemd, or another SUITE, below QEMU. By default only what may differ there: see
-# `files`. Emulated where /dev/kvm does not work or ACCELERATION=tcg says so, and then some ten times slower than here, so it
-# is no part of .ci/run. Needs root, and
+# `files`. Emulated unless KVM is asked for, and then some ten times slower than here, so it is no part of .ci/run. Needs
+# root, and
 #   apt install qemu-system-x86 debootstrap e2fsprogs
 set -euo pipefail
 
@@ -27,9 +27,7 @@ done
 [ $# -gt 0 ] || set -- "${files[@]}"
 
 accelerate=(-accel "tcg,thread=multi" -cpu max)
-if [ "${ACCELERATION:-kvm}" = kvm ] && [ -w /dev/kvm ]; then
-    accelerate=(-accel kvm -accel "tcg,thread=multi" -cpu max)      # the second where the first does not work
-fi
+[ "${ACCELERATION:-}" != kvm ] || accelerate=(-accel kvm -cpu host)
 
 work=$(mktemp -d /var/tmp/faasd-vm.XXXXXX)
 trap 'rm -rf --one-file-system "$work"' EXIT
