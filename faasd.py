@@ -138,6 +138,8 @@ KILL_RETRY = 0.02                   # seconds between two rounds of killing one 
 KILL_TIMEOUT = 10.0                 # seconds before runc itself is killed and its remains are deleted
 COMMAND_TIMEOUT = 30.0              # seconds for ip, mount and runc delete
 SYS_PIDFD_GETFD = 438               # the same on every architecture (pidfd_getfd(2), Linux 5.6)
+SYS_FSOPEN = 430                    # likewise; then come fsconfig and fsmount (Linux 5.2)
+SYS_BPF, SYS_UNSHARE = {"x86_64": 321}, {"x86_64": 272}        # 280 and 97 elsewhere
 MAX_RUNTIME_LOG = 64 * KIB          # bytes read of what the runtime has to say about one container
 MAX_SEARCHED = 10_000               # descriptors of one container among which its client is looked for
 
@@ -184,6 +186,11 @@ TCP_FIN_STATES = (4, 9, 11)          # FIN_WAIT1, LAST_ACK, CLOSING: we have clo
 SO_ATTACH_FILTER, SO_LOCK_FILTER = 26, 44   # socket(7); the numbers are those of include/uapi/asm-generic/socket.h
 BPF_LOAD_WORD, BPF_LOAD_HALF, BPF_JUMP_EQUAL, BPF_RETURN = 0x20, 0x28, 0x15, 0x06      # linux/bpf_common.h
 BPF_IP_HEADER = 0xFFF0_0000          # SKF_NET_OFF (linux/filter.h): what is loaded from here on is in the IP header
+SO_NETNS_COOKIE = 71                # Linux 5.14: the number of a socket's network namespace
+BPF_PROG_LOAD, BPF_PROG_ATTACH, BPF_PROG_DETACH = 5, 8, 9              # commands of bpf(2) (linux/bpf.h)
+BPF_PROG_GET_FD_BY_ID, BPF_OBJ_GET_INFO_BY_FD, BPF_PROG_QUERY = 13, 15, 16
+BPF_PROG_TYPE_CGROUP_SOCK_ADDR, BPF_F_ALLOW_MULTI, BPF_CGROUP_MAX_PROGS = 18, 2, 64
+GUARDED_CALLS = (8, 10)             # BPF_CGROUP_INET4_BIND, BPF_CGROUP_INET4_CONNECT
 TCP_INFO_RECEIVED, TCP_INFO_NOTSENT, TCP_INFO_SENT = 128, 144, 200    # offsets in struct tcp_info (linux/tcp.h)
 
 # Logs.
@@ -2101,6 +2108,7 @@ ALLOWED_CALLS = """
     semop semtimedop shmat shmctl shmdt shmget
 """.split()
 SOCKET_FAMILIES = (socket.AF_UNIX, socket.AF_INET, socket.AF_INET6, socket.AF_NETLINK)      # getifaddrs(3) asks netlink
+CLONE_NEWCGROUP = 0x0200_0000
 CLONE_NAMESPACES = 0x7E02_0000          # CLONE_NEWNS, NEWCGROUP, NEWUTS, NEWIPC, NEWUSER, NEWPID, NEWNET (clone(2))
 SECCOMP_ARCHITECTURES = {"x86_64": "SCMP_ARCH_X86_64", "aarch64": "SCMP_ARCH_AARCH64", "riscv64": "SCMP_ARCH_RISCV64"}
 
@@ -2383,6 +2391,15 @@ class Cgroups:
                     log.warning("cannot remove cgroup %s: %s", directory, error.strerror)
 
 
+def system_call(number: int, *arguments: int | bytes) -> int:
+    """Make a system call that Python has no name for, with numbers and pointers to bytes. Raises OSError."""
+    words = [ctypes.c_char_p(word) if isinstance(word, bytes) else ctypes.c_long(word) for word in arguments]
+    result = ctypes.CDLL(None, use_errno=True).syscall(ctypes.c_long(number), *words)
+    if result < 0:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    return result
+
+
 def read_mounts() -> list[tuple[str, str]]:
     """Return mount point and file system type of every mount (proc_pid_mountinfo(5)), in order of mounting."""
     mounts = []
@@ -2390,6 +2407,11 @@ def read_mounts() -> list[tuple[str, str]]:
         before, _, after = line.partition(" - ")
         mounts.append((re.sub(r"\\([0-9]{3})", lambda m: chr(int(m[1], 8)), before.split()[4]), after.split()[0]))
     return mounts
+
+
+def run_dir_mark(run_dir: Path) -> str:
+    """Return what is in the names of things that all daemons of a machine have in one place."""
+    return hashlib.sha256(os.fsencode(run_dir)).hexdigest()[:6]
 
 
 def run_command(*argv: str, stdin: str = "") -> subprocess.CompletedProcess:
@@ -2833,6 +2855,111 @@ def keep_to_address(listener: socket.socket) -> None:
     listener.setsockopt(socket.SOL_SOCKET, SO_LOCK_FILTER, 1)
 
 
+def mount_cgroup2() -> int:
+    """Return a descriptor of the part of cgroup v2 that we are in, mounted nowhere. Raises OSError.
+
+    To be called in a thread of its own: a mount made from the machine's own cgroup namespace would set the options of
+    all mounts of cgroup v2 anew (nsdelegate, memory_recursiveprot).
+    """
+    system_call(SYS_UNSHARE.get(platform.machine(), 97), CLONE_NEWCGROUP)
+    context = system_call(SYS_FSOPEN, b"cgroup2", 1)                    # FSOPEN_CLOEXEC
+    try:
+        system_call(SYS_FSOPEN + 1, context, 6, 0, 0, 0)                # fsconfig: FSCONFIG_CMD_CREATE
+        return system_call(SYS_FSOPEN + 2, context, 1, 0)               # fsmount: FSMOUNT_CLOEXEC
+    finally:
+        os.close(context)
+
+
+@contextlib.contextmanager
+def top_cgroup() -> Iterator[int]:
+    """Open the top of cgroup v2, also where it is mounted nowhere that we see. Raises OSError."""
+    tops = [mount for mount, kind in read_mounts() if kind == "cgroup2"]
+    with concurrent.futures.ThreadPoolExecutor(1) as executor:
+        descriptor = os.open(tops[0], os.O_RDONLY) if tops else executor.submit(mount_cgroup2).result()
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def bpf(command: int, layout: str, *values: int | bytes) -> int:
+    """Make a call of bpf(2), its union bpf_attr laid out as in linux/bpf.h. Raises OSError."""
+    size = struct.calcsize(layout)
+    attributes = ctypes.create_string_buffer(struct.pack(layout, *values), size)
+    return system_call(SYS_BPF.get(platform.machine(), 280), command, ctypes.addressof(attributes), size)
+
+
+class AddressGuard:
+    """Has the kernel refuse to connect or to bind a socket that has a function's address already (EPERM).
+
+    A handler is given a socket of the host's network. Once connect(2) has dissolved its connection, it could go wherever
+    the host can. But whatever a handler does, it keeps the address that its listener was bound to, and nobody else binds
+    one of these and then connects. So two BPF programs on cgroup v2 know it by that, and by our network namespace. They
+    are at the top of the hierarchy, where they see the sockets of a daemon that ran in another cgroup, too. They stay
+    if we die, as containers do, and the next daemon knows them by their name.
+    """
+
+    def __init__(self, run_dir: Path, subnet: ipaddress.IPv4Network):
+        self._name = f"faasd_{run_dir_mark(run_dir)}".encode()
+        self._subnet = subnet
+
+    def attach(self) -> None:
+        """Guard the addresses of the subnet; take away what the daemon before has left. Raises OSError."""
+        with top_cgroup() as cgroup:
+            for kind in GUARDED_CALLS:
+                program = self._load(kind)
+                try:
+                    bpf(BPF_PROG_ATTACH, "5I", cgroup, program, kind, BPF_F_ALLOW_MULTI, 0)
+                    self._detach(cgroup, kind, but=self._describe(program)[0])
+                finally:
+                    os.close(program)
+
+    def detach(self) -> None:
+        """Take away what attach() has left. Raises OSError."""
+        with top_cgroup() as cgroup:
+            for kind in GUARDED_CALLS:
+                self._detach(cgroup, kind)
+
+    def _detach(self, cgroup: int, kind: int, but: int = 0) -> None:
+        """Take away all programs of our name but the one of this id."""
+        ids = (ctypes.c_uint32 * BPF_CGROUP_MAX_PROGS)()
+        bpf(BPF_PROG_QUERY, "4IQ2I", cgroup, kind, 0, 0, ctypes.addressof(ids), len(ids), 0)
+        for number in filter(None, ids):
+            with contextlib.suppress(FileNotFoundError):        # another daemon has just taken its own away
+                program = bpf(BPF_PROG_GET_FD_BY_ID, "3I", number, 0, 0)
+                try:
+                    if self._describe(program)[1] == self._name and number != but:
+                        bpf(BPF_PROG_DETACH, "5I", cgroup, program, kind, 0, 0)
+                finally:
+                    os.close(program)
+
+    @staticmethod
+    def _describe(program: int) -> tuple[int, bytes]:
+        """Return id and name of a program (struct bpf_prog_info)."""
+        info = ctypes.create_string_buffer(80)
+        bpf(BPF_OBJ_GET_INFO_BY_FD, "2IQ", program, len(info), ctypes.addressof(info))
+        return struct.unpack_from("I", info, 4)[0], struct.unpack_from("16s", info, 64)[0].rstrip(b"\0")
+
+    def _load(self, kind: int) -> int:
+        """Return a descriptor of the program for one kind of call."""
+        with socket.socket(socket.AF_UNIX) as ours:
+            cookie, = struct.unpack("Q", ours.getsockopt(socket.SOL_SOCKET, SO_NETNS_COOKIE, 8))
+        mask, network = (struct.unpack("=I", address.packed)[0]         # in the order of bytes that packets have
+                         for address in (self._subnet.netmask, self._subnet.network_address))
+        program = b"".join(struct.pack("=BBhI", *instruction) for instruction in (     # code, registers, jump, number
+            (0xBF, 0x16, 0, 0),                                         # r6 = context
+            (0x85, 0x00, 0, 122),                                       # r0 = bpf_get_netns_cookie(context)
+            (0x18, 0x01, 0, cookie & 0xFFFF_FFFF), (0, 0, 0, cookie >> 32),             # r1 = ours
+            (0x5D, 0x10, 6, 0),                                         # is another: to the end
+            (0x79, 0x61, 64, 0), (0x61, 0x11, 24, 0),                   # r1 = context->sk->src_ip4
+            (0x54, 0x01, 0, mask), (0x56, 0x01, 2, network),            # not of the subnet: to the end
+            (0xB7, 0x00, 0, 0), (0x95, 0x00, 0, 0),                     # return 0: refused
+            (0xB7, 0x00, 0, 1), (0x95, 0x00, 0, 0)))                    # return 1
+        text, licence = ctypes.create_string_buffer(program), ctypes.create_string_buffer(b"MIT")
+        return bpf(BPF_PROG_LOAD, "2I2Q2IQ2I16s2I", BPF_PROG_TYPE_CGROUP_SOCK_ADDR, len(program) // 8,
+                   ctypes.addressof(text), ctypes.addressof(licence), 0, 0, 0, 0, 0, self._name, 0, kind)
+
+
 @dataclass(frozen=True)
 class TcpState:
     """What the kernel knows of a client's connection."""
@@ -2971,7 +3098,7 @@ class EgressNetworks:
     """
 
     def __init__(self, run_dir: Path, subnet: ipaddress.IPv4Network, public: ipaddress.IPv4Network, port: int):
-        mark = hashlib.sha256(os.fsencode(run_dir)).hexdigest()[:6]     # two daemons on one machine do not meet
+        mark = run_dir_mark(run_dir)
         self.table = f"faasd_{mark}"
         self._run_dir, self._directory = run_dir, namespace_path(run_dir, "x").parent
         self._subnet, self._public, self._port = subnet, public, port
@@ -3671,12 +3798,9 @@ def duplicate_descriptor(pid: int, number: int) -> int:
     """Return a duplicate of another process's descriptor. Raises OSError."""
     pidfd = os.pidfd_open(pid)
     try:
-        duplicate = ctypes.CDLL(None, use_errno=True).syscall(ctypes.c_long(SYS_PIDFD_GETFD), pidfd, number, 0)
+        return system_call(SYS_PIDFD_GETFD, pidfd, number, 0)
     finally:
         os.close(pidfd)
-    if duplicate < 0:
-        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
-    return duplicate
 
 
 def peer_of(candidate: socket.socket, address: str) -> str:
@@ -6165,6 +6289,7 @@ class Daemon:
         self._egress = EgressNetworks(settings.run_dir, settings.egress_subnet, settings.subnet, settings.port)
         self._rules_watch = TableWatch(self.loop, self._egress.table, self._on_rules_deleted)
         self._egress_thread = concurrent.futures.ThreadPoolExecutor(1)      # one thing after the other, in order
+        self._guard = AddressGuard(settings.run_dir, settings.subnet)
         self._listeners = ListenerStore()
         # By its full name: it is started with a PATH that may differ from ours.
         self._runtime = Runtime(shutil.which(settings.runtime) or settings.runtime, settings.run_dir / "runc")
@@ -6215,6 +6340,7 @@ class Daemon:
             raise storage_error(error, f"clearing what an earlier faasd left at {error.filename}") from error
         number = None
         try:
+            await asyncio.to_thread(self._guard_addresses)
             for record in records:
                 await self._restore(record, [entry for entry in survivors if entry.function == record.name])
             self._listeners.forget_unclaimed()
@@ -6230,6 +6356,22 @@ class Daemon:
             notify_service_manager("STOPPING=1")
             # What has survived the daemon before should not end because this one cannot start.
             await self._stop(servers, leave=number == signal.SIGHUP or number is None and bool(survivors))
+
+    def _guard_addresses(self) -> None:
+        """Keep handlers from using their client's socket for anything else; warn of what that leaves open. Blocks."""
+        first, last = map(int, Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split())
+        if first <= self.settings.port <= last:
+            log.warning("port %d is in net.ipv4.ip_local_port_range: any program, a handler too, may be given it while "
+                        "its function does not listen; choose another --port", self.settings.port)
+        try:
+            self._guard.attach()
+        except OSError as error:
+            log.warning("cannot guard the addresses of functions, which takes cgroup v2, CONFIG_CGROUP_BPF and Linux "
+                        "5.14: a handler can send from its client's socket, and take ports of this machine, with any "
+                        "--net (SECURITY.md, Networks): %s", error.strerror)
+            if self.settings.port >= int(Path("/proc/sys/net/ipv4/ip_unprivileged_port_start").read_text()):
+                log.warning("port %d is not privileged, so that a handler can even use this machine's network while its "
+                            "function does not listen: choose a --port below 1024", self.settings.port)
 
     def _clear_past(self, records: list[FunctionRecord]) -> list[Survivor]:
         """Remove what a daemon that was killed left: containers, uploads, half-deployed images, logs.
@@ -6317,6 +6459,10 @@ class Daemon:
 
     async def _remove_all(self) -> None:
         """Remove what functions and containers had in common, once none is left."""
+        try:
+            await asyncio.to_thread(self._guard.detach)
+        except OSError as error:
+            log.info("cannot take away the guard of the addresses: %s", error.strerror)
         self._network.remove_all()
         await self._run_egress(self._egress.remove_all)
         for path in self.settings.run_dir.glob("resolv.conf.*"):

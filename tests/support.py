@@ -6,6 +6,7 @@ Everything a test makes carries PREFIX in its name, so that tests/test_zz_leftov
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import hashlib
 import http.client
 import io
@@ -25,7 +26,11 @@ import time
 from pathlib import Path
 
 TOP = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(TOP))
+import faasd  # noqa: E402
+
 PREFIX = f"faasd-test.{secrets.token_hex(3)}."         # of this run: another may be under way
+RUN_DIRS: set[Path] = set()                             # of all daemons of this run
 HANDLER = Path(__file__).with_name("handler.py")
 RUNTIME = os.environ.get("FAASD_TEST_RUNTIME", "runc")     # the --runtime of every daemon that does not ask for another
 READY_SECONDS = 30      # for anything that must happen at all; no test is about how fast
@@ -146,6 +151,7 @@ class Daemon:
             raise RuntimeError("tests use 10.0.0.0/24 and must have a network namespace of their own: run ./test.sh")
         self.directory = directory or temporary_directory()
         self.state_dir, self.run_dir = self.directory / "state", self.directory / "run"
+        RUN_DIRS.add(self.run_dir)
         self.socket = self.run_dir / "faasd.sock"
         self.arguments, self.env, self.wrapper, self.constants = arguments, env, wrapper, constants
         self.pass_fds: tuple[int, ...] = ()             # for the daemon to inherit
@@ -211,6 +217,8 @@ class Daemon:
         finally:
             if self.process.poll() is None:     # it hangs, and must not stand in the way of the tests that follow
                 self.kill()
+            if guards(self.run_dir):            # it was killed, and there is no next one
+                faasd.AddressGuard(self.run_dir, ipaddress.ip_network("10.0.0.0/24")).detach()
             shutil.rmtree(self.directory)
 
     # -- clients --
@@ -357,12 +365,27 @@ def networks(mark: str = "") -> list[str]:
     return links + [line for line in out.splitlines() if f"faasd_{mark}" in line]
 
 
+def guards(run_dir: Path) -> list[str]:
+    """Return the BPF programs that guard the addresses of the daemon on run_dir: one for bind, one for connect."""
+    name, found = f"faasd_{hashlib.sha256(os.fsencode(run_dir)).hexdigest()[:6]}", []
+    with contextlib.suppress(OSError), faasd.top_cgroup() as cgroup:        # OSError: no BPF here
+        for kind, label in ((8, "bind"), (10, "connect")):
+            ids = (ctypes.c_uint32 * 64)()
+            faasd.bpf(16, "4IQ2I", cgroup, kind, 0, 0, ctypes.addressof(ids), 64, 0)
+            for number in filter(None, ids):
+                with contextlib.suppress(FileNotFoundError), open(faasd.bpf(13, "3I", number, 0, 0), "rb") as program:
+                    info = ctypes.create_string_buffer(80)
+                    faasd.bpf(15, "2IQ", program.fileno(), 80, ctypes.addressof(info))
+                    found += [label] if info[64:80].rstrip(b"\0").decode() == name else []
+    return found
+
+
 def remains(daemon: Daemon) -> list[str]:
     """Return what a stopped daemon should not have left."""
     name = daemon.directory.name
     subnet = dict(zip(daemon.arguments, daemon.arguments[1:], strict=False)).get("--subnet", "10.0.0.0/24")
     mark = hashlib.sha256(os.fsencode(daemon.run_dir)).hexdigest()[:6]
-    found = [*processes(name), *mounts(name), *cgroup_directories(name), *addresses(subnet), *networks(mark)]
+    found = [*processes(name), *mounts(name), *cgroup_directories(name), *addresses(subnet), *networks(mark), *guards(daemon.run_dir)]
     found += [str(path) for path in daemon.run_dir.rglob("*") if path.name != "faasd.lock"]
     found += [str(path) for path in (daemon.state_dir / "tmp").iterdir()]
     return found

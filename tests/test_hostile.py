@@ -12,6 +12,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import socket
 import struct
 import subprocess
@@ -32,6 +33,7 @@ HOSTILE = Path(__file__).with_name("hostile")
 sys.path.insert(0, str(HOSTILE))
 import attempts  # noqa: E402
 
+ETH_P_ALL = 3               # linux/if_ether.h
 MEMORY = 32 << 20           # bytes by which the daemon may have grown over all of it
 STDLIB = Path(sysconfig.get_path("stdlib"))
 # What ordinary.py imports beyond handler.py, in one version of Python or another.
@@ -142,6 +144,11 @@ def setUpModule():
     unittest.addModuleCleanup(lab.daemon.close)
 
 
+def init_pid(daemon: support.Daemon, container: str) -> int:
+    state = subprocess.run(["runc", "--root", daemon.run_dir / "runc", "state", container], capture_output=True, check=True)
+    return json.loads(state.stdout)["pid"]
+
+
 class HostileCase(unittest.TestCase):
     """The neighbour is asked all the time and must answer; after each test the daemon is as it was before."""
 
@@ -238,7 +245,7 @@ class Neighbours(HostileCase):
             self.assertIn(b"ready", read_until(victim, b"ready\n"))
             container, = filter(self.is_hostile, os.listdir(self.daemon.run_dir / "containers"))
             state, run = self.daemon.state_dir, self.daemon.run_dir
-            known = {"pid": self.init_pid(container), "host_port": host.getsockname()[1],
+            known = {"pid": init_pid(self.daemon, container), "host_port": host.getsockname()[1],
                      "abstract": "\0faasd/10.0.0.0/24", "address": lab.neighbour,
                      "paths": [str(path) for path in (self.daemon.rootfs("neighbour") / "handler.py", state, run)],
                      "sockets": [str(self.daemon.socket), str(run / "containers" / container / "control.sock")]}
@@ -256,10 +263,6 @@ class Neighbours(HostileCase):
         with contextlib.suppress(FileNotFoundError):        # the neighbour's come and go
             return json.loads(config.read_text())["hostname"] == "hostile"
         return False
-
-    def init_pid(self, container: str) -> int:
-        command = ["runc", "--root", self.daemon.run_dir / "runc", "state", container]
-        return json.loads(subprocess.run(command, capture_output=True, check=True).stdout)["pid"]
 
     def test_what_is_counted_by_user(self):
         """One function takes all it can get of what the kernel counts for each user; others have theirs."""
@@ -281,6 +284,28 @@ def read_until(sock: socket.socket, end: bytes) -> bytes:
             raise AssertionError(f"the connection ended: {data!r}")
         data += received
     return data
+
+
+def in_hex(**known) -> str:
+    """Return the JSON of what a handler is told, as it stands in a request."""
+    return json.dumps(known).encode().hex()
+
+
+def got_through(outcomes: str) -> dict[str, list[str]]:
+    """Return which ways to escape were not refused, and how they ended."""
+    return {name: found for name, found in json.loads(outcomes).items() if found not in (["EPERM"], ["EOPNOTSUPP"])}
+
+
+def syns(sniffer: socket.socket, source: str) -> Iterable[tuple[str, int]]:
+    """Yield where packets went that open a connection from an address, its own clients' aside."""
+    sniffer.setblocking(False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            packet = sniffer.recv(65536)[14:]                   # behind the head of Ethernet
+            place = socket.inet_ntoa(packet[16:20]), int.from_bytes(packet[22:24], "big")
+            opens = packet[9] == socket.IPPROTO_TCP and packet[33] & 0x12 == 2
+            if opens and packet[12:16] == socket.inet_aton(source) and place != (source, 80):
+                yield place
 
 
 class ClientSocket(HostileCase):
@@ -307,6 +332,31 @@ class ClientSocket(HostileCase):
                 self.assertRaises(TimeoutError, other.connect, (host, int(port)))
         self.assertEqual(self.said("accepting"), "timeout")
 
+    def test_sends_nothing(self):
+        """To a port that listens, one that does not, a host that is not there: no packet, and no telling them apart."""
+        with socket.create_server(("127.0.0.1", 0)) as host, socket.socket(
+                socket.AF_PACKET, socket.SOCK_RAW, socket.htons(ETH_P_ALL)) as sniffer:
+            sniffer.bind(("lo", 0))
+            places = [host.getsockname(), ("127.0.0.1", 9), (lab.neighbour, 80), ("192.0.2.1", 80)]
+            with contextlib.suppress(AssertionError):
+                get(self.address, f"/escape?1?{in_hex(connect=places, bind=[])}")
+            self.assertEqual(got_through(self.said("escape")), {})
+            self.assertEqual(list(syns(sniffer, self.address)), [])
+
+    def test_takes_no_port(self):
+        """Not one that is free, nor one of a service that shares it, as root's sockets may: the client's is root's."""
+        with socket.socket() as service:
+            service.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            service.bind(("127.0.0.1", 0))
+            service.listen()
+            places = [service.getsockname(), ("0.0.0.0", 0), ("127.0.0.1", 8000), (lab.neighbour, 8080)]
+            with contextlib.suppress(AssertionError):
+                get(self.address, f"/escape?1?{in_hex(connect=[], bind=places)}")
+            self.assertEqual(got_through(self.said("escape")), {})
+            for _ in range(20):
+                with socket.create_connection(service.getsockname(), 1):
+                    service.accept()[0].close()
+
     def test_linger(self):
         """close(2) of a socket that lingers waits for its client: faasd's must not."""
         with socket.create_connection((self.address, 80)) as client:
@@ -325,6 +375,63 @@ class ClientSocket(HostileCase):
     def test_left_unusable(self):
         with contextlib.suppress(AssertionError):
             get(self.address, "/cork")
+
+
+class ClientSocketOfAPortForAll(unittest.TestCase):
+    """Where anybody may bind the function's port, and the daemon leaves its ports for a while."""
+
+    def test_over_restarts_and_to_the_end(self):
+        token = support.temporary_directory() / "token"
+        self.addCleanup(shutil.rmtree, token.parent)
+        token.touch(0o600)
+        token.write_text("a" * 32)
+        with socket.create_server(("127.0.0.1", 0)) as self.host, support.Daemon(
+                "--port", "8080", "--subnet", "10.0.1.0/24", "--api", "127.0.0.1:8000", "--api-token-file",
+                str(token)) as self.daemon:
+            self.evil = self.daemon.deploy("evil", hostile_image(), "--timeout", "60s")
+            self.other = self.daemon.deploy("other")
+            self.host.setblocking(False)
+            for number in (signal.SIGKILL, signal.SIGHUP):
+                with self.subTest(number):
+                    self.check_while_no_daemon_runs(number)
+            self.check_while_it_drains()
+            self.assertEqual(support.guards(lab.daemon.run_dir), ["bind", "connect"], "those of another daemon stay")
+
+    def check_while_no_daemon_runs(self, number: int) -> None:
+        attack = self.attack("escape_unseen", 1)
+        container, = support.list_containers(self.daemon)
+        pid = init_pid(self.daemon, container)
+        self.daemon.stop(number)
+        self.assertEqual(support.guards(self.daemon.run_dir), ["bind", "connect"])
+        path = Path(f"/proc/{pid}/root/tmp/escape")
+        wait_until(path.exists, "the handler has tried")
+        self.check(path.read_text())
+        self.daemon.start()                             # its own port, and the API's, are free
+        attack.close()
+        self.assertEqual(self.daemon.info("other")["state"], "ready")
+        self.assertEqual(support.guards(self.daemon.run_dir), ["bind", "connect"])
+
+    def check_while_it_drains(self) -> None:
+        with self.attack("escape", 2):
+            self.assertEqual(self.daemon.stop(), 0)
+        log = (self.daemon.state_dir / "logs/evil.log").read_text()
+        self.check(re.search(r"\[escape: (.*)\]", log)[1])
+        self.assertEqual(support.guards(self.daemon.run_dir), [])
+
+    def attack(self, name: str, seconds: float) -> socket.socket:
+        """Have a handler try for so long to take our ports and to connect; return its client once it has begun."""
+        log = self.daemon.state_dir / "logs/evil.log"
+        before = log.read_text().count("[tries]")
+        ports = [(self.evil, 8080), (self.other, 8080), ("127.0.0.1", 8000), ("0.0.0.0", 8000)]
+        words = in_hex(connect=[self.host.getsockname()], bind=ports)
+        client = socket.create_connection((self.evil, 8080))
+        client.sendall(f"GET /{name}?{seconds}?{words} HTTP/1.1\r\n\r\n".encode())
+        wait_until(lambda: log.read_text().count("[tries]") > before, "the handler tries")
+        return client
+
+    def check(self, outcomes: str) -> None:
+        self.assertEqual(got_through(outcomes), {})
+        self.assertRaises(BlockingIOError, self.host.accept)
 
 
 class ControlSocket(HostileCase):

@@ -23,6 +23,9 @@ class Leftovers(unittest.TestCase):
     def test_no_network(self):
         self.assertEqual(support.networks(), [])
 
+    def test_no_guard(self):
+        self.assertEqual([run_dir for run_dir in support.RUN_DIRS if support.guards(run_dir)], [])
+
     def test_no_directory(self):
         left = [path for top in (tempfile.gettempdir(), "/var/tmp") for path in Path(top).glob(f"{support.PREFIX}*")]
         self.assertEqual(left, [])

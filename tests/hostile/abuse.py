@@ -23,6 +23,7 @@ from attempts import LIBC, SIOCGSKNS, UNIX, configure_interface, try_it
 ABSTRACT, PORT, SHM_KEY, QUEUE = "\0hostile-victim", 7777, 0x5EC7E7, b"/hostile-victim"
 UNSPECIFIED = struct.pack("H14x", 0)        # connect(2): dissolves a connection
 SO_LINGER_FOR_EVER = struct.pack("ii", 1, 1 << 20)
+TCP_FASTOPEN_NO_COOKIE, MSG_FASTOPEN = 34, 0x2000_0000
 SO_DETACH_FILTER, SO_ATTACH_FILTER, SO_MARK, TCP_REPAIR, IP_TRANSPARENT = 27, 26, 36, 19, 19
 
 
@@ -113,6 +114,45 @@ def listen_elsewhere(client, control):
         say("accepting: done")
     except TimeoutError:
         say("accepting: timeout")
+
+
+def escape(client, control, seconds, words):
+    """Dissolve the client's connection and try for so long to get its socket anywhere; say what came of each.
+
+    words are the JSON of where: places to connect to, and places to bind.
+    """
+    say("escape: " + json.dumps(try_to_escape(client, float(seconds), json.loads(bytes.fromhex(words)))))
+
+
+def escape_unseen(client, control, seconds, words):
+    """Do so, and leave what came of it in a file, for no daemon reads what is said."""
+    outcomes = try_to_escape(client, float(seconds), json.loads(bytes.fromhex(words)))
+    with open("/tmp/writing", "w") as file:
+        json.dump(outcomes, file)
+    os.rename("/tmp/writing", "/tmp/escape")
+    time.sleep(3600)
+
+
+def try_to_escape(client, seconds, places):
+    checked(LIBC.connect(client.fileno(), UNSPECIFIED, len(UNSPECIFIED)))
+    client.setblocking(False)
+    for level, option in ((socket.SOL_SOCKET, socket.SO_REUSEADDR), (socket.SOL_SOCKET, socket.SO_REUSEPORT),
+                          (socket.IPPROTO_TCP, TCP_FASTOPEN_NO_COOKIE)):
+        client.setsockopt(level, option, 1)
+    tries = {}
+    for place in map(tuple, places["connect"]):
+        tries["connect %s:%d" % place] = lambda place=place: client.connect(place)
+        tries["fast open %s:%d" % place] = lambda place=place: client.sendto(b"the secret", MSG_FASTOPEN, place) and None
+    for place in map(tuple, places["bind"]):
+        tries["bind %s:%d" % place] = lambda place=place: client.bind(place)
+    outcomes = {name: set() for name in tries}
+    say("tries")
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        for name, action in tries.items():
+            LIBC.connect(client.fileno(), UNSPECIFIED, len(UNSPECIFIED))
+            outcomes[name].add(try_it(action))
+    return {name: sorted(found) for name, found in outcomes.items()}
 
 
 def linger(client, control):
