@@ -346,7 +346,7 @@ def processes(name: str = PREFIX) -> list[str]:
 
 
 def mounts(name: str = PREFIX) -> list[str]:
-    return [line for line in Path("/proc/self/mountinfo").read_text().splitlines() if name in line]
+    return [line for line in Path("/proc/self/mountinfo").read_text(errors="surrogateescape").splitlines() if name in line]
 
 
 def addresses(subnet: str = "0.0.0.0/0") -> list[str]:
