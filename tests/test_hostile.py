@@ -145,7 +145,7 @@ def setUpModule():
 
 
 def init_pid(daemon: support.Daemon, container: str) -> int:
-    state = subprocess.run(["runc", "--root", daemon.run_dir / "runc", "state", container], capture_output=True, check=True)
+    state = subprocess.run([support.RUNTIME, "--root", daemon.run_dir / "runc", "state", container], capture_output=True, check=True)
     return json.loads(state.stdout)["pid"]
 
 
