@@ -346,7 +346,8 @@ def processes(name: str = PREFIX) -> list[str]:
 
 
 def mounts(name: str = PREFIX) -> list[str]:
-    return [line for line in Path("/proc/self/mountinfo").read_text(errors="surrogateescape").splitlines() if name in line]
+    lines = Path("/proc/self/mountinfo").read_text(errors="surrogateescape").splitlines()
+    return [line for line in lines if name in line]
 
 
 def addresses(subnet: str = "0.0.0.0/0") -> list[str]:
@@ -385,7 +386,8 @@ def remains(daemon: Daemon) -> list[str]:
     name = daemon.directory.name
     subnet = dict(zip(daemon.arguments, daemon.arguments[1:], strict=False)).get("--subnet", "10.0.0.0/24")
     mark = hashlib.sha256(os.fsencode(daemon.run_dir)).hexdigest()[:6]
-    found = [*processes(name), *mounts(name), *cgroup_directories(name), *addresses(subnet), *networks(mark), *guards(daemon.run_dir)]
+    found = [*processes(name), *mounts(name), *cgroup_directories(name), *addresses(subnet), *networks(mark)]
+    found += guards(daemon.run_dir)
     found += [str(path) for path in daemon.run_dir.rglob("*") if path.name != "faasd.lock"]
     found += [str(path) for path in (daemon.state_dir / "tmp").iterdir()]
     return found

@@ -145,8 +145,8 @@ def setUpModule():
 
 
 def init_pid(daemon: support.Daemon, container: str) -> int:
-    state = subprocess.run([support.RUNTIME, "--root", daemon.run_dir / "runc", "state", container], capture_output=True, check=True)
-    return json.loads(state.stdout)["pid"]
+    command = [support.RUNTIME, "--root", daemon.run_dir / "runc", "state", container]
+    return json.loads(subprocess.run(command, capture_output=True, check=True).stdout)["pid"]
 
 
 class HostileCase(unittest.TestCase):
