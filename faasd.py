@@ -76,6 +76,7 @@ import resource
 import shutil
 import signal
 import stat
+import struct
 import subprocess
 import sys
 import tarfile
@@ -144,7 +145,8 @@ MAX_RUNTIME_LOG = 64 * KIB          # bytes read of what the runtime has to say 
 MAX_SEARCHED = 10_000               # descriptors of one container among which its client is looked for
 
 # Isolation.
-IDS = 65_536                        # user ids, and group ids, that a container has; images use no others
+IDS = 65_536                        # user ids, and group ids, that a container has
+NOBODY = 65_534                     # of these, the one for files of users from IDS on (user_namespaces(7))
 FIRST_ID, LAST_ID = 0x7000_0000, 0x7FFE_FFFF    # host ids for them where /etc/subuid has none for us: the ids that are
                                     # nobody's and that every program can hold (systemd's UIDS-GIDS.md)
 SUBORDINATE_USER = "faasd"          # whose entry in /etc/subuid and /etc/subgid gives us other ids
@@ -1302,6 +1304,14 @@ class Rootfs:
             real = self._resolved[path] = self._walk(path, self.place_directory)
         return real
 
+    def require_directory(self, path: bytes, what: str) -> bytes:
+        """Return the real path of a directory, made where nothing is. Raises ImageError for a file, as Docker does."""
+        def make(here: bytes) -> None:
+            if self.kind(here):
+                raise ImageError(f"{what}: {show(here)} of the image is not a directory")
+            self.place_directory(here)
+        return self._walk(path, make)
+
     def find_directory(self, path: bytes) -> bytes:
         """Return the real path of a directory. Raises Missing."""
         return self._walk(path, self._refuse)
@@ -1423,17 +1433,53 @@ SELINUX_XATTR = "security.selinux"      # labels are the host's affair
 EARLIEST_TIME, LATEST_TIME = -1 << 31, (1 << 34) - 1    # what ext4 can hold, in seconds since 1970
 
 
+ACL_XATTRS = ("system.posix_acl_access", "system.posix_acl_default")
+ACL_VERSION, ACL_USER, ACL_GROUP = 2, 0x02, 0x08        # linux/posix_acl_xattr.h, linux/posix_acl.h
+
+
+def shift_acl(value: bytes, first_id: int) -> bytes:
+    """Return a POSIX access list (struct posix_acl_xattr) with the image's ids moved to where first_id is their root's.
+
+    Raises ValueError for what is none.
+    """
+    if value[:4] != struct.pack("<I", ACL_VERSION) or len(value) % 8 != 4:
+        raise ValueError("its access list is malformed")
+    return value[:4] + b"".join(
+        struct.pack("<HHI", tag, permissions, host_id(number, first_id) if tag in (ACL_USER, ACL_GROUP) else number)
+        for tag, permissions, number in struct.iter_unpack("<HHI", value[4:]))
+
+
+def host_id(number: int, first_id: int) -> int:
+    """Return the host's id for an image's: containers have none from IDS on."""
+    return first_id + (number if number < IDS else NOBODY)
+
+
+class Losses:
+    """What an image has and its containers will not, counted for a line of warning of each kind."""
+
+    def __init__(self) -> None:
+        self._found: dict[str, list] = {}       # text, with {count} → how often, and the name of the first
+        self.pipes: set[bytes] = set()          # where one was left out
+
+    def note(self, text: str, name: str) -> None:
+        self._found.setdefault(text, [0, name])[0] += 1
+
+    def lines(self) -> list[str]:
+        return [f"{text.format(count=count)} (first: {show(os.fsencode(name))})"
+                for text, (count, name) in self._found.items()]
+
+
 class LayerApplier:
     """Applies one layer's entries to a rootfs (rules A to D)."""
 
-    def __init__(self, rootfs: Rootfs, budget: Budget, staging: Staging, again: bool = False):
+    def __init__(self, rootfs: Rootfs, budget: Budget, staging: Staging, losses: Losses, again: bool = False):
         self._rootfs = rootfs
         self._budget = budget
         self._staging = staging
+        self._losses = losses
         self._place = shutil.copyfile if again else os.rename   # what is staged, if the layer applies again later
         self._own: set[bytes] = set()                   # paths of this layer and their parents: no whiteout hides them
         self._directory_times: dict[bytes, int] = {}    # set at the end, when nothing writes into them any more
-        self._warned_xattrs = False                     # the file system has none: one warning is enough
 
     def apply(self, staged: StagedLayer) -> None:
         """Apply all entries of a layer."""
@@ -1529,17 +1575,23 @@ class LayerApplier:
             if self._rootfs.kind(path) != stat.S_IFDIR:
                 self._rootfs.place_directory(path)
             self._set_metadata(path, entry)
+        elif entry.isfifo():            # all containers of the function would share it: a way from one to the other
+            self._rootfs.remove(path)
+            self._leave_out_pipe(path)
         else:
             self._rootfs.remove(path)
             self._create_special(entry, path)
             self._set_metadata(path, entry)
 
+    def _leave_out_pipe(self, path: bytes) -> None:
+        self._losses.pipes.add(path)
+        self._losses.note("{count} named pipes are left out: containers of a function would share them",
+                          os.fsdecode(path))
+
     def _create_special(self, entry: Entry, path: bytes) -> None:
         host = self._rootfs.host(path)
         if entry.issym():
             os.symlink(entry.linkname.encode("utf-8", "surrogateescape"), host)     # verbatim (A.3)
-        elif entry.isfifo():
-            os.mkfifo(host, 0o600)
         elif entry.ischr() or entry.isblk():
             kind = stat.S_IFCHR if entry.ischr() else stat.S_IFBLK
             os.mknod(host, kind | 0o600, os.makedev(entry.devmajor, entry.devminor))
@@ -1554,6 +1606,10 @@ class LayerApplier:
         with contextlib.suppress(Missing):
             real = self._rootfs.find_directory(directory) + b"/" + name
             kind = self._rootfs.kind(real)
+            if kind == 0 and real in self._losses.pipes:
+                self._rootfs.remove(path)
+                self._leave_out_pipe(path)
+                return
         if kind in (0, stat.S_IFDIR):
             raise ImageError(f"hard link {show(path)} points to {show(target)}, "
                              f"which {'is a directory' if kind else 'does not exist'}")
@@ -1603,10 +1659,12 @@ class LayerApplier:
 
     def _owner(self, entry: Entry) -> tuple[int, int]:
         """Return the host ids of an entry's owner: the image's, moved into the function's range."""
-        if max(entry.uid, entry.gid) >= IDS or min(entry.uid, entry.gid) < 0:
-            raise ImageError(f"{entry.name!r} has a bad owner {entry.uid}:{entry.gid}: containers have the ids 0 to "
-                             f"{IDS - 1}, so build the image with these")
-        return self._rootfs.first_id + entry.uid, self._rootfs.first_id + entry.gid
+        if min(entry.uid, entry.gid) < 0:
+            raise ImageError(f"{entry.name!r} has a bad owner {entry.uid}:{entry.gid}")
+        if max(entry.uid, entry.gid) >= IDS:
+            self._losses.note(f"{{count}} files are of users or groups from {IDS} on, which containers do not have, "
+                              f"and now of {NOBODY}", entry.name)
+        return host_id(entry.uid, self._rootfs.first_id), host_id(entry.gid, self._rootfs.first_id)
 
     def _set_xattrs(self, host: bytes, entry: Entry) -> None:
         if entry.isdir():                               # a directory over a directory takes nothing over (D.3)
@@ -1619,17 +1677,19 @@ class LayerApplier:
                 continue
             if name.startswith("user.") and not (entry.isreg() or entry.isdir()):
                 continue                                # xattr(7): only files and directories carry them
+            data = value.encode("utf-8", "surrogateescape")
+            if name in ACL_XATTRS:
+                data = shift_acl(data, self._rootfs.first_id)
             try:
-                os.setxattr(host, name, value.encode("utf-8", "surrogateescape"), follow_symlinks=False)
+                os.setxattr(host, name, data, follow_symlinks=False)
             except OSError as error:
                 if error.errno == errno.ENOSPC and os.statvfs(self._rootfs.path).f_bavail > len(value):
                     raise ImageError(f"cannot unpack {entry.name}: extended attribute {name} is too large for this "
                                      "machine's file system") from None     # ENOSPC says that too (setxattr(2))
                 if error.errno != errno.ENOTSUP:
                     raise
-                if not self._warned_xattrs:
-                    log.warning("the file system of the state directory has no extended attributes: %s is lost", name)
-                self._warned_xattrs = True
+                self._losses.note("{count} extended attributes are lost: the state directory's file system has none "
+                                  "of the kind", entry.name)
 
 
 def has_xattrs(entry: Entry) -> bool:
@@ -1700,7 +1760,7 @@ def resolve_user(user: str, passwd: bytes, group: bytes) -> Account:
             account = line
             break
     if account is None and uid is None:
-        raise ImageError(f"the image's user {name!r} is not in its /etc/passwd")
+        raise ImageError(f"the image's user {name!r} is not in its /etc/passwd, or has an id from {IDS} on")
     uid = int(account[2]) if account else uid
     home = (account[5] if account else "") or "/"
     groups = list(account_lines(group, 3))
@@ -1709,7 +1769,7 @@ def resolve_user(user: str, passwd: bytes, group: bytes) -> Account:
         if gid is None:
             gid = next((int(line[2]) for line in groups if line[0] == group_name), None)
         if gid is None:
-            raise ImageError(f"the image's group {group_name!r} is not in its /etc/group")
+            raise ImageError(f"the image's group {group_name!r} is not in its /etc/group, or has an id from {IDS} on")
         return Account(uid, gid, [], home)
     if account is None:
         return Account(uid, 0, [], home)
@@ -1737,7 +1797,7 @@ def config_path(text: str, what: str) -> bytes:
 def prepare_working_directory(rootfs: Rootfs, text: str) -> str:
     """Make an image's WorkingDir, as Docker does, and return it. Raises ImageError (G.2)."""
     path = config_path(text or "/", "the image's WorkingDir")
-    for seen in (path, rootfs.make_directory(path)):        # as it is written, and where links lead
+    for seen in (path, rootfs.require_directory(path, "the image's WorkingDir")):   # as written, where links lead
         if seen == b"/proc" or seen.startswith(b"/proc/"):
             raise ImageError(f"the image's WorkingDir {text!r} lies in /proc (CVE-2024-21626)")
     return path.decode() or "/"
@@ -1750,7 +1810,8 @@ def prepare_volumes(rootfs: Rootfs, paths: Iterable[str]) -> list[dict]:
     """Make the directories of an image's volumes and return what their tmpfs should look like (G.4)."""
     volumes = {}
     for path in paths:
-        real = os.fsdecode(rootfs.make_directory(config_path("/" + path, "the image's volume")))
+        what = "the image's volume"
+        real = os.fsdecode(rootfs.require_directory(config_path("/" + path, what), what))
         if real in ("", "/tmp") or any(real == r or real.startswith(r + "/") for r in RESERVED_TARGETS):
             if real == "/tmp":                          # is one already
                 continue
@@ -1781,6 +1842,7 @@ def prepare_mount_targets(rootfs: Rootfs) -> None:
     """
     for target in (b"/dev", b"/proc", b"/sys", b"/tmp"):
         rootfs.make_real_directory(target)
+    os.chmod(rootfs.host(b"/tmp"), 0o1777)      # runc 1.1 gives a tmpfs the mode of the directory below it
     rootfs.write_file(os.fsencode(CONTROL_SOCKET), b"")
     if not rootfs.read_file(b"/etc/hosts", MAX_ACCOUNTS_SIZE).strip():      # Docker gives every container one
         rootfs.write_file(b"/etc/hosts", HOSTS)
@@ -1859,7 +1921,7 @@ def unpack_image(source: BinaryIO, directory: Path, tag: str, max_size: int, max
                 contextlib.closing(read_archive(source, Budget(max_size, max_entries))) as stream:
             archive = Archive(stream, staging)
             image = choose_image(archive, tag, host_architecture())
-            apply_layers(image.layers, archive, staging, lambda: Rootfs(rootfs_path, first_id, budget), budget)
+            losses = apply_layers(image.layers, archive, staging, lambda: Rootfs(rootfs_path, first_id, budget), budget)
             rootfs = Rootfs(rootfs_path, first_id, budget)
             try:
                 process = resolve_process(image.config, rootfs)
@@ -1869,7 +1931,8 @@ def unpack_image(source: BinaryIO, directory: Path, tag: str, max_size: int, max
                 raise unpack_error(path, error) from None
         shutil.rmtree(staging_path)
         document = {"digest": f"sha256:{image.digest}", "version": image.digest[:12], "tag": image.tag,
-                    "first_id": first_id, "size": budget.written, "entries": budget.entries, "process": process}
+                    "first_id": first_id, "size": budget.written, "entries": budget.entries, "process": process,
+                    "warnings": losses.lines()}
         (directory / "image.json").write_text(json.dumps(document, indent=1))
         return document
     except OSError as error:
@@ -1877,15 +1940,17 @@ def unpack_image(source: BinaryIO, directory: Path, tag: str, max_size: int, max
 
 
 def apply_layers(layers: list[Layer], archive: Archive, staging: Staging, open_rootfs: Callable[[], Rootfs],
-                 budget: Budget) -> None:
-    """Apply an image's layers, the lowest first."""
+                 budget: Budget) -> Losses:
+    """Apply an image's layers, the lowest first; return what of them is lost."""
+    losses = Losses()
     staged = [archive.layer(layer.member) for layer in layers]
     uses = collections.Counter(map(id, staged))         # one that is listed twice is applied twice (E.3)
     for layer, found in zip(layers, staged, strict=True):
         uses[id(found)] -= 1
         # A rootfs of its own for each layer: what one has resolved, the next may change.
-        LayerApplier(open_rootfs(), budget, staging, again=uses[id(found)] > 0).apply(found)
+        LayerApplier(open_rootfs(), budget, staging, losses, again=uses[id(found)] > 0).apply(found)
         found.verify(layer)
+    return losses
 
 
 PR_SET_PDEATHSIG = 1                    # prctl(2)
@@ -1948,7 +2013,6 @@ import secrets
 import select
 import socket
 import socketserver
-import struct
 import tempfile
 import time
 import urllib.parse
@@ -6533,7 +6597,9 @@ class Daemon:
                         version = Version(name, directory, image, options, self._host)
                         function = await self._install(name, version, stored)
             self._note(function, "deployed")
-            return created, self._describe(function)
+            for line in image["warnings"]:
+                log.warning("function=%s image: %s", name, line)
+            return created, {**self._describe(function), "warnings": image["warnings"]}
 
     @contextlib.contextmanager
     def _id_range(self, name: str) -> Iterator[int]:

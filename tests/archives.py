@@ -402,7 +402,7 @@ class Refused:
     tree: dict | None = None            # what is in the rootfs then, where that matters
 
 
-def apply_layers(rootfs: Path, layers: Iterable[bytes], max_size: int = faasd.MAX_IMAGE_SIZE,
+def apply_layers(rootfs: Path, layers: Iterable[bytes], losses: faasd.Losses, max_size: int = faasd.MAX_IMAGE_SIZE,
                  max_entries: int = faasd.MAX_IMAGE_ENTRIES) -> faasd.Budget:
     """Apply layers as unpack_image does, and return what they used."""
     budget = faasd.Budget(max_size, max_entries)
@@ -410,7 +410,8 @@ def apply_layers(rootfs: Path, layers: Iterable[bytes], max_size: int = faasd.MA
         with tempfile.TemporaryDirectory(dir=rootfs.parent) as directory_, \
                 contextlib.closing(faasd.Staging(Path(directory_), faasd.Budget(max_size, max_entries))) as staging:
             staged = staging.stage_layer(iter([data]))
-            faasd.LayerApplier(faasd.Rootfs(rootfs, FIRST_ID, budget), budget, staging).apply(staged)
+            faasd.LayerApplier(faasd.Rootfs(rootfs, FIRST_ID, budget), budget, staging,
+                               losses).apply(staged)
             staged.verify(faasd.Layer("test", sha256(data), None))
     return budget
 
@@ -497,10 +498,12 @@ class Sandbox(unittest.TestCase):
     def apply(self, *layers: bytes, **limits) -> Path:
         """Apply layers to a new rootfs; the host must be as before, however that ends."""
         self.rootfs.mkdir(exist_ok=True)
+        losses = faasd.Losses()
         try:
-            self.budget = apply_layers(self.rootfs, layers, **limits)
+            self.budget = apply_layers(self.rootfs, layers, losses, **limits)
         finally:
             self.assert_host_unchanged()
+        self.losses = losses.lines()
         return self.rootfs
 
     def write(self, data: bytes, name: str = "archive.tar") -> Path:

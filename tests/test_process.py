@@ -110,6 +110,10 @@ add_cases(Users, [
      b"x:x:" + b"1" * 5000 + b":0::/x:\nroot:x:0:0::/root:\n", GROUP),
     ("G3 number of 5000 digits in passwd for the name itself", "big", Refused(400, "."),
      b"big:x:" + b"1" * 5000 + b":0::/x:\n", GROUP),
+    ("G3 uid in passwd that no container has", "big", Refused(400, "user 'big' is .* or has an id from 65536 on"),
+     b"big:x:65536:0::/x:\n", b""),
+    ("G3 gid in passwd that no container has", "big", Refused(400, "group 65536 is too large"),
+     b"big:x:5:65536::/x:\n", b""),
     ("G3 uid in passwd that no id can be", "big", Refused(400, "too large|not in its /etc/passwd"),
      b"big:x:4294967295:0::/x:\n", b""),
     ("G3 gid in passwd that no id can be", "big", Refused(400, "too large|not in its /etc/passwd"),
@@ -191,8 +195,6 @@ class Processes(Sandbox):
         self.process(symlink("l", CANARY), file("f", "a file"), WorkingDir="/l/new/dir")
         status = os.lstat(f"{self.image}/rootfs{CANARY}/new/dir")
         self.assertEqual((stat.S_IMODE(status.st_mode), status.st_uid), (0o755, 0))
-        self.process(file("f", "a file"), WorkingDir="/f/x")
-        self.assertTrue((self.image / "rootfs/f/x").is_dir())
 
     def test_G2_existing_working_directory_is_left_alone(self):
         self.process(directory("w", mode=0o700, uid=5, gid=6), WorkingDir="/w")
@@ -248,7 +250,7 @@ class Processes(Sandbox):
         self.assertTrue((self.image / "rootfs/new/dir").is_dir())
 
     def test_H1_volumes_through_links_lie_in_the_image(self):
-        process = self.process(symlink("l", CANARY), symlink("d", f"..{CANARY}/dir"), file("f", "x"),
+        process = self.process(symlink("l", CANARY), symlink("d", f"..{CANARY}/dir"),
                                Volumes={"/l/v": {}, "/d": {}, "/f": {}, "/../../x": {}})
         self.assertEqual([volume["path"] for volume in process["volumes"]],
                          sorted([f"{CANARY}/dir", f"{CANARY}/v", "/f", "/x"]))
@@ -284,6 +286,11 @@ add_cases(Processes, [
      "CVE-2024-21626"),
     ("G2 WorkingDir is a chain of links to /proc", [symlink("w", "x"), symlink("x", "y/../proc/self/cwd")],
      {"WorkingDir": "/w"}, 400, "CVE-2024-21626"),
+    *[(f"G2 {what} {path} of the image", [file("etc/passwd", PASSWD), device("c", b"3", 1, 3), symlink("l", "etc/passwd")],
+       setting, 400, f"{what}: {real} of the image is not a directory")
+      for path, real in (("/etc/passwd", "/etc/passwd"), ("/etc/passwd/x", "/etc/passwd"), ("/c", "/c"),
+                         ("/l", "/etc/passwd"))
+      for what, setting in (("WorkingDir", {"WorkingDir": path}), ("volume", {"Volumes": {path: {}}}))],
     ("G2 WorkingDir through a loop", [symlink("w", "w")], {"WorkingDir": "/w/x"}, 400, "MAX_LINK_HOPS"),
     ("G3 passwd too large", [file("etc/passwd", "x" * (1 << 20) + "x")], {}, 413, "MAX_ACCOUNTS_SIZE"),
     ("G3 group too large", [file("etc/group", "x" * (1 << 20) + "x")], {}, 413, "MAX_ACCOUNTS_SIZE"),
@@ -339,7 +346,14 @@ class MountTargets(Sandbox):
         rootfs = self.check()
         self.assertEqual([stat.S_IMODE(os.lstat(rootfs / name).st_mode)
                           for name in (*self.TARGETS, "control.sock", "etc")],
-                         [0o755, 0o755, 0o755, 0o755, 0o644, 0o755])
+                         [0o1777 if name == "tmp" else 0o755 for name in self.TARGETS] + [0o644, 0o755])
+
+    def test_B2_tmp_is_everybodys_whatever_the_image_has(self):
+        """runc 1.1 gives the tmpfs there the mode of the directory below it."""
+        for entry in (b"", directory("tmp", mode=0o755), directory("tmp", mode=0o700, uid=5), symlink("tmp", "var/tmp"),
+                      file("tmp", "x")):
+            rootfs = self.check(entry)
+            self.assertEqual(stat.S_IMODE(os.lstat(rootfs / "tmp").st_mode), 0o1777)
 
     def test_H1_directories_of_the_image_stay(self):
         rootfs = self.check(directory("tmp", mode=0o1777), file("tmp/keep", "k"), file("dev/null", "a file"))
