@@ -114,6 +114,7 @@ STEPS_PER_DIRECTORY = 16            # … so many; and
 STEPS_PER_ENTRY = 128               # … as many more for each entry
 FRAMES_PER_ENTRY = 2                # gzip members or zstd frames, for each of --max-image-entries; estargz has as many
 MAX_NAME_LENGTH = 255               # bytes of one component (NAME_MAX)
+MAX_TAG_LENGTH = 512                # characters; a registry's host, a name of 255 and a tag of 128 (OCI distribution)
 MAX_PATH_LENGTH = 3072              # bytes of a path in an image config: PATH_MAX less what the rootfs is below
 MAX_ACCOUNTS_SIZE = MIB             # /etc/passwd and /etc/group of an image
 GC_THRESHOLD = 100_000              # objects; looking for cycles, of which entries make none, takes a tenth of all time
@@ -142,6 +143,7 @@ SYS_PIDFD_GETFD = 438               # the same on every architecture (pidfd_getf
 SYS_FSOPEN = 430                    # likewise; then come fsconfig and fsmount (Linux 5.2)
 SYS_BPF, SYS_UNSHARE = {"x86_64": 321}, {"x86_64": 272}        # 280 and 97 elsewhere
 MAX_RUNTIME_LOG = 64 * KIB          # bytes read of what the runtime has to say about one container
+MAX_REPORTED = 256                  # descriptors of one container that the isolation report names
 MAX_SEARCHED = 10_000               # descriptors of one container among which its client is looked for
 
 # Isolation.
@@ -893,8 +895,10 @@ def choose_image(archive: Archive, tag: str, architecture: str) -> Image:
     data = archive.read_document(chosen.config)
     config = parse_json(data, dict, "the image config")
     check_platform(config, architecture)
-    return Image(digest=hashlib.sha256(data).hexdigest(), tag=tag or (chosen.tags[0] if chosen.tags else ""),
-                 config=config, layers=pair_layers(chosen, config))
+    tag = tag or (chosen.tags[0] if chosen.tags else "")
+    if len(tag) > MAX_TAG_LENGTH:
+        raise ImageError(f"the image's tag is over {MAX_TAG_LENGTH} characters: {tag[:MAX_NAME_LENGTH]}…")
+    return Image(digest=hashlib.sha256(data).hexdigest(), tag=tag, config=config, layers=pair_layers(chosen, config))
 
 
 def check_platform(config: dict, architecture: str) -> None:
@@ -3841,7 +3845,8 @@ def inspect_process(pid: int) -> dict:
         "interfaces": [line.partition(":")[0].strip() for line in (process / "net/dev").read_text().splitlines()[2:]],
         "rlimits": {line[:25].strip(): line[26:].split()[0] for line in
                     (process / "limits").read_text().splitlines()[1:]},
-        "descriptors": sorted(os.readlink(entry) for entry in (process / "fd").iterdir()),
+        "descriptors": sorted(os.readlink(entry)[:MAX_NAME_LENGTH] for entry in
+                              itertools.islice((process / "fd").iterdir(), MAX_REPORTED)),
     }
 
 

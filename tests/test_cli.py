@@ -82,6 +82,38 @@ class Usage(unittest.TestCase):
         self.assertEqual(result.returncode, 1)
         self.assertRegex(result.stdout, "^client   faas ")
 
+    def test_output_that_nobody_takes(self):
+        """Closed, full, or a pipe whose reader has gone: one line at most, and never a traceback."""
+        for command in (("new", "--help"), ("version",), ("new", "f"), ("rm", "f"), ("nonsense",)):
+            for streams in ("<&-", ">&-", "2>&-", "<&- >&- 2>&-", ">/dev/full", "2>/dev/full", "2>&1 | true"):
+                with self.subTest(command, streams=streams):
+                    result = subprocess.run(
+                        ["bash", "-c", f'"$@" {streams}', "bash", *FAAS, *command], stdin=subprocess.DEVNULL, text=True,
+                        env={**os.environ, "FAAS_SOCKET": "/nonexistent"}, capture_output=True, check=False)
+                    self.assertLessEqual(result.stderr.count("\n"), 2, result.stderr)
+                    self.assertNotRegex(result.stderr + result.stdout, "Traceback|Exception")
+
+    def test_stdout_is_closed(self):
+        for command in ("list", f"pack {support.HANDLER}"):
+            result = subprocess.run(f"'{FAAS[0]}' '{FAAS[1]}' {command} >&-", shell=True, capture_output=True, text=True,
+                                    check=False)
+            self.assertEqual((result.returncode, result.stderr), (2, "faas: stdout is closed: use >/dev/null\n"))
+
+    def test_stdin_is_closed(self):
+        for command in ("new f", "new f -f -"):
+            result = subprocess.run(f"'{FAAS[0]}' '{FAAS[1]}' {command} <&-", shell=True, capture_output=True, text=True,
+                                    check=False)
+            self.assertEqual((result.returncode, result.stdout), (2, ""))
+            self.assertRegex(result.stderr, r"\Afaas: an image archive is needed: [^\n]+\n\Z")
+
+    def test_full_disk_for_the_output(self):
+        for command in ("version", f"pack {support.HANDLER}"):
+            result = subprocess.run(f"'{FAAS[0]}' '{FAAS[1]}' {command} >/dev/full", shell=True, capture_output=True,
+                                    env={**os.environ, "FAAS_SOCKET": "/nonexistent"}, text=True, check=False)
+            self.assertEqual(result.returncode, 1)
+            self.assertTrue(result.stderr.endswith("faas: cannot write the output: No space left on device\n"),
+                            result.stderr)
+
     def test_broken_output_pipe_is_quiet(self):
         out = subprocess.run(f"'{FAAS[0]}' '{FAAS[1]}' new --help | true", shell=True, capture_output=True, text=True,
                              check=False)
@@ -142,6 +174,32 @@ class Conversation(unittest.TestCase):
                 self.assertEqual((result.returncode, result.stderr.count("\n")), (1, 1), result.stderr)
                 self.assertIn("faasd went away before it had answered", result.stderr)
                 self.socket.unlink()            # before the next one
+
+    def test_warnings_of_a_deploy_are_shown(self):
+        document = {"name": "f", "address": "10.0.0.10", "warnings": ["3 pipes (first: /\x1b[2J)", "5 owners"]}
+        result = self.talk(response(201, document), "new", "f")
+        self.assertEqual((result.returncode, result.stderr), (0, "faas: warning: 3 pipes (first: /\\x1b[2J)\n"
+                                                                 "faas: warning: 5 owners\n"))
+
+    def test_what_a_daemon_says_reaches_no_terminal_raw(self):
+        """Of an older daemon, say, that let every tag pass: neither a forged row, nor a full screen, nor a command."""
+        moment = "2026-01-01T00:00:00+00:00"
+        for tag, shown in (("app\nforged  *", r"app\nforged  *"), ("\x1b]52;c;aGk=\x07", r"\x1b]52;c;aGk=\x07"),
+                           ("\u202e\x9b2J\r", r"\u202e\x9b2J\r"), ("x" * 200_000, "x" * 99 + "…")):
+            answer = response(200, {"versions": [{"version": "0123", "current": True, "deployed": moment, "size": 5,
+                                                  "image": tag}]})
+            out = self.talk(answer, "versions", "f").stdout
+            self.socket.unlink()
+            self.assertEqual(out.count("\n"), 2)
+            self.assertTrue(out.endswith(f"5 B   {shown}\n"), out[-200:])
+            self.assertEqual(json.loads(self.talk(answer, "--json", "versions", "f").stdout)[0]["image"], tag)
+            self.socket.unlink()
+        self.assertEqual(self.talk(response(404, {"error": "no \x1b[2J"}), "info", "f").stderr, "faas: no \\x1b[2J\n")
+
+    def test_logs_reach_no_terminal_raw(self):
+        body = "one\ttab ü\n\x1b[2J two\r\n".encode() + b"\xff\xc3"
+        head = b"HTTP/1.1 200 X\r\nContent-Length: %d\r\n\r\n" % len(body)
+        self.assertEqual(self.talk(head + body, "logs", "f").stdout, "one\ttab ü\n\\x1b[2J two\\r\n\\xff")
 
     def test_options_are_sent_as_they_are_typed(self):
         env_file = self.directory / "env"
@@ -262,6 +320,35 @@ class WithDaemon(unittest.TestCase):
             self.assertEqual(process.wait(), 130)
             self.assertTrue(shown.startswith(b"\x1b[?1049h"))
             self.assertTrue(shown.endswith(b"\x1b[?25h\x1b[?1049l"), shown[-100:])
+
+    def test_no_image_reaches_the_terminal_raw(self):
+        """Tag, command, working directory and descriptors of a hostile image: each command prints as many lines as ever."""
+        evil = "\x1b]52;c;aGk=\x07\x1b[2J\x9b\nforged  10.0.0.66  ready"
+        source = f"""import os
+for number in range(50):
+    os.set_inheritable(os.open(f"/tmp/{{number:03}}" + {evil!r} + "n" * 190, os.O_CREAT), True)
+print({evil!r}, flush=True)
+""" + support.HANDLER.read_text()
+        base = support.python_layer()
+        settings = {"Entrypoint": [*support.python_layer.entrypoint, "/handler.py"], "Cmd": [evil, "x" * 9000],
+                    "WorkingDir": f"/{evil}", "Env": ["PYTHONDONTWRITEBYTECODE=1", f"EVIL={evil}"]}
+        with support.Daemon() as daemon:
+            image = support.docker_archive([base, support.layer({"handler.py": source})], settings, evil)
+            daemon.deploy("f", image, "--warm", "1")
+            for command, lines in (("list", 2), ("versions f", 2), ("stats", 2), ("top -n 1 -d 0.01", 5), ("info f", None),
+                                   ("info f --isolation", None), ("logs f", None)):
+                out = daemon.faas(*command.split()).stdout
+                with self.subTest(command):
+                    self.assertEqual([line for line in out.split("\n") if not line.replace("\t", "").isprintable()], [])
+                    self.assertNotRegex(out, "(?m)^ ?forged")
+                    self.assertLess(max(map(len, out.split("\n"))), 5000)
+                    if lines:
+                        self.assertEqual(out.count("\n"), lines, out)
+            report = daemon.post("GET", "/functions/f/isolation")["descriptors"]
+            self.assertEqual(len([name for name in report if evil in name]), 50)
+            image = support.docker_archive([support.layer({"x": ""})], {"Cmd": ["x"]}, "t" * 200_000)
+            result = daemon.faas("new", "long", stdin=image, check=False)
+            self.assertRegex(result.stderr, r"\Afaas: the image's tag is over 512 characters: t{255}…\n\Z")
 
     def test_info_for_people(self):
         with support.Daemon() as daemon:
