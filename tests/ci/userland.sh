@@ -50,18 +50,16 @@ enter() {
         PYTHONDONTWRITEBYTECODE=1 bash /src/tests/ci/userland.sh --inside "$@"
 }
 
-# crun from 1.21 on refuses a machine with both hierarchies. So where there are both, only those of v1 are seen. Not by
-# umount alone: where a directory `unified` is, crun makes its cgroups in it, and on the machine's own tmpfs they stay.
+# crun from 1.21 on refuses a machine with both versions of cgroups. So where both are, only v1 is mounted, as after
+# `umount /sys/fs/cgroup/unified`. But on a tmpfs of our own, for crun leaves files in that directory.
 show_one_cgroup_version() {
-    local top=$1 path
+    local top=$1 name
     mountpoint -q "$top/unified" || return 0
     mkdir "$work/cgroup"
     mount -t tmpfs -o mode=0755,nosuid,nodev,noexec tmpfs "$work/cgroup"
-    for path in "$top"/*/; do
-        path=${path%/}
-        [ "${path##*/}" != unified ] || continue
-        mkdir "$work/cgroup/${path##*/}"
-        mount --bind "$path" "$work/cgroup/${path##*/}"
+    for name in $(ls "$top"); do
+        mkdir "$work/cgroup/$name"
+        [ "$name" = unified ] || mount --bind "$top/$name" "$work/cgroup/$name"
     done
     mount --rbind "$work/cgroup" "$top"
 }
