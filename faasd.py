@@ -130,6 +130,8 @@ SPOOL_BATCH = 64 * KIB              # bytes of headers and small files set down 
 # Containers.
 CONTROL_SOCKET = "/control.sock"
 MIN_MEMORY = 6 * MIB                # bytes; Docker's minimum too: runc's own init runs inside the limit
+MAX_ARGUMENT = 128 * KIB            # bytes of an argument or variable with its NUL (MAX_ARG_STRLEN, execve(2))
+MAX_CONFIG_SIZE = 256 * KIB         # of a config.json; all containers' lie in one tmpfs
 CPU_PERIOD = 100_000                # microseconds (cgroup cpu controller)
 TMP_SIZE, SHM_SIZE, DEV_SIZE, VOLUME_SIZE = "64m", "64m", "1m", "64m"      # tmpfs(5) size=
 MAX_DESCRIPTORS = 65_536            # RLIMIT_NOFILE, ours and inside
@@ -2353,6 +2355,23 @@ def build_spec(name: str, image: dict, options: Options, rootfs: str, control_so
     }
 
 
+def check_sizes(process: dict, total: int) -> None:
+    """Raise BadRequest for a process that execve(2) would refuse, or a config.json that would fill RUN_DIR.
+
+    total is the size of all of config.json, of which each container has one. A smaller one cannot have more variables and
+    arguments together than execve takes, which is 2 MiB.
+    """
+    named = [*(("the command's argument", text) for text in process["args"]),
+             *((f"the variable {text.partition('=')[0][:MAX_NAME_LENGTH]}", text) for text in process["env"])]
+    for what, text in named:
+        if len(text.encode()) >= MAX_ARGUMENT:
+            raise BadRequest(f"{what} has {len(text.encode())} bytes: one may have at most {MAX_ARGUMENT - 1}")
+    if total > MAX_CONFIG_SIZE:
+        env, args = (sum(len(text.encode()) + 1 for text in process[key]) for key in ("env", "args"))
+        raise BadRequest(f"the environment of {env} bytes and the command of {args} make a config.json of {total} bytes, over "
+                         f"{MAX_CONFIG_SIZE} (MAX_CONFIG_SIZE): put what is large into a file of the image")
+
+
 class Bundle:
     """A function's config.json, rendered once; for each container its id and the user namespace are filled in."""
 
@@ -2367,6 +2386,7 @@ class Bundle:
                           cgroups.path(self._mark), self._mark, cgroups.can_limit_swap, run_dir, apparmor,
                           self._namespace_mark)
         self._template = json.dumps(spec)
+        check_sizes(spec["process"], len(self._template))
 
     def render(self, container_id: str, user_namespace: str = "") -> bytes:
         """user_namespace is the path of the one to join, or empty for a new one."""

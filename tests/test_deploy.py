@@ -6,6 +6,7 @@ import re
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -15,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import support
 from support import get, wait_until
+from tests import archives
 
 EXITS = "import sys; print('on stdout'); print('no config \\x1b[2J', file=sys.stderr); sys.exit(4)"
 SLEEPS = "import time; print('waiting for nothing', flush=True); time.sleep(3600)"
@@ -43,6 +45,70 @@ class DeployCase(unittest.TestCase):
         self.assertTrue(result.stderr.startswith("faas: "), result.stderr)
         self.assertNotIn("Traceback", result.stderr + self.daemon.log())
         return result.stderr.splitlines()
+
+
+class TooLarge(DeployCase):
+    """What execve(2) refuses, and a config.json that would fill the directory of all functions' containers."""
+
+    def test_environment_and_command(self):
+        large, word = "x" * (128 << 10), r"\Afaas: "
+        variable = word + r"the variable BIG has 131076 bytes: one may have at most 131071\Z"
+        argument = word + r"the command's argument has 131072 bytes: one may have at most 131071\Z"
+        together = word + r"the environment of \d+ bytes and the command of \d+ make a config.json of \d+ bytes, over 262144"
+        many = [f"V{number}=" + "x" * 60_000 for number in range(35)]
+        for config, message in (({"Env": ["BIG=" + large]}, variable), ({"Cmd": [large]}, argument),
+                                ({"Env": many}, together), ({"Cmd": ["x" * 60_000] * 35}, together),
+                                ({"Env": ["A=" + "\x80" * 60_000]}, together)):       # six bytes each in JSON
+            line, = self.refuse("new", "f", stdin=support.small_image(**config))
+            self.assertRegex(line, message)
+        self.assert_nothing_there("f")
+        self.daemon.deploy("f", support.small_image(), "-e", "A=" + "x" * 60_000)
+        for number in range(3):
+            self.daemon.faas("set", "f", "-e", f"V{number}=" + "x" * 50_000)
+        line, = self.refuse("set", "f", "-e", "V3=" + "x" * 60_000)
+        self.assertRegex(line, together)
+        self.assertEqual(self.daemon.info("f")["state"], "ready")
+        self.assertEqual(len(self.daemon.info("f")["options"]["env"]), 4)
+
+
+class OtherMakers(DeployCase):
+    def test_what_an_image_loses_is_told(self):
+        """An owner that no container has, a named pipe: one warning each, in the log and on stderr."""
+        odd = archives.layer(archives.file("far", "x", uid=1_516_583_083), archives.fifo("run/s6"))
+        result = self.daemon.faas("new", "f", stdin=with_layer(odd))
+        self.assertEqual(result.stdout, "✓ Deployed f at 10.0.0.10\n")
+        self.assertRegex(result.stderr, r"\Afaas: warning: 1 files are of users .* of 65534 \(first: far\)\n"
+                                        r"faas: warning: 1 named pipes .* \(first: /run/s6\)\n\Z")
+        self.assertRegex(self.daemon.log(), "function=f image: 1 files .*\n(.*\n)*.*function=f image: 1 named pipes")
+
+    def test_user_of_a_scratch_image_reads_by_access_list_and_writes_to_tmp(self):
+        """B2, B18: user:1000:r on a 0640 file; /tmp is missing in the image; other mounts have their modes."""
+        listed = struct.pack("<I", 2) + b"".join(struct.pack("<HHI", *entry) for entry in (
+            (1, 6, 0xFFFFFFFF), (2, 4, 1000), (4, 0, 0xFFFFFFFF), (16, 4, 0xFFFFFFFF), (32, 0, 0xFFFFFFFF)))
+        odd = archives.layer(
+            archives.file("secret", "by list", mode=0o640, records={"SCHILY.xattr.system.posix_acl_access": listed}),
+            archives.directory("volume", mode=0o1733), archives.whiteout("tmp"))
+        source = """import os, stat
+for path in ("/tmp/x", "/dev/shm/x", "/volume/x"):
+    with open(path, "w") as file:
+        file.write("x")
+print(open("/secret").read(), *(oct(stat.S_IMODE(os.stat(path).st_mode)) for path in
+      ("/tmp", "/dev/shm", "/volume", "/dev", "/dev/mqueue")), flush=True)
+""" + support.HANDLER.read_text()
+        self.daemon.deploy("f", with_layer(odd, source, User="1000:1000", Volumes={"/volume": {}}), "--warm", "1")
+        self.daemon.wait_warm("f", 1)
+        self.assertIn("by list 0o1777 0o1777 0o1733 0o755 0o1777\n", self.daemon.faas("logs", "f").stdout)
+        acl = os.getxattr(self.daemon.rootfs("f") / "secret", "system.posix_acl_access")
+        first = json.loads((self.daemon.rootfs("f").parent / "image.json").read_text())["first_id"]
+        self.assertEqual(struct.unpack_from("<I", acl, 16)[0], first + 1000)
+
+
+def with_layer(layer: bytes, source: str | None = None, **config) -> bytes:
+    """The image of the tests' handler with a layer more."""
+    base = support.python_layer()
+    settings = {"Entrypoint": [*support.python_layer.entrypoint, "/handler.py"], "Env": ["PYTHONDONTWRITEBYTECODE=1"]}
+    handler = support.layer({"handler.py": source or support.HANDLER.read_text()})
+    return support.docker_archive([base, handler, layer], {**settings, **config})
 
 
 class Deploy(DeployCase):
