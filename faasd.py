@@ -92,6 +92,7 @@ from typing import BinaryIO, NamedTuple
 __version__ = "0.1.0"
 
 log = logging.getLogger("faasd")
+libc = ctypes.CDLL(None, use_errno=True)        # lets other threads run while it is called
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Constants and errors
@@ -173,15 +174,17 @@ MAX_TRIES = 2                       # hand-overs of a client whose container die
 
 # Clients.
 DEFER_ACCEPT_SECONDS = 15           # TCP_DEFER_ACCEPT; the kernel rounds up to its SYN-ACK retransmissions (tcp(7))
-FIRST_BYTE_SECONDS = 30             # for the rare connection that is accepted without data
+FIRST_BYTE_SECONDS = 75             # for what is accepted without data; load balancers keep such ready for 60 s
 MAX_SILENT = 1024                   # such connections of all functions; one more, and the oldest is closed
 MAX_ANSWERING = 1024                # clients that are read while they read our own answer; likewise
 CLIENT_KEEPALIVE = (60, 10, 6)      # TCP_KEEPIDLE, _KEEPINTVL (seconds), _KEEPCNT: 2 min until a vanished host is gone
 SCARCE_QUEUE = 16                   # connections that wait for one function while few descriptors are left
-CONTAINER_DESCRIPTORS = 4           # of ours, while one starts: its socket, both ends of a pipe, a pidfd
+CONTAINER_DESCRIPTORS = 4           # of ours, while one starts: its socket, both ends of a pipe, a pidfd or eventfd
 SPARE_DESCRIPTORS = 64              # left for ending what runs, and as many more for starting it
 LOW_DESCRIPTORS = 4096              # a limit below is worth a warning: a function may need 4 * 64 + 1024 (its defaults)
-HALF_CLOSE_SECONDS = 0.05           # after accept: a client that closes its direction then still wants an answer
+MAX_REQUEST_PEEK = MIB              # bytes of a request that are looked at to see whether it is whole
+DRAIN_SECONDS = 120.0               # for a client to take the rest of its answer from the kernel, without a --timeout
+DRAIN_LOOKS = (0.01, 0.25)          # seconds between two looks whether it has, first and at most
 LINGER_SECONDS = 2.0                # reading what the client still sends after our own 502 or 504
 LINGER_BYTES = 16 * MIB             # of it, at most
 PEEK_BYTES = 2048                   # of the request, for the log line
@@ -197,7 +200,10 @@ BPF_PROG_LOAD, BPF_PROG_ATTACH, BPF_PROG_DETACH = 5, 8, 9              # command
 BPF_PROG_GET_FD_BY_ID, BPF_OBJ_GET_INFO_BY_FD, BPF_PROG_QUERY = 13, 15, 16
 BPF_PROG_TYPE_CGROUP_SOCK_ADDR, BPF_F_ALLOW_MULTI, BPF_CGROUP_MAX_PROGS = 18, 2, 64
 GUARDED_CALLS = (8, 10)             # BPF_CGROUP_INET4_BIND, BPF_CGROUP_INET4_CONNECT
-TCP_INFO_RECEIVED, TCP_INFO_NOTSENT, TCP_INFO_SENT = 128, 144, 200    # offsets in struct tcp_info (linux/tcp.h)
+TCP_CONNECTED = (1, 4, 5, 6, 8, 9, 11)      # those states, FIN_WAIT2 and TIME_WAIT: of a socket that has a peer
+TCP_INFO_ACKED, TCP_INFO_NOTSENT, TCP_INFO_SENT = 120, 144, 200    # offsets in struct tcp_info (linux/tcp.h)
+STUCK_SECONDS = 0.005               # without a system call coming back, until other threads take over
+MAX_STUCK = 256                     # threads that are brought in at a time
 
 # Logs.
 LOG_FILE_SIZE = 8 * MIB             # NAME.log is renamed to NAME.log.1 above this, so a function keeps at most twice it
@@ -211,8 +217,8 @@ MAX_UNWRITTEN_LINES = 100_000
 TAIL_LINES = 20                     # lines of output shown when a deploy fails
 
 # Metrics.
-OUTCOMES = ("answered", "closed", "no-answer", "timeout", "start-failed", "queue-full", "queue-timeout", "abandoned",
-            "stopped")
+OUTCOMES = ("answered", "closed", "no-answer", "out-of-memory", "timeout", "start-failed", "queue-full", "queue-timeout",
+            "abandoned", "stopped")
 BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)   # seconds
 RECENT_SAMPLES = 1000               # of which percentiles are made
 LAG_PROBE_SECONDS = 0.1
@@ -2018,8 +2024,10 @@ import math
 import secrets
 import select
 import socket
+import selectors
 import socketserver
 import tempfile
+import termios
 import time
 import urllib.parse
 from collections.abc import AsyncIterator
@@ -2311,12 +2319,12 @@ def command_line(process: dict, options: Options) -> list[str]:
 
 def build_spec(name: str, image: dict, options: Options, rootfs: str, control_socket: str, cgroup: str,
                container_id: str, limit_swap: bool, run_dir: Path, apparmor: str = "",
-               user_namespace: str = "") -> dict:
+               user_namespace: str = "", unified: dict[str, str] | None = None) -> dict:
     """Return the OCI runtime configuration (runtime-spec config.md) of a function's container.
 
     image is the content of image.json; rootfs, control_socket and cgroup are paths, cgroup below the cgroup mounts;
     apparmor is the name of a profile that is loaded, or empty; user_namespace the path of one to join, or empty for a
-    new one.
+    new one; unified are files of cgroup v2 to write.
     """
     process = image["process"]
     env = merge_env(process["env"], [*options.env, f"FAAS_FUNCTION={name}", f"FAAS_VERSION={image['version']}",
@@ -2350,6 +2358,7 @@ def build_spec(name: str, image: dict, options: Options, rootfs: str, control_so
                 "memory": memory,
                 "cpu": {"quota": int(options.cpus * CPU_PERIOD), "period": CPU_PERIOD},
                 "pids": {"limit": options.pids},
+                **({"unified": unified} if unified else {}),
             },
         },
     }
@@ -2384,7 +2393,7 @@ class Bundle:
         self._namespace_mark = f"@{secrets.token_hex(16)}@"
         spec = build_spec(name, image, options, str(rootfs), str(run_dir / "containers" / self._mark / "control.sock"),
                           cgroups.path(self._mark), self._mark, cgroups.can_limit_swap, run_dir, apparmor,
-                          self._namespace_mark)
+                          self._namespace_mark, {"memory.oom.group": "1"} if cgroups.kills_whole else None)
         self._template = json.dumps(spec)
         check_sizes(spec["process"], len(self._template))
 
@@ -2422,6 +2431,9 @@ class Cgroups:
         # crun takes cgroup v1 for a hybrid with v2, and where no v2 is mounted it leaves plain files.
         litter = Path("/sys/fs/cgroup/unified")
         self._litter = litter if version_1 and litter not in self._hierarchies else None
+        self._memory = [path.parent for path in version_1]      # the hierarchy with the memory controller
+        # On v2 the kernel can be told to kill all of a container that runs out of memory.
+        self.kills_whole = not version_1
 
     def path(self, container_id: str) -> str:
         """Return the cgroupsPath of a container."""
@@ -2445,6 +2457,32 @@ class Cgroups:
             with contextlib.suppress(FileNotFoundError, OSError):       # runc may be removing it just now
                 pids.update(map(int, (directory / "cgroup.procs").read_text().split()))
         return pids - {0}                       # a process that our pid namespace does not see
+
+    def watch_memory(self, container_id: str) -> int:
+        """Return an eventfd that tells when a container may have run out of memory; -1 where nobody needs to be told.
+
+        Of cgroup v1: kernel documentation, admin-guide/cgroup-v1/memory.rst. Raises OSError.
+        """
+        if not self._memory:
+            return -1
+        directory = self._memory[0] / self.path(container_id).lstrip("/")
+        event = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        try:
+            with open(directory / "memory.oom_control", "rb") as file:
+                (directory / "cgroup.event_control").write_text(f"{event} {file.fileno()}")
+        except OSError:
+            os.close(event)
+            raise
+        return event
+
+    def ran_out_of_memory(self, container_id: str) -> bool:
+        """Whether the out-of-memory killer was in a container. It is forgotten with the container's cgroups."""
+        for directory in self._directories(self.path(container_id)):
+            for name in ("memory.oom_control", "memory.events"):
+                with contextlib.suppress(OSError):
+                    if re.search(r"^(oom_kill|under_oom) [1-9]", (directory / name).read_text(), re.MULTILINE):
+                        return True
+        return False
 
     def limits(self, container_id: str) -> dict[str, str]:
         """Return the limits that a container has, by the names of the files that hold them."""
@@ -3050,25 +3088,130 @@ class AddressGuard:
 
 @dataclass(frozen=True)
 class TcpState:
-    """What the kernel knows of a client's connection."""
+    """What the kernel knows of a client's connection. To ask takes the socket's lock: see SocketCalls."""
     state: int
     received: int       # bytes
     sent: int           # bytes handed to the kernel for sending, whether or not they have left
+    unacknowledged: int = 0     # of these
+    unread: int = 0     # bytes of the client's that nobody has read
 
     @classmethod
     def of(cls, client: socket.socket) -> TcpState:
-        info = client.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
-        received, = struct.unpack_from("Q", info, TCP_INFO_RECEIVED)
-        sent, sent_again = struct.unpack_from("QQ", info, TCP_INFO_SENT)
-        waiting, = struct.unpack_from("I", info, TCP_INFO_NOTSENT)
-        if waiting and info[0] in TCP_FIN_STATES:
+        buffer, size = ctypes.create_string_buffer(256), ctypes.c_uint(256)
+        # Not client.getsockopt, which keeps all threads waiting with its own.
+        if libc.getsockopt(client.fileno(), socket.IPPROTO_TCP, socket.TCP_INFO, buffer, ctypes.byref(size)):
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+        state = buffer.raw[0]
+        acknowledged, received = struct.unpack_from("QQ", buffer, TCP_INFO_ACKED)
+        sent, sent_again = struct.unpack_from("QQ", buffer, TCP_INFO_SENT)
+        sent -= sent_again
+        if state not in TCP_CONNECTED:                  # what it says of unsent data means nothing then
+            return cls(state, received, sent)
+        waiting, = struct.unpack_from("I", buffer, TCP_INFO_NOTSENT)
+        if waiting and state in TCP_FIN_STATES:
             waiting -= 1                                # the FIN takes a sequence number, and goes last
-        return cls(info[0], received, sent - sent_again + waiting)
+        unread, = struct.unpack("i", fcntl.ioctl(client.fileno(), termios.FIONREAD, bytes(4)))
+        return cls(state, received, sent + waiting, max(0, sent + waiting - acknowledged), unread)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether there is a client, and nobody has told it that the answer is over."""
+        return self.state in (TCP_ESTABLISHED, TCP_CLOSE_WAIT)
 
     @property
     def can_answer(self) -> bool:
         """Whether nothing was said to the client yet and it still can be."""
-        return self.sent == 0 and self.state in (TCP_ESTABLISHED, TCP_CLOSE_WAIT)
+        return self.sent == 0 and self.is_open
+
+
+def reset_connection(client: socket.socket) -> None:
+    """Have a client's connection end in a reset, whoever else has a descriptor of it; what is unsent is dropped."""
+    libc.connect(client.fileno(), bytes(16), 16)        # AF_UNSPEC: connect(2)
+
+
+class SocketCalls:
+    """Makes system calls that may have to wait for a lock which a handler holds: in a thread, not on the loop.
+
+    A handler can hold the lock of a client's socket for as long as it likes, in a send(2) that sleeps in page faults
+    while others of its container take all the CPU it may have. Nothing ends the wait of another who wants the lock, not
+    even SIGKILL, but the end of the container. So one call that does not come back must hold up nobody: more threads
+    take over the queue. Only calls that let go of Python's lock will do.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop):
+        self._loop = loop
+        self._queue: queue.SimpleQueue = queue.SimpleQueue()
+        self._results: collections.deque = collections.deque()
+        self._told = False                      # the loop is about to deliver results
+        self._waiting: dict[asyncio.Future, tuple[float, Callable[[], None] | None]] = {}     # the oldest first
+        self._delivered = self._delivered_before = 0
+        self._team = 0                          # threads of an earlier one end after the call they are in
+        self._members = 0                       # of this one
+        self._timer: asyncio.TimerHandle | None = None
+        self._start(1)
+
+    def run(self, function: Callable, *arguments, overdue: Callable[[], None] | None = None) -> asyncio.Future:
+        """Call function in a thread; overdue, which should end the wait, if that takes longer than EXIT_GRACE.
+
+        The sockets that it works on must stay open until the future is done, so nobody may cancel that.
+        """
+        future = self._loop.create_future()
+        self._waiting[future] = self._loop.time(), overdue
+        self._queue.put((future, function, arguments))
+        if self._timer is None:
+            self._timer = self._loop.call_later(STUCK_SECONDS, self._look)
+        return future
+
+    def _start(self, members: int) -> None:
+        self._team += 1
+        self._members = members
+        for _ in range(members):
+            threading.Thread(target=self._work, args=(self._team,), name="sockets", daemon=True).start()
+
+    def _work(self, team: int) -> None:
+        while team == self._team and (call := self._queue.get()):
+            future, function, arguments = call
+            try:
+                result = function(*arguments)
+            except OSError as error:
+                result = error
+            self._results.append((future, result))
+            if not self._told:
+                self._told = True
+                with contextlib.suppress(RuntimeError):         # the loop is closed
+                    self._loop.call_soon_threadsafe(self._deliver)
+
+    def _deliver(self) -> None:
+        self._told = False
+        while self._results:
+            future, result = self._results.popleft()
+            del self._waiting[future]
+            self._delivered += 1
+            if isinstance(result, OSError):
+                future.set_exception(result)
+            else:
+                future.set_result(result)
+
+    def _look(self) -> None:
+        """Bring in twice as many threads if all are stuck, and tell of calls that are overdue."""
+        if not self._queue.empty() and self._delivered == self._delivered_before:
+            self._start(min(2 * self._members, MAX_STUCK))
+        elif not self._waiting and self._members > 1:
+            self._start(1)
+        self._delivered_before = self._delivered
+        now = self._loop.time()
+        for future, (since, overdue) in list(self._waiting.items()):
+            if now - since < EXIT_GRACE:
+                break
+            if overdue:
+                self._waiting[future] = since, None
+                overdue()
+        self._timer = self._loop.call_later(STUCK_SECONDS, self._look) if self._waiting else None
+
+    def close(self) -> None:
+        self._team += 1
+        for _ in range(self._members):
+            self._queue.put(None)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -3539,10 +3682,13 @@ class OutputReader:
 
 
 class Release(enum.Enum):
-    """How a handler let go of a client, as its control connection tells."""
+    """How a handler let go of a client, as its control connection tells; or why we do not wait for that."""
     READY = "it could take another client"
     GONE = "it closed the connection, exited, or broke the protocol"
     UNTAKEN = "it closed the connection without having taken the client"
+    OVERDUE = "it did not finish in time"
+    STOPPED = "faasd is stopping, or the function is being removed"
+    LEFT = "it is the next daemon's"
 
 
 class Descriptors:
@@ -3583,9 +3729,8 @@ class Descriptors:
 class Container:
     """One container from spawn to the last trace. Lives on the loop's thread.
 
-    start() returns once its handler is ready. From then on whoever holds the container has set on_release, which is
-    called with a Release when the handler says something on its control connection or is gone: at most once after
-    each client, and never after GONE, UNTAKEN or finish().
+    start() returns once its handler is ready. From then on `said` is the future of its next Release: it comes when the
+    handler says something on its control connection or is gone. There is a new one after each READY.
     """
 
     def __init__(self, host: ContainerHost, bundle: Bundle | None, write_line: Callable[[str, str], None],
@@ -3593,9 +3738,10 @@ class Container:
         """bundle is what to start; None for a container that runs already, with container_id: see adopt."""
         self.id = container_id or secrets.token_hex(6)
         self.write_line = write_line                    # (container id, a line of its output)
-        self.on_release: Callable[[Release], None] = lambda release: None
+        self.said: asyncio.Future[Release] = host.loop.create_future()
         self.served = 0                                 # clients handed over
         self.killed = False                             # by us
+        self.out_of_memory = False                      # it, or one of its processes, was killed for that
         self.ready_at = 0.0                             # loop time of the connect
         self.start_seconds = 0.0                        # from the spawn to the connect
         self._host = host
@@ -3606,6 +3752,8 @@ class Container:
         self._output: OutputReader | None = None
         self._pid = 0                                   # of runc run
         self._pidfd = -1
+        self._memory = -1                               # tells when it may have run out of memory
+        self._killing: asyncio.Task | None = None       # held, for the loop does not
         self._connected: asyncio.Future[None] = host.loop.create_future()
         self._exited: asyncio.Future[int | None] = host.loop.create_future()
 
@@ -3733,6 +3881,10 @@ class Container:
         self._close_listener()          # who connects again is refused
         self._control.setblocking(False)
         self._host.loop.add_reader(self._control, self._on_control)
+        with contextlib.suppress(OSError):              # it has ended already
+            self._memory = self._host.cgroups.watch_memory(self.id)
+            if self._memory >= 0:
+                self._host.loop.add_reader(self._memory, self._on_memory)
         self._connected.set_result(None)
 
     # -- work --
@@ -3747,7 +3899,27 @@ class Container:
             log.info("container=%s cannot be handed a client: %s", self.id, error.strerror)
             return False
         self.served += 1
+        self.said = self._host.loop.create_future()
         return True
+
+    @property
+    def is_connected(self) -> bool:
+        return self._control is not None
+
+    def listen(self) -> asyncio.Future[Release]:
+        """Return the future of what it says while it has no client."""
+        self.said = self._host.loop.create_future()
+        return self.said
+
+    def say(self, release: Release) -> None:
+        if not self.said.done():
+            self.said.set_result(release)
+
+    def end_wait(self, release: Release) -> None:
+        """Have nobody wait for the handler any longer, unless it has let go: that may have come before our turn."""
+        if self._control is not None:
+            self._on_control()
+        self.say(release)
 
     def _on_control(self) -> None:
         """Read what the handler says: one byte is READY, anything else is its end.
@@ -3760,9 +3932,20 @@ class Container:
             return
         except ConnectionResetError:    # it closed the connection with our message still unread in it
             release = Release.UNTAKEN
-        if release != Release.READY:
+        if release != Release.READY or self.said.done():        # done: it talks out of turn
             self._close_control()
-        self.on_release(release)
+        self.say(release)
+
+    def _on_memory(self) -> None:
+        """One process is killed for want of memory: the others might wait for it for ever."""
+        os.eventfd_read(self._memory)
+        if self.look_for_memory():
+            self.kill()
+
+    def look_for_memory(self) -> bool:
+        """Return whether the container has run out of memory, as far as can be told."""
+        self.out_of_memory = self.out_of_memory or self._host.cgroups.ran_out_of_memory(self.id)
+        return self.out_of_memory
 
     # -- end --
 
@@ -3773,11 +3956,13 @@ class Container:
             self._on_control()          # UNTAKEN is worth knowing
         if self._control is not None or self._adopted:  # somebody outside has it, or runc alone was killed
             self._close_control()
-            self.on_release(Release.GONE)
+            self.say(Release.GONE)
 
     def _unwatch(self) -> None:
-        self._host.loop.remove_reader(self._pidfd)
-        os.close(self._pidfd)
+        for descriptor in (self._pidfd, self._memory):
+            if descriptor >= 0:
+                self._host.loop.remove_reader(descriptor)
+                os.close(descriptor)
 
     def _close_listener(self) -> None:
         if self._listener is not None:
@@ -3793,7 +3978,6 @@ class Container:
 
     def leave(self) -> None:
         """Let go of the container while its handler serves a client: the next daemon will adopt it."""
-        self.on_release = lambda release: None
         self._unwatch()
         self._close_control()
         self._output.close()
@@ -3817,10 +4001,14 @@ class Container:
         self._remove_directory()
         return self._exited.result() if self._exited.done() else -signal.SIGKILL
 
+    def kill(self) -> None:
+        """Kill the container in the background; finish() is still to come."""
+        self._killing = self._host.loop.create_task(self._kill())
+
     async def _kill(self) -> None:
         """Kill every process of the container until runc, which waits for the first of them, is done."""
         deadline = time.monotonic() + KILL_TIMEOUT
-        self.killed = not self._exited.done()
+        self.killed = self.killed or not self._exited.done()
         while not self._exited.done() and time.monotonic() < deadline:
             self._host.cgroups.kill(self.id)            # again and again: while starting it may have none yet
             await asyncio.wait([self._exited], timeout=KILL_RETRY)
@@ -4392,11 +4580,11 @@ class Pool:
             self._function.demand.start.add(container.start_seconds)
             self.put(container)
         if isinstance(failure, StartFailed):
-            self._failed(failure)
+            self.failed(failure)
         elif failure:
             log.error("function=%s a start failed inside faasd", self._function.record.name, exc_info=failure)
 
-    def _failed(self, failure: StartFailed) -> None:
+    def failed(self, failure: StartFailed) -> None:
         """Tell the client that waits longest; where there is none, try again after a while that grows."""
         if self._closed:
             return                              # clients wait for the next version's
@@ -4428,11 +4616,13 @@ class Pool:
 
     def put(self, container: Container) -> None:
         """Take a container that could serve somebody."""
-        if self._closed:
+        if self._closed or not container.is_connected:
             self.dismiss(container)
+            if not container.served:
+                self.failed(StartFailed(f"the handler let go of {CONTROL_SOCKET} before it had a client", [], 502))
             return
         container.idle_since = self._loop.time()
-        container.on_release = functools.partial(self._lost, container)
+        container.listen().add_done_callback(functools.partial(self._lost, container))
         self.idle.append(container)
         self._services.limit.idle += 1
         self._function.dispatch()
@@ -4446,13 +4636,15 @@ class Pool:
         self._services.limit.idle -= 1
         return self.idle.pop()
 
-    def _lost(self, container: Container, release: Release) -> None:
+    def _lost(self, container: Container, said: asyncio.Future[Release]) -> None:
         """A container that waited for a client is gone, or talks out of turn."""
+        if container not in self.idle:
+            return
         self.idle.remove(container)
         self._services.limit.idle -= 1
         self.dismiss(container)
         if self._loop.time() - container.ready_at < HEALTHY_SECONDS:
-            self._back_off(f"container {container.id}: {release.value}")
+            self._back_off(f"container {container.id}: {said.result().value}")
         self.reconcile()
 
     def give_up_one(self) -> None:
@@ -4462,7 +4654,6 @@ class Pool:
 
     def dismiss(self, container: Container) -> None:
         """End a container in the background. End of file tells its handler that there is no more work."""
-        container.on_release = lambda release: None
         task = self._loop.create_task(self.end(container, EXIT_GRACE))
         self._endings.add(task)
         task.add_done_callback(self._endings.discard)
@@ -4505,12 +4696,12 @@ class HangupWatch:
 
     def __init__(self, loop: asyncio.AbstractEventLoop):
         self._epoll = select.epoll()
-        self._callbacks: dict[int, Callable[[], None]] = {}
+        self._callbacks: dict[int, Callable[[int], None]] = {}
         self._loop = loop
         loop.add_reader(self._epoll.fileno(), self._notify)
 
-    def watch(self, client: socket.socket, callback: Callable[[], None]) -> None:
-        """Call callback when the client has closed, or half closed, its connection."""
+    def watch(self, client: socket.socket, callback: Callable[[int], None]) -> None:
+        """Call callback with epoll's events when the client has closed, or half closed, its connection."""
         self._epoll.register(client, select.EPOLLRDHUP)
         self._callbacks[client.fileno()] = callback
 
@@ -4523,10 +4714,10 @@ class HangupWatch:
             self._epoll.unregister(client)
 
     def _notify(self) -> None:
-        for descriptor, _ in self._epoll.poll(0):
+        for descriptor, events in self._epoll.poll(0):
             callback = self._callbacks.get(descriptor)
             if callback:                        # else a callback just before this one has ended the wait
-                callback()
+                callback(events)
 
     def close(self) -> None:
         self._loop.remove_reader(self._epoll.fileno())
@@ -4534,32 +4725,43 @@ class HangupWatch:
 
 
 class Crowd:
-    """Clients for each of which a task waits. One too many, and the one that has been waited for longest is given up.
+    """A bounded set of clients of which we wait to hear. One too many, and the wait for another is abandoned.
 
-    What a client may take of ours by doing nothing is bounded so, and a newcomer still has its chance.
+    What clients may take of ours by doing nothing is bounded so, and a newcomer still has its chance. The one to go is
+    the oldest of the address that has most, so that one stranger with many connections takes none from others.
     """
 
     def __init__(self, most: int):
         self._most = most
-        self._members: dict[asyncio.Timeout, None] = {}     # the oldest first
+        self._count = 0
+        self._members: dict[str, dict[asyncio.Future[bool], None]] = {}     # by address; of each the oldest first
 
-    @contextlib.asynccontextmanager
-    async def wait(self, seconds: float | None) -> AsyncIterator[None]:
-        """Give the block that many seconds, None for any, or fewer if the crowd grows. Raises TimeoutError."""
-        async with asyncio.timeout(seconds) as limit:
-            self._members[limit] = None
-            if len(self._members) > self._most:
-                self._give_up_oldest()
-            try:
-                yield
-            finally:
-                self._members.pop(limit, None)
+    async def hear(self, client: socket.socket, peer: str, seconds: float) -> bool:
+        """Return whether a client sends something, or closes, in time; peer is its address and port."""
+        loop = asyncio.get_running_loop()
+        heard: asyncio.Future[bool] = loop.create_future()
+        loop.add_reader(client, self._settle, heard, True)
+        timer = loop.call_later(seconds, self._settle, heard, False)
+        source = peer.partition(":")[0]
+        self._members.setdefault(source, {})[heard] = None
+        self._count += 1
+        if self._count > self._most:
+            largest = max(self._members.values(), key=len)
+            self._settle(next((member for member in largest if not member.done()), heard), False)
+        try:
+            return await heard
+        finally:
+            timer.cancel()
+            loop.remove_reader(client)
+            self._count -= 1
+            del self._members[source][heard]
+            if not self._members[source]:
+                del self._members[source]
 
-    def _give_up_oldest(self) -> None:
-        oldest = next(iter(self._members))
-        del self._members[oldest]
-        if not oldest.expired():
-            oldest.reschedule(asyncio.get_running_loop().time())
+    @staticmethod
+    def _settle(heard: asyncio.Future[bool], result: bool) -> None:
+        if not heard.done():
+            heard.set_result(result)
 
 
 @dataclass(frozen=True)
@@ -4568,6 +4770,7 @@ class Services:
     host: ContainerHost
     starter: Starter
     limit: WarmLimit
+    calls: SocketCalls
     hangups: HangupWatch
     silent: Crowd               # clients that were accepted and have said nothing yet
     answering: Crowd            # clients that get an answer of our own
@@ -4672,9 +4875,10 @@ class Invocation:
     peer: str
     request: bytes                      # as much of it as was there
     accepted: float
+    turn: asyncio.Future[None] | None = None        # done when a handler has the client; a Refusal if none will
+    timer: asyncio.TimerHandle | None = None        # while it waits for that
     container: Container | None = None
     pool: Pool | None = None            # the container's
-    timer: asyncio.TimerHandle | None = None        # of the queue, then of the handler
     tries: int = 0                      # hand-overs; none by this daemon for an adopted one
     handed: float = 0.0                 # the client was handed over
     handled: float = 0.0                # the handler let go
@@ -4687,7 +4891,7 @@ class Invocation:
 
     @property
     def wait_seconds(self) -> float | None:
-        return self.handed - self.accepted if self.tries else None
+        return self.handed - self.accepted if self.handed and self.tries else None
 
     @property
     def start_seconds(self) -> float | None:
@@ -4721,32 +4925,27 @@ def quote(text: str) -> str:
 REASON_PHRASES = {502: "Bad Gateway", 503: "Service Unavailable", 504: "Gateway Timeout"}
 
 
-async def answer(client: socket.socket, status: int, line: str) -> None:
-    """Answer a client in the place of its handler, which must be gone. Errors are the client's, who left.
+class Refusal(Exception):
+    """An invocation ends without a handler's answer: what faasd says instead, with a status, and how it is counted."""
 
-    What the client still sends is read and dropped: closing a socket with unread data sends a reset, which can destroy
-    the answer before the client has read it.
-    """
+    def __init__(self, outcome: str, status: int = 0, reason: str = ""):
+        """status 0: there is nobody to tell."""
+        super().__init__(reason)
+        self.outcome, self.status, self.reason = outcome, status, reason
+
+
+# Why we end a container that serves a client.
+CUTS = {Release.OVERDUE: ("timeout", 504, "the handler did not finish in time"),
+        Release.STOPPED: ("stopped", 503, Release.STOPPED.value)}
+
+
+def answer(status: int, line: str) -> bytes:
+    """Return an answer to give in the place of a handler's."""
     body = f"faasd: {line}\n".encode()
     retry = "Retry-After: 1\r\n" if status == 503 else ""
     head = (f"HTTP/1.1 {status} {REASON_PHRASES[status]}\r\nContent-Type: text/plain; charset=utf-8\r\n"
             f"Content-Length: {len(body)}\r\n{retry}Connection: close\r\n\r\n").encode()
-    await send_last(client, head + body)
-
-
-async def send_last(client: socket.socket, data: bytes) -> None:
-    """Send the last that a client gets, and see to it that it can read that."""
-    loop = asyncio.get_running_loop()
-    client.setblocking(False)
-    try:
-        async with asyncio.timeout(LINGER_SECONDS):
-            await loop.sock_sendall(client, data)
-            client.shutdown(socket.SHUT_WR)
-            room = LINGER_BYTES
-            while room > 0 and (data := await loop.sock_recv(client, COPY_CHUNK)):
-                room -= len(data)
-    except (OSError, TimeoutError) as error:
-        log.debug("ending a connection: %s", error or "the client keeps it open")
+    return head + body
 
 
 def peek(client: socket.socket) -> bytes:
@@ -4760,6 +4959,28 @@ def peek(client: socket.socket) -> bytes:
         raise
     except OSError:                             # reset
         return b""
+
+
+def is_whole(client: socket.socket) -> bool:
+    """Whether a client that has closed its direction, and that no handler has, sent a whole HTTP/1 request before.
+
+    What is not HTTP/1 counts as whole: we cannot tell.
+    """
+    try:
+        there, = struct.unpack("i", fcntl.ioctl(client, termios.FIONREAD, bytes(4)))
+        data = client.recv(min(there, MAX_REQUEST_PEEK) or 1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+    except OSError:                             # reset
+        return False
+    if not re.match(rb"[A-Z]+ [^ \r\n]+ HTTP/1\.[01]\r?\n", data):
+        return bool(data) and not re.fullmatch(rb"(GET|HEAD|POST|PUT|PATCH|DELETE|OPTIONS|TRACE|CONNECT) [^\n]*", data)
+    end = re.search(rb"\r?\n\r?\n", data)
+    if not end:
+        return False
+    head = data[:end.start()]
+    if re.search(rb"(?i)\ntransfer-encoding:[^\n]*chunked", head):
+        return there > len(data) or bool(re.search(rb"\n0+\r?\n([^\n]+\n)*\r?\n$", data))
+    length = re.search(rb"(?i)\ncontent-length:[ \t]*([0-9]{1,18})", head)
+    return there >= end.end() + (int(length[1]) if length else 0)
 
 
 def was_reset(client: socket.socket) -> bool:
@@ -4785,7 +5006,6 @@ class Function:
         self.error = ""
         self.leaving = False                    # being removed: no longer written down
         self.draining = False                   # serves whom it has accepted, and nobody else
-        self.in_flight = 0                      # invocations whose handler has the client
         self.demand = Demand()
         self.statistics = Statistics()
         self.changing = asyncio.Lock()          # held by who puts or removes image directories
@@ -4793,6 +5013,7 @@ class Function:
         self._loop = services.host.loop
         self._listener: socket.socket | None = None
         self._waiting: collections.OrderedDict[Invocation, None] = collections.OrderedDict()
+        self._in_flight: set[Invocation] = set()        # a handler has, or had, the client, and we have it still
         self._active: set[Invocation] = set()
         self._quiet = asyncio.Event()           # nothing is active
         self._quiet.set()
@@ -4800,7 +5021,7 @@ class Function:
         self._queue_empty.set()
         self._old_pools: set[Pool] = set()      # of versions that were replaced, with containers left
         self._silent: set[asyncio.Task] = set()         # connections that have said nothing yet
-        self._tasks: set[asyncio.Task] = set()          # ends of invocations
+        self._tasks: set[asyncio.Task] = set()          # an invocation each
 
     @property
     def version(self) -> Version | None:
@@ -4815,6 +5036,10 @@ class Function:
     @property
     def queued(self) -> int:
         return len(self._waiting)
+
+    @property
+    def in_flight(self) -> int:
+        return len(self._in_flight)
 
     @property
     def running(self) -> int:
@@ -4903,127 +5128,151 @@ class Function:
             task.add_done_callback(self._silent.discard)
             return
         if request:
-            self._admit(Invocation(client, peer, request, self._loop.time()))
+            self._begin(Invocation(client, peer, request, self._loop.time()))
         else:
             client.close()
 
     async def _await_request(self, client: socket.socket, peer: str) -> None:
-        readable = self._loop.create_future()
-        self._loop.add_reader(client, lambda: readable.done() or readable.set_result(None))
         spoke = False
-        with contextlib.suppress(TimeoutError, asyncio.CancelledError):
-            async with self._services.silent.wait(FIRST_BYTE_SECONDS):
-                await readable
-                spoke = True
-        self._loop.remove_reader(client)
+        with contextlib.suppress(asyncio.CancelledError):
+            spoke = await self._services.silent.hear(client, peer, FIRST_BYTE_SECONDS)
         if spoke:
             self._receive(client, peer)
         else:
             client.close()
 
-    # -- admit, wait --
-
-    def _admit(self, invocation: Invocation) -> None:
-        """Queue an invocation, or turn it away; it may have been handed over when this returns."""
+    def _begin(self, invocation: Invocation) -> None:
         self._active.add(invocation)
         self._quiet.clear()
         self.statistics.requests += 1
-        if was_reset(invocation.client):        # after it had sent its request
-            self._abandon(invocation)
-            return
-        self.demand.arrived(invocation.accepted)
-        if refusal := self._lack_of_room(invocation.client):
-            self._turn_away(invocation, "queue-full", refusal)
-            return
-        self._enqueue(invocation)
-        self.dispatch()
-        if invocation in self._waiting:
-            invocation.timer = self._loop.call_later(self.record.options.queue_timeout, self._on_queue_timeout,
-                                                     invocation)
-            self._services.hangups.watch(invocation.client, functools.partial(self._on_hangup, invocation))
+        task = self._loop.create_task(self._serve(invocation))
+        self._tasks.add(task)
+        task.add_done_callback(self._forget)
 
-    def _lack_of_room(self, client: socket.socket) -> str:
-        """Return why a client cannot wait here; "" if it can."""
+    def _forget(self, task: asyncio.Task) -> None:
+        self._tasks.discard(task)
+        if task.exception() is not None:
+            log.error("function=%s an invocation failed inside faasd", self.record.name, exc_info=task.exception())
+
+    # -- the life of an invocation --
+
+    async def _serve(self, invocation: Invocation) -> None:
+        """Wait for a container, let its handler work, and see to it that the client has an answer."""
+        try:
+            try:
+                if invocation.container is None:        # else it is adopted
+                    self._admit(invocation)
+                    await self._turn(invocation)
+                while (said := await self._work(invocation)) is Release.UNTAKEN and invocation.tries < MAX_TRIES:
+                    await self._take_back(invocation)
+                    await self._turn(invocation)
+                if said is Release.LEFT:
+                    self._leave(invocation)
+                    return
+                await self._conclude(invocation, said)
+            except Refusal as refusal:
+                await self._refuse(invocation, refusal)
+            self._write_down(invocation)
+        finally:
+            self._inactive(invocation)
+            self._close(invocation)
+
+    def _admit(self, invocation: Invocation) -> None:
+        """Raise Refusal if a client cannot wait here."""
+        if was_reset(invocation.client):        # after it had sent its request
+            raise Refusal("abandoned")
+        self.demand.arrived(invocation.accepted)
         options, waiting = self.record.options, len(self._waiting)
         if self.in_flight + waiting >= options.concurrency + options.queue:
-            return f"{options.concurrency} invocations are in flight and {options.queue} connections wait already"
-        if waiting >= SCARCE_QUEUE and self._services.host.descriptors.are_scarce(client.fileno()):
-            return f"faasd has few descriptors left, and {waiting} connections wait already"
-        return ""
+            raise Refusal("queue-full", 503, f"{options.concurrency} invocations are in flight and {options.queue} "
+                                             "connections wait already")
+        if waiting >= SCARCE_QUEUE and self._services.host.descriptors.are_scarce(invocation.client.fileno()):
+            raise Refusal("queue-full", 503, f"faasd has few descriptors left, and {waiting} connections wait already")
+
+    # -- wait --
+
+    async def _turn(self, invocation: Invocation) -> None:
+        """Return when a handler has the client. Raises Refusal if none will; one that has waited before goes first."""
+        invocation.turn = self._loop.create_future()
+        self._waiting[invocation] = None
+        if invocation.tries:
+            self._waiting.move_to_end(invocation, last=False)
+        self._queue_empty.clear()
+        self.dispatch()
+        if not invocation.turn.done():
+            moment = invocation.accepted + self.record.options.queue_timeout
+            invocation.timer = self._loop.call_at(moment, self._on_queue_timeout, invocation)
+            self._services.hangups.watch(invocation.client, functools.partial(self._on_hangup, invocation))
+        await invocation.turn
 
     def dispatch(self) -> None:
         """Give clients that wait containers that wait, in order, and have the pool make what is missing."""
         limit = self.record.options.concurrency
         while self._waiting and self.in_flight < limit and (container := self.pool.take()):
             invocation = next(iter(self._waiting))
+            invocation.tries += 1
             if container.hand_over(invocation.client):
-                self._leave_queue(invocation)
-                invocation.tries += 1
-                self._run(invocation, container, self.pool)
-            else:
-                self.pool.dismiss(container)
+                self._in_flight.add(invocation)
+                invocation.container, invocation.pool = container, self.pool
+                invocation.handed = self._loop.time()
+                self._end_turn(invocation)
+                continue
+            self.pool.dismiss(container)
+            if invocation.tries >= MAX_TRIES:
+                self.pool.failed(StartFailed("the handler connected, but cannot be handed a client", [], 502))
         self.pool.reconcile()
 
-    def _enqueue(self, invocation: Invocation) -> None:
-        self._waiting[invocation] = None
-        self._queue_empty.clear()
-
-    def _leave_queue(self, invocation: Invocation) -> None:
+    def _end_turn(self, invocation: Invocation, refusal: Refusal | None = None) -> None:
         del self._waiting[invocation]
         if not self._waiting:
             self._queue_empty.set()
         if invocation.timer:
             invocation.timer.cancel()
+            invocation.timer = None
             self._services.hangups.forget(invocation.client)
+        if refusal:
+            invocation.turn.set_exception(refusal)
+        else:
+            invocation.turn.set_result(None)
 
     def _on_queue_timeout(self, invocation: Invocation) -> None:
-        # The first ones have a start under way, whose own time limit holds.
-        if invocation not in itertools.islice(self._waiting, self.pool.starting):
-            self._leave_queue(invocation)
-            self._turn_away(invocation, "queue-timeout", "no container was free in time")
+        # The first ones have a start under way, and may wait for its end; not for that of another after it.
+        moment = invocation.timer.when() + self.record.options.start_timeout
+        longest = invocation.accepted + self.record.options.queue_timeout + self.record.options.start_timeout
+        if invocation in itertools.islice(self._waiting, self.pool.starting) and moment <= longest:
+            invocation.timer = self._loop.call_at(moment, self._on_queue_timeout, invocation)
+        else:
+            self._end_turn(invocation, Refusal("queue-timeout", 503, "no container was free in time"))
 
-    def _on_hangup(self, invocation: Invocation) -> None:
+    def _on_hangup(self, invocation: Invocation, events: int) -> None:
         """Drop a client that gave up, so that it costs no container.
 
-        One that has only closed its own direction looks the same. Programs do that with the request (`nc -N`), so it
-        counts as giving up when it comes later.
+        One that has only closed its own direction looks the same as one that has left. Programs do that behind a
+        request (`nc -N`), so it is giving up only if the request is not whole.
         """
-        half_closed = TcpState.of(invocation.client).state == TCP_CLOSE_WAIT
-        if half_closed and self._loop.time() - invocation.accepted < HALF_CLOSE_SECONDS:
+        if not events & (select.EPOLLHUP | select.EPOLLERR) and (invocation.tries or is_whole(invocation.client)):
             self._services.hangups.allow_half_close(invocation.client)
-            return
-        self._leave_queue(invocation)
-        self._abandon(invocation)
-
-    def _abandon(self, invocation: Invocation) -> None:
-        invocation.outcome = "abandoned"
-        invocation.client.close()
-        self._finished(invocation)
+        else:
+            self._end_turn(invocation, Refusal("abandoned"))
 
     def refuse_first(self, failure: StartFailed) -> bool:
         """Tell the client that waits longest that its container did not start; return False if there is none."""
         if not self.entitled:
             return False
-        invocation = next(iter(self._waiting))
-        self._leave_queue(invocation)
-        invocation.outcome = "start-failed"
-        self._background(self._speak(invocation, failure.status, str(failure)))
+        self._end_turn(next(iter(self._waiting)), Refusal("start-failed", failure.status, str(failure)))
         return True
 
-    def _turn_away(self, invocation: Invocation, outcome: str, reason: str) -> None:
-        invocation.outcome = outcome
-        self._background(self._speak(invocation, 503, reason))
+    # -- work --
 
-    # -- run --
-
-    def _run(self, invocation: Invocation, container: Container, pool: Pool) -> None:
-        """The handler has the client now."""
-        self.in_flight += 1
-        invocation.container, invocation.pool = container, pool
-        invocation.handed = self._loop.time()
-        container.on_release = functools.partial(self._on_release, invocation)
-        timeout = pool.options.timeout
-        invocation.timer = self._loop.call_later(timeout, self._on_timeout, invocation) if timeout else None
+    async def _work(self, invocation: Invocation) -> Release:
+        """Return how the handler has let go, or why it may not go on."""
+        container, timeout = invocation.container, invocation.pool.options.timeout
+        if not timeout:
+            return await container.said
+        timer = self._loop.call_at(invocation.handed + timeout, container.end_wait, Release.OVERDUE)
+        said = await container.said
+        timer.cancel()
+        return said
 
     def adopt(self, survivors: list[Survivor]) -> None:
         """Go on with invocations that the daemon before left; their containers will serve nobody else.
@@ -5034,96 +5283,129 @@ class Function:
         self._old_pools.add(pool)
         for survivor in survivors:
             invocation = Invocation(survivor.client, survivor.peer, b"", self._loop.time())
-            self._active.add(invocation)
-            self._quiet.clear()
-            self.statistics.requests += 1
-            container = Container.adopt(self._services.host, survivor, self.log.write_output)
-            pool.hold(container)
-            self._run(invocation, container, pool)
+            invocation.handed = invocation.accepted
+            invocation.container = Container.adopt(self._services.host, survivor, self.log.write_output)
+            invocation.pool = pool
+            pool.hold(invocation.container)
+            self._in_flight.add(invocation)
+            self._begin(invocation)
         pool.close()
 
-    def _on_release(self, invocation: Invocation, release: Release) -> None:
-        """The handler let go: its client has its answer, or needs one from us."""
-        if invocation.timer:
-            invocation.timer.cancel()
-        if release is Release.UNTAKEN and invocation.tries < MAX_TRIES:
-            self._try_again(invocation)
-            return
+    async def _take_back(self, invocation: Invocation) -> None:
+        """Take a client from a container that died before it took it. Others in it may have seen the socket."""
+        log.info("function=%s container=%s died before it took its client", self.record.name, invocation.container.id)
+        await invocation.pool.end(invocation.container, 0)
+        self._in_flight.discard(invocation)
+        invocation.container, invocation.handed = None, 0.0
+
+    # -- conclude --
+
+    def _ask(self, invocation: Invocation) -> asyncio.Future[TcpState]:
+        """Ask for the state of the client's connection. A container that keeps it from us is killed."""
+        overdue = invocation.container.kill if invocation.container else None
+        return self._services.calls.run(TcpState.of, invocation.client, overdue=overdue)
+
+    async def _conclude(self, invocation: Invocation, said: Release) -> None:
+        """See to the end of an invocation whose handler has let go. Raises Refusal if the answer must be ours."""
+        container, pool = invocation.container, invocation.pool
         invocation.handled = self._loop.time()
-        state = TcpState.of(invocation.client)
-        if state.can_answer:
-            self._background(self._conclude_unanswered(invocation))
-            return
+        if said in CUTS:
+            invocation.exit_status = await pool.end(container, 0)
+            raise Refusal(*CUTS[said])
+        state = await self._ask(invocation)
+        if state.is_open and said is not Release.READY and container.look_for_memory():
+            invocation.exit_status = await pool.end(container, 0)
+            raise Refusal("out-of-memory", 502, "the handler ran out of memory")
+        if container.killed and state.is_open:
+            invocation.exit_status = await pool.end(container, 0)
+            raise Refusal("no-answer", 502, "the handler kept its client's connection locked, and was killed")
+        if state.can_answer:                    # once nobody in the container has the socket any more
+            invocation.exit_status = await pool.end(container, EXIT_GRACE)
+            # One that let go, but stayed until we killed it, has no exit to speak of.
+            end = "let go" if container.killed else describe_exit(invocation.exit_status)
+            raise Refusal("no-answer", 502, f"the handler {end} without an answer")
         invocation.outcome = "answered" if state.sent else "closed"
         invocation.received, invocation.sent = state.received, state.sent
-        invocation.client.close()               # first: what follows is nothing the client should wait for
-        self.in_flight -= 1
         self.demand.run.add(invocation.handled - invocation.handed)
-        container, pool = invocation.container, invocation.pool
-        if release is Release.READY and state.sent and container.served < pool.options.reuse and pool is self.pool:
-            self._finished(invocation)
+        lingers = state.unacknowledged or state.unread
+        if not lingers:                         # first: what follows is nothing the client should wait for
+            invocation.client.close()
+            self._in_flight.discard(invocation)
+        ending = None
+        if said is Release.READY and state.sent and container.served < pool.options.reuse and pool is self.pool:
             pool.put(container)
         else:
-            self._background(self._end(invocation))
+            ending = self._loop.create_task(pool.end(container, EXIT_GRACE))
+            self.dispatch()
+        if lingers:
+            await self._drain(invocation, state)
+        if ending:
+            invocation.exit_status = await ending
+        if container.out_of_memory:
+            invocation.reason = "the container ran out of memory after its answer"
+
+    async def _refuse(self, invocation: Invocation, refusal: Refusal) -> None:
+        """Answer a client, unless its handler, or the client itself, left nothing to answer on.
+
+        Half an answer that we have cut ends in a reset, lest it look whole.
+        """
+        invocation.outcome, invocation.reason = refusal.outcome, refusal.reason
+        if not refusal.status:
+            return
+        state = await self._ask(invocation)
+        if state.can_answer:
+            invocation.status = refusal.status
+            container = f" (container {invocation.container.id})" if invocation.container else ""
+            line = f"function {self.record.name}: {refusal.reason}{container}"
+            with contextlib.suppress(OSError):          # the client has left
+                await self._services.calls.run(invocation.client.send, answer(refusal.status, line),
+                                               socket.MSG_DONTWAIT)
+                await self._linger(invocation)
+        elif state.is_open:
+            await self._services.calls.run(reset_connection, invocation.client)
+        state = await self._ask(invocation)
+        invocation.received, invocation.sent = state.received, state.sent
+
+    async def _linger(self, invocation: Invocation) -> None:
+        """End the answer, and read and drop what the client still sends. Raises OSError if it has left.
+
+        To close a socket with unread data sends a reset, which can destroy the answer before the client has read it.
+        """
+        client, calls = invocation.client, self._services.calls
+        client.setblocking(False)
+        await calls.run(client.shutdown, socket.SHUT_WR)
+        room, until = LINGER_BYTES, self._loop.time() + LINGER_SECONDS
+        while room > 0 and await self._services.answering.hear(client, invocation.peer, until - self._loop.time()):
+            data = await calls.run(client.recv, COPY_CHUNK)
+            if not data:
+                break
+            room -= len(data)
+
+    async def _drain(self, invocation: Invocation, state: TcpState) -> None:
+        """Wait until the client has taken all of its answer, for that is memory which no container answers for."""
+        with contextlib.suppress(OSError):
+            if state.unread:
+                await self._linger(invocation)
+            else:
+                await self._services.calls.run(invocation.client.shutdown, socket.SHUT_WR)
+        pause, longest = DRAIN_LOOKS
+        until = self._loop.time() + (invocation.pool.options.timeout or DRAIN_SECONDS)
+        while (await self._ask(invocation)).unacknowledged and not self.draining:
+            if self._loop.time() > until:
+                await self._services.calls.run(reset_connection, invocation.client)
+                break
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, longest)
+        self._close(invocation)
+
+    def _close(self, invocation: Invocation) -> None:
+        invocation.client.close()
+        if invocation in self._in_flight:
+            self._in_flight.discard(invocation)
             self.dispatch()
 
-    def _try_again(self, invocation: Invocation) -> None:
-        """Give a client another container: the one it was sent to had died before it took it."""
-        log.info("function=%s container=%s died before it took its client", self.record.name, invocation.container.id)
-        self.in_flight -= 1
-        invocation.pool.dismiss(invocation.container)
-        invocation.container = invocation.timer = None
-        self._enqueue(invocation)
-        self._waiting.move_to_end(invocation, last=False)
-        self.dispatch()
-
-    def _on_timeout(self, invocation: Invocation) -> None:
-        invocation.container.on_release = lambda release: None
-        invocation.handled = self._loop.time()
-        invocation.outcome = "timeout"
-        self._background(self._conclude_killed(invocation, 504, "the handler did not finish in time"))
-
-    async def _end(self, invocation: Invocation) -> None:
-        """See a container to its end whose client has its answer."""
-        invocation.exit_status = await invocation.pool.end(invocation.container, EXIT_GRACE)
-        self._finished(invocation)
-
-    async def _conclude_unanswered(self, invocation: Invocation) -> None:
-        """Answer for a handler that let go without a word. Whoever else in its container has the socket goes first."""
-        invocation.exit_status = await invocation.pool.end(invocation.container, EXIT_GRACE)
-        self._leave_flight()
-        invocation.outcome = "no-answer"
-        # One that let go, but stayed until we killed it, has no exit to speak of.
-        end = "let go" if invocation.container.killed else describe_exit(invocation.exit_status)
-        await self._speak(invocation, 502, f"the handler {end} without an answer")
-
-    async def _conclude_killed(self, invocation: Invocation, status: int, reason: str) -> None:
-        invocation.exit_status = await invocation.pool.end(invocation.container, 0)
-        self._leave_flight()
-        await self._speak(invocation, status, reason)
-
-    def _leave_flight(self) -> None:
-        self.in_flight -= 1
-        self.dispatch()
-
-    async def _speak(self, invocation: Invocation, status: int, reason: str) -> None:
-        """Answer the client unless the handler, or the client itself, left nothing to answer on; that is the end."""
-        invocation.reason = reason
-        client = invocation.client
-        if TcpState.of(client).can_answer:
-            invocation.status = status
-            container = f" (container {invocation.container.id})" if invocation.container else ""
-            with contextlib.suppress(TimeoutError):
-                async with self._services.answering.wait(None):
-                    await answer(client, status, f"function {self.record.name}: {reason}{container}")
-        state = TcpState.of(client)
-        invocation.received, invocation.sent = state.received, state.sent
-        client.close()
-        self._finished(invocation)
-
-    def _finished(self, invocation: Invocation) -> None:
-        """Write an invocation down; nothing of it is left."""
-        self._inactive(invocation)
+    def _write_down(self, invocation: Invocation) -> None:
+        """Count an invocation and log it."""
         self.statistics.record(invocation)
         line = invocation.line()
         container = invocation.container.id if invocation.container else "-"
@@ -5138,16 +5420,6 @@ class Function:
         if not self._active:
             self._quiet.set()
 
-    def _background(self, coroutine) -> None:
-        task = self._loop.create_task(coroutine)
-        self._tasks.add(task)
-        task.add_done_callback(self._forget)
-
-    def _forget(self, task: asyncio.Task) -> None:
-        self._tasks.discard(task)
-        if task.exception() is not None:
-            log.error("function=%s an invocation failed inside faasd", self.record.name, exc_info=task.exception())
-
     # -- end --
 
     async def drain(self, timeout: float) -> None:
@@ -5158,8 +5430,9 @@ class Function:
             async with asyncio.timeout(timeout):
                 await self._quiet.wait()
         except TimeoutError:
-            for invocation in list(self._active):
-                self._stop(invocation)
+            self._stop(self._active)
+            if self.pool:
+                self.pool.close()               # an idle container may hold up one that should end
             await self._quiet.wait()
         await self._close_pools()
 
@@ -5167,25 +5440,20 @@ class Function:
         """Leave invocations to the next daemon. Who waits is handed over first, or gets a 503 after timeout seconds."""
         for task in self._silent:
             task.cancel()
+        await asyncio.sleep(0)                  # those that were accepted last are about to wait
         try:
             async with asyncio.timeout(timeout):
                 await self._queue_empty.wait()
         except TimeoutError:
-            for invocation in list(self._waiting):
-                self._stop(invocation)
-        for invocation in list(self._active):
-            if invocation.container and not invocation.handled:
-                self._leave(invocation)
+            self._stop(self._waiting)
+        for invocation in self._in_flight:
+            if not invocation.handled:
+                invocation.container.say(Release.LEFT)
         await self._quiet.wait()                # those that end anyway
         await self._close_pools()
 
     def _leave(self, invocation: Invocation) -> None:
-        if invocation.timer:
-            invocation.timer.cancel()
         invocation.pool.leave(invocation.container)
-        invocation.client.close()               # the handler has its own
-        self.in_flight -= 1
-        self._inactive(invocation)
         log.info("function=%s container=%s serves a client and is left running", self.record.name,
                  invocation.container.id)
 
@@ -5195,18 +5463,12 @@ class Function:
             await self.pool.empty.wait()
         await self.old_versions_gone()
 
-    def _stop(self, invocation: Invocation) -> None:
-        reason = "faasd is stopping, or the function is being removed"
-        if invocation in self._waiting:
-            self._leave_queue(invocation)
-            self._turn_away(invocation, "stopped", reason)
-        elif not invocation.outcome and not invocation.handled:
-            if invocation.timer:
-                invocation.timer.cancel()
-            invocation.container.on_release = lambda release: None
-            invocation.handled = self._loop.time()
-            invocation.outcome = "stopped"
-            self._background(self._conclude_killed(invocation, 503, reason))
+    def _stop(self, invocations: Iterable[Invocation]) -> None:
+        for invocation in list(invocations):
+            if invocation in self._waiting:
+                self._end_turn(invocation, Refusal(*CUTS[Release.STOPPED]))
+            elif invocation.container and not invocation.handled:
+                invocation.container.end_wait(Release.STOPPED)
 
     # -- versions --
 
@@ -6389,9 +6651,9 @@ class Daemon:
         self._commit = asyncio.Lock()                   # from choosing an address to writing it down
         eighth = self._host.descriptors.limit // 8
         self._services = Services(
-            self._host, Starter(os.cpu_count() or 1, self.loop), WarmLimit(settings.max_warm), HangupWatch(self.loop),
-            Crowd(min(MAX_SILENT, eighth)), Crowd(min(MAX_ANSWERING, eighth)), LoopLag(self.loop),
-            LogWriter(self.loop))
+            self._host, Starter(os.cpu_count() or 1, self.loop), WarmLimit(settings.max_warm),
+            SocketCalls(self.loop), HangupWatch(self.loop), Crowd(min(MAX_SILENT, eighth)),
+            Crowd(min(MAX_ANSWERING, eighth)), LoopLag(self.loop), LogWriter(self.loop))
         self._tasks: set[asyncio.Task] = set()          # deploys, removals and retirements under way
         self._program = compile_program()
         self._stop_signals = asyncio.Queue()
@@ -6543,6 +6805,7 @@ class Daemon:
             await self._remove_all()
         self._egress_thread.shutdown()
         self._services.hangups.close()
+        self._services.calls.close()
         self._empty_tmp()
         log.info("left" if leave else "stopped")
 
@@ -7245,6 +7508,16 @@ def lock_directory(directory: Path) -> BinaryIO:
     return file
 
 
+class EventsFirst(selectors.EpollSelector):
+    """Of what has come while we were stopped, or had no CPU, the loop learns before its timers run out.
+
+    epoll_wait(2) that is interrupted by SIGSTOP may return nothing after its time, though much has happened.
+    """
+
+    def select(self, timeout: float | None = None) -> list:
+        return super().select(timeout) or (super().select(0) if timeout else [])
+
+
 async def serve(settings: Settings, network: Network, ids: IdRanges) -> None:
     await Daemon(settings, network, ids).run()
 
@@ -7271,7 +7544,8 @@ def main(argv: list[str]) -> int:
             network = Network(settings.subnet)
             network.claim()
             set_limits()
-            asyncio.run(serve(settings, network, ids))
+            with asyncio.Runner(loop_factory=lambda: asyncio.SelectorEventLoop(EventsFirst())) as runner:
+                runner.run(serve(settings, network, ids))
     except FaasdError as error:
         print(f"faasd: {error}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1

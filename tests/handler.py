@@ -16,12 +16,13 @@ def misbehave_at_start():
         with open("/misbehave") as file:
             how = file.read().strip()
     except FileNotFoundError:
-        return
+        return ""
     if how == "exit":
         print("I refuse to start", file=sys.stderr)
         sys.exit(3)
     if how == "never-connect":
         time.sleep(3600)
+    return how
 
 
 def respond(client, text, extra=""):
@@ -70,6 +71,36 @@ def echo(client):
     client.sendall(b"HTTP/1.1 101 Switching Protocols\r\n\r\n")
     while data := client.recv(65536):
         client.sendall(data)
+
+
+def hold_lock(client, control):
+    """Keep the lock of the client's socket, in a send(2) that sleeps in page faults while others take all the CPU."""
+    import mmap
+    import threading
+    file = os.open("/cold", os.O_RDONLY)
+    os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+    cold = mmap.mmap(file, 0, prot=mmap.PROT_READ)
+    cold.madvise(mmap.MADV_RANDOM)
+
+    def send():
+        try:
+            os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+        except OSError:
+            pass                                    # the attack is slower then
+        while True:
+            client.send(cold)
+    gate, opened = os.pipe()
+    for _ in range(30):
+        if os.fork() == 0:
+            os.close(opened)
+            os.read(gate, 1)
+            while True:
+                pass
+    threading.Thread(target=send).start()
+    os.close(opened)
+    time.sleep(0.2)
+    control.sendall(b"R")
+    time.sleep(3600)
 
 
 def serve(client, control, path):
@@ -130,6 +161,16 @@ def serve(client, control, path):
         respond(client, "printed")
     elif command == "/stream":
         stream(client, int(argument))
+    elif command == "/leave-much":                  # to the kernel, for the client to fetch
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 17)
+        client.setblocking(False)
+        try:
+            while True:
+                client.send(bytes(1 << 16))
+        except BlockingIOError:
+            os._exit(0)
+    elif command == "/hold-lock":
+        hold_lock(client, control)
     elif command == "/echo":
         echo(client)
     elif command == "/second-connect":
@@ -153,13 +194,23 @@ def serve(client, control, path):
             respond(client, str(count))
     elif command == "/memory":
         respond(client, str(len(bytearray(int(argument)))))
+    elif command in ("/memory-of-child", "/half-and-memory"):
+        if command == "/half-and-memory":
+            client.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\nonly this")
+        child = os.fork()
+        if child == 0:
+            bytearray(int(argument))
+            os._exit(0)
+        time.sleep(3600)
     else:
         respond(client, f"hello {path}")
 
 
 def main():
-    misbehave_at_start()
+    how = misbehave_at_start()
     control = socket.socket(socket.AF_UNIX)
+    if how == "deaf":
+        control.shutdown(socket.SHUT_RD)
     control.connect("/control.sock")
     while True:
         _, descriptors, _, _ = socket.recv_fds(control, 1, 1)

@@ -60,7 +60,7 @@ def temporary_directory() -> Path:
 
 _python_layer: bytes | None = None
 SPARE = re.compile(r"/python3[.0-9]+/(?!(encodings|json|re|collections|importlib|lib-dynload)(/|$))[a-z_]+/"
-                   r"|/lib-dynload/(?!_socket|select|math|array|_json|_struct|_posix)"
+                   r"|/lib-dynload/(?!_socket|select|math|array|mmap|_json|_struct|_posix)"
                    r"|/lib(crypto|ssl|sqlite3|ncurses|readline|tinfo|lzma|bz2|ffi|tirpc|krb5|gssapi|db-)")
 
 
@@ -114,7 +114,8 @@ def docker_archive(layers: list[bytes], config: dict, tag: str = "test:latest") 
     return layer({**dict(zip(names, layers, strict=True)), config_name: config_bytes, "manifest.json": manifest})
 
 
-def handler_image(source: str | bytes | None = None, label: str = "1", **config) -> bytes:
+def handler_image(source: str | bytes | None = None, label: str = "1", files: dict[str, bytes] | None = None,
+                  **config) -> bytes:
     """Return an image that runs a handler: tests/handler.py, or a source of the test's own.
 
     label makes images differ; config adds to or replaces fields of the image config.
@@ -123,7 +124,7 @@ def handler_image(source: str | bytes | None = None, label: str = "1", **config)
     source = HANDLER.read_bytes() if source is None else source
     settings = {"Entrypoint": [*python_layer.entrypoint, "/handler.py"], "Labels": {"label": label},
                 "Env": ["PYTHONDONTWRITEBYTECODE=1", f"LABEL={label}"], **config}
-    return docker_archive([base, layer({"handler.py": source})], settings)
+    return docker_archive([base, layer({"handler.py": source, **(files or {})})], settings)
 
 
 SYS_RECVMSG = {"x86_64": 47, "aarch64": 212}.get(os.uname().machine, 0)

@@ -63,13 +63,14 @@ class HostileCase(unittest.TestCase):
     constants: dict[str, object] = {}
     wrapper: tuple[str, ...] = ()
     options: tuple[str, ...] = ()       # of the function that is attacked
+    files: dict[str, bytes] = {}        # in its image
     maxDiff = None
 
     @classmethod
     def setUpClass(cls):
         cls.daemon = support.Daemon(constants=cls.constants, wrapper=cls.wrapper).start()
         cls.addClassCleanup(cls.daemon.close)
-        cls.address = cls.daemon.deploy("f", None, *cls.options)
+        cls.address = cls.daemon.deploy("f", support.handler_image(files=cls.files), *cls.options)
         cls.other = cls.daemon.deploy("other", None)
         assert get(cls.address) == get(cls.other)       # whatever is opened once is open now
         for name in ("f", "other"):
@@ -244,6 +245,17 @@ class Crowds(HostileCase):
             self.assertIn(b"hello /late", read_all(client))
             self.settle()
 
+    def test_stranger_with_many_takes_none_of_others(self):
+        self.with_syn_cookies("2")
+        others = [self.connect(source="127.0.0.2") for _ in range(3)]
+        wait_until(lambda: self.descriptors() == 3, "they are accepted")
+        for client in [self.connect(source="127.0.0.3") for _ in range(20)][:15]:
+            self.assertEqual(read_all(client), b"")
+        for client in others:
+            client.sendall(b"GET /late HTTP/1.1\r\n\r\n")
+            self.assertIn(b"hello /late", read_all(client))
+            self.settle()
+
     def test_refused_ones_that_keep_their_connection_cannot_gather(self):
         busy = self.request("/echo")
         self.assertIn(b"101", busy.recv(65536))
@@ -307,9 +319,9 @@ class Slow(HostileCase):
 
 
 class Leaving(HostileCase):
-    """Clients that leave in every phase. Half closing counts as such however late it comes."""
+    """Clients that leave in every phase, or only close their own direction."""
 
-    constants = {"HALF_CLOSE_SECONDS": 3600.0, "CLIENT_KEEPALIVE": (1, 1, 2)}
+    constants = {"CLIENT_KEEPALIVE": (1, 1, 2)}
     options = ("--concurrency", "2", "--timeout", "0")
 
     def occupy(self) -> list[socket.socket]:
@@ -336,6 +348,30 @@ class Leaving(HostileCase):
             wait_until(lambda: self.counts() == (2, 0), "none of them waits")
         self.release(busy)
         self.assert_no_container("abandoned", 2000)
+
+    def test_half_closed_behind_a_whole_request(self):
+        busy = self.occupy()
+        whole = [b"GET /a HTTP/1.1\r\n\r\n", b"POST /b HTTP/1.0\r\nContent-Length: 100000\r\n\r\n" + bytes(100_000),
+                 b"POST /c HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nab\r\n0\r\n\r\n", b"quit\n"]
+        clients = [self.connect(data) for data in whole]
+        self.wait_counts(2, len(whole))
+        for client in clients:
+            time.sleep(0.2)
+            client.shutdown(socket.SHUT_WR)
+        self.release(busy)
+        for client, answer in zip(clients, (b"hello /a", b"hello /b", b"hello /c", b"hello /"), strict=True):
+            self.assertTrue(read_all(client).endswith(answer))
+
+    def test_half_closed_in_the_middle_of_a_request(self):
+        busy = self.occupy()
+        for data in (b"GET / HT", b"GET / HTTP/1.1\r\nHost: f\r\n", b"POST / HTTP/1.1\r\nContent-Length: 2\r\n\r\na",
+                     b"POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nab\r\n"):
+            client = self.connect(data)
+            self.wait_counts(2, 1)
+            client.shutdown(socket.SHUT_WR)
+            self.wait_counts(2, 0)
+        self.release(busy)
+        self.assert_no_container("abandoned", 4)
 
     def test_half_closed_and_then_gone(self):
         busy = self.occupy()
@@ -483,6 +519,67 @@ class Vanishing(HostileCase):
         self.assertTrue(client.recv(1000))
         self.vanish()
         self.assertEqual(self.outcomes(), {"timeout": 1})
+
+
+class SlowReaders(HostileCase):
+    """What a handler has left to the kernel for its client is memory that no container answers for any more."""
+
+    options = ("--concurrency", "1", "--timeout", "3")
+
+    def ask_for_much(self, path: str = "/leave-much", body: bytes = b"") -> socket.socket:
+        client = socket.socket()
+        self.addCleanup(client.close)
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.settimeout(support.READY_SECONDS)
+        client.connect((self.address, 80))
+        client.sendall(f"POST {path} HTTP/1.1\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body)
+        wait_until(lambda: self.counts() == (1, 0) and not any((self.daemon.run_dir / "containers").iterdir()),
+                   "its container is gone")
+        return client
+
+    def test_they_count_until_they_have_everything(self):
+        self.daemon.post("PATCH", "/functions/f?timeout=60")
+        self.addCleanup(self.daemon.post, "PATCH", "/functions/f?timeout=3")
+        client = self.ask_for_much()
+        other = self.request("/next")
+        self.wait_counts(1, 1)
+        received = 0
+        while data := client.recv(1 << 20):             # all of it, and an end of file
+            received += len(data)
+        self.assertIn(b"hello /next", read_all(other))
+        self.settle()
+        self.assertRegex(self.lines()[0], rf"^outcome=answered .* sent={received} exit=0$")
+
+    def test_they_are_cut_in_the_end(self):
+        client = self.ask_for_much()
+        self.wait_counts(0, 0)
+        with self.assertRaises(ConnectionResetError):
+            while client.recv(1 << 20):
+                continue
+
+    def test_large_answer_to_a_request_that_nobody_read(self):
+        client = self.connect(b"POST /stream?3000000 HTTP/1.1\r\nContent-Length: 100000\r\n\r\n" + bytes(100_000))
+        received = b""
+        while data := client.recv(1 << 16):
+            received += data
+            time.sleep(0.001)
+        self.assertEqual(len(received.partition(b"\r\n\r\n")[2]), 3_000_000)
+
+
+class LockedSocket(HostileCase):
+    """A handler that never lets go of the lock of its client's socket, which whoever asks the kernel about it needs."""
+
+    files = {"cold": bytes(4 << 20)}
+    options = ("--cpus", "1", "--pids", "64", "--timeout", "20", "--reuse", "100")
+
+    def test_daemon_goes_on(self):
+        with self.neighbour():
+            clients = [self.request("/hold-lock") for _ in range(2)]
+            for client in clients:
+                read_all(client)
+        self.assertEqual(sum(self.outcomes().values()), 2)
+        for line in self.lines():               # it is killed: to get at the socket, or, where it was too slow, in time
+            self.assertRegex(line, r"^outcome=(no-answer|timeout) .*exit=137")
 
 
 class Garbage(HostileCase):

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import re
+import signal
 import socket
 import threading
 import time
@@ -77,6 +78,15 @@ class InvocationCase(unittest.TestCase):
         while data := client.recv(65536):
             received += data
         return received
+
+    def assert_cut(self, client: socket.socket, received: bytes):
+        """Assert that this, and no end of file, is all that comes: half an answer must not look whole."""
+        got = b""
+        with self.assertRaises(ConnectionResetError):
+            while data := client.recv(65536):
+                got += data
+            self.fail(f"end of file after {got}")
+        self.assertEqual(got, received)
 
 
 class GoodHandler(InvocationCase):
@@ -211,7 +221,7 @@ class InsideContainer(InvocationCase):
         self.assertEqual(get(self.address, f"/memory?{16 << 20}")[0], 200)
         status, body = get(self.address, f"/memory?{512 << 20}")
         self.assertEqual(status, 502)
-        self.assertIn("was killed by SIGKILL (out of memory?)", body)
+        self.assertIn("the handler ran out of memory", body)
 
 
 class BadHandler(InvocationCase):
@@ -250,8 +260,9 @@ class BadHandler(InvocationCase):
         self.assertRegex(self.last_line(), "outcome=answered .* exit=1$")
 
     def test_sends_half_an_answer_and_hangs(self):
-        out = self.exchange("/half-and-hang")
-        self.assertTrue(out.endswith(b"\r\n\r\nonly this"), out)
+        client = self.connect()
+        client.sendall(b"GET /half-and-hang HTTP/1.1\r\n\r\n")
+        self.assert_cut(client, b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\nonly this")
         self.assertRegex(self.last_line(), "outcome=timeout .* exit=137")
         self.assertNotIn("status=", self.last_line())
 
@@ -307,6 +318,14 @@ class FailsToStart(InvocationCase):
         self.assertRegex(self.last_line(), 'outcome=start-failed .* status=502 reason="the handler exited with')
         self.assertIn("| I refuse to start", self.function_log())
 
+    def test_cannot_be_handed_a_client(self):
+        """It connects, and so is ready; but it receives nothing."""
+        self.misbehave("deaf")
+        out = self.exchange("/")
+        self.assertIn(b"502 Bad Gateway", out)
+        self.assertIn(b"the handler connected, but cannot be handed a client", out)
+        self.assertRegex(self.last_line(), "outcome=start-failed .* wait=- .* status=502")
+
     def test_never_connects(self):
         self.misbehave("never-connect")
         out = self.exchange("/")
@@ -321,10 +340,44 @@ class ShortTimeout(InvocationCase):
     def test_connection_ends_at_the_timeout(self):
         client = self.connect()
         client.sendall(b"GET /echo HTTP/1.1\r\n\r\n")
-        received = b""
-        while data := client.recv(65536):
-            received += data
-        self.assertEqual(received, b"HTTP/1.1 101 Switching Protocols\r\n\r\n")
+        self.assert_cut(client, b"HTTP/1.1 101 Switching Protocols\r\n\r\n")
+
+    def test_answer_that_came_before_a_standstill_is_no_timeout(self):
+        """Of what happened while the daemon was stopped, it learns before its timers run out."""
+        with contextlib.closing(self.connect()) as client:
+            client.sendall(b"GET /label?0.5 HTTP/1.1\r\n\r\n")
+            wait_until(lambda: self.daemon.info("f")["running"] and not self.daemon.info("f")["starting"], "it runs")
+            os.kill(self.daemon.process.pid, signal.SIGSTOP)
+            try:
+                self.assertIn(b"200 OK", client.recv(65536))
+                time.sleep(1.5)                         # longer than --timeout
+            finally:
+                os.kill(self.daemon.process.pid, signal.SIGCONT)
+        self.assertRegex(self.last_line(), "^outcome=answered .* exit=0$")
+
+
+class OutOfMemory(InvocationCase):
+    """A process that the kernel kills for its memory ends its container at once, and is called by its name."""
+
+    options = ("--memory", "64m", "--timeout", "0")
+
+    def test_first_process(self):
+        status, body = get(self.address, f"/memory?{256 << 20}")
+        self.assertEqual((status, "the handler ran out of memory" in body), (502, True), body)
+        self.assertRegex(self.last_line(), "^outcome=out-of-memory .* status=502 reason=")
+
+    def test_child_while_its_parent_waits(self):
+        before = self.daemon.outcomes("f").get("out-of-memory", 0)
+        status, body = get(self.address, f"/memory-of-child?{256 << 20}")
+        self.assertEqual((status, "the handler ran out of memory" in body), (502, True), body)
+        self.assertRegex(self.last_line(), "^outcome=out-of-memory .* status=502 reason=")
+        self.assertEqual(self.daemon.outcomes("f")["out-of-memory"], before + 1)
+
+    def test_after_half_an_answer(self):
+        client = self.connect()
+        client.sendall(f"GET /half-and-memory?{256 << 20} HTTP/1.1\r\n\r\n".encode())
+        self.assert_cut(client, b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\nonly this")
+        self.assertRegex(self.last_line(), "^outcome=out-of-memory ")
 
 
 class Load(InvocationCase):

@@ -353,5 +353,18 @@ class TcpState(unittest.TestCase):
             self.assertEqual(faasd.TcpState.of(client).sent, sent)
 
 
+    def test_dissolved_connection_has_sent_nothing(self):
+        with socket.create_server(("127.0.0.1", 0)) as listener, \
+                socket.create_connection(listener.getsockname()) as client, listener.accept()[0]:
+            client.send(b"x" * 100)
+            faasd.reset_connection(client)
+            self.assertEqual((faasd.TcpState.of(client).sent, faasd.TcpState.of(client).can_answer), (0, False))
+
+
+class SilentConnections(unittest.TestCase):
+    def test_those_that_load_balancers_keep_ready_are_left_to_them(self):
+        self.assertGreater(faasd.FIRST_BYTE_SECONDS, 65)        # AWS ELB closes them after 60 s
+
+
 if __name__ == "__main__":
     unittest.main()
