@@ -19,12 +19,13 @@ client and handler talk kernel to kernel; faasd neither parses nor copies a byte
 
 One invocation, in the names used below:
     Function._accept       accept from a listener with TCP_DEFER_ACCEPT
-    Function._admit        into the queue, or away with a 503
-    Function.dispatch      who waits longest takes a warm container, if there is one; Pool.reconcile starts what lacks
+    Function._serve        the rest of it, as one coroutine; what faasd itself answers is a Refusal
+    Function._turn         in the queue; dispatch gives the client that waits longest a warm container, if there is one,
+                           and Pool.reconcile starts whatever is missing
     Container.start        private directory, config.json, control.sock, runc run, wait for the connect
     Container.hand_over    one sendmsg with one descriptor
-    Function._on_release   end of file (or a READY byte) on the control connection, or runc's exit; no byte sent
-                           (TCP_INFO)? then 502 or 504 on the duplicate that faasd kept
+    Function._work         until Container.said: end of file (or a READY byte) on the control connection, or runc's exit
+    Function._conclude     no byte sent (TCP_INFO, which only SocketCalls may ask)? then 502 or 504 on our duplicate
     Container.finish       the container exits or is killed, runc removes its cgroups, faasd its directory
 
 Process and threads: one asyncio loop in the main thread owns listeners, containers, functions and the registry, so
@@ -2023,8 +2024,8 @@ import marshal
 import math
 import secrets
 import select
-import socket
 import selectors
+import socket
 import socketserver
 import tempfile
 import termios
@@ -2433,7 +2434,8 @@ class Cgroups:
         self._litter = litter if version_1 and litter not in self._hierarchies else None
         self._memory = [path.parent for path in version_1]      # the hierarchy with the memory controller
         # On v2 the kernel can be told to kill all of a container that runs out of memory.
-        self.kills_whole = not version_1
+        controllers = [h / "cgroup.controllers" for h in self._hierarchies]
+        self.kills_whole = any("memory" in path.read_text().split() for path in controllers if path.exists())
 
     def path(self, container_id: str) -> str:
         """Return the cgroupsPath of a container."""
