@@ -209,9 +209,14 @@ def serve(client, control, path):
 def main():
     how = misbehave_at_start()
     control = socket.socket(socket.AF_UNIX)
-    if how == "deaf":
+    if how == "deaf":                               # connects, but receives nothing
         control.shutdown(socket.SHUT_RD)
+        control.connect("/control.sock")
+        time.sleep(3600)
     control.connect("/control.sock")
+    if how == "let-go":
+        control.close()
+        time.sleep(3600)
     while True:
         _, descriptors, _, _ = socket.recv_fds(control, 1, 1)
         if not descriptors:

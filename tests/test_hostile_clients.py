@@ -249,8 +249,10 @@ class Crowds(HostileCase):
         self.with_syn_cookies("2")
         others = [self.connect(source="127.0.0.2") for _ in range(3)]
         wait_until(lambda: self.descriptors() == 3, "they are accepted")
-        for client in [self.connect(source="127.0.0.3") for _ in range(20)][:15]:
-            self.assertEqual(read_all(client), b"")
+        strangers = [self.connect(source="127.0.0.3") for _ in range(20)]
+        self.assertEqual([read_all(client) for client in strangers[:15]], [b""] * 15)
+        for client in strangers:
+            client.close()
         for client in others:
             client.sendall(b"GET /late HTTP/1.1\r\n\r\n")
             self.assertIn(b"hello /late", read_all(client))

@@ -326,6 +326,12 @@ class FailsToStart(InvocationCase):
         self.assertIn(b"the handler connected, but cannot be handed a client", out)
         self.assertRegex(self.last_line(), "outcome=start-failed .* wait=- .* status=502")
 
+    def test_connects_and_lets_go(self):
+        self.misbehave("let-go")
+        out = self.exchange("/")
+        self.assertRegex(out, rb"502 Bad Gateway(?s:.*)the handler (let go of|connected, but|exited)")
+        self.assertRegex(self.last_line(), "outcome=start-failed .* wait=- .* status=502")
+
     def test_never_connects(self):
         self.misbehave("never-connect")
         out = self.exchange("/")

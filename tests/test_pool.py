@@ -220,10 +220,9 @@ class Admission(PoolCase):
     def test_client_that_gives_up_costs_no_container(self):
         address = self.deploy("--concurrency", "1")
         running, *waiting = self.fill(address, 1, 3)
-        time.sleep(0.1)                         # later than one that only closes its own direction would
-        waiting[0].close()
-        waiting[1].setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
-        waiting[1].close()
+        for client in waiting[:2]:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+            client.close()
         wait_until(lambda: self.counts() == (1, 1), "two have left the queue")
         running.close()
         self.assertIn(b"hello /3", response(waiting[2]))
