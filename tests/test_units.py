@@ -245,7 +245,7 @@ class Spec(unittest.TestCase):
 
     def test_only_the_id_differs_between_containers(self):
         class NoCgroups:
-            can_limit_swap = True
+            can_limit_swap = kills_whole = True
 
             @staticmethod
             def path(container_id):
