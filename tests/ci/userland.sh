@@ -61,7 +61,8 @@ show_one_cgroup_version() {
         mkdir "$work/cgroup/$name"
         [ "$name" = unified ] || mount --bind "$top/$name" "$work/cgroup/$name"
     done
-    mount --rbind "$work/cgroup" "$top"
+    umount --recursive "$top"
+    mount --move "$work/cgroup" "$top"
 }
 
 # In the new root. No exec in here: as pid 1, bash reaps orphans.
