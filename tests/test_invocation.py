@@ -175,7 +175,9 @@ class InsideContainer(InvocationCase):
     def test_no_descriptor_of_the_daemon_leaks(self):
         """stdin, stdout and stderr, the control connection, the client: nothing else (rule H.2)."""
         fds = self.facts()["fds"]
-        self.assertTrue(all(fds[number].startswith("pipe:") for number in "012"), fds)       # runc's own pipes
+        # runc's own pipes; another runtime hands on what it has from the daemon.
+        standard = "pipe:" if support.RUNTIME == "runc" else ("/dev/null", f"{self.daemon.run_dir}/containers/")
+        self.assertTrue(all(fds[number].startswith(standard) for number in "012"), fds)
         others = [link for number, link in fds.items() if number not in "012"]
         self.assertEqual(len([link for link in others if link.startswith("socket:")]), 2)
         self.assertEqual([link for link in others if not link.startswith("socket:")], [])
