@@ -2486,6 +2486,14 @@ class Cgroups:
                         return True
         return False
 
+    def refused_processes(self, container_id: str) -> bool:
+        """Whether a container was refused a process or thread (pids.events). It is forgotten with its cgroups."""
+        for directory in self._directories(self.path(container_id)):
+            with contextlib.suppress(OSError):
+                if re.search("^max [1-9]", (directory / "pids.events").read_text(), re.MULTILINE):
+                    return True
+        return False
+
     def limits(self, container_id: str) -> dict[str, str]:
         """Return the limits that a container has, by the names of the files that hold them."""
         directories = self._directories(self.path(container_id))
@@ -3683,6 +3691,11 @@ class OutputReader:
                 self._partial = b""
 
 
+# What a program may print that has been refused a process or thread, so that it is worth to ask the kernel.
+REFUSED_PROCESS = re.compile("thread|fork|clone|process|resource", re.IGNORECASE)
+MAX_LOOKS = 100                         # at a container's pids.events: what it prints is its own affair
+
+
 class Release(enum.Enum):
     """How a handler let go of a client, as its control connection tells; or why we do not wait for that."""
     READY = "it could take another client"
@@ -3743,6 +3756,8 @@ class Container:
         self.said: asyncio.Future[Release] = host.loop.create_future()
         self.served = 0                                 # clients handed over
         self.killed = False                             # by us
+        self._hit_pids = False                          # as far as was seen …
+        self._looks = MAX_LOOKS                         # … in so many looks, which are left
         self.out_of_memory = False                      # it, or one of its processes, was killed for that
         self.ready_at = 0.0                             # loop time of the connect
         self.start_seconds = 0.0                        # from the spawn to the connect
@@ -3812,7 +3827,7 @@ class Container:
             raise StartFailed(f"{Path(self._host.runtime.program).name} could not make the container", tail, 502)
         if timed_out:
             raise StartFailed(f"the handler did not connect to {CONTROL_SOCKET} within {timeout:g} s", tail, 504)
-        raise StartFailed(f"the handler {describe_exit(status)} before it connected to {CONTROL_SOCKET}", tail, 502)
+        raise StartFailed(f"the handler {self.describe_end(status)} before it connected to {CONTROL_SOCKET}", tail, 502)
 
     def _runtime_error(self) -> str:
         """Return what the runtime says kept it from making the container, "" if the handler has been run.
@@ -3836,7 +3851,7 @@ class Container:
             file.write(self._bundle.render(self.id, user_namespace))
         self._listener = self._listen()
         self._host.loop.add_reader(self._listener, self._on_connect)
-        self._output = OutputReader(self._make_output(), lambda text: self.write_line(self.id, text))
+        self._output = OutputReader(self._make_output(), self._on_output)
         # Open for reading as well: should we die, what the handler prints still has a reader, itself. It waits when
         # the pipe is full, until the next daemon reads on, rather than die of SIGPIPE.
         writing = os.open(f"{self._directory}/output", os.O_RDWR)
@@ -3852,6 +3867,19 @@ class Container:
             self._pid = 0
             raise
         self._host.loop.add_reader(self._pidfd, self._on_exit)
+
+    def _on_output(self, text: str) -> None:
+        self.write_line(self.id, text)
+        if self._looks and REFUSED_PROCESS.search(text):        # now: once it has exited, its cgroups go at once
+            self._looks -= 1
+            self._hit_pids = self._host.cgroups.refused_processes(self.id)
+            if self._hit_pids:
+                self._looks = 0
+                self.write_line(self.id, "(it has hit --pids: a process or thread was refused)")
+
+    def describe_end(self, status: int | None) -> str:
+        """Return how it ended, with that exit status, in words."""
+        return describe_exit(status) + (" after it had hit --pids" if self._hit_pids else "")
 
     def _make_output(self) -> int:
         """Make the pipe for the container's output, with a name by which the next daemon finds it; return its end."""
@@ -5324,7 +5352,7 @@ class Function:
         if state.can_answer:                    # once nobody in the container has the socket any more
             invocation.exit_status = await pool.end(container, EXIT_GRACE)
             # One that let go, but stayed until we killed it, has no exit to speak of.
-            end = "let go" if container.killed else describe_exit(invocation.exit_status)
+            end = "let go" if container.killed else container.describe_end(invocation.exit_status)
             raise Refusal("no-answer", 502, f"the handler {end} without an answer")
         invocation.outcome = "answered" if state.sent else "closed"
         invocation.received, invocation.sent = state.received, state.sent

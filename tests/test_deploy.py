@@ -71,6 +71,42 @@ class TooLarge(DeployCase):
         self.assertEqual(len(self.daemon.info("f")["options"]["env"]), 4)
 
 
+class HitPids(DeployCase):
+    """What the kernel counted, told where the container's own words only are "can't start new thread"."""
+
+    THREADS = """import os, threading
+hold = threading.Event()
+def start(count):
+    try:
+        for _ in range(count):
+            threading.Thread(target=hold.wait, daemon=True).start()
+    except RuntimeError as error:
+        print(error, flush=True)
+        hold.wait(2)        # once it has exited there is nothing left to look at
+        os._exit(1)
+"""
+
+    def test_a_start_that_is_refused_threads(self):
+        source = self.THREADS + "start(130)\n"
+        first, *rest = self.refuse("new", "f", "--pids", "64", stdin=support.handler_image(source))
+        self.assertRegex(first, "the handler exited with status 1 after it had hit --pids before it connected")
+        self.assertRegex("".join(rest), "can't start new thread")
+
+    def test_a_handler_that_is_refused_threads(self):
+        source = self.THREADS + support.HANDLER.read_text().replace("def respond(", "def respond(*_):\n    start(130)\n\n"
+                                                                    "def unused(")
+        address = self.daemon.deploy("f", support.handler_image(source), "--pids", "64")
+        status, body = get(address)
+        self.assertEqual(status, 502)
+        self.assertIn("after it had hit --pids without an answer", body)
+        self.assertIn("(it has hit --pids: a process or thread was refused)", self.daemon.faas("logs", "f").stdout)
+
+    def test_who_only_prints_so_has_not(self):
+        source = "import sys\nprint('thread\\n' * 300, flush=True)\nsys.exit('can not fork')"
+        first, *_ = self.refuse("new", "f", stdin=support.handler_image(source))
+        self.assertRegex(first, "the handler exited with status 1 before it connected")
+
+
 class OtherMakers(DeployCase):
     def test_what_an_image_loses_is_told(self):
         """An owner that no container has, a named pipe: one warning each, in the log and on stderr."""
