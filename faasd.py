@@ -46,7 +46,7 @@ On disk:
     STATE_DIR/tmp/                            unpacking; emptied at start
     RUN_DIR/faasd.sock, faasd.lock            control API; one daemon per run-dir
     RUN_DIR/net/NAME, resolv.conf.*           network namespaces of functions with --net egress, and their resolvers
-    RUN_DIR/containers/ID/                    config.json, control.sock and output of one container, on a tmpfs
+    RUN_DIR/containers/ID/                    config.json, control.sock, output and note of one container, on a tmpfs
     RUN_DIR/runc/                             runc --root
 
 Trusted: this host, and whoever may open faasd.sock or has the token of --api (that is root on this box). Not trusted:
@@ -142,6 +142,7 @@ SO_PASSRIGHTS = 83                  # Linux 6.16: whether a Unix socket takes de
 EXIT_GRACE = 1.0                    # seconds a handler has between letting go of its client and being killed
 KILL_RETRY = 0.02                   # seconds between two rounds of killing one container
 KILL_TIMEOUT = 10.0                 # seconds before runc itself is killed and its remains are deleted
+STOP_SECONDS = 20.0                 # until a stop goes on without what should long have ended, and with it each wait
 COMMAND_TIMEOUT = 30.0              # seconds for ip, mount and runc delete
 SYS_PIDFD_GETFD = 438               # the same on every architecture (pidfd_getfd(2), Linux 5.6)
 SYS_FSOPEN = 430                    # likewise; then come fsconfig and fsmount (Linux 5.2)
@@ -149,6 +150,8 @@ SYS_BPF, SYS_UNSHARE = {"x86_64": 321}, {"x86_64": 272}        # 280 and 97 else
 MAX_RUNTIME_LOG = 64 * KIB          # bytes read of what the runtime has to say about one container
 MAX_REPORTED = 256                  # descriptors of one container that the isolation report names
 MAX_SEARCHED = 10_000               # descriptors of one container among which its client is looked for
+SOCKET_SECONDS = 1.0                # until a socket that a container has too counts as one that it does not let go of
+CONTAINER_ID = re.compile(r"[0-9a-f]{12}")
 
 # Isolation.
 IDS = 65_536                        # user ids, and group ids, that a container has
@@ -236,6 +239,8 @@ LINK_PREFIX = "faas"                # the host's ends of veth pairs: faas, 6 dig
 MAX_LINKS = 9999                    # such numbers, so that a name keeps within 15 bytes (IFNAMSIZ)
 METADATA_NETWORK = "169.254.0.0/16"     # link-local, where clouds hand out credentials
 NETLINK_NETFILTER, NFNLGRP_NFTABLES = 12, 7     # linux/netlink.h, linux/netfilter/nfnetlink.h
+NETLINK_ROUTE, RTMGRP_IPV4_IFADDR, RTM_DELADDR = 0, 0x10, 21    # linux/rtnetlink.h
+ADDRESS_RETRY_SECONDS = 1.0         # between attempts to put an address back on lo
 NFT_DELTABLE = 10 << 8 | 2                      # NFNL_SUBSYS_NFTABLES, NFT_MSG_DELTABLE (linux/netfilter/nf_tables.h)
 RESOLV_CONFS = ("/etc/resolv.conf", "/run/systemd/resolve/resolv.conf")    # the first that names a usable resolver
 
@@ -2387,6 +2392,7 @@ class Bundle:
 
     def __init__(self, name: str, image: dict, options: Options, rootfs: Path, run_dir: Path, cgroups: Cgroups,
                  apparmor: str = ""):
+        self.name, self.version = name, image["version"]
         self.first_id: int = image["first_id"]          # host id of the containers' root
         # runc joins a user namespace first, and from there no network that the host has made.
         self.joins_user_namespace = options.net != "egress"
@@ -2416,6 +2422,21 @@ LIMIT_FILES = ("memory.limit_in_bytes", "memory.memsw.limit_in_bytes", "memory.m
 PROCESS_GONE = {errno.ESRCH, errno.ENOENT, errno.EINVAL}
 
 
+def run_dir_mark(run_dir: Path) -> str:
+    """Return what is in the names of things that all daemons of a machine have in one place: it tells run-dirs apart.
+
+    That is the file system it is on, and its path there. Its path alone would not do: another mount namespace can have
+    another directory there. Nor would its inode: what is left running must be found when the directory was made anew.
+    """
+    there = next(path for path in (run_dir, *run_dir.parents) if path.is_dir())
+    with opened(there, os.O_PATH | os.O_DIRECTORY) as directory:
+        device = os.fstat(directory).st_dev
+        mount = re.search(r"^mnt_id:\t([0-9]+)", Path(f"/proc/self/fdinfo/{directory}").read_text(), re.MULTILINE)[1]
+    top, point = next(fields[3:5] for fields, _ in read_mountinfo() if fields[0] == mount)
+    path = os.path.normpath(f"{top}/{os.path.relpath(run_dir, point)}")
+    return hashlib.sha256(f"{device}:{path}".encode(errors="surrogateescape")).hexdigest()[:6]
+
+
 class Cgroups:
     """The cgroups of this daemon's containers: PARENT/ID in every hierarchy, of v1 and v2.
 
@@ -2424,8 +2445,9 @@ class Cgroups:
     """
 
     def __init__(self, run_dir: Path):
-        self.parent = "/faasd" + str(run_dir).replace("/", "-")
-        self._hierarchies = [Path(mount) for mount, kind in read_mounts() if kind in ("cgroup", "cgroup2")]
+        self.parent = f"/faasd{str(run_dir).replace('/', '-')}-{run_dir_mark(run_dir)}"
+        mounts = dict(read_mounts())            # a later mount hides an earlier one
+        self._hierarchies = [Path(mount) for mount, kind in mounts.items() if kind in ("cgroup", "cgroup2")]
         # runc fails on a swap limit where a v1 kernel does not account for swap; on v2 it copes by itself.
         version_1 = [h / "memory.limit_in_bytes" for h in self._hierarchies if (h / "memory.limit_in_bytes").exists()]
         self.can_limit_swap = all(path.with_name("memory.memsw.limit_in_bytes").exists() for path in version_1)
@@ -2500,20 +2522,31 @@ class Cgroups:
         return {name: " ".join((directory / name).read_text().split())
                 for name in LIMIT_FILES for directory in directories if (directory / name).exists()}
 
-    def kill(self, container_id: str) -> None:
-        """Send SIGKILL to every process of a container. What fails is logged: callers try again while there are any."""
+    def members(self, container_id: str) -> Iterator[tuple[int, int]]:
+        """Yield pid and pidfd of each process of a container. What fails is logged: callers try again or do without.
+
+        The pid may have been taken over since we read it, but the descriptor holds one process fast.
+        """
         for pid in self.processes(container_id):
             try:
-                descriptor = os.pidfd_open(pid)
-                try:
-                    # The pid may have been taken over since we read it, but the descriptor now holds one process fast.
-                    if f"/{container_id}" in Path(f"/proc/{pid}/cgroup").read_text():
-                        signal.pidfd_send_signal(descriptor, signal.SIGKILL)
-                finally:
-                    os.close(descriptor)
+                with opened_process(pid) as pidfd:
+                    if self.path(container_id) in Path(f"/proc/{pid}/cgroup").read_text():
+                        yield pid, pidfd
             except OSError as error:
-                if error.errno not in PROCESS_GONE:
-                    log.warning("container=%s cannot kill its process %d: %s", container_id, pid, error.strerror)
+                self._complain(container_id, pid, error)
+
+    def kill(self, container_id: str) -> None:
+        """Send SIGKILL to every process of a container. What fails is logged: callers try again while there are any."""
+        for pid, pidfd in self.members(container_id):
+            try:
+                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+            except OSError as error:
+                self._complain(container_id, pid, error)
+
+    @staticmethod
+    def _complain(container_id: str, pid: int, error: OSError) -> None:
+        if error.errno not in PROCESS_GONE:
+            log.warning("container=%s cannot kill its process %d: %s", container_id, pid, error.strerror)
 
     def remove(self, path: str) -> None:
         """Remove a cgroup directory in every hierarchy if it is empty."""
@@ -2536,18 +2569,41 @@ def system_call(number: int, *arguments: int | bytes) -> int:
     return result
 
 
+@contextlib.contextmanager
+def opened(path: str | Path, flags: int, directory: int | None = None) -> Iterator[int]:
+    """Open a file, by no link at its end, for as long as the block takes. Raises OSError."""
+    descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def opened_process(pid: int) -> Iterator[int]:
+    """Have a pidfd for as long as the block takes. Raises OSError."""
+    pidfd = os.pidfd_open(pid)
+    try:
+        yield pidfd
+    finally:
+        os.close(pidfd)
+
+
+def read_mountinfo(path: str = "/proc/self/mountinfo") -> Iterator[tuple[list[str], list[str]]]:
+    """Yield the fields of each mount (proc_pid_mountinfo(5)), before and after the dash, in order of mounting.
+
+    The kernel escapes space, tab, newline and backslash. A user who may mount (FUSE) and an image with volumes choose
+    the rest of a name, of which Python takes a lot for the end of a line or of a word, or for no text at all.
+    """
+    for line in Path(path).read_bytes().split(b"\n")[:-1]:
+        before, _, after = os.fsdecode(line).partition(" - ")
+        yield ([re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), field) for field in before.split(" ")],
+               after.split(" "))
+
+
 def read_mounts() -> list[tuple[str, str]]:
-    """Return mount point and file system type of every mount (proc_pid_mountinfo(5)), in order of mounting."""
-    mounts = []
-    for line in os.fsdecode(Path("/proc/self/mountinfo").read_bytes()).split("\n")[:-1]:
-        before, _, after = line.partition(" - ")
-        mounts.append((re.sub(r"\\([0-9]{3})", lambda m: chr(int(m[1], 8)), before.split()[4]), after.split()[0]))
-    return mounts
-
-
-def run_dir_mark(run_dir: Path) -> str:
-    """Return what is in the names of things that all daemons of a machine have in one place."""
-    return hashlib.sha256(os.fsencode(run_dir)).hexdigest()[:6]
+    """Return mount point and file system type of every mount, in order of mounting."""
+    return [(before[4], after[0]) for before, after in read_mountinfo()]
 
 
 def run_command(*argv: str, stdin: str = "") -> subprocess.CompletedProcess:
@@ -2760,6 +2816,16 @@ def find_user(subnet: ipaddress.IPv4Network, is_ours: Callable[[str, str], bool]
     return None
 
 
+def is_roots_listener(name: bytes) -> bool:
+    """Whether root listens on a Unix socket (SO_PEERCRED in unix(7)). One that answers nobody is taken for nobody's."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as probe:
+        try:
+            probe.connect(name)
+        except OSError:
+            return False
+        return UCRED.unpack(probe.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, UCRED.size))[1] == 0
+
+
 class Network:
     """Addresses of one subnet on `lo`, one for each function.
 
@@ -2770,6 +2836,7 @@ class Network:
         self.subnet = subnet
         self._claim: socket.socket | None = None
         self._added: set[str] = set()
+        self.missing: set[str] = set()          # of these, those that somebody has taken from lo
         self._lingering: set[str] = set()       # not wanted any more, but `ip` failed to take them away
         self._lock = threading.Lock()           # held to change lo
 
@@ -2784,15 +2851,33 @@ class Network:
         self._claim_from_daemons()
 
     def _claim_from_daemons(self) -> None:
-        """Bind an abstract Unix socket named after the subnet: those are per network namespace, as addresses are."""
-        for name in re.findall(r"@faasd/([0-9./]+)$", Path("/proc/net/unix").read_text(), re.MULTILINE):
-            if ipaddress.ip_network(name).overlaps(self.subnet):
-                self._refuse(f"another faasd uses {name}")
-        self._claim = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        try:
-            self._claim.bind(f"\0faasd/{self.subnet}")
-        except OSError:
-            self._refuse(f"another faasd uses {self.subnet}")
+        """Listen on an abstract Unix socket named after the subnet: those are per network namespace, as addresses are.
+
+        Anybody can make one, of any name. So each of ours ends in a number that nobody can have taken, and of the
+        others' only those count of which the kernel says that root listens there.
+        """
+        name = f"faasd/{self.subnet}/{secrets.token_hex(8)}".encode()
+        self._claim = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        self._claim.bind(b"\0" + name)
+        self._claim.listen()            # before looking for others: of two that start together, one sees the other
+        for other, subnet in re.findall(rb"@(faasd/([0-9./]{1,18})/[0-9a-f]{16})$", Path("/proc/net/unix").read_bytes(),
+                                        re.MULTILINE):
+            with contextlib.suppress(ValueError):
+                theirs = ipaddress.IPv4Network(subnet.decode())
+                if other != name and theirs.overlaps(self.subnet) and is_roots_listener(b"\0" + other):
+                    self._refuse(f"another faasd uses {theirs}")
+
+    def greet(self, loop: asyncio.AbstractEventLoop) -> None:
+        """From now on, close the connections of daemons that want to know who listens: too many, and they get none."""
+        def accept() -> None:
+            try:
+                self._claim.accept()[0].close()
+            except BlockingIOError:
+                return
+            except OSError as error:    # out of descriptors: trying again at once would spin
+                log.error("cannot tell others that %s is ours: %s", self.subnet, error.strerror)
+                loop.remove_reader(self._claim)
+        loop.add_reader(self._claim, accept)
 
     def _refuse(self, reason: str) -> None:
         raise UsageError(f"subnet {self.subnet} is in use: {reason}; choose another with --subnet")
@@ -2813,11 +2898,30 @@ class Network:
     def add(self, address: str) -> None:
         """Put a function's address on lo, where it may be already. Raises FaasdError."""
         with self._lock:
-            result = run_command("ip", "addr", "replace", f"{address}/32", "dev", "lo", "label", ADDRESS_LABEL)
-            if result.returncode != 0:
-                raise FaasdError(f"cannot add {address} to lo: {result.stderr.strip()}")
+            self._put(address)
             self._added.add(address)
             self._lingering.discard(address)
+
+    def _put(self, address: str) -> None:
+        result = run_command("ip", "addr", "replace", f"{address}/32", "dev", "lo", "label", ADDRESS_LABEL)
+        if result.returncode != 0:
+            raise FaasdError(f"cannot add {address} to lo: {result.stderr.strip()}")
+        self.missing.discard(address)
+
+    def restore(self) -> bool:
+        """Put back the addresses that somebody has taken from lo; return whether they are there. Failure is logged."""
+        with self._lock:
+            try:
+                there = {entry["local"] for link in ip_json("addr", "show", "dev", "lo")
+                         for entry in link.get("addr_info", [])}
+                self.missing = self._added - there
+                for address in sorted(self.missing):
+                    log.warning("somebody has taken %s from lo: putting it back", address)
+                    self._put(address)
+            except FaasdError as error:
+                log.error("%s", error)
+                return False
+        return True
 
     def remove(self, address: str) -> None:
         """Take an address that we added from lo; failure is logged, and the next removal tries again."""
@@ -3551,17 +3655,20 @@ class EgressNetworks:
             raise FaasdError(f"cannot make a network for net egress: {argv[0]}: {result.stderr.strip()}")
 
 
-class TableWatch:
-    """Calls back when an nftables table was deleted. Lives on the loop's thread.
+class NetlinkWatch:
+    """Calls back when the kernel tells of one kind of change (netlink(7)), so that nothing polls. Lives on the loop.
 
     Firewalls that are reloaded flush everybody's tables (`nft flush ruleset` in Debian's nftables.conf), and a function
-    must not meet the host's services from then on. The kernel tells (netlink(7)), so nothing polls.
+    must not meet the host's services from then on. Network managers flush addresses that are not theirs. No program can
+    send us such a message in the kernel's place.
     """
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, table: str, on_delete: Callable[[], None]):
-        self._loop = loop
-        self._name = os.fsencode(table) + b"\0"
-        self._on_delete = on_delete
+    def __init__(self, protocol: int, groups: int, kind: int, mark: bytes, on_change: Callable[[], None]):
+        """kind is the type of a message that counts, if mark is in it."""
+        self._address, self._protocol = (0, groups), protocol
+        self._kind, self._mark = kind, mark
+        self._on_change = on_change
+        self._loop = asyncio.get_running_loop()
         self._socket: socket.socket | None = None
 
     def open(self) -> None:
@@ -3569,11 +3676,11 @@ class TableWatch:
         if self._socket is not None:
             return
         try:
-            self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_NONBLOCK, NETLINK_NETFILTER)
-            self._socket.bind((0, 1 << NFNLGRP_NFTABLES - 1))
+            self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_NONBLOCK, self._protocol)
+            self._socket.bind(self._address)
         except OSError as error:
             self.close()
-            raise FaasdError(f"cannot watch the rules of net egress: {error.strerror}") from error
+            raise FaasdError(f"cannot watch addresses, or the rules of net egress: {error.strerror}") from error
         self._loop.add_reader(self._socket, self._on_message)
 
     def close(self) -> None:
@@ -3588,13 +3695,13 @@ class TableWatch:
         except BlockingIOError:
             return
         except OSError as error:                # ENOBUFS: there were more messages than the kernel keeps for us
-            log.info("missed messages of nftables: %s", error.strerror)
-            self._on_delete()
+            log.info("missed messages of the kernel: %s", error.strerror)
+            self._on_change()
             return
         while len(data) >= 16:                  # struct nlmsghdr
             length, kind = struct.unpack_from("=IH", data)
-            if kind == NFT_DELTABLE and self._name in data[:length]:
-                self._on_delete()
+            if kind == self._kind and self._mark in data[:length]:
+                self._on_change()
             data = data[max(16, length + 3 & ~3):]
 
 
@@ -3860,6 +3967,9 @@ class Container:
         finally:
             os.close(writing)
         try:
+            # All that the next daemon will believe of this container. A link is one call, and never half written.
+            os.symlink(f"{self._pid} {start_time(self._pid)} {self._bundle.name} {self._bundle.version}",
+                       f"{self._directory}/note")
             self._pidfd = os.pidfd_open(self._pid)
         except OSError:                 # out of descriptors: what cannot be watched must not run
             os.kill(self._pid, signal.SIGKILL)
@@ -4048,11 +4158,14 @@ class Container:
             await self._exited
 
     def _remove_directory(self) -> None:
-        for name in ("config.json", "control.sock", "output", "runtime.log"):
-            with contextlib.suppress(FileNotFoundError):        # it was never made
-                os.unlink(f"{self._directory}/{name}")
-        with contextlib.suppress(FileNotFoundError):
-            os.rmdir(self._directory)
+        try:
+            for name in ("config.json", "control.sock", "output", "note", "runtime.log"):
+                with contextlib.suppress(FileNotFoundError):        # it was never made
+                    os.unlink(f"{self._directory}/{name}")
+            with contextlib.suppress(FileNotFoundError):
+                os.rmdir(self._directory)
+        except OSError as error:
+            log.warning("container=%s cannot remove %s: %s", self.id, self._directory, error.strerror)
 
 
 def inspect_process(pid: int) -> dict:
@@ -4061,9 +4174,10 @@ def inspect_process(pid: int) -> dict:
     Not what we asked for, but what the kernel says there is.
     """
     process = Path(f"/proc/{pid}")
-    status = dict(line.split(":\t", 1) for line in (process / "status").read_text().splitlines() if ":\t" in line)
+    # Its name is its own choice, and need not be UTF-8.
+    lines = (process / "status").read_text(errors="replace").split("\n")
+    status = dict(line.split(":\t", 1) for line in lines if ":\t" in line)
     namespaces = {entry.name: os.readlink(entry) for entry in (process / "ns").iterdir() if "_for_" not in entry.name}
-    mounts = [line.split(" - ") for line in os.fsdecode((process / "mountinfo").read_bytes()).split("\n")[:-1]]
     try:
         profile = (process / "attr/current").read_text().strip("\n\0")
     except OSError:                     # EINVAL: the kernel has no security module that keeps one
@@ -4078,8 +4192,8 @@ def inspect_process(pid: int) -> dict:
         "no_new_privs": status["NoNewPrivs"] == "1",
         "seccomp": {"0": "none", "1": "strict", "2": "filter"}[status["Seccomp"]],
         "apparmor": profile,
-        "mounts": [{"target": before.split()[4], "type": after.split()[0], "options": before.split()[5]}
-                   for before, after in mounts],
+        "mounts": [{"target": before[4], "type": after[0], "options": before[5]}
+                   for before, after in read_mountinfo(f"{process}/mountinfo")],
         "interfaces": [line.partition(":")[0].strip() for line in (process / "net/dev").read_text().splitlines()[2:]],
         "rlimits": {line[:25].strip(): line[26:].split()[0] for line in
                     (process / "limits").read_text().splitlines()[1:]},
@@ -4101,27 +4215,68 @@ class Survivor:
     peer: str                   # the client's address
 
 
-def duplicate_descriptor(pid: int, number: int) -> int:
-    """Return a duplicate of another process's descriptor. Raises OSError."""
-    pidfd = os.pidfd_open(pid)
-    try:
-        return system_call(SYS_PIDFD_GETFD, pidfd, number, 0)
-    finally:
-        os.close(pidfd)
+def is_roots(pid: int) -> bool:
+    """Whether a process is root's, in the user and pid namespaces that we are in. Raises OSError if it is gone.
 
-
-def peer_of(candidate: socket.socket, address: str) -> str:
-    """Return who is connected to address by a socket, "" for any other socket.
-
-    The address is in our network namespace only, so what a container connects on its own is told apart.
+    Its real user: a setuid program has the user's who runs it.
     """
-    if (candidate.family, candidate.type) != (socket.AF_INET, socket.SOCK_STREAM):
-        return ""
-    try:
-        host, port = candidate.getpeername()
-        return f"{host}:{port}" if candidate.getsockname()[0] == address else ""
-    except OSError:                             # not connected, or not any more
-        return ""
+    user = re.search(rb"^Uid:\t([0-9]+)", Path(f"/proc/{pid}/status").read_bytes(), re.MULTILINE)
+    return user[1] == b"0" and all(os.readlink(f"/proc/{pid}/ns/{kind}") == os.readlink(f"/proc/self/ns/{kind}")
+                                   for kind in ("user", "pid"))
+
+
+def start_time(pid: int) -> str:
+    """Return when a process started, as proc_pid_stat(5) has it: with its pid it names one process since the boot."""
+    return Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[19].decode()
+
+
+def duplicate_descriptor(pidfd: int, number: int) -> int:
+    """Return a duplicate of another process's descriptor. Raises OSError."""
+    return system_call(SYS_PIDFD_GETFD, pidfd, number, 0)
+
+
+def socket_object(descriptor: int) -> socket.socket:
+    """Return an object for a descriptor of a TCP socket, which becomes the object's.
+
+    Given a descriptor, Python asks for its address, and the kernel for that waits for the socket's lock. A handler can
+    hold that for as long as it lives, and Python would wait with all its threads.
+    """
+    held = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    os.dup2(descriptor, held.fileno(), inheritable=False)
+    os.close(descriptor)
+    return held
+
+
+def read_connections() -> dict[int, tuple[str, str]]:
+    """Return the inodes of the sockets of this network namespace that have a peer, each with its address and its peer.
+
+    What a container connects on its own, in a network of its own, is none of these.
+    """
+    def decode(text: str) -> tuple[str, int]:           # the address as the number that it is in memory
+        address, port = text.split(":")
+        return socket.inet_ntoa(struct.pack("=I", int(address, 16))), int(port, 16)
+    connections = {}
+    for line in Path("/proc/net/tcp").read_text().splitlines()[1:]:
+        fields = line.split()
+        (host, _), (peer, port) = decode(fields[1]), decode(fields[2])
+        if port:
+            connections[int(fields[9])] = (host, f"{peer}:{port}")
+    return connections
+
+
+def has_port(descriptor: int, port: int) -> bool:
+    """Whether a descriptor, which is closed, is a socket on a port of this network namespace. Raises OSError.
+
+    Asked in a thread: see socket_object. One that does not answer in time is, for whoever does that to us has no claim.
+    """
+    with socket_object(descriptor) as candidate, socket.socket() as ours:
+        if len({sock.getsockopt(socket.SOL_SOCKET, SO_NETNS_COOKIE, 8) for sock in (candidate, ours)}) == 2:
+            return False
+        names: list = []
+        asking = threading.Thread(target=lambda: names.append(candidate.getsockname()), daemon=True)
+        asking.start()
+        asking.join(SOCKET_SECONDS)
+        return not names or names[0][1:2] == (port,)
 
 
 class ContainerHost:
@@ -4141,7 +4296,7 @@ class ContainerHost:
 
         Returns the containers that serve clients; addresses are the functions'. Blocks. Raises FaasdError.
         """
-        self.containers_dir.mkdir(exist_ok=True)
+        self.containers_dir.mkdir(mode=0o711, exist_ok=True)
         if self._file_system_type(self.containers_dir) != "tmpfs":
             result = run_command("mount", "-t", "tmpfs", "-o", "mode=0711,nosuid,nodev,noexec,size=64m", "faasd",
                                  str(self.containers_dir))
@@ -4149,7 +4304,7 @@ class ContainerHost:
                 raise FaasdError(f"cannot mount a tmpfs on {self.containers_dir}: {result.stderr.strip()}")
         self.containers_dir.chmod(0o711)
         survivors = self._find_survivors(addresses)
-        self._remove_orphans({survivor.container_id for survivor in survivors})
+        self.remove_orphans({survivor.container_id for survivor in survivors})
         return survivors
 
     @staticmethod
@@ -4158,79 +4313,121 @@ class ContainerHost:
         return next(kinds[str(p)] for p in [path, *path.parents] if str(p) in kinds)
 
     def _find_survivors(self, addresses: dict[str, str]) -> list[Survivor]:
-        """Return the containers that serve clients, and kill what else of ours the runtime runs."""
-        survivors = []
-        for pid in [int(path.name) for path in Path("/proc").glob("[0-9]*") if self._command_of(int(path.name))]:
-            if survivor := self._survivor(pid, addresses):
-                log.info("function=%s container=%s serves a client and goes on", survivor.function,
-                         survivor.container_id)
+        """Return the containers that serve clients, and kill what else of ours the runtime runs.
+
+        Nothing but what a daemon has noted, in a directory where only root can write, makes a survivor.
+        """
+        connections, survivors = read_connections(), []
+        with opened(self.containers_dir, os.O_RDONLY | os.O_DIRECTORY) as directory:
+            for container_id in filter(CONTAINER_ID.fullmatch, os.listdir(directory)):
+                try:
+                    survivor = self._survivor(directory, container_id, addresses, connections)
+                except (OSError, ValueError, KeyError) as error:
+                    log.debug("container=%s does not go on: %r", container_id, error)
+                    continue
+                log.info("function=%s container=%s serves a client and goes on", survivor.function, container_id)
                 survivors.append(survivor)
-            else:               # at once: it could still start a container
-                log.warning("killing orphaned %s, pid %d", self.runtime.program, pid)
-                with contextlib.suppress(ProcessLookupError):       # it was about to end
-                    os.kill(pid, signal.SIGKILL)
+        self._kill_runtimes({survivor.pid for survivor in survivors})
         return survivors
 
-    def _command_of(self, pid: int) -> list[str]:
-        """Return what follows in a process `runc --root OURS …`; nothing for others, who have no use for our root."""
-        with contextlib.suppress(OSError):      # it exited
-            argv = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-            if argv[1:3] == [b"--root", os.fsencode(self.runtime.root)]:
-                return [os.fsdecode(word) for word in argv[3:-1]]       # after the last NUL comes nothing
-        return []
+    def _survivor(self, containers: int, container_id: str, addresses: dict[str, str],
+                  connections: dict[int, tuple[str, str]]) -> Survivor:
+        """Return a container if it serves a client of a function that there is. Raises OSError, ValueError, KeyError.
 
-    def _survivor(self, pid: int, addresses: dict[str, str]) -> Survivor | None:
-        """Return the container of a runtime process if it serves a client of a function that there is."""
+        The process's file does not matter: pid and start time name the process, and the runtime may have been upgraded.
+        """
         with contextlib.ExitStack() as stack:
-            try:
-                pidfd = os.pidfd_open(pid)
-                stack.callback(os.close, pidfd)
-                command = self._command_of(pid)         # now that the pid cannot become another's
-                if "run" not in command:
-                    return None
-                container_id = command[-1]
-                directory = self.containers_dir / container_id
-                spec = json.loads((directory / "config.json").read_bytes())
-                env = dict(entry.split("=", 1) for entry in spec["process"]["env"])
-                name, version = env["FAAS_FUNCTION"], env["FAAS_VERSION"]
-                output = os.open(directory / "output", os.O_RDONLY | os.O_NONBLOCK)
-                stack.callback(os.close, output)
-                client, peer = self._client_of(container_id, addresses[name])
-            except (OSError, ValueError, KeyError) as error:
-                log.debug("pid %d has no container to go on with: %r", pid, error)
-                return None
-            stack.pop_all()
-        return Survivor(container_id, name, version, pid, pidfd, output, client, peer)
+            directory = stack.enter_context(opened(container_id, os.O_PATH | os.O_DIRECTORY, containers))
+            number, started, name, version = os.readlink("note", dir_fd=directory).split(" ")
+            pid = int(number)
+            pidfd = stack.enter_context(opened_process(pid))
+            if not is_roots(pid) or start_time(pid) != started:
+                raise ProcessLookupError(errno.ESRCH, "its runtime has ended")
+            signal.pidfd_send_signal(pidfd, 0)          # it is there still, so what was read was read of it
+            if not stat.S_ISFIFO(os.stat("output", dir_fd=directory, follow_symlinks=False).st_mode):
+                raise ValueError("its output is no pipe of ours")
+            output = stack.enter_context(opened("output", os.O_RDONLY | os.O_NONBLOCK, directory))
+            client, peer = self._client_of(container_id, addresses[name], connections)
+            return Survivor(container_id, name, version, pid, os.dup(pidfd), os.dup(output), client, peer)
 
-    def _client_of(self, container_id: str, address: str) -> tuple[socket.socket, str]:
+    def _kill_runtimes(self, survivors: set[int]) -> None:
+        """Kill what a daemon before has started and not noted, or that serves nobody: it could still start a container.
+
+        No daemon is there to start more, and one that is missed here finds no config.json.
+        """
+        for pid in {int(path.name) for path in Path("/proc").glob("[0-9]*")} - survivors:
+            with contextlib.suppress(OSError), opened_process(pid) as pidfd:       # OSError: it has ended
+                if self._is_our_runtime(pid):
+                    log.warning("killing orphaned %s, pid %d", self.runtime.program, pid)
+                    signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+
+    def _is_our_runtime(self, pid: int) -> bool:
+        """Whether a process is a runtime that a daemon of this run-dir has started. Raises OSError if it is gone.
+
+        Anybody can choose a command line, so it counts only for a process of root's, and is read only then: reading it
+        waits for the process's memory, which a user may have put where it never comes. The same path can be another
+        daemon's directory in another mount namespace. A runtime that copies itself, or that a script starts, is another
+        file than --runtime; but what it prints goes to a pipe of ours.
+        """
+        if not is_roots(pid):
+            return False
+        argv = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+        containers = os.stat(self.containers_dir.parent)
+        if (argv[1:3] != [b"--root", os.fsencode(self.runtime.root)]
+                or not os.path.samestat(os.stat(f"/proc/{pid}/root{self.containers_dir.parent}"), containers)):
+            return False
+        program = os.readlink(f"/proc/{pid}/exe").removesuffix(" (deleted)")           # it was upgraded
+        output = os.stat(f"/proc/{pid}/fd/1")
+        return (program == os.path.realpath(self.runtime.program)
+                or stat.S_ISFIFO(output.st_mode) and output.st_dev == os.stat(self.containers_dir).st_dev)
+
+    def _client_of(self, container_id: str, address: str,
+                   connections: dict[int, tuple[str, str]]) -> tuple[socket.socket, str]:
         """Return a duplicate of a container's socket that is connected to a client of address, and who that is.
 
         Raises KeyError if it has none.
         """
-        for candidate in itertools.islice(self._sockets_of(container_id), MAX_SEARCHED):
-            if candidate is not None:
-                if peer := peer_of(candidate, address):
-                    return candidate, peer
-                candidate.close()
+        for pidfd, number, inode in self._sockets_of(container_id):
+            host, peer = connections.get(inode, ("", ""))
+            if host == address:
+                with contextlib.suppress(OSError):      # it is gone
+                    duplicate = duplicate_descriptor(pidfd, number)
+                    if os.fstat(duplicate).st_ino == inode:     # else the handler has put another file there
+                        return socket_object(duplicate), peer
+                    os.close(duplicate)
         raise KeyError(address)
 
-    def _sockets_of(self, container_id: str) -> Iterator[socket.socket | None]:
-        """Yield for each descriptor of a container's processes None, or a duplicate if it is a socket not seen yet."""
-        seen = set()
-        for pid in self.cgroups.processes(container_id):
-            with contextlib.suppress(OSError):                  # the process is gone
+    def _sockets_of(self, container_id: str) -> Iterator[tuple[int, int, int]]:
+        """Yield a pidfd, the number and the inode of each socket that a container's processes have."""
+        searched = 0
+        for pid, pidfd in self.cgroups.members(container_id):
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):    # closed, or its process is gone
                 for number in os.listdir(f"/proc/{pid}/fd"):
-                    found = None
-                    with contextlib.suppress(OSError):          # the descriptor is gone
-                        target = os.readlink(f"/proc/{pid}/fd/{number}")
-                        if target.startswith("socket:") and target not in seen:
-                            seen.add(target)
-                            found = socket.socket(fileno=duplicate_descriptor(pid, int(number)))
-                    yield found
+                    searched += 1
+                    if searched > MAX_SEARCHED:
+                        return
+                    target = re.fullmatch(r"socket:\[([0-9]+)\]", os.readlink(f"/proc/{pid}/fd/{number}"))
+                    if target:
+                        yield pidfd, int(number), int(target[1])
 
-    def _remove_orphans(self, survivors: set[str]) -> None:
-        left = {path.name for path in self.containers_dir.iterdir()}
-        for container_id in (left | self.runtime.containers() | self.cgroups.containers()) - survivors:
+    def end_holders(self, port: int) -> bool:
+        """End containers that have taken a port of this machine; return whether there were any. Blocks."""
+        holders = [container_id for container_id in self.cgroups.containers() if self._holds(container_id, port)]
+        for container_id in holders:
+            log.warning("container=%s has taken port %d, which is ours: ending it", container_id, port)
+            self._kill_all(container_id)
+        return bool(holders)
+
+    def _holds(self, container_id: str, port: int) -> bool:
+        for pidfd, number, _ in self._sockets_of(container_id):
+            with contextlib.suppress(OSError):          # it is gone
+                if has_port(duplicate_descriptor(pidfd, number), port):
+                    return True
+        return False
+
+    def remove_orphans(self, survivors: set[str]) -> None:
+        left = {*os.listdir(self.containers_dir), *self.runtime.containers(), *self.cgroups.containers()}
+        for container_id in set(filter(CONTAINER_ID.fullmatch, left)) - survivors:
             log.warning("container=%s removing what the daemon before left of it", container_id)
             self._remove_orphan(container_id)
 
@@ -4253,7 +4450,7 @@ class ContainerHost:
         """Return how a running container is isolated. Blocks. Raises Conflict if it ends meanwhile."""
         try:
             for pid in self.cgroups.processes(container_id):
-                if re.search(r"^NSpid:.*\t1$", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE):
+                if re.search(r"^NSpid:.*\t1$", read_text(f"/proc/{pid}/status"), re.MULTILINE):
                     return {"container": container_id, **inspect_process(pid),
                             "limits": self.cgroups.limits(container_id)}
         except OSError as error:
@@ -4265,13 +4462,16 @@ class ContainerHost:
 
     def remove_remains(self, container_id: str) -> None:
         """Remove a container without the runc that ran it. Blocks; what cannot be removed is logged."""
+        self._kill_all(container_id)
+        if self.runtime.has_state(container_id):
+            self.runtime.delete(container_id)
+        self.cgroups.remove(self.cgroups.path(container_id))
+
+    def _kill_all(self, container_id: str) -> None:
         deadline = time.monotonic() + KILL_TIMEOUT
         while self.cgroups.processes(container_id) and time.monotonic() < deadline:
             self.cgroups.kill(container_id)
             time.sleep(KILL_RETRY)
-        if self.runtime.has_state(container_id):
-            self.runtime.delete(container_id)
-        self.cgroups.remove(self.cgroups.path(container_id))
 
     def dismantle(self) -> None:
         """Remove what prepare made, once no container is left. Blocks."""
@@ -5311,12 +5511,14 @@ class Function:
         """
         pool = Pool(self, self.version, self._services)
         self._old_pools.add(pool)
-        for survivor in survivors:
+        while survivors:                # what is left in the list after an error has not been adopted
+            survivor = survivors[-1]
+            container = Container.adopt(self._services.host, survivor, self.log.write_output)
+            survivors.pop()
             invocation = Invocation(survivor.client, survivor.peer, b"", self._loop.time())
             invocation.handed = invocation.accepted
-            invocation.container = Container.adopt(self._services.host, survivor, self.log.write_output)
-            invocation.pool = pool
-            pool.hold(invocation.container)
+            invocation.container, invocation.pool = container, pool
+            pool.hold(container)
             self._in_flight.add(invocation)
             self._begin(invocation)
         pool.close()
@@ -6668,7 +6870,10 @@ class Daemon:
         self._network = network
         self._ids = ids
         self._egress = EgressNetworks(settings.run_dir, settings.egress_subnet, settings.subnet, settings.port)
-        self._rules_watch = TableWatch(self.loop, self._egress.table, self._on_rules_deleted)
+        self._rules_watch = NetlinkWatch(NETLINK_NETFILTER, 1 << NFNLGRP_NFTABLES - 1, NFT_DELTABLE,
+                                         f"{self._egress.table}\0".encode(), self._on_rules_deleted)
+        self._address_lost = asyncio.Event()
+        self._address_watch = NetlinkWatch(NETLINK_ROUTE, RTMGRP_IPV4_IFADDR, RTM_DELADDR, b"", self._address_lost.set)
         self._egress_thread = concurrent.futures.ThreadPoolExecutor(1)      # one thing after the other, in order
         self._guard = AddressGuard(settings.run_dir, settings.subnet)
         self._listeners = ListenerStore()
@@ -6701,9 +6906,7 @@ class Daemon:
         A second signal ends the waiting. Raises FaasdError.
         """
         servers: list[ControlServer] = []
-        if self.settings.api:           # first, for this is what may fail; clients wait until we are ready
-            token = read_token(self.settings.api_token_file)
-            servers.append(TcpControlServer(self.settings.api, token, self.settings.api_host, self))
+        token = read_token(self.settings.api_token_file) if self.settings.api else b""
         ignored = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else set()      # by nohup(1)
         for number in {signal.SIGTERM, signal.SIGINT, signal.SIGHUP} - ignored:
             self.loop.add_signal_handler(number, self._stop_signals.put_nowait, number)
@@ -6712,6 +6915,9 @@ class Daemon:
         for warning in (runc_warning(self.runtime_version), *machine_warnings()):
             if warning:
                 log.warning("%s", warning)
+        self._network.greet(self.loop)
+        self._address_watch.open()
+        self._in_background(self._keep_addresses())
         records = self._registry.load()
         for record in records:
             self._ids.claim(record.first_id)
@@ -6722,8 +6928,13 @@ class Daemon:
         number = None
         try:
             await asyncio.to_thread(self._guard_addresses)
+            if self.settings.api:       # clients wait until we are ready
+                servers.append(await self._bind(functools.partial(self._open_api, token), self.settings.api[1]))
             for record in records:
                 await self._restore(record, [entry for entry in survivors if entry.function == record.name])
+            if self._promised() > self.settings.max_warm:
+                log.warning("functions were promised %d warm containers, and --max-warm is %d: some get fewer",
+                            self._promised(), self.settings.max_warm)
             self._listeners.forget_unclaimed()
             self._network.remove_stale({record.address for record in records})
             servers.insert(0, UnixControlServer(self.settings.run_dir / "faasd.sock", self))
@@ -6779,7 +6990,7 @@ class Daemon:
 
     def _empty_tmp(self) -> None:
         for path in (self.settings.state_dir / "tmp").iterdir():
-            if path.is_dir():
+            if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
             else:
                 path.unlink()
@@ -6787,7 +6998,7 @@ class Daemon:
     async def _restore(self, record: FunctionRecord, survivors: list[Survivor]) -> None:
         """Bring a function back on its address, with its containers that serve clients.
 
-        One that cannot be is kept, marked as broken; the others go on.
+        One that cannot be is kept, marked as broken, whatever the reason; the others go on.
         """
         function = self._functions[record.name] = self._make_function(record)
         try:
@@ -6796,16 +7007,29 @@ class Daemon:
                                  "--subnet that it was deployed under, or deploy it again for a new address")
             version = self._load_version(record.name, record.versions[0])
             await self._provide_network(record.name, record.options)
-            await self._open_function(function)
+            await self._bind(functools.partial(self._open_function, function), self.settings.port)
             function.replace_version(version)
             if survivors:
-                function.adopt(survivors)
                 self._in_background(self._remove_old(function))
-        except FaasdError as error:
-            function.error = str(error)
-            log.error("function=%s is broken: %s", record.name, error)
-            for survivor in survivors:
-                await asyncio.to_thread(self._host.end_survivor, survivor)
+                function.adopt(survivors)
+        except Exception as error:
+            function.error = str(error) if isinstance(error, FaasdError) else f"{error!r}; faasd's log has the detail"
+            log.error("function=%s is broken: %s", record.name, function.error,
+                      exc_info=None if isinstance(error, FaasdError) else error)
+        for survivor in survivors:
+            await asyncio.to_thread(self._host.end_survivor, survivor)
+
+    async def _open_api(self, token: bytes) -> TcpControlServer:
+        return TcpControlServer(self.settings.api, token, self.settings.api_host, self)
+
+    async def _bind(self, open_: Callable, port: int):
+        """Return what open_ opens. If a container of ours has taken the port, end it and try again."""
+        try:
+            return await open_()
+        except (Conflict, UsageError):
+            if not await asyncio.to_thread(self._host.end_holders, port):
+                raise
+        return await open_()
 
     async def _stop(self, servers: list[ControlServer], leave: bool) -> None:
         """Stop accepting, drain, leave nothing behind; or leave to the next daemon what serves a client."""
@@ -6831,6 +7055,7 @@ class Daemon:
         while (self._changes or any(server.busy for server in servers)) and self.loop.time() < deadline:
             await asyncio.sleep(0.01)
         self._rules_watch.close()
+        self._address_watch.close()
         if not leave:
             await self._remove_all()
         self._egress_thread.shutdown()
@@ -6846,6 +7071,7 @@ class Daemon:
         except OSError as error:
             log.info("cannot take away the guard of the addresses: %s", error.strerror)
         self._network.remove_all()
+        await asyncio.to_thread(self._host.remove_orphans, set())       # there should be none
         await self._run_egress(self._egress.remove_all)
         for path in self.settings.run_dir.glob("resolv.conf.*"):
             path.unlink()
@@ -6858,12 +7084,15 @@ class Daemon:
                                     for f in self._functions.values()))
         first = end_all(self.settings.drain_timeout)
         second = asyncio.ensure_future(self._stop_signals.get())
-        await asyncio.wait([first, second], return_when=asyncio.FIRST_COMPLETED)
+        limit = self.settings.drain_timeout + STOP_SECONDS
+        await asyncio.wait([first, second], timeout=limit, return_when=asyncio.FIRST_COMPLETED)
         if not first.done():
             log.warning("stopping at once")
-            await end_all(0)
+            await asyncio.wait([end_all(0)], timeout=STOP_SECONDS)
         second.cancel()
-        await asyncio.gather(first, *self._tasks, return_exceptions=True)
+        done = asyncio.gather(first, *self._tasks, return_exceptions=True)
+        if not (await asyncio.wait([done], timeout=STOP_SECONDS))[0]:
+            log.error("not everything has ended: what is left of it is removed, or is for the next daemon")
 
     # -- one change of a function at a time --
 
@@ -6969,11 +7198,14 @@ class Daemon:
 
     def _check_warm(self, name: str, options: Options) -> None:
         """Raise Conflict if more warm containers are asked for than the daemon may have."""
-        promised = sum(f.record.options.warm or 0 for f in self._functions.values() if f.record.name != name)
-        free = self.settings.max_warm - promised
-        if (options.warm or 0) > free:
-            raise Conflict(f"warm {options.warm}: only {free} of {self.settings.max_warm} warm containers are not "
-                           "promised to other functions; take fewer, or start faasd with a larger --max-warm")
+        free = self.settings.max_warm - self._promised(name)
+        if options.warm and options.warm > free:
+            raise Conflict(f"warm {options.warm}: only {max(free, 0)} of {self.settings.max_warm} warm containers are "
+                           "not promised to other functions; take fewer, or start faasd with a larger --max-warm")
+
+    def _promised(self, but: str = "") -> int:
+        """Return how many warm containers functions have been promised, but for one of them."""
+        return sum(f.record.options.warm or 0 for f in self._functions.values() if f.record.name != but)
 
     def _note(self, function: Function, what: str) -> None:
         version = function.record.version
@@ -7097,6 +7329,13 @@ class Daemon:
         if not self._stopping:                  # by ourselves too, whenever we replace them
             self._in_background(self._run_egress(self._egress.restore_rules))
 
+    async def _keep_addresses(self) -> None:
+        """Put back what somebody takes from lo, and try again for as long as that fails."""
+        while await self._address_lost.wait():
+            self._address_lost.clear()
+            if not await asyncio.to_thread(self._network.restore):
+                self.loop.call_later(ADDRESS_RETRY_SECONDS, self._address_lost.set)
+
     async def _run_egress(self, function: Callable, *arguments) -> None:
         await self.loop.run_in_executor(self._egress_thread, function, *arguments)
 
@@ -7104,6 +7343,7 @@ class Daemon:
         """Make a version the function's, on disk and in service. Undoes what it did on an error."""
         async with self._commit:
             self._refuse_if_stopping()          # _stop waits for the lock, and then for nobody else
+            self._check_warm(name, version.options)     # again: another may have been promised them meanwhile
             function = self._functions.get(name)
             if function is None or function.pool is None:
                 function = await self._open_new(name, function, version, container)
@@ -7156,6 +7396,7 @@ class Daemon:
     async def _replace(self, function: Function, version: Version, container: Container) -> None:
         """Make version the function's, for invocations that start from now on."""
         before = function.record
+        await asyncio.to_thread(self._network.add, before.address)      # somebody may have taken it from lo
         function.record = replace(before, updated=timestamp(), versions=self._versions(function, version))
         try:
             await self._save(self._functions)
@@ -7252,7 +7493,10 @@ class Daemon:
         return self._describe(self._get(name))
 
     def _describe(self, function: Function) -> dict:
-        return {**function.describe(), "port": self.settings.port}
+        document = {**function.describe(), "port": self.settings.port}
+        if function.record.address in self._network.missing:
+            document.update(state="broken", error="somebody has taken its address from lo, and faasd cannot put it back")
+        return document
 
     async def inspect(self, name: str) -> dict:
         """Return how a container of a function is isolated: one that is there, or one that is started for it."""
@@ -7509,8 +7753,16 @@ def make_directories(settings: Settings) -> None:
     except OSError as error:
         raise UsageError(f"cannot make {error.filename}: {error.strerror}") from error
     for option, directory in (("--state-dir", settings.state_dir), ("--run-dir", settings.run_dir)):
+        status = directory.stat()
+        if status.st_uid != 0 or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            raise UsageError(f"{option} {directory} is open to others than root, who could put files of their own in the "
+                             f"place of ours: chown root {directory} && chmod go-w {directory}")
         for parent in directory.parents:
-            if not parent.stat().st_mode & stat.S_IXOTH:
+            mode = parent.stat().st_mode
+            if mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
+                raise UsageError(f"{option} {directory}: anybody can rename what is in {parent}: chmod o-w {parent}, or "
+                                 "choose another directory")
+            if not mode & stat.S_IXOTH:
                 raise UsageError(f"{option} {directory}: containers run as unprivileged users, and {parent} lets these "
                                  f"not pass: chmod o+x {parent}, or choose another directory")
 
@@ -7525,9 +7777,19 @@ def admit_containers(directory: Path, first_id: int) -> None:
 
 
 def lock_directory(directory: Path) -> BinaryIO:
-    """Lock DIRECTORY/faasd.lock until the process ends. Raises UsageError if another daemon has it."""
+    """Lock DIRECTORY/faasd.lock until the process ends. Raises UsageError if another daemon has it.
+
+    Whoever can open a file can lock it (flock(2)), so only root can. One that others could open, of an earlier faasd, is
+    replaced: they may have it open still.
+    """
+    path = directory / "faasd.lock"
     try:
-        file = (directory / "faasd.lock").open("ab")
+        with contextlib.suppress(FileNotFoundError):
+            status = path.lstat()
+            if (status.st_mode, status.st_uid) != (stat.S_IFREG | 0o600, 0):
+                path.unlink()
+        file = open(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600), "ab")
+        os.fchmod(file.fileno(), 0o600)         # whatever the umask
     except OSError as error:
         raise UsageError(f"cannot write to {directory}: {error.strerror}") from error
     try:

@@ -369,7 +369,7 @@ def networks(mark: str = "") -> list[str]:
 
 def guards(run_dir: Path) -> list[str]:
     """Return the BPF programs that guard the addresses of the daemon on run_dir: one for bind, one for connect."""
-    name, found = f"faasd_{hashlib.sha256(os.fsencode(run_dir)).hexdigest()[:6]}", []
+    name, found = f"faasd_{faasd.run_dir_mark(run_dir)}", []
     with contextlib.suppress(OSError), faasd.top_cgroup() as cgroup:        # OSError: no BPF here
         for kind, label in ((8, "bind"), (10, "connect")):
             ids = (ctypes.c_uint32 * 64)()
@@ -386,7 +386,7 @@ def remains(daemon: Daemon) -> list[str]:
     """Return what a stopped daemon should not have left."""
     name = daemon.directory.name
     subnet = dict(zip(daemon.arguments, daemon.arguments[1:], strict=False)).get("--subnet", "10.0.0.0/24")
-    mark = hashlib.sha256(os.fsencode(daemon.run_dir)).hexdigest()[:6]
+    mark = faasd.run_dir_mark(daemon.run_dir)
     found = [*processes(name), *mounts(name), *cgroup_directories(name), *addresses(subnet), *networks(mark)]
     found += guards(daemon.run_dir)
     found += [str(path) for path in daemon.run_dir.rglob("*") if path.name != "faasd.lock"]

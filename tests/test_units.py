@@ -122,7 +122,7 @@ class Cgroups(unittest.TestCase):
             self.addCleanup(os.kill, int(leader.stdout.readline()), signal.SIGKILL)
         leader.wait()
         with tempfile.TemporaryDirectory() as hierarchy:
-            cgroups = faasd.Cgroups(Path("/run/test"))
+            cgroups = faasd.Cgroups(Path(hierarchy))
             cgroups._hierarchies = [Path(hierarchy)]
             directory = Path(hierarchy + cgroups.path("container"))
             directory.mkdir(parents=True)

@@ -1,0 +1,622 @@
+"""What a user of this machine, a handler or an image can shape decides nothing of what root does at start and stop.
+
+One test for each row of the table in SECURITY.md. The user is 65534, who may do nothing in particular.
+"""
+
+import contextlib
+import ctypes
+import fcntl
+import json
+import os
+import platform
+import shutil
+import signal
+import socket
+import stat
+import struct
+import subprocess
+import sys
+import threading
+import unittest
+from pathlib import Path
+
+import support
+from support import get, wait_until
+from test_restart import HANDLER, RestartCase
+
+import faasd
+
+AS_NOBODY = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups")
+PYTHON = "/usr/bin/python3"     # which everybody may run
+# A program that takes any arguments and does nothing: pause(2), or ppoll(2), for ever.
+CODE = {"x86_64": (62, b"\xb8\x22\x00\x00\x00\x0f\x05\xeb\xf7"),
+        "aarch64": (183, struct.pack("<7I", 0xD2800928, 0xD2800000, 0xD2800001, 0xD2800002, 0xD2800003, 0xD4000001,
+                                     0x17FFFFFB))}
+UFFD_USERFAULTFD = {"x86_64": 323, "aarch64": 282}.get(platform.machine(), 0)
+UFFDIO_API, UFFDIO_REGISTER = 0xC018AA3F, 0xC020AA00
+PAGE = os.sysconf("SC_PAGE_SIZE")
+
+
+def sleeper() -> bytes:
+    """Return an ELF program (elf(5)) of CODE."""
+    machine, code = CODE[platform.machine()]
+    size = 120 + len(code)
+    return struct.pack("<16sHHIQQQIHHHHHH", b"\x7fELF\2\1\1", 2, machine, 1, 0x400078, 64, 0, 0, 64, 56, 1, 0, 0, 0) + \
+        struct.pack("<IIQQQQQQ", 1, 5, 0, 0x400000, 0x400000, size, size, PAGE) + code
+
+
+def far_path(target: Path) -> str:
+    """Return a path that leads to target from wherever it is joined to."""
+    return "../" * 12 + str(target).lstrip("/")
+
+
+class LocalUserCase(RestartCase):
+    def scratch(self) -> Path:
+        """A directory of the user's own."""
+        directory = support.temporary_directory()
+        directory.chmod(0o755)
+        self.addCleanup(shutil.rmtree, directory)
+        return directory
+
+    def as_nobody(self, *argv: str | Path, **more) -> subprocess.Popen:
+        process = subprocess.Popen([*AS_NOBODY, *argv], stdin=subprocess.DEVNULL, **more)
+        self.addCleanup(process.wait)
+        self.addCleanup(process.kill)
+        return process
+
+    def run_as_nobody(self, source: str) -> subprocess.Popen:
+        """Run Python that writes a line when it has done what it wants, and then stays."""
+        process = self.as_nobody(PYTHON, "-c", f"import fcntl, os, socket, time\n{source}\nprint(flush=True)\n"
+                                 "time.sleep(1e6)", stdout=subprocess.PIPE)
+        with process.stdout:
+            self.assertEqual(process.stdout.readline(), b"\n")
+        return process
+
+    def check_stops(self, daemon: support.Daemon) -> None:
+        self.assertEqual(daemon.stop(), 0)
+        self.assertEqual([line for line in support.remains(daemon) if "x --root" not in line], [])
+        self.assertNotIn("Traceback", daemon.log())
+
+
+class Forgers(LocalUserCase):
+    """Processes that pose as `runc --root OURS run` at the next start."""
+
+    def trap(self, directory: Path, output: str) -> None:
+        """Make what a daemon might look at of a container: of a plain file, a pipe or a link as its output."""
+        directory.mkdir(exist_ok=True)
+        (directory / "config.json").write_text(
+            '{"process": {"env": ["FAAS_FUNCTION=f", "FAAS_VERSION=000000000000"]}}' if output != "link" else "[]")
+        (directory / "cgroup.procs").write_text("\n".join(map(str, range(5000, 0, -1))))
+        os.symlink("1 1 f 000000000000", directory / "note")
+        (directory / "control.sock").touch()
+        if output == "pipe":
+            os.mkfifo(directory / "output", 0o666)
+        elif output == "link":
+            os.symlink("/dev/zero", directory / "output")
+        else:
+            (directory / "output").touch()
+
+    def pose(self, daemon: support.Daemon, container: str) -> subprocess.Popen:
+        """Have a user run a program with a runtime's command line."""
+        program = self.scratch() / "x"
+        program.write_bytes(sleeper())
+        program.chmod(0o755)
+        return self.as_nobody(PYTHON, "-c", "import os, sys; os.execv(sys.argv[1], ['x', *sys.argv[2:]])", program,
+                              "--root", daemon.run_dir / "runc", "run", container)
+
+    def check_user(self, output: str, end) -> None:
+        daemon = self.start()
+        address = self.deploy(daemon)
+        client = self.client(address, "/work?go")
+        client.read_number()
+        trap = self.scratch() / "trap"
+        self.trap(trap, output)
+        names = sorted(os.listdir(trap))
+        forgers = [self.pose(daemon, name) for name in (far_path(trap), str(trap), "0123456789ab", "", ".")]
+        end(daemon)
+        daemon.start()
+        self.assertEqual(daemon.info("f")["running"], 1, "the one that serves a client")
+        self.assertEqual(get(address)[0], 200)
+        self.release(daemon, "go")
+        self.assertTrue(client.rest().endswith("done\n"))
+        self.check_nothing_left(daemon)
+        self.assertEqual([forger.poll() for forger in forgers], [None] * 5, "they are nobody's business")
+        self.assertEqual(sorted(os.listdir(trap)), names)
+        self.check_stops(daemon)
+
+    def test_user_with_a_plain_file_after_a_crash(self):
+        self.check_user("file", support.Daemon.kill)
+
+    def test_user_with_a_pipe_after_a_restart(self):
+        self.check_user("pipe", self.leave)
+
+    def test_user_with_links_after_a_crash(self):
+        self.check_user("link", support.Daemon.kill)
+
+    def test_user_whose_directory_becomes_a_link_to_root_s(self):
+        daemon = self.start()
+        self.deploy(daemon)
+        daemon.kill()
+        trap, secret = self.scratch() / "trap", self.scratch()
+        self.trap(trap, "pipe")
+        self.trap(secret, "pipe")
+        names = sorted(os.listdir(secret))
+        forger = self.pose(daemon, far_path(trap))
+        daemon.start()
+        shutil.rmtree(trap)
+        trap.symlink_to(secret)
+        forger.kill()
+        self.check_stops(daemon)
+        self.assertEqual(sorted(os.listdir(secret)), names)
+
+    def check_handler(self, end) -> None:
+        source = HANDLER.replace('elif command == "/silent":', """elif command == "/forge":
+    run, trap = key.split(":")
+    os.set_inheritable(client.fileno(), True)
+    if os.fork() == 0:
+        os.execv("/x", ["x", "--root", run, "run", trap + "/$FAAS_VERSION/rootfs/evil".replace(
+            "$FAAS_VERSION", os.environ["FAAS_VERSION"])])
+    client.sendall(HEAD + b"0\\n")
+    while not os.path.exists("/go"):
+        time.sleep(0.02)
+    client.sendall(b"done\\n")
+elif command == "/silent":""")
+        trap = self.scratch()
+        self.trap(trap, "file")
+        evil = {f"evil/{name}": (trap / name).read_bytes() for name in ("config.json", "output", "cgroup.procs")}
+        image = support.docker_archive(
+            [support.python_layer(), support.layer({"handler.py": source, "x": sleeper(), **evil})],
+            {"Entrypoint": [*support.python_layer.entrypoint, "/handler.py"], "Env": ["LABEL=1"]})
+        daemon = self.start()
+        address = daemon.deploy("f", image)
+        other = daemon.deploy("good", support.handler_image(HANDLER))
+        client = self.client(address, f"/forge?{daemon.run_dir}/runc:{far_path(daemon.state_dir / 'images/f')}")
+        self.assertEqual(client.read_line() and "200", "200")
+        wait_until(lambda: support.processes(f"x --root {daemon.run_dir}"), "it poses")
+        end(daemon)
+        daemon.start()
+        self.assertEqual((daemon.info("f")["running"], daemon.info("good")["running"]), (1, 0))
+        self.assertEqual((get(address)[0], get(other)[0]), (200, 200))
+        self.assertEqual(sorted(os.listdir(daemon.rootfs("f") / "evil")), ["cgroup.procs", "config.json", "output"])
+        self.release(daemon, "go")
+        self.assertTrue(client.rest().endswith("done\n"))
+        self.check_nothing_left(daemon)
+        self.check_stops(daemon)
+
+    def test_handler_after_a_restart(self):
+        self.check_handler(self.leave)
+
+    def test_handler_after_a_crash(self):
+        self.check_handler(support.Daemon.kill)
+
+
+class Notes(LocalUserCase):
+    """Only what a daemon has noted makes a survivor; everything else of ours is found and ended."""
+
+    def cut(self, change) -> support.Daemon:
+        """Kill a daemon while a client is served, change its container's directory, and start another."""
+        daemon = self.start()
+        client = self.client(self.deploy(daemon), "/work?never")
+        client.read_number()
+        daemon.kill()
+        container, = (daemon.run_dir / "containers").iterdir()
+        change(container)
+        daemon.start()
+        self.check_nothing_left(daemon)
+        self.assertEqual([line for line in support.processes(daemon.directory.name) if " run " in line], [])
+        self.assertEqual(get(daemon.info("f")["address"]), (200, "1"))
+        return daemon
+
+    def test_runtime_that_was_not_noted_is_ended(self):
+        self.cut(lambda container: (container / "note").unlink())
+
+    def test_output_that_is_no_pipe(self):
+        def change(container: Path) -> None:
+            (container / "output").unlink()
+            (container / "output").touch()
+        self.cut(change)
+
+    def test_pid_that_became_another_s(self):
+        bystander = subprocess.Popen(["sleep", "1000"])
+        self.addCleanup(bystander.wait)
+        self.addCleanup(bystander.kill)
+
+        def change(container: Path) -> None:
+            words = os.readlink(container / "note").split()
+            (container / "note").unlink()
+            os.symlink(" ".join([str(bystander.pid), *words[1:]]), container / "note")
+        self.cut(change)
+        self.assertIsNone(bystander.poll())
+
+    def test_directory_that_is_a_link(self):
+        def change(container: Path) -> None:
+            elsewhere = self.scratch() / "moved"
+            shutil.copytree(container, elsewhere, symlinks=True, ignore=lambda *_: ["control.sock", "output"])
+            os.mkfifo(elsewhere / "output")
+            shutil.rmtree(container)
+            container.symlink_to(elsewhere)
+            self.elsewhere = elsewhere
+        daemon = self.start()
+        client = self.client(self.deploy(daemon), "/work?never")
+        client.read_number()
+        daemon.kill()
+        container, = (daemon.run_dir / "containers").iterdir()
+        change(container)
+        daemon.start()
+        daemon.wait_idle("f")
+        self.assertEqual(sorted(os.listdir(self.elsewhere)), ["config.json", "note", "output"])
+        container.unlink()
+
+    def test_runtime_that_was_upgraded_goes_on(self):
+        directory = self.scratch()
+        shutil.copy(shutil.which("runc"), directory / "runc")
+        daemon = self.start("--runtime", str(directory / "runc"))
+        client = self.client(self.deploy(daemon), "/work?go")
+        client.read_number()
+        self.leave(daemon)
+        shutil.copy(directory / "runc", directory / "new")
+        (directory / "new").rename(directory / "runc")
+        daemon.start()
+        self.assertEqual(daemon.info("f")["running"], 1)
+        self.release(daemon, "go")
+        self.assertTrue(client.rest().endswith("done\n"))
+
+    def test_directory_that_cannot_be_removed_holds_nobody_up(self):
+        daemon = self.start()
+        client = self.client(self.deploy(daemon), "/work?go")
+        client.read_number()
+        container, = (daemon.run_dir / "containers").iterdir()
+        (container / "left").touch()
+        self.release(daemon, "go")
+        self.assertTrue(client.rest().endswith("done\n"))
+        daemon.wait_idle("f")
+        self.assertIn(f"cannot remove {container}: Directory not empty", daemon.log())
+        self.check_stops(daemon)
+
+
+class Waits(LocalUserCase):
+    """What others can make last for ever, root does not wait for. userfaultfd(2) stands for FUSE, or a slow disk."""
+
+    def setUp(self):
+        self.libc = ctypes.CDLL(None, use_errno=True)
+        self.uffd = self.libc.syscall(UFFD_USERFAULTFD, os.O_CLOEXEC) if UFFD_USERFAULTFD else -1
+        if self.uffd < 0:
+            self.skipTest("userfaultfd(2) is not there")
+
+    def test_memory_of_a_command_line(self):
+        source = f"""
+import ctypes, fcntl, struct, sys
+libc = ctypes.CDLL(None, use_errno=True)
+uffd = libc.syscall({UFFD_USERFAULTFD}, 0)
+fcntl.ioctl(uffd, {UFFDIO_API}, struct.pack("QQQ", 0xAA, 0, 0))
+fields = open("/proc/self/stat").read().rpartition(")")[2].split()
+page = int(fields[45]) & -{PAGE}                        # arg_start
+fcntl.ioctl(uffd, {UFFDIO_REGISTER}, struct.pack("QQQQ", page, {PAGE}, 1, 0))
+libc.setresuid(65534, 65534, 65534)
+print(flush=True)
+libc.madvise(ctypes.c_void_p(page), {PAGE}, 4)          # MADV_DONTNEED: who reads it next waits
+while True:
+    libc.pause()
+"""
+        daemon = self.start()
+        address = self.deploy(daemon)
+        daemon.kill()
+        slow = subprocess.Popen([sys.executable, "-c", source, "x" * 3 * PAGE], stdout=subprocess.PIPE)
+        self.addCleanup(slow.wait)
+        self.addCleanup(slow.kill)
+        with slow.stdout:
+            self.assertEqual(slow.stdout.readline(), b"\n")
+        wait_until(lambda: Path(f"/proc/{slow.pid}/wchan").read_text().endswith("pause"), "it waits")
+        try:
+            daemon.start()
+            self.assertEqual(get(address)[0], 200)
+        finally:
+            slow.kill()
+
+    def test_lock_of_a_client_s_socket(self):
+        """A thread that sends from memory that does not come holds it."""
+        daemon = self.start()
+        address = self.deploy(daemon)
+        client = self.client(address, "/silent?go")
+        self.handed_over(daemon, 1)
+        name = client.socket.getsockname()
+        held = wait_until(lambda: self.socket_of(daemon, name), "the handler has taken it")
+        self.leave(daemon)
+        fcntl.ioctl(self.uffd, UFFDIO_API, struct.pack("QQQ", 0xAA, 0, 0))
+        self.libc.mmap.restype = ctypes.c_void_p
+        memory = self.libc.mmap(None, ctypes.c_size_t(PAGE), 3, 0x22, -1, ctypes.c_long(0))
+        fcntl.ioctl(self.uffd, UFFDIO_REGISTER, struct.pack("QQQQ", memory, PAGE, 1, 0))
+        sender = threading.Thread(target=lambda: self.libc.send(held, ctypes.c_void_p(memory), PAGE, 0))
+        sender.start()
+        try:
+            wait_until(lambda: any("userfault" in (path / "wchan").read_text()
+                                   for path in Path("/proc/self/task").iterdir()), "it holds the lock")
+            daemon.start()
+            self.assertEqual(daemon.info("f")["running"], 1)
+            self.assertEqual(get(address)[0], 200)
+        finally:
+            os.close(self.uffd)
+            sender.join()
+            os.close(held)
+        self.release(daemon, "go")
+        self.check_nothing_left(daemon)
+
+    @staticmethod
+    def socket_of(daemon: support.Daemon, peer: tuple[str, int]) -> int:
+        """Return a duplicate of the socket that a container has of a client."""
+        pids = {int(pid) for path in support.container_cgroups(daemon)
+                for pid in (Path(path) / "cgroup.procs").read_text().split()}
+        for pid in pids:
+            for number in os.listdir(f"/proc/{pid}/fd"):
+                if not os.readlink(f"/proc/{pid}/fd/{number}").startswith("socket:"):
+                    continue
+                with faasd.opened_process(pid) as pidfd, \
+                        socket.socket(fileno=faasd.duplicate_descriptor(pidfd, int(number))) as candidate:
+                    if candidate.family == socket.AF_INET and candidate.getpeername() == peer:
+                        return candidate.detach()
+        return 0
+
+
+class Names(LocalUserCase):
+    def test_abstract_sockets_of_a_user(self):
+        names = [b"faasd/0.0.0.0/0", b"faasd/10.0.0.0/24", b"faasd/9", b"faasd/1.2.3", b"faasd/\xff\xfe",
+                 b"faasd/\n@faasd/9", b"faasd/10.0.0.0/24/0123456789abcdef", b"faasd/0.0.0.0/0/0123456789abcdef",
+                 b"faasd/./0123456789abcdef"]
+        self.run_as_nobody(f"""
+sockets = [socket.socket(socket.AF_UNIX) for _ in range({len(names)})]
+for s, name in zip(sockets, {names}):
+    s.bind(b"\\0" + name)
+    s.listen()
+""")
+        daemon = self.start()
+        self.assertEqual(daemon.api("GET", "/healthz")[0], 200)
+
+    def test_another_daemon_is_still_told(self):
+        """However many ask, the one who listens goes on telling."""
+        daemon = self.start()
+        lines = Path("/proc/net/unix").read_text().splitlines()
+        name = next(line.split()[-1][1:] for line in lines if "@faasd/" in line)
+        for _ in range(500):
+            with socket.socket(socket.AF_UNIX) as probe:
+                wait_until(lambda probe=probe: probe.connect_ex(f"\0{name}") == 0, "it is answered")
+        other = support.Daemon()
+        self.addCleanup(shutil.rmtree, other.directory)
+        result = subprocess.run(other.command(), capture_output=True, text=True, check=False)
+        self.assertEqual((result.returncode, daemon.api("GET", "/healthz")[0]), (2, 200))
+        self.assertIn("another faasd uses 10.0.0.0/24", result.stderr)
+
+    def test_mounts_of_a_user(self):
+        """With FUSE a user mounts on any directory of their own; a tmpfs of root's stands for it."""
+        top = os.fsencode(self.scratch())
+        for name in (b"\xff", b"a\x0cb", "line\u2028end\u00a0x".encode(), b"back\\040slash", b"new\nline - cgroup x"):
+            path = os.path.join(top, name)
+            os.mkdir(path)
+            subprocess.run(["mount", "-t", "tmpfs", "tmpfs", path], check=True)
+            self.addCleanup(subprocess.run, ["umount", path], check=True)
+        daemon = self.start()
+        self.assertEqual(daemon.api("GET", "/healthz")[0], 200)
+        self.assertEqual(daemon.stop(), 0)
+
+    def test_name_of_a_handler_s_process(self):
+        daemon = self.start()
+        rename = 'open("/proc/self/comm", "wb").write(b"\\xff\\xfe\\nUid:\\t0")\n'
+        daemon.deploy("f", support.handler_image(rename + support.HANDLER.read_text()), "--warm", "1")
+        daemon.wait_warm("f", 1)
+        report = json.loads(daemon.api("GET", "/functions/f/isolation")[1])
+        self.assertNotIn(0, report["host_ids"])
+
+
+class Files(LocalUserCase):
+    def test_locks_are_root_s_whatever_the_umask(self):
+        daemon = self.start(wrapper=("sh", "-c", 'umask 000 && exec "$@"', "sh"))
+        for directory in (daemon.run_dir, daemon.state_dir):
+            self.assertEqual(stat.S_IMODE((directory / "faasd.lock").stat().st_mode), 0o600)
+            with self.assertRaises(PermissionError):
+                self.check_can_open(directory / "faasd.lock")
+
+    @staticmethod
+    def check_can_open(path: Path) -> None:
+        if subprocess.run([*AS_NOBODY, "cat", path], capture_output=True, check=False).returncode:
+            raise PermissionError(path)
+
+    def test_lock_that_a_user_has_open(self):
+        """Of a faasd before this one: to take its mode away would not take away the lock."""
+        daemon = self.start()
+        daemon.stop()
+        daemon.directory.chmod(0o755)
+        locks = [directory / "faasd.lock" for directory in (daemon.run_dir, daemon.state_dir)]
+        for path in locks:
+            path.chmod(0o644)
+        self.run_as_nobody(f"files = [open(path) for path in {list(map(str, locks))}]\n"
+                           "for file in files: fcntl.flock(file, fcntl.LOCK_SH)")
+        daemon.start()
+        for path in locks:
+            self.assertEqual(stat.S_IMODE(path.stat().st_mode), 0o600)
+
+    def test_directories_of_others_are_refused(self):
+        for mode, owner in ((0o777, 0), (0o775, 0), (0o755, 65534)):
+            for option in ("--run-dir", "--state-dir"):
+                with self.subTest(option, mode=oct(mode), owner=owner):
+                    daemon = support.Daemon(directory=self.scratch())
+                    directory = {"--run-dir": daemon.run_dir, "--state-dir": daemon.state_dir}[option]
+                    directory.mkdir()
+                    directory.chmod(mode)
+                    os.chown(directory, owner, 0)
+                    result = subprocess.run(daemon.command(), capture_output=True, text=True, check=False)
+                    self.assertEqual(result.returncode, 2, result.stderr)
+                    self.assertRegex(result.stderr, rf"\Afaasd: {option} \S+ is open to others than root.*\n\Z")
+
+    def test_parent_of_everybody_s_is_refused(self):
+        directory = self.scratch()
+        directory.chmod(0o777)
+        daemon = support.Daemon(directory=directory)
+        result = subprocess.run(daemon.command(), capture_output=True, text=True, check=False)
+        self.assertEqual(result.returncode, 2, result.stderr)
+        self.assertIn(f"anybody can rename what is in {directory}", result.stderr)
+
+    def test_image_json_with_what_it_should_not_have_breaks_its_function_alone(self):
+        daemon = self.start()
+        self.deploy(daemon)
+        good = daemon.deploy("good", support.handler_image(HANDLER))
+        daemon.stop()
+        path, = (daemon.state_dir / "images/f").glob("*/image.json")
+        image = json.loads(path.read_text())
+        image["process"]["volumes"] = [{"path": "/x", "mode": "what", "uid": 0, "gid": 0, "copy_up": False}]
+        path.write_text(json.dumps(image))
+        daemon.start()
+        self.assertEqual(daemon.info("f")["state"], "broken")
+        self.assertEqual(get(good)[0], 200)
+        daemon.stop()
+        log = daemon.directory / "log"
+        log.write_text(log.read_text().replace("Traceback", "traceback"))       # it has the detail, as it should
+
+
+class Cgroups(LocalUserCase):
+    def check_go_on(self, daemon: support.Daemon, client, start_other) -> None:
+        client.read_number()
+        with start_other() as other:
+            client.read_number()
+            self.assertEqual(daemon.info("f")["running"], 1)
+            self.assertIsNone(other.poll())
+        self.release(daemon, "go")
+        self.assertTrue(client.rest().endswith("done\n"))
+        daemon.wait_idle("f")
+        self.assertEqual(daemon.outcomes("f"), {"answered": 1})
+
+    @contextlib.contextmanager
+    def other(self, command: list, directory: Path):
+        with (directory / "other").open("wb") as log:
+            process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=log)
+        try:
+            wait_until(lambda: "ready: " in (directory / "other").read_text() or process.poll(), "it is ready")
+            yield process
+        finally:
+            process.terminate()
+            self.assertEqual(process.wait(support.READY_SECONDS), 0, (directory / "other").read_text())
+
+    def test_directories_whose_names_look_alike(self):
+        daemon = support.Daemon()
+        daemon.run_dir = daemon.directory / "a/b"
+        daemon.socket = daemon.run_dir / "faasd.sock"
+        daemon.start()
+        self.addCleanup(daemon.close)
+        client = self.client(self.deploy(daemon), "/work?go")
+        second = support.Daemon("--subnet", "10.1.0.0/24", directory=daemon.directory)
+        second.run_dir, second.state_dir = daemon.directory / "a-b", daemon.directory / "state-2"
+        self.check_go_on(daemon, client, lambda: self.other(second.command(), daemon.directory))
+
+    def test_one_path_in_two_mount_namespaces(self):
+        daemon = self.start()
+        client = self.client(self.deploy(daemon), "/work?go")
+        hide = ("unshare", "--mount", "sh", "-c",
+                f'mount -t tmpfs -o mode=755 tmpfs {daemon.directory} && exec "$@"', "sh")
+        second = support.Daemon("--subnet", "10.1.0.0/24", directory=daemon.directory, wrapper=hide)
+        self.check_go_on(daemon, client, lambda: self.other(second.command(), self.scratch()))
+
+    def test_a_directory_made_anew_is_the_same(self):
+        directory = self.scratch()
+        before = faasd.run_dir_mark(directory)
+        directory.rename(f"{directory}-old")
+        directory.mkdir()
+        self.assertEqual(faasd.run_dir_mark(directory), before)
+        os.rmdir(f"{directory}-old")
+
+
+class Ports(LocalUserCase):
+    TAKE = HANDLER.replace('elif command == "/silent":', """elif command == "/take":
+    taken = socket.socket()
+    taken.bind(("127.0.0.1", 8000))             # not even listening
+    client.sendall(HEAD + b"0\\n")
+    time.sleep(3600)
+elif command == "/silent":""")
+
+    def test_container_that_holds_the_api_s_is_ended(self):
+        daemon = self.start()
+        address = daemon.deploy("f", support.handler_image(self.TAKE), "--net", "host", "--timeout", "0")
+        client = self.client(address, "/take?x")
+        while client.read_line() != "0":
+            continue
+        self.leave(daemon)
+        token = daemon.directory / "token"
+        token.write_text("0123456789abcdef")
+        token.chmod(0o600)
+        daemon.arguments = ("--api", "127.0.0.1:8000", "--api-token-file", str(token))
+        daemon.start()
+        self.assertIn("has taken port 8000, which is ours: ending it", daemon.log())
+        self.check_nothing_left(daemon)
+        self.assertEqual(get(address), (200, "1"))
+
+    def test_somebody_else_s_is_told(self):
+        with socket.create_server(("127.0.0.1", 8000)):
+            daemon = support.Daemon()
+            self.addCleanup(shutil.rmtree, daemon.directory)
+            (daemon.directory / "token").write_text("0123456789abcdef")
+            (daemon.directory / "token").chmod(0o600)
+            daemon.arguments = ("--api", "127.0.0.1:8000", "--api-token-file", str(daemon.directory / "token"))
+            result = subprocess.run(daemon.command(), capture_output=True, text=True, check=False)
+        self.assertEqual(result.returncode, 2)
+        self.assertRegex(result.stderr, r"\nfaasd: cannot listen on http://127.0.0.1:8000: Address already in use; .*\s\Z")
+        self.assertEqual(support.remains(daemon), [])
+
+
+class Addresses(LocalUserCase):
+    """What root's other programs take from lo is put back."""
+
+    def flush(self) -> None:
+        subprocess.run(["ip", "addr", "flush", "dev", "lo", "label", "lo:faas"], check=True)
+
+    def test_put_back_by_itself(self):
+        daemon = self.start()
+        addresses = [daemon.deploy(name, support.small_image()) for name in "abc"]
+        daemon.faas("rm", "b")
+        self.flush()
+        wait_until(lambda: support.addresses() == ["10.0.0.10/32", "10.0.0.12/32"], "they are back")
+        self.assertEqual([get(address)[0] for address in (addresses[0], addresses[2])], [200, 200])
+        self.assertEqual(daemon.info("a")["state"], "ready")
+
+    def test_list_tells_the_truth_and_set_does_not_lie_while_it_cannot_be(self):
+        programs = self.scratch()
+        (programs / "ip").write_text(f"#!/bin/sh\n[ -e {programs}/broken ] && [ $2 = replace ] && exit 2\n"
+                                     f'exec {shutil.which("ip")} "$@"\n')
+        (programs / "ip").chmod(0o755)
+        daemon = self.start(env={"PATH": f"{programs}:{os.environ['PATH']}"})
+        address = daemon.deploy("f", support.small_image())
+        (programs / "broken").touch()
+        self.flush()
+        wait_until(lambda: daemon.info("f")["state"] == "broken", "it says so")
+        self.assertIn("somebody has taken its address from lo", daemon.info("f")["error"])
+        result = daemon.faas("set", "f", "--memory", "256m", check=False)
+        self.assertEqual((result.returncode, daemon.info("f")["options"]["memory"]), (1, 512 << 20))
+        self.assertIn(f"cannot add {address} to lo", result.stderr)
+        (programs / "broken").unlink()
+        wait_until(lambda: daemon.info("f")["state"] == "ready", "it tries again")
+        self.assertEqual(get(address)[0], 200)
+
+
+class Promises(LocalUserCase):
+    """--max-warm, and what functions were promised of it."""
+
+    def test_less_than_what_is_promised_refuses_nobody_else(self):
+        daemon = self.start("--max-warm", "4")
+        daemon.deploy("a", support.small_image(), "--warm", "4")
+        daemon.stop()
+        daemon.arguments = ("--max-warm", "2")
+        daemon.start()
+        self.assertIn("functions were promised 4 warm containers, and --max-warm is 2", daemon.log())
+        daemon.faas("new", "b", "--warm", "auto", stdin=support.small_image())
+        daemon.faas("set", "b", "--memory", "256m")
+        result = daemon.faas("set", "b", "--warm", "1", check=False)
+        self.assertIn("warm 1: only 0 of 2 warm containers are not promised to other functions", result.stderr)
+
+    def test_two_that_ask_at_once(self):
+        daemon = self.start("--max-warm", "4")
+        for name in "ab":
+            daemon.deploy(name, support.small_image())
+        faas = [sys.executable, support.TOP / "faas", "--socket", daemon.socket]
+        asking = [subprocess.Popen([*faas, "set", name, "--warm", "4"], stdout=subprocess.DEVNULL,
+                                   stderr=subprocess.DEVNULL) for name in "ab"]
+        self.assertEqual(sorted(process.wait(support.READY_SECONDS) for process in asking), [0, 1])
+
+
+if __name__ == "__main__":
+    unittest.main()
