@@ -33,7 +33,8 @@ PREFIX = f"faasd-test.{secrets.token_hex(3)}."         # of this run: another ma
 RUN_DIRS: set[Path] = set()                             # of all daemons of this run
 HANDLER = Path(__file__).with_name("handler.py")
 RUNTIME = os.environ.get("FAASD_TEST_RUNTIME", "runc")     # the --runtime of every daemon that does not ask for another
-READY_SECONDS = 30      # for anything that must happen at all; no test is about how fast
+# For anything that must happen at all; no test is about how fast. A machine that is emulated takes ten times as long.
+READY_SECONDS = 30 * int(os.environ.get("FAASD_TEST_PATIENCE", "1"))
 
 
 # A network namespace that nobody has set up has no routes; this machine's own has some.

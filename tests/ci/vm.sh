@@ -18,16 +18,16 @@ if [ "${1:-}" = --runtime ]; then
     shift 2
 fi
 
-# Profiles and cgroups in the spec; what the kernel refuses and counts; out of memory; networks of another kernel; the unit
-# below systemd 257, which refuses cgroup v1; what the daemon finds at start, and finds again after a kill.
+# What is asked at start; profiles, cgroups and their limits, out of memory; what the kernel refuses and counts; networks; the
+# unit below systemd 257, which does not run with cgroup v1, and what outlives the daemon.
 files=()
-for name in units isolation hostile invocation network restart daemon packaging readme quickstart zz_leftovers; do
+for name in machine isolation packaging restart network hostile invocation zz_leftovers; do
     files+=("tests/test_$name.py")
 done
 [ $# -gt 0 ] || set -- "${files[@]}"
 
-accelerate=(-accel "tcg,thread=multi" -cpu max)
-[ "${ACCELERATION:-}" != kvm ] || accelerate=(-accel kvm -cpu host)
+accelerate=(-accel "tcg,thread=multi" -cpu max) patience=10
+[ "${ACCELERATION:-}" != kvm ] || accelerate=(-accel kvm -cpu host) patience=1
 
 work=$(mktemp -d /var/tmp/faasd-vm.XXXXXX)
 trap 'rm -rf --one-file-system "$work"' EXIT
@@ -49,7 +49,7 @@ apparmor_parser -r packaging/apparmor-faasd-default
 echo "vm: \$(python3 --version), \$($runtime --version | head -n 1), \$(systemctl --version | head -n 1), kernel \$(uname -r)," \
     "\$(stat -f -c %T /sys/fs/cgroup), AppArmor \$(cat /sys/module/apparmor/parameters/enabled)"
 $export_runtime
-PYTHONUNBUFFERED=1 ./test.sh $(printf '%q ' "$@")
+PYTHONUNBUFFERED=1 FAASD_TEST_PATIENCE=$patience ./test.sh $(printf '%q ' "$@")
 JOB
 cat >"$work/root/etc/systemd/system/job.service" <<UNIT
 [Service]
