@@ -2373,8 +2373,8 @@ def build_spec(name: str, image: dict, options: Options, rootfs: str, control_so
 def check_sizes(process: dict, total: int) -> None:
     """Raise BadRequest for a process that execve(2) would refuse, or a config.json that would fill RUN_DIR.
 
-    total is the size of all of config.json, of which each container has one. A smaller one cannot have more variables and
-    arguments together than execve takes, which is 2 MiB.
+    total is the size of all of config.json, of which each container has one. In a smaller one there is no room for more
+    variables and arguments than execve takes, which is 2 MiB.
     """
     named = [*(("the command's argument", text) for text in process["args"]),
              *((f"the variable {text.partition('=')[0][:MAX_NAME_LENGTH]}", text) for text in process["env"])]
@@ -2383,8 +2383,8 @@ def check_sizes(process: dict, total: int) -> None:
             raise BadRequest(f"{what} has {len(text.encode())} bytes: one may have at most {MAX_ARGUMENT - 1}")
     if total > MAX_CONFIG_SIZE:
         env, args = (sum(len(text.encode()) + 1 for text in process[key]) for key in ("env", "args"))
-        raise BadRequest(f"the environment of {env} bytes and the command of {args} make a config.json of {total} bytes, over "
-                         f"{MAX_CONFIG_SIZE} (MAX_CONFIG_SIZE): put what is large into a file of the image")
+        raise BadRequest(f"the environment of {env} bytes and the command of {args} make a config.json of {total} bytes, "
+                         f"over {MAX_CONFIG_SIZE} (MAX_CONFIG_SIZE): put what is large into a file of the image")
 
 
 class Bundle:

