@@ -72,6 +72,11 @@ class LocalUserCase(RestartCase):
             self.assertEqual(process.stdout.readline(), b"\n")
         return process
 
+    def refused(self, daemon: support.Daemon) -> subprocess.CompletedProcess:
+        """Start a daemon that should refuse to; return how it ended."""
+        return subprocess.run(daemon.command(), capture_output=True, text=True, check=False,
+                              timeout=support.READY_SECONDS)
+
     def check_stops(self, daemon: support.Daemon) -> None:
         self.assertEqual(daemon.stop(), 0)
         self.assertEqual([line for line in support.remains(daemon) if "x --root" not in line], [])
@@ -381,7 +386,7 @@ for s, name in zip(sockets, {names}):
                 wait_until(lambda probe=probe: probe.connect_ex(f"\0{name}") == 0, "it is answered")
         other = support.Daemon()
         self.addCleanup(shutil.rmtree, other.directory)
-        result = subprocess.run(other.command(), capture_output=True, text=True, check=False)
+        result = self.refused(other)
         self.assertEqual((result.returncode, daemon.api("GET", "/healthz")[0]), (2, 200))
         self.assertIn("another faasd uses 10.0.0.0/24", result.stderr)
 
@@ -442,7 +447,7 @@ class Files(LocalUserCase):
                     directory.mkdir()
                     directory.chmod(mode)
                     os.chown(directory, owner, 0)
-                    result = subprocess.run(daemon.command(), capture_output=True, text=True, check=False)
+                    result = self.refused(daemon)
                     self.assertEqual(result.returncode, 2, result.stderr)
                     self.assertRegex(result.stderr, rf"\Afaasd: {option} \S+ is open to others than root.*\n\Z")
 
@@ -450,7 +455,7 @@ class Files(LocalUserCase):
         directory = self.scratch()
         directory.chmod(0o777)
         daemon = support.Daemon(directory=directory)
-        result = subprocess.run(daemon.command(), capture_output=True, text=True, check=False)
+        result = self.refused(daemon)
         self.assertEqual(result.returncode, 2, result.stderr)
         self.assertIn(f"anybody can rename what is in {directory}", result.stderr)
 
@@ -553,7 +558,7 @@ elif command == "/silent":""")
             (daemon.directory / "token").write_text("0123456789abcdef")
             (daemon.directory / "token").chmod(0o600)
             daemon.arguments = ("--api", "127.0.0.1:8000", "--api-token-file", str(daemon.directory / "token"))
-            result = subprocess.run(daemon.command(), capture_output=True, text=True, check=False)
+            result = self.refused(daemon)
         self.assertEqual(result.returncode, 2)
         self.assertRegex(result.stderr, r"\nfaasd: cannot listen on http://127.0.0.1:8000: Address already in use; .*\s\Z")
         self.assertEqual(support.remains(daemon), [])
