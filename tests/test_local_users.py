@@ -391,14 +391,16 @@ for s, name in zip(sockets, {names}):
         self.assertIn("another faasd uses 10.0.0.0/24", result.stderr)
 
     def test_mounts_of_a_user(self):
-        """With FUSE a user mounts on any directory of their own; a tmpfs of root's stands for it."""
-        top = os.fsencode(self.scratch())
-        for name in (b"\xff", b"a\x0cb", "line\u2028end\u00a0x".encode(), b"back\\040slash", b"new\nline - cgroup x"):
-            path = os.path.join(top, name)
-            os.mkdir(path)
-            subprocess.run(["mount", "-t", "tmpfs", "tmpfs", path], check=True)
-            self.addCleanup(subprocess.run, ["umount", path], check=True)
-        daemon = self.start()
+        """With FUSE a user mounts on any directory of their own; a tmpfs of root's, in a namespace of its own, stands for
+        it.
+        """
+        names = [b"\xff", b"a\x0cb", "line\u2028end\u00a0x".encode(), b"back\\040slash", b"new\nline - cgroup x"]
+        mount = ("import os, subprocess, sys\n"
+                 f"for path in [os.path.join({os.fsencode(self.scratch())!r}, name) for name in {names!r}]:\n"
+                 "    os.mkdir(path)\n"
+                 "    subprocess.run(['mount', '-t', 'tmpfs', 'tmpfs', path], check=True)\n"
+                 "os.execv(sys.argv[1], sys.argv[1:])\n")
+        daemon = self.start(wrapper=("unshare", "--mount", sys.executable, "-c", mount))
         self.assertEqual(daemon.api("GET", "/healthz")[0], 200)
         self.assertEqual(daemon.stop(), 0)
 
