@@ -58,6 +58,13 @@ network, networks of functions, container, warm pool, function, registry, logs, 
 
 from __future__ import annotations
 
+import sys
+
+# Where Python cannot read this file, before 3.8, its complaint shows the first line that it does not understand: this one.
+if (needs_python_3_11_or_newer := sys.version_info) < (3, 11):
+    print("faasd: needs Python 3.11 or newer, and this is", sys.version.split()[0], file=sys.stderr)
+    sys.exit(2)
+
 import collections
 import contextlib
 import ctypes
@@ -79,7 +86,6 @@ import signal
 import stat
 import struct
 import subprocess
-import sys
 import tarfile
 import threading
 import zlib
@@ -143,6 +149,7 @@ EXIT_GRACE = 1.0                    # seconds a handler has between letting go o
 KILL_RETRY = 0.02                   # seconds between two rounds of killing one container
 KILL_TIMEOUT = 10.0                 # seconds before runc itself is killed and its remains are deleted
 STOP_SECONDS = 20.0                 # until a stop goes on without what should long have ended, and with it each wait
+PROBE_SECONDS = 10.0                # for the container that tells at start whether any can run here
 COMMAND_TIMEOUT = 30.0              # seconds for ip, mount and runc delete
 SYS_PIDFD_GETFD = 438               # the same on every architecture (pidfd_getfd(2), Linux 5.6)
 SYS_FSOPEN = 430                    # likewise; then come fsconfig and fsmount (Linux 5.2)
@@ -2345,6 +2352,8 @@ def build_spec(name: str, image: dict, options: Options, rootfs: str, control_so
         "process": {
             "terminal": False, "cwd": process["cwd"], "args": command_line(process, options), "env": env,
             "user": {"uid": process["uid"], "gid": process["gid"], "additionalGids": process["groups"]},
+            # Not what an operator gave us to protect us from the OOM killer; to lower what is higher takes a capability.
+            "oomScoreAdj": max(0, int(read_text(Path("/proc/self/oom_score_adj")) or 0)),
             "noNewPrivileges": True, **({"apparmorProfile": apparmor} if apparmor else {}),
             "capabilities": {kind: [] for kind in
                              ("bounding", "effective", "inheritable", "permitted", "ambient")},
@@ -2391,7 +2400,8 @@ class Bundle:
     """A function's config.json, rendered once; for each container its id and the user namespace are filled in."""
 
     def __init__(self, name: str, image: dict, options: Options, rootfs: Path, run_dir: Path, cgroups: Cgroups,
-                 apparmor: str = ""):
+                 apparmor: str = "", mounts: Iterable[dict] = ()):
+        """mounts are what the rootfs itself is made of, where it is no unpacked image."""
         self.name, self.version = name, image["version"]
         self.first_id: int = image["first_id"]          # host id of the containers' root
         # runc joins a user namespace first, and from there no network that the host has made.
@@ -2401,6 +2411,7 @@ class Bundle:
         spec = build_spec(name, image, options, str(rootfs), str(run_dir / "containers" / self._mark / "control.sock"),
                           cgroups.path(self._mark), self._mark, cgroups.can_limit_swap, run_dir, apparmor,
                           self._namespace_mark, {"memory.oom.group": "1"} if cgroups.kills_whole else None)
+        spec["mounts"][:0] = mounts
         self._template = json.dumps(spec)
         check_sizes(spec["process"], len(self._template))
 
@@ -2606,13 +2617,27 @@ def read_mounts() -> list[tuple[str, str]]:
     return [(before[4], after[0]) for before, after in read_mountinfo()]
 
 
-def run_command(*argv: str, stdin: str = "") -> subprocess.CompletedProcess:
-    """Run a short-lived tool to its end and return its result with text output. Raises FaasdError if it cannot run."""
+def run_command(what: str, *argv: str, stdin: str = "") -> str:
+    """Run a short-lived tool to its end and return what it prints. Raises FaasdError, which says what cannot be done."""
     try:
-        return subprocess.run(argv, input=stdin, capture_output=True, text=True, errors="replace",
-                              timeout=COMMAND_TIMEOUT, check=False)
+        result = subprocess.run(argv, input=stdin, capture_output=True, text=True, errors="replace",
+                                timeout=COMMAND_TIMEOUT, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise FaasdError(f"cannot run {argv[0]}: {error}") from error
+        raise FaasdError(f"{what}: cannot run {argv[0]}: {error}") from error
+    if result.returncode != 0:
+        said = result.stderr.strip() or f"{argv[0]} exited with status {result.returncode}"
+        raise FaasdError(f"{what}: {said.splitlines()[0]}")
+    return result.stdout
+
+
+def try_command(what: str, *argv: str) -> bool:
+    """Run a tool of which failure is logged; return whether it succeeded."""
+    try:
+        run_command(what, *argv)
+    except FaasdError as error:
+        log.warning("%s", error)
+        return False
+    return True
 
 
 def runc_warning(version: str) -> str | None:
@@ -2639,13 +2664,11 @@ class Runtime:
 
     def __init__(self, program: str, root: Path):
         self.program, self.root = program, root
+        self.name = Path(program).name
 
     def version(self) -> str:
         """Return the first line of `runc --version`. Raises FaasdError if it does not run."""
-        result = run_command(self.program, "--version")
-        if result.returncode != 0:
-            raise FaasdError(f"{self.program} --version failed: {result.stderr.strip()[:200]}")
-        return result.stdout.splitlines()[0] if result.stdout else "unknown"
+        return (run_command(f"{self.program} --version failed", self.program, "--version").splitlines() or ["unknown"])[0]
 
     def run_argv(self, bundle: str, container_id: str) -> list[str]:
         """Return the command that runs a container.
@@ -2661,11 +2684,11 @@ class Runtime:
         """Start `runc run` with stdout and stderr on the descriptor output; return its pid. Raises OSError.
 
         posix_spawn takes half the time of subprocess.Popen, and the loop stands still for it. A session of its own:
-        a Ctrl-C on our terminal is not for handlers. Python ignores SIGPIPE, which programs do not expect to inherit.
+        a Ctrl-C on our terminal is not for handlers. Python ignores SIGPIPE, nohup SIGHUP: no program expects to inherit that.
         """
         return os.posix_spawn(
             self.program, self.run_argv(bundle, container_id), {"PATH": DEFAULT_PATH}, setsid=True,
-            setsigdef=[signal.SIGPIPE],
+            setsigdef=signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP},
             file_actions=[(os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
                           (os.POSIX_SPAWN_DUP2, output, 1), (os.POSIX_SPAWN_DUP2, output, 2)])
 
@@ -2678,13 +2701,8 @@ class Runtime:
 
     def delete(self, container_id: str) -> None:
         """Remove a container by force. Blocks; failure is logged, for the caller removes what is left by hand."""
-        try:
-            result = run_command(self.program, "--root", str(self.root), "delete", "--force", container_id)
-        except FaasdError as error:
-            log.error("container=%s %s", container_id, error)
-            return
-        if result.returncode != 0:
-            log.warning("container=%s %s delete failed: %s", container_id, self.program, result.stderr.strip()[:500])
+        try_command(f"container={container_id} {self.program} delete", self.program, "--root", str(self.root), "delete",
+                    "--force", container_id)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2724,10 +2742,11 @@ class IdRanges:
 
     def __init__(self, ids: range):
         self._ids = ids
+        self.first = ids.start
         self._taken: set[int] = set()
         self._namespaces: dict[int, int] = {}   # user namespaces with the ids of a range: first id → descriptor
         self._making = asyncio.Lock()
-        self.can_make = True
+        self.can_make = True                    # and the runtime joins what we make: see ContainerHost.probe
 
     def take(self) -> int:
         """Return the first id of a free range, which is taken from now on. Raises Conflict when there is none."""
@@ -2750,9 +2769,9 @@ class IdRanges:
     async def user_namespace(self, first: int) -> str:
         """Return the path of the user namespace of a range, made at first use; "" if only runc can make one here."""
         async with self._making:
+            if not self.can_make:
+                return ""
             if first not in self._namespaces:
-                if not self.can_make:
-                    return ""
                 try:
                     self._namespaces[first] = await asyncio.to_thread(make_user_namespace, first)
                 except (OSError, FaasdError) as error:
@@ -2790,11 +2809,11 @@ def make_user_namespace(first: int) -> int:
 
 
 def ip_json(*arguments: str) -> list[dict]:
-    """Return what `ip -j` prints for a query. Raises FaasdError."""
-    result = run_command("ip", "-j", "-4", *arguments)
-    if result.returncode != 0:
-        raise FaasdError(f"ip {' '.join(arguments)} failed: {result.stderr.strip()}")
-    return json.loads(result.stdout or "[]")
+    """Return what `ip -j` prints for a query. Raises UsageError."""
+    try:
+        return json.loads(run_command("ip -j", "ip", "-j", "-4", *arguments) or "[]")
+    except (FaasdError, ValueError) as error:
+        raise UsageError(f"faasd needs the ip of iproute2, not BusyBox's: apt install iproute2 ({error})") from error
 
 
 def find_user(subnet: ipaddress.IPv4Network, is_ours: Callable[[str, str], bool]) -> str | None:
@@ -2903,9 +2922,8 @@ class Network:
             self._lingering.discard(address)
 
     def _put(self, address: str) -> None:
-        result = run_command("ip", "addr", "replace", f"{address}/32", "dev", "lo", "label", ADDRESS_LABEL)
-        if result.returncode != 0:
-            raise FaasdError(f"cannot add {address} to lo: {result.stderr.strip()}")
+        run_command(f"cannot add {address} to lo", "ip", "addr", "replace", f"{address}/32", "dev", "lo", "label",
+                    ADDRESS_LABEL)
         self.missing.discard(address)
 
     def restore(self) -> bool:
@@ -2950,14 +2968,8 @@ class Network:
     @staticmethod
     def _delete(address: str) -> bool:
         """Take an address from lo; return whether that could be done. Failure is logged."""
-        try:
-            result = run_command("ip", "addr", "del", f"{address}/32", "dev", "lo", "label", ADDRESS_LABEL)
-        except FaasdError as error:
-            log.error("cannot remove %s from lo: %s", address, error)
-            return False
-        if result.returncode != 0:
-            log.warning("cannot remove %s from lo: %s", address, result.stderr.strip())
-        return result.returncode == 0
+        return try_command(f"cannot remove {address} from lo", "ip", "addr", "del", f"{address}/32", "dev", "lo",
+                           "label", ADDRESS_LABEL)
 
 
 def notice_vanished_clients(listener: socket.socket) -> None:
@@ -3534,8 +3546,8 @@ class EgressNetworks:
 
     def _warn_of_firewalls(self) -> None:
         """Say so if another firewall drops what we would forward: an accept in our table cannot overrule it."""
-        result = run_command("nft", "-j", "list", "chains")
-        chains = [item["chain"] for item in json.loads(result.stdout or "{}").get("nftables", []) if "chain" in item]
+        listed = json.loads(run_command("cannot list the chains of nftables", "nft", "-j", "list", "chains") or "{}")
+        chains = [item["chain"] for item in listed.get("nftables", []) if "chain" in item]
         for chain in chains:
             if (chain.get("hook"), chain.get("policy")) == ("forward", "drop") and chain["family"] in ("ip", "inet"):
                 log.warning("chain %s of nftables table %s %s drops what it does not know: have it accept packets from "
@@ -3560,8 +3572,8 @@ class EgressNetworks:
 
     def restore_rules(self) -> None:
         """Load the rules again if somebody has flushed them; failure is logged."""
-        if self._numbers and run_command("nft", "list", "table", "inet", self.table).returncode != 0:
-            log.warning("somebody deleted nftables table inet %s: loading the rules of net egress again", self.table)
+        if self._numbers and not try_command(f"somebody deleted nftables table inet {self.table}: loading the rules of "
+                                             "net egress again", "nft", "list", "table", "inet", self.table):
             self._settle()
 
     def _settle(self) -> None:
@@ -3587,9 +3599,7 @@ class EgressNetworks:
             self._directory.rmdir()             # last: who finds it after a crash, does this again
 
     def _nft(self, script: str) -> None:
-        result = run_command("nft", "-f", "-", stdin=script)
-        if result.returncode != 0:
-            raise FaasdError(f"nft cannot load the rules of net egress: {result.stderr.strip()}")
+        run_command("nft cannot load the rules of net egress", "nft", "-f", "-", stdin=script)
 
     # -- one of them --
 
@@ -3633,26 +3643,20 @@ class EgressNetworks:
     @staticmethod
     def _delete_link(link: str) -> None:
         if link in (name for _, name in socket.if_nameindex()):
-            result = run_command("ip", "link", "del", link)
-            if result.returncode != 0:
-                log.warning("cannot remove %s: %s", link, result.stderr.strip())
+            try_command(f"cannot remove {link}", "ip", "link", "del", link)
 
     @staticmethod
     def _delete_namespace(path: Path) -> None:
         """Take away what keeps a namespace; it ends with the last process in it, which has no link to anybody."""
         if (str(path), "nsfs") in read_mounts():
-            result = run_command("umount", "--lazy", str(path))     # lazy: a runc that starts may have it open
-            if result.returncode != 0:
-                log.warning("cannot unmount %s: %s", path, result.stderr.strip())
+            try_command(f"cannot unmount {path}", "umount", "--lazy", str(path))    # a runc that starts may have it open
         try:
             path.unlink(missing_ok=True)
         except OSError as error:
             log.warning("cannot remove %s: %s", path, error.strerror)
 
     def _run(self, *argv: str, stdin: str = "") -> None:
-        result = run_command(*argv, stdin=stdin)
-        if result.returncode != 0:
-            raise FaasdError(f"cannot make a network for net egress: {argv[0]}: {result.stderr.strip()}")
+        run_command(f"cannot make a network for net egress: {argv[0]}", *argv, stdin=stdin)
 
 
 class NetlinkWatch:
@@ -3720,6 +3724,10 @@ class StartFailed(Exception):
         super().__init__(reason)
         self.output = list(output)
         self.status = status
+
+
+class RuntimeFailed(StartFailed):
+    """The runtime made no container: its handler never ran."""
 
 
 def describe_exit(status: int | None) -> str:
@@ -3931,7 +3939,7 @@ class Container:
             if error not in "\n".join(tail):            # crun prints it to its log alone
                 self.write_line(self.id, escape_controls(error))
                 tail.append(escape_controls(error))
-            raise StartFailed(f"{Path(self._host.runtime.program).name} could not make the container", tail, 502)
+            raise RuntimeFailed(f"{self._host.runtime.name} could not make the container", tail, 502)
         if timed_out:
             raise StartFailed(f"the handler did not connect to {CONTROL_SOCKET} within {timeout:g} s", tail, 504)
         raise StartFailed(f"the handler {self.describe_end(status)} before it connected to {CONTROL_SOCKET}", tail, 502)
@@ -4279,6 +4287,48 @@ def has_port(descriptor: int, port: int) -> bool:
         return not names or names[0][1:2] == (port,)
 
 
+# What a probe of the machine runs, in the place of a handler: it opens its stdout as a program may that logs to a file.
+PROBE = {"version": "", "process": {"env": [f"PATH={DEFAULT_PATH}"], "entrypoint": ["sh"], "cmd": ["-c", "echo works "
+         ">/dev/stdout"], "cwd": "/", "uid": 0, "gid": 0, "groups": [], "volumes": []}}
+PROBE_DIRECTORIES = re.compile(r"bin|lib.*|usr|nix|gnu")            # of the host, which programs need
+
+
+def lay_out_probe(rootfs: Path) -> list[dict]:
+    """Make a rootfs in which the host's programs run; return the mounts that it takes. Raises OSError."""
+    mounts = []
+    for name in ("dev", "proc", "sys", "tmp"):
+        (rootfs / name).mkdir(parents=True)
+    (rootfs / CONTROL_SOCKET[1:]).touch()
+    for entry in filter(lambda entry: PROBE_DIRECTORIES.fullmatch(entry.name), Path("/").iterdir()):
+        if entry.is_symlink():
+            (rootfs / entry.name).symlink_to(os.readlink(entry))
+        elif entry.is_dir():
+            (rootfs / entry.name).mkdir()
+            # Not read-only: that takes a remount, which may fail where no function would. Nothing in there is its own.
+            mounts.append({"destination": str(entry), "type": "bind", "source": str(entry), "options": ["rbind"]})
+    return mounts
+
+
+def check_memory_controller() -> None:
+    """Raise UsageError where no memory can be limited. crun would not notice: it writes limits to plain files then."""
+    mounts = [Path(mount) for mount, kind in read_mounts() if kind in ("cgroup", "cgroup2")]
+    if not any((mount / "memory.limit_in_bytes").exists() or
+               "memory" in read_text(mount / "cgroup.controllers").split() for mount in mounts):
+        raise UsageError("this machine cannot limit the memory of containers: boot the kernel with cgroup_enable=memory, or "
+                         "mount the memory controller of cgroups")
+
+
+def machine_lack(error: str) -> str:
+    """Return the mend for a machine on which no container starts; error is what the runtime says."""
+    mounts = read_mounts()
+    version_1, version_2 = ({mount for mount, kind in mounts if kind == name} for name in ("cgroup", "cgroup2"))
+    if read_text("/proc/sys/user/max_user_namespaces").strip() == "0":
+        return "user namespaces are switched off, sysctl user.max_user_namespaces=15000 switches them on: "
+    if version_1 and version_2 and "cgroup" in error:
+        return f"it has cgroups of v1 and of v2, umount {' '.join(version_2)} or choose another --runtime: "
+    return ""
+
+
 class ContainerHost:
     """Where this daemon's containers live: directories, runtime and cgroups, and what to do about their remains."""
 
@@ -4298,14 +4348,44 @@ class ContainerHost:
         """
         self.containers_dir.mkdir(mode=0o711, exist_ok=True)
         if self._file_system_type(self.containers_dir) != "tmpfs":
-            result = run_command("mount", "-t", "tmpfs", "-o", "mode=0711,nosuid,nodev,noexec,size=64m", "faasd",
-                                 str(self.containers_dir))
-            if result.returncode != 0:
-                raise FaasdError(f"cannot mount a tmpfs on {self.containers_dir}: {result.stderr.strip()}")
+            run_command(f"cannot mount a tmpfs on {self.containers_dir}", "mount", "-t", "tmpfs", "-o",
+                        "mode=0711,nosuid,nodev,noexec,size=64m", "faasd", str(self.containers_dir))
         self.containers_dir.chmod(0o711)
         survivors = self._find_survivors(addresses)
         self.remove_orphans({survivor.container_id for survivor in survivors})
         return survivors
+
+    async def probe(self) -> None:
+        """Start a container as functions have them, to learn whether the runtime joins a user namespace.
+
+        Raises UsageError if it starts none. What is left of one when we are killed goes as any container does.
+        """
+        check_memory_controller()
+        error = await self._try_container()
+        if error and self.ids.can_make:
+            joining, self.ids.can_make = error, False
+            error = await self._try_container()
+            if not error:
+                log.warning("%s joins no user namespace, so it makes one for each container, and all functions share "
+                            "what root may take of inotify, queues and timers: %s", self.runtime.name, joining)
+        if error:
+            raise UsageError(f"{self.runtime.name} cannot start a container on this machine: {machine_lack(error)}{error}")
+
+    async def _try_container(self) -> str:
+        """Return why no container works, "" if one does."""
+        rootfs = self.containers_dir / secrets.token_hex(6)
+        try:
+            mounts = lay_out_probe(rootfs)
+            bundle = Bundle("probe", {**PROBE, "first_id": self.ids.first}, Options(), rootfs, self.containers_dir.parent,
+                            self.cgroups, self.apparmor, mounts)
+            await Container(self, bundle, lambda container_id, line: None).start(PROBE_SECONDS)
+        except StartFailed as failure:
+            return "" if failure.output == ["works"] else " ".join([str(failure), *failure.output])
+        except OSError as error:
+            raise storage_error(error, f"making a container in {rootfs}") from error
+        finally:
+            shutil.rmtree(rootfs, ignore_errors=True)
+        raise AssertionError("nothing in a probe connects")
 
     @staticmethod
     def _file_system_type(path: Path) -> str:
@@ -4477,9 +4557,7 @@ class ContainerHost:
         """Remove what prepare made, once no container is left. Blocks."""
         self.cgroups.remove(self.cgroups.parent)
         if os.path.ismount(self.containers_dir):
-            result = run_command("umount", str(self.containers_dir))
-            if result.returncode != 0:
-                log.warning("cannot unmount %s: %s", self.containers_dir, result.stderr.strip())
+            try_command(f"cannot unmount {self.containers_dir}", "umount", str(self.containers_dir))
         shutil.rmtree(self.runtime.root / ".cache", ignore_errors=True)         # crun's, of seccomp filters
         for directory in (self.containers_dir, self.runtime.root):
             try:
@@ -6927,6 +7005,7 @@ class Daemon:
             raise storage_error(error, f"clearing what an earlier faasd left at {error.filename}") from error
         number = None
         try:
+            await self._host.probe()
             await asyncio.to_thread(self._guard_addresses)
             if self.settings.api:       # clients wait until we are ready
                 servers.append(await self._bind(functools.partial(self._open_api, token), self.settings.api[1]))
@@ -7362,6 +7441,8 @@ class Daemon:
         try:
             await container.start(version.options.start_timeout)
         except StartFailed as failure:
+            if isinstance(failure, RuntimeFailed):
+                await self._host.probe()            # by now the machine may be to blame, not the image
             raise DeployFailed(f"function {name} does not start: {failure}", failure.output) from failure
         return container, output
 
@@ -7714,10 +7795,22 @@ def read_token(path: Path) -> bytes:
     return token
 
 
-def check_machine(settings: Settings) -> None:
-    """Raise UsageError if faasd cannot run here."""
+UNLIMITED = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
+CONTAINER_LIMITS = {            # what the kernel gives the first process, but for core dumps; pids and memory have cgroups
+    resource.RLIMIT_CORE: (0, 0), resource.RLIMIT_FSIZE: UNLIMITED, resource.RLIMIT_CPU: UNLIMITED,
+    resource.RLIMIT_DATA: UNLIMITED, resource.RLIMIT_AS: UNLIMITED, resource.RLIMIT_MEMLOCK: (8 * MIB, 8 * MIB),
+    resource.RLIMIT_STACK: (8 * MIB, resource.RLIM_INFINITY), resource.RLIMIT_NICE: (0, 0),
+    resource.RLIMIT_RTPRIO: (0, 0)}
+
+
+def check_root() -> None:
+    """Raise UsageError for whom faasd cannot run."""
     if os.geteuid() != 0:
         raise UsageError("faasd needs root, for namespaces, addresses and file owners: sudo ./faasd.py")
+
+
+def check_machine(settings: Settings) -> None:
+    """Raise UsageError if faasd cannot run here."""
     if shutil.which(settings.runtime) is None:
         raise UsageError(f"no {settings.runtime} on this machine: apt install {Path(settings.runtime).name}, "
                          "or name an OCI runtime with --runtime")
@@ -7729,7 +7822,10 @@ def check_machine(settings: Settings) -> None:
 
 
 def machine_warnings() -> Iterator[str]:
-    """Yield what on this machine makes it easy for clients to keep others out."""
+    """Yield what of this machine faasd has to do without."""
+    if read_text(Path("/proc/sys/kernel/yama/ptrace_scope")).strip() == "3":
+        yield ("kernel.yama.ptrace_scope is 3, so a restart cannot take over what serves clients, and ends it: boot with "
+               "a lower one if that matters")
     cookies = Path("/proc/sys/net/ipv4/tcp_syncookies")
     if not cookies.exists() or cookies.read_text().strip() == "0":
         yield ("SYN cookies are off, so clients that say nothing can keep others from connecting: "
@@ -7752,6 +7848,10 @@ def make_directories(settings: Settings) -> None:
             (settings.state_dir / name).chmod(mode)
     except OSError as error:
         raise UsageError(f"cannot make {error.filename}: {error.strerror}") from error
+    if os.statvfs(settings.state_dir).f_flag & os.ST_NOEXEC:
+        mount = next(path for path in [settings.state_dir, *settings.state_dir.parents] if os.path.ismount(path))
+        raise UsageError(f"--state-dir {settings.state_dir} has the images, whose programs cannot be run on {mount}, which "
+                         f"is mounted noexec: mount -o remount,exec {mount}, or choose another directory")
     for option, directory in (("--state-dir", settings.state_dir), ("--run-dir", settings.run_dir)):
         status = directory.stat()
         if status.st_uid != 0 or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
@@ -7814,14 +7914,37 @@ async def serve(settings: Settings, network: Network, ids: IdRanges) -> None:
     await Daemon(settings, network, ids).run()
 
 
-def set_limits() -> None:
-    """Set the resource limits that we, who need four descriptors an invocation, and all containers have.
+def leave_behind_the_shell() -> None:
+    """Undo what we may have inherited of whoever started us, and containers of us: a nice value, blocked signals, …
 
-    Containers inherit them: for runc to set them in a user namespace that is not root's takes CAP_SYS_RESOURCE.
+    Their limits are ours: for runc to set them in a user namespace that is not root's takes CAP_SYS_RESOURCE. We need
+    four descriptors an invocation.
     """
-    most = min(MAX_DESCRIPTORS, resource.getrlimit(resource.RLIMIT_NOFILE)[1])
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)       # ignored, it would take exit statuses away
+    os.umask(0o022)
+    # As far as /usr/sbin from a PATH of su or cron.
+    os.environ["PATH"] = f"{os.environ.get('PATH') or DEFAULT_PATH}:{DEFAULT_PATH}"
+    try:
+        os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
+        os.setpriority(os.PRIO_PROCESS, 0, 0)
+        os.sched_setaffinity(0, range(os.cpu_count() or 1))
+    except OSError as error:
+        log.warning("containers keep our priority and CPUs, because we lack CAP_SYS_NICE: %s", error.strerror)
+    set_limits()
+
+
+def set_limits() -> None:
+    """Set the limits of CONTAINER_LIMITS, as far as we may, and of descriptors and processes the most that we may."""
+    hard = {kind: resource.getrlimit(kind)[1] for kind in (resource.RLIMIT_NOFILE, resource.RLIMIT_NPROC)}
+    hard[resource.RLIMIT_NOFILE] = min(MAX_DESCRIPTORS, hard[resource.RLIMIT_NOFILE])
+    for kind, limits in {**CONTAINER_LIMITS, **{kind: (most, most) for kind, most in hard.items()}}.items():
+        try:
+            resource.setrlimit(kind, limits)
+        except ValueError as error:         # a hard limit is lower, which takes CAP_SYS_RESOURCE to raise
+            resource.setrlimit(kind, (resource.getrlimit(kind)[1],) * 2)
+            log.warning("containers keep our limit %d of resource %d (getrlimit(2)): %s", resource.getrlimit(kind)[1], kind,
+                        error)
 
 
 def main(argv: list[str]) -> int:
@@ -7829,13 +7952,14 @@ def main(argv: list[str]) -> int:
     settings = parse_arguments(argv)
     configure_logging(settings.log_format == "json", settings.verbose)
     try:
+        check_root()
+        leave_behind_the_shell()
         check_machine(settings)
         ids = IdRanges(find_host_ids())
         make_directories(settings)
         with lock_directory(settings.run_dir), lock_directory(settings.state_dir):
             network = Network(settings.subnet)
             network.claim()
-            set_limits()
             with asyncio.Runner(loop_factory=lambda: asyncio.SelectorEventLoop(EventsFirst())) as runner:
                 runner.run(serve(settings, network, ids))
     except FaasdError as error:

@@ -8,6 +8,7 @@
 # FAASD_STATE_DIR and FAASD_RUN_DIR change the directories, by default /var/lib/faasd and /run/faasd.
 set -euo pipefail
 cd "$(dirname "$(readlink -f "$0")")"
+PATH=$PATH:/usr/sbin:/sbin       # su and cron may leave them out
 state=${FAASD_STATE_DIR:-/var/lib/faasd} run=${FAASD_RUN_DIR:-/run/faasd}
 
 bold='' plain=''
