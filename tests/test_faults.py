@@ -27,7 +27,6 @@ from support import get, wait_until
 import faasd
 
 MIB = 1 << 20
-WITHOUT_MEMORY_CONTROLLER = 'umount /sys/fs/cgroup/memory; exec "$@"'
 FORKS = ("vfork", "clone", "clone3")
 
 
@@ -425,19 +424,6 @@ class Programs(FaultCase):
             self.assertEqual(daemon.faas("rm", "i").returncode, 0)
             self.assertEqual(len(support.addresses()), 2)       # h's is gone too
         self.all_is_well()
-
-
-@unittest.skipUnless(os.path.ismount("/sys/fs/cgroup/memory"), "no cgroup v1 with a memory controller of its own")
-class Limits(FaultCase):
-    def test_limit_that_cannot_be_set_is_not_left_out(self):
-        """Without the memory controller a function of any memory limit is refused."""
-        with support.Daemon(wrapper=("unshare", "--mount", "sh", "-c", WITHOUT_MEMORY_CONTROLLER, "sh")) as self.daemon:
-            self.image = support.small_image()
-            answer = self.deploy("f", status=422)
-            self.assertIn("function f does not start", answer["error"])
-            self.assertIn("memory", "".join(answer["output"]))
-            self.assertEqual(support.addresses(), [])
-            self.assertEqual(os.listdir(self.daemon.state_dir / "images"), [])
 
 
 class Clock(FaultCase):
