@@ -3299,7 +3299,7 @@ class SocketCalls:
             future, function, arguments = call
             try:
                 result = function(*arguments)
-            except OSError as error:
+            except Exception as error:          # for the one that asked
                 result = error
             self._results.append((future, result))
             if not self._told:
@@ -3313,17 +3313,22 @@ class SocketCalls:
             future, result = self._results.popleft()
             del self._waiting[future]
             self._delivered += 1
-            if isinstance(result, OSError):
+            if future.cancelled():              # the daemon is at its end
+                continue
+            if isinstance(result, Exception):
                 future.set_exception(result)
             else:
                 future.set_result(result)
+        if self._timer and not self._waiting:
+            self._timer.cancel()                # rather than wake up for it
+            self._timer = None
+            if self._members > 1:
+                self._start(1)
 
     def _look(self) -> None:
         """Bring in twice as many threads if all are stuck, and tell of calls that are overdue."""
         if not self._queue.empty() and self._delivered == self._delivered_before:
             self._start(min(2 * self._members, MAX_STUCK))
-        elif not self._waiting and self._members > 1:
-            self._start(1)
         self._delivered_before = self._delivered
         now = self._loop.time()
         for future, (since, overdue) in list(self._waiting.items()):
@@ -3332,7 +3337,7 @@ class SocketCalls:
             if overdue:
                 self._waiting[future] = since, None
                 overdue()
-        self._timer = self._loop.call_later(STUCK_SECONDS, self._look) if self._waiting else None
+        self._timer = self._loop.call_later(STUCK_SECONDS, self._look)
 
     def close(self) -> None:
         self._team += 1
