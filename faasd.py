@@ -3219,7 +3219,7 @@ class TcpState:
     received: int       # bytes
     sent: int           # bytes handed to the kernel for sending, whether or not they have left
     unacknowledged: int = 0     # of these
-    unread: int = 0     # bytes of the client's that nobody has read
+    unread: int = 0     # bytes of the client's that nobody has read; asked for only if a reset could cost it something
 
     @classmethod
     def of(cls, client: socket.socket) -> TcpState:
@@ -3236,8 +3236,9 @@ class TcpState:
         waiting, = struct.unpack_from("I", buffer, TCP_INFO_NOTSENT)
         if waiting and state in TCP_FIN_STATES:
             waiting -= 1                                # the FIN takes a sequence number, and goes last
-        unread, = struct.unpack("i", fcntl.ioctl(client.fileno(), termios.FIONREAD, bytes(4)))
-        return cls(state, received, sent + waiting, max(0, sent + waiting - acknowledged), unread)
+        unacknowledged = max(0, sent + waiting - acknowledged)
+        unread = unacknowledged and struct.unpack("i", fcntl.ioctl(client.fileno(), termios.FIONREAD, bytes(4)))[0]
+        return cls(state, received, sent + waiting, unacknowledged, unread)
 
     @property
     def is_open(self) -> bool:
@@ -5642,8 +5643,7 @@ class Function:
         invocation.outcome = "answered" if state.sent else "closed"
         invocation.received, invocation.sent = state.received, state.sent
         self.demand.run.add(invocation.handled - invocation.handed)
-        lingers = state.unacknowledged or state.unread
-        if not lingers:                         # first: what follows is nothing the client should wait for
+        if not state.unacknowledged:            # first: what follows is nothing the client should wait for
             invocation.client.close()
             self._in_flight.discard(invocation)
         ending = None
@@ -5652,7 +5652,7 @@ class Function:
         else:
             ending = self._loop.create_task(pool.end(container, EXIT_GRACE))
             self.dispatch()
-        if lingers:
+        if state.unacknowledged:
             await self._drain(invocation, state)
         if ending:
             invocation.exit_status = await ending
