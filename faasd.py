@@ -46,6 +46,7 @@ On disk:
     STATE_DIR/tmp/                            unpacking; emptied at start
     RUN_DIR/faasd.sock, faasd.lock            control API; one daemon per run-dir
     RUN_DIR/net/NAME, resolv.conf.*           network namespaces of functions with --net egress, and their resolvers
+    RUN_DIR/rootfs/                           STATE_DIR/images as containers get it: nodev, nosuid
     RUN_DIR/containers/ID/                    config.json, control.sock, output and note of one container, on a tmpfs
     RUN_DIR/runc/                             runc --root
 
@@ -89,7 +90,7 @@ import subprocess
 import tarfile
 import threading
 import zlib
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator
 from dataclasses import dataclass, replace
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
@@ -124,6 +125,7 @@ FRAMES_PER_ENTRY = 2                # gzip members or zstd frames, for each of -
 MAX_NAME_LENGTH = 255               # bytes of one component (NAME_MAX)
 MAX_TAG_LENGTH = 512                # characters; a registry's host, a name of 255 and a tag of 128 (OCI distribution)
 MAX_PATH_LENGTH = 3072              # bytes of a path in an image config: PATH_MAX less what the rootfs is below
+MAX_VOLUMES = 64                    # each is a mount in every container, in memory that is not the container's
 MAX_ACCOUNTS_SIZE = MIB             # /etc/passwd and /etc/group of an image
 GC_THRESHOLD = 100_000              # objects; looking for cycles, of which entries make none, takes a tenth of all time
 UNPACK_ADDRESS_SPACE = GIB          # bytes; RLIMIT_AS of the unpacking child, whatever a parser is talked into
@@ -142,7 +144,10 @@ MAX_ARGUMENT = 128 * KIB            # bytes of an argument or variable with its 
 MAX_CONFIG_SIZE = 256 * KIB         # of a config.json; all containers' lie in one tmpfs
 CPU_PERIOD = 100_000                # microseconds (cgroup cpu controller)
 TMP_SIZE, SHM_SIZE, DEV_SIZE, VOLUME_SIZE = "64m", "64m", "1m", "64m"      # tmpfs(5) size=
-MAX_DESCRIPTORS = 65_536            # RLIMIT_NOFILE, ours and inside
+MAX_DESCRIPTORS = 65_536            # RLIMIT_NOFILE of ours
+MAX_OPEN_FILES = (1024, 4096)       # RLIMIT_NOFILE inside, soft and hard: a container serves one client at a time, and
+                                    # much that hangs on a descriptor is the kernel's memory, and nobody's in particular
+CAP_SYS_RESOURCE = 24               # linux/capability.h
 MAX_TERMINALS = 16                  # ptys of one container; all containers of a machine share some 3,000 (pty.max)
 SO_PASSRIGHTS = 83                  # Linux 6.16: whether a Unix socket takes descriptors
 EXIT_GRACE = 1.0                    # seconds a handler has between letting go of its client and being killed
@@ -204,6 +209,8 @@ ACCEPT_PAUSE = 0.5                  # seconds without accepting when descriptors
 TCP_ESTABLISHED, TCP_CLOSE_WAIT = 1, 8          # include/net/tcp_states.h
 TCP_FIN_STATES = (4, 9, 11)          # FIN_WAIT1, LAST_ACK, CLOSING: we have closed, the FIN is not yet acknowledged
 SO_ATTACH_FILTER, SO_LOCK_FILTER = 26, 44   # socket(7); the numbers are those of include/uapi/asm-generic/socket.h
+SO_ATTACH = (SO_ATTACH_FILTER, 50, 51, 52)      # SO_ATTACH_BPF, SO_ATTACH_REUSEPORT_CBPF, SO_ATTACH_REUSEPORT_EBPF
+PR_SET_SECCOMP, PR_SET_VMA, PR_SET_PTRACER = 22, 0x53564D41, 0x59616D61     # prctl(2)
 BPF_LOAD_WORD, BPF_LOAD_HALF, BPF_JUMP_EQUAL, BPF_RETURN = 0x20, 0x28, 0x15, 0x06      # linux/bpf_common.h
 BPF_IP_HEADER = 0xFFF0_0000          # SKF_NET_OFF (linux/filter.h): what is loaded from here on is in the IP header
 SO_NETNS_COOKIE = 71                # Linux 5.14: the number of a socket's network namespace
@@ -1316,6 +1323,7 @@ class Rootfs:
         self.first_id = first_id
         self._budget = budget
         self._resolved: dict[bytes, bytes] = {}         # directory as named → as it really is
+        self.followed: list[bytes] = []                 # links on the way to what was found last
         self.made: set[bytes] = set()                   # directories that we made, of which none was removed since
 
     def host(self, path: bytes) -> bytes:
@@ -1343,7 +1351,7 @@ class Rootfs:
 
     def _walk(self, path: bytes, repair: Callable[[bytes], None]) -> bytes:
         """Follow path from the root; repair is called where something else than a directory is in the way."""
-        real, hops = b"", 0
+        real, hops, self.followed = b"", 0, []
         ahead = path.split(b"/")[::-1]
         while ahead:
             name = ahead.pop()
@@ -1359,6 +1367,7 @@ class Rootfs:
                 hops += 1
                 if hops > MAX_LINK_HOPS:
                     raise ImageError(f"too many symbolic links in {show(path)} (MAX_LINK_HOPS)")
+                self.followed.append(here)
                 target = os.readlink(self.host(here))
                 if target.startswith(b"/"):
                     real = b""
@@ -1822,22 +1831,32 @@ def config_path(text: str, what: str) -> bytes:
 def prepare_working_directory(rootfs: Rootfs, text: str) -> str:
     """Make an image's WorkingDir, as Docker does, and return it. Raises ImageError (G.2)."""
     path = config_path(text or "/", "the image's WorkingDir")
-    for seen in (path, rootfs.require_directory(path, "the image's WorkingDir")):   # as written, where links lead
-        if seen == b"/proc" or seen.startswith(b"/proc/"):
-            raise ImageError(f"the image's WorkingDir {text!r} lies in /proc (CVE-2024-21626)")
+    rootfs.require_directory(path, "the image's WorkingDir")
+    real = rootfs.find_directory(path)
+    for seen in (path, real, *rootfs.followed):             # as it is written, where links lead, and by which
+        if reserved := reserved_target(os.fsdecode(seen)):
+            raise ImageError(f"the image's WorkingDir {text!r} lies in {reserved}, where a container has other things "
+                             "than the image (CVE-2024-21626)")
     return path.decode() or "/"
 
 
 RESERVED_TARGETS = ("/dev", "/proc", "/sys", CONTROL_SOCKET)       # mounted in every container
 
 
-def prepare_volumes(rootfs: Rootfs, paths: Iterable[str]) -> list[dict]:
+def reserved_target(path: str) -> str | None:
+    """Return the mount of ours that a path of an image lies in, if any."""
+    return next((target for target in RESERVED_TARGETS if path == target or path.startswith(target + "/")), None)
+
+
+def prepare_volumes(rootfs: Rootfs, paths: Collection[str]) -> list[dict]:
     """Make the directories of an image's volumes and return what their tmpfs should look like (G.4)."""
+    if len(paths) > MAX_VOLUMES:
+        raise LimitExceeded(f"the image has {len(paths)} volumes: {MAX_VOLUMES} are allowed (MAX_VOLUMES)")
     volumes = {}
     for path in paths:
         what = "the image's volume"
         real = os.fsdecode(rootfs.require_directory(config_path("/" + path, what), what))
-        if real in ("", "/tmp") or any(real == r or real.startswith(r + "/") for r in RESERVED_TARGETS):
+        if real in ("", "/tmp") or reserved_target(real):
             if real == "/tmp":                          # is one already
                 continue
             raise ImageError(f"the image's volume {path!r} is in the way of faasd's own mounts")
@@ -2164,7 +2183,7 @@ NAMESPACES = ["pid", "mount", "ipc", "uts", "cgroup"]    # besides those of its 
 # the man pages have them; names of another architecture's are passed over.
 ALLOWED_CALLS = """
     access chdir chmod chown close close_range copy_file_range creat dup dup2 dup3 faccessat faccessat2 fadvise64
-    fallocate fchdir fchmod fchmodat fchmodat2 fchown fchownat fcntl fdatasync fgetxattr flistxattr flock fremovexattr
+    fallocate fchdir fchmod fchmodat fchmodat2 fchown fchownat fdatasync fgetxattr flistxattr flock fremovexattr
     fsetxattr fstat fstatfs fsync ftruncate futimesat getcwd getdents getdents64 getxattr inotify_add_watch
     inotify_init inotify_init1 inotify_rm_watch ioctl lchown lgetxattr link linkat listxattr llistxattr lremovexattr
     lseek lsetxattr lstat memfd_create mkdir mkdirat mknod mknodat newfstatat open openat openat2 pread64 preadv preadv2
@@ -2177,20 +2196,20 @@ ALLOWED_CALLS = """
 
     alarm arch_prctl capget capset execve execveat exit exit_group fork getcpu getegid geteuid getgid getgroups
     getitimer getpgid getpgrp getpid getppid getpriority getrandom getresgid getresuid getrlimit getrusage getsid
-    gettid getuid ioprio_get ioprio_set kill pidfd_open pidfd_send_signal prctl prlimit64 restart_syscall
+    gettid getuid ioprio_get ioprio_set kill pidfd_open pidfd_send_signal prlimit64 restart_syscall
     riscv_flush_icache rt_sigaction rt_sigpending rt_sigprocmask rt_sigqueueinfo rt_sigreturn rt_sigsuspend
     rt_sigtimedwait rt_tgsigqueueinfo setfsgid setfsuid setgid setgroups setitimer setpgid setpriority setregid
     setresgid setresuid setreuid setrlimit setsid setuid sigaltstack sysinfo tgkill times tkill uname vfork wait4 waitid
 
     futex futex_requeue futex_wait futex_waitv futex_wake get_robust_list membarrier rseq sched_get_priority_max
     sched_get_priority_min sched_getaffinity sched_getattr sched_getparam sched_getscheduler sched_rr_get_interval
-    sched_setaffinity sched_setattr sched_setparam sched_setscheduler sched_yield set_robust_list set_tid_address
+    sched_setaffinity sched_setparam sched_yield set_robust_list set_tid_address
 
     clock_getres clock_gettime clock_nanosleep gettimeofday nanosleep time timer_create timer_delete timer_getoverrun
     timer_gettime timer_settime timerfd_create timerfd_gettime timerfd_settime
 
-    accept accept4 bind connect getpeername getsockname getsockopt listen recvfrom recvmmsg recvmsg sendmmsg sendmsg
-    sendto shutdown socketpair
+    accept accept4 bind connect getpeername getsockname getsockopt listen recvfrom recvmmsg recvmsg 
+    shutdown 
 
     epoll_create epoll_create1 epoll_ctl epoll_pwait epoll_pwait2 epoll_wait eventfd eventfd2 pause pipe pipe2 poll
     ppoll pselect6 select signalfd signalfd4
@@ -2198,32 +2217,94 @@ ALLOWED_CALLS = """
     mq_getsetattr mq_notify mq_open mq_timedreceive mq_timedsend mq_unlink msgctl msgget msgrcv msgsnd semctl semget
     semop semtimedop shmat shmctl shmdt shmget
 """.split()
-SOCKET_FAMILIES = (socket.AF_UNIX, socket.AF_INET, socket.AF_INET6, socket.AF_NETLINK)      # getifaddrs(3) asks netlink
 CLONE_NEWCGROUP = 0x0200_0000
 CLONE_NAMESPACES = 0x7E02_0000          # CLONE_NEWNS, NEWCGROUP, NEWUTS, NEWIPC, NEWUSER, NEWPID, NEWNET (clone(2))
 SECCOMP_ARCHITECTURES = {"x86_64": "SCMP_ARCH_X86_64", "aarch64": "SCMP_ARCH_AARCH64", "riscv64": "SCMP_ARCH_RISCV64"}
 
 
-def socket_option_rules() -> list[dict]:
-    """Return the filter rules for setsockopt: all options but SO_LINGER, which only seems to be set.
+# What programs ask for and take a no for, EPERM; what is in neither list does not exist, ENOSYS. So programs find another
+# way than a call that is newer than this list, and do not take a mount that is forbidden for a kernel that has none.
+REFUSED_CALLS = """
+    acct add_key adjtimex bpf chroot clock_adjtime clock_adjtime64 clock_settime clock_settime64 delete_module
+    fanotify_init finit_module fsconfig fsmount fsopen fspick init_module io_uring_enter io_uring_register
+    io_uring_setup ioperm iopl kcmp kexec_file_load kexec_load keyctl mbind modify_ldt mount mount_setattr move_mount
+    move_pages name_to_handle_at nfsservctl open_by_handle_at open_tree perf_event_open personality pidfd_getfd
+    pivot_root process_madvise process_vm_readv process_vm_writev ptrace quotactl quotactl_fd reboot request_key
+    sched_setattr setdomainname sethostname setns settimeofday swapoff swapon syslog umount umount2 unshare uselib
+    userfaultfd vhangup
+""".split()
 
-    With it, close(2) waits until the peer has taken everything, even on a socket that does not block. The last to close
-    a client's socket is often faasd. The kernel looks at 32 bits of level and option, but seccomp compares 64, so that
-    "not equal" would let a number pass that has others set; hence powers of two.
+
+EVERY_BIT = (1 << 64) - 1
+
+
+def compare(index: int, value: int, mask: int = EVERY_BIT) -> dict:
+    return {"index": index, "value": mask, "valueTwo": value, "op": "SCMP_CMP_MASKED_EQ"}
+
+
+def all_but(index: int, numbers: Collection[int], bits: int) -> list[dict]:
+    """Return conditions of which one holds for each number of so many bits but these.
+
+    The kernel looks at 32 bits of most arguments, but seccomp compares 64, so that "not equal" would let a number pass
+    that has others set.
     """
-    def compare(index: int, value: int, mask: int) -> dict:
-        return {"index": index, "value": mask, "valueTwo": value, "op": "SCMP_CMP_MASKED_EQ"}
+    def within(first: int, bit: int) -> list[dict]:         # the numbers from first on that differ below this bit
+        if not any(number >> bit == first >> bit for number in numbers):
+            return [compare(index, first, EVERY_BIT >> bit << bit)]
+        return within(first, bit - 1) + within(first + (1 << bit - 1), bit - 1) if bit else []
+    return within(0, bits)
 
-    def others(index: int, number: int, bits: int) -> list[dict]:
-        """Return conditions of which one holds for each number of so many bits but this one."""
-        everything = (1 << 64) - 1
-        return [compare(index, (number ^ 1 << bit) >> bit << bit, everything >> bit << bit) for bit in range(bits)]
 
-    level, option = compare(1, socket.SOL_SOCKET, (1 << 64) - 1), compare(2, socket.SO_LINGER, (1 << 64) - 1)
-    allowed = [[condition] for condition in others(1, socket.SOL_SOCKET, 9)]
-    allowed += [[level, condition] for condition in others(2, socket.SO_LINGER, 7)]
-    return [{"names": ["setsockopt"], "action": "SCMP_ACT_ERRNO", "errnoRet": 0, "args": [level, option]},
-            *({"names": ["setsockopt"], "action": "SCMP_ACT_ALLOW", "args": conditions} for conditions in allowed)]
+def allow(name: str, *conditions: dict) -> dict:
+    return {"names": [name], "action": "SCMP_ACT_ALLOW", "args": list(conditions)}
+
+
+def refuse(name: str, *conditions: dict, error: int = errno.EPERM) -> dict:
+    return {"names": [name], "action": "SCMP_ACT_ERRNO", "errnoRet": error, "args": list(conditions)}
+
+
+def socket_rules() -> Iterator[dict]:
+    """Yield the rules for making sockets: local ones, TCP, UDP, and the one of netlink that getifaddrs(3) asks.
+
+    Others need a module of the kernel, or let a container fill the kernel's memory without its own being charged.
+    """
+    def above(index: int, number: int) -> dict:
+        return {"index": index, "value": number, "op": "SCMP_CMP_GT"}
+    families = (socket.AF_UNIX, socket.AF_INET, socket.AF_INET6, socket.AF_NETLINK)
+    yield from (refuse("socket", condition) for condition in [*all_but(0, families, 4), above(0, socket.AF_NETLINK)])
+    yield from (allow(name, compare(0, socket.AF_UNIX)) for name in ("socket", "socketpair"))
+    yield allow("socket", compare(0, socket.AF_NETLINK), compare(2, 0))
+    yield refuse("socket", compare(0, socket.AF_NETLINK), above(2, 0))
+    internet = compare(0, socket.AF_INET, EVERY_BIT - (socket.AF_INET ^ socket.AF_INET6))       # either: a bit apart
+    for kind, protocol in ((socket.SOCK_STREAM, socket.IPPROTO_TCP), (socket.SOCK_DGRAM, socket.IPPROTO_UDP)):
+        plain = compare(1, kind, EVERY_BIT - socket.SOCK_NONBLOCK - socket.SOCK_CLOEXEC)
+        yield from (allow("socket", internet, plain, compare(2, number)) for number in (0, protocol))
+        yield from (refuse("socket", internet, plain, other, error=errno.EPROTONOSUPPORT)
+                    for other in (compare(2, socket.IPPROTO_ICMP), above(2, socket.IPPROTO_UDP)))
+    yield refuse("socket", internet, compare(1, socket.SOCK_RAW, EVERY_BIT - socket.SOCK_CLOEXEC))
+
+
+def option_rules() -> Iterator[dict]:
+    """Yield the rules for options of sockets, for fcntl, prctl and scheduling.
+
+    SO_LINGER only seems to be set: with it, close(2) waits until the peer has taken everything, and the last to close a
+    client's socket is often faasd. Filters of sockets and of seccomp take from what the machine has for all of them
+    (net.core.bpf_jit_limit); to those who would confine themselves, the kernel has no seccomp (EINVAL). A lease on a
+    file of the image would hold up every other container of the function, and F_NOTIFY tells what they do. Threads of
+    no weight can hold a lock for ever while others have the CPU.
+    """
+    level = compare(1, socket.SOL_SOCKET)
+    yield refuse("setsockopt", level, compare(2, socket.SO_LINGER), error=0)
+    yield from (refuse("setsockopt", level, compare(2, number)) for number in SO_ATTACH)
+    yield from (allow("setsockopt", condition) for condition in all_but(1, [socket.SOL_SOCKET], 9))
+    yield from (allow("setsockopt", level, condition) for condition in all_but(2, [socket.SO_LINGER, *SO_ATTACH], 7))
+    yield from (refuse("fcntl", compare(1, number)) for number in (fcntl.F_SETLEASE, fcntl.F_NOTIFY))
+    yield from (allow("fcntl", condition) for condition in all_but(1, [fcntl.F_SETLEASE, fcntl.F_NOTIFY], 11))
+    yield refuse("prctl", compare(0, PR_SET_SECCOMP), error=errno.EINVAL)
+    yield from (allow("prctl", condition) for condition in all_but(0, [PR_SET_SECCOMP], 7))
+    yield from (allow("prctl", compare(0, number)) for number in (PR_SET_VMA, PR_SET_PTRACER))
+    yield allow("sched_setscheduler", compare(1, os.SCHED_OTHER, 7))
+    yield from (refuse("sched_setscheduler", compare(1, bit, bit)) for bit in (1, 2, 4))
 
 
 def seccomp_profile(machine: str) -> dict | None:
@@ -2235,18 +2316,19 @@ def seccomp_profile(machine: str) -> dict | None:
     """
     if machine not in SECCOMP_ARCHITECTURES:
         return None
-    allow = "SCMP_ACT_ALLOW"
-    no_namespace = {"index": 0, "value": CLONE_NAMESPACES, "valueTwo": 0, "op": "SCMP_CMP_MASKED_EQ"}
     return {
-        "defaultAction": "SCMP_ACT_ERRNO", "defaultErrnoRet": errno.EPERM,
+        "defaultAction": "SCMP_ACT_ERRNO", "defaultErrnoRet": errno.ENOSYS,
         "architectures": [SECCOMP_ARCHITECTURES[machine]],
         "syscalls": [
-            {"names": ALLOWED_CALLS, "action": allow},
-            {"names": ["clone"], "action": allow, "args": [no_namespace]},
-            {"names": ["clone3", "io_setup"], "action": "SCMP_ACT_ERRNO", "errnoRet": errno.ENOSYS},
-            *socket_option_rules(),
-            *({"names": ["socket"], "action": allow, "args": [{"index": 0, "value": family, "op": "SCMP_CMP_EQ"}]}
-              for family in map(int, SOCKET_FAMILIES)),
+            {"names": ALLOWED_CALLS, "action": "SCMP_ACT_ALLOW"},
+            {"names": REFUSED_CALLS, "action": "SCMP_ACT_ERRNO", "errnoRet": errno.EPERM},
+            allow("clone", compare(0, 0, CLONE_NAMESPACES)),
+            *(refuse("clone", compare(0, 1 << bit, 1 << bit)) for bit in range(32) if CLONE_NAMESPACES >> bit & 1),
+            # TCP Fast Open sends before there is a connection; said to be switched off.
+            *(rule for name, flags in (("sendto", 3), ("sendmsg", 2), ("sendmmsg", 3)) for rule in (
+                allow(name, compare(flags, 0, socket.MSG_FASTOPEN)),
+                refuse(name, compare(flags, socket.MSG_FASTOPEN, socket.MSG_FASTOPEN), error=errno.EOPNOTSUPP))),
+            *socket_rules(), *option_rules(),
         ],
     }
 
@@ -2330,6 +2412,12 @@ def command_line(process: dict, options: Options) -> list[str]:
     return arguments
 
 
+def can_set_limits() -> bool:
+    """Whether the runtime may set limits in a function's user namespace: with CAP_SYS_RESOURCE (capabilities(7))."""
+    effective = re.search(r"^CapEff:\s*(\w+)$", Path("/proc/self/status").read_text(), re.MULTILINE)
+    return bool(int(effective[1], 16) >> CAP_SYS_RESOURCE & 1)
+
+
 def build_spec(name: str, image: dict, options: Options, rootfs: str, control_socket: str, cgroup: str,
                container_id: str, limit_swap: bool, run_dir: Path, apparmor: str = "",
                user_namespace: str = "", unified: dict[str, str] | None = None) -> dict:
@@ -2344,6 +2432,7 @@ def build_spec(name: str, image: dict, options: Options, rootfs: str, control_so
                                      f"FAAS_CONTAINER_ID={container_id}"])
     ids = [{"containerID": 0, "hostID": image["first_id"], "size": IDS}]
     seccomp = seccomp_profile(platform.machine())
+    soft, hard = MAX_OPEN_FILES
     memory = {"limit": options.memory, **({"swap": options.memory} if limit_swap else {})}
     return {
         "ociVersion": "1.0.2",
@@ -2355,6 +2444,7 @@ def build_spec(name: str, image: dict, options: Options, rootfs: str, control_so
             # Not what an operator gave us to protect us from the OOM killer; to lower what is higher takes a capability.
             "oomScoreAdj": max(0, int(read_text(Path("/proc/self/oom_score_adj")) or 0)),
             "noNewPrivileges": True, **({"apparmorProfile": apparmor} if apparmor else {}),
+            **({"rlimits": [{"type": "RLIMIT_NOFILE", "soft": soft, "hard": hard}]} if can_set_limits() else {}),
             "capabilities": {kind: [] for kind in
                              ("bounding", "effective", "inheritable", "permitted", "ambient")},
         },
@@ -2676,7 +2766,7 @@ class Runtime:
         A session keyring for each would limit a function to 200 containers: so many keys may a user have that is not
         root (kernel.keys.maxkeys). Where the seccomp filter leaves no call that could use one, none is needed.
         """
-        keyring = ["--no-new-keyring"] if seccomp_profile(platform.machine()) else []
+        keyring = ["--no-new-keyring"] if platform.machine() in SECCOMP_ARCHITECTURES else []
         return [self.program, "--root", str(self.root), "--log", f"{bundle}/runtime.log", "--log-format", "json", "run",
                 *keyring, "--bundle", bundle, container_id]
 
@@ -3144,11 +3234,11 @@ def bpf(command: int, layout: str, *values: int | bytes) -> int:
 class AddressGuard:
     """Has the kernel refuse to connect or to bind a socket that has a function's address already (EPERM).
 
-    A handler is given a socket of the host's network. Once connect(2) has dissolved its connection, it could go wherever
-    the host can. But whatever a handler does, it keeps the address that its listener was bound to, and nobody else binds
-    one of these and then connects. So two BPF programs on cgroup v2 know it by that, and by our network namespace. They
-    are at the top of the hierarchy, where they see the sockets of a daemon that ran in another cgroup, too. They stay
-    if we die, as containers do, and the next daemon knows them by their name.
+    A handler is given a socket of the host's network. Once connect(2) has dissolved its connection, it could go
+    wherever the host can. But whatever a handler does, it keeps the address that its listener was bound to, and nobody
+    else binds one of these and then connects. So two BPF programs on cgroup v2 know it by that, and by our network
+    namespace. They are at the top of the hierarchy, where they see the sockets of a daemon that ran in another cgroup,
+    too. They stay if we die, as containers do, and the next daemon knows them by their name.
     """
 
     def __init__(self, run_dir: Path, subnet: ipaddress.IPv4Network):
@@ -4338,8 +4428,10 @@ def machine_lack(error: str) -> str:
 class ContainerHost:
     """Where this daemon's containers live: directories, runtime and cgroups, and what to do about their remains."""
 
-    def __init__(self, run_dir: Path, runtime: Runtime, ids: IdRanges):
+    def __init__(self, run_dir: Path, images_dir: Path, runtime: Runtime, ids: IdRanges):
         self.containers_dir = run_dir / "containers"
+        self.rootfs_dir = run_dir / "rootfs"
+        self._images_dir = images_dir
         self.ids = ids
         self.runtime = runtime
         self.cgroups = Cgroups(run_dir)
@@ -4357,9 +4449,27 @@ class ContainerHost:
             run_command(f"cannot mount a tmpfs on {self.containers_dir}", "mount", "-t", "tmpfs", "-o",
                         "mode=0711,nosuid,nodev,noexec,size=64m", "faasd", str(self.containers_dir))
         self.containers_dir.chmod(0o711)
+        self._show_images()
         survivors = self._find_survivors(addresses)
         self.remove_orphans({survivor.container_id for survivor in survivors})
         return survivors
+
+    def _show_images(self) -> None:
+        """Mount the images where containers take their root from: without their devices and setuid bits.
+
+        A runtime allows some devices by itself, runc 1.1 even /dev/net/tun, and knows no flags for the root. Elsewhere
+        than they are, because nothing can be renamed from one mount into another.
+        """
+        what = f"cannot mount the images on {self.rootfs_dir}"
+        if str(self.rootfs_dir) in dict(read_mounts()):         # the daemon before us may have had another --state-dir
+            try_command(what, "umount", "--lazy", str(self.rootfs_dir))
+        self.rootfs_dir.mkdir(exist_ok=True)
+        noexec = ",noexec" if os.statvfs(self._images_dir).f_flag & os.ST_NOEXEC else ""
+        run_command(what, "mount", "-o", f"bind,nodev,nosuid{noexec}", str(self._images_dir), str(self.rootfs_dir))
+
+    def rootfs(self, image: Path) -> Path:
+        """Return the root of the containers of an image that lies in STATE_DIR/images."""
+        return self.rootfs_dir / image.relative_to(self._images_dir) / "rootfs"
 
     async def probe(self) -> None:
         """Start a container as functions have them, to learn whether the runtime joins a user namespace.
@@ -4562,10 +4672,10 @@ class ContainerHost:
     def dismantle(self) -> None:
         """Remove what prepare made, once no container is left. Blocks."""
         self.cgroups.remove(self.cgroups.parent)
-        if os.path.ismount(self.containers_dir):
-            try_command(f"cannot unmount {self.containers_dir}", "umount", str(self.containers_dir))
+        for mount in {str(self.containers_dir), str(self.rootfs_dir)} & set(dict(read_mounts())):
+            try_command(f"cannot unmount {mount}", "umount", mount)
         shutil.rmtree(self.runtime.root / ".cache", ignore_errors=True)         # crun's, of seccomp filters
-        for directory in (self.containers_dir, self.runtime.root):
+        for directory in (self.containers_dir, self.rootfs_dir, self.runtime.root):
             try:
                 directory.rmdir()
             except OSError as error:
@@ -5178,7 +5288,7 @@ class Version:
         self.image = image
         self.options = options
         self.command = command_line(image["process"], options)
-        self.bundle = Bundle(name, image, options, directory / "rootfs", host.containers_dir.parent, host.cgroups,
+        self.bundle = Bundle(name, image, options, host.rootfs(directory), host.containers_dir.parent, host.cgroups,
                              host.apparmor)
 
 
@@ -6962,7 +7072,7 @@ class Daemon:
         self._listeners = ListenerStore()
         # By its full name: it is started with a PATH that may differ from ours.
         self._runtime = Runtime(shutil.which(settings.runtime) or settings.runtime, settings.run_dir / "runc")
-        self._host = ContainerHost(settings.run_dir, self._runtime, ids)
+        self._host = ContainerHost(settings.run_dir, self._images_dir, self._runtime, ids)
         self._registry = Registry(settings.state_dir / "registry.json")
         self._functions: dict[str, Function] = {}
         self._changes: dict[str, str] = {}              # name → what is being done to it; one thing at a time
@@ -7046,7 +7156,7 @@ class Daemon:
                         "5.14: a handler can send from its client's socket, and take ports of this machine, with any "
                         "--net (SECURITY.md, Networks): %s", error.strerror)
             if self.settings.port >= int(Path("/proc/sys/net/ipv4/ip_unprivileged_port_start").read_text()):
-                log.warning("port %d is not privileged, so that a handler can even use this machine's network while its "
+                log.warning("port %d is not privileged, so a handler can even use this machine's network while its "
                             "function does not listen: choose a --port below 1024", self.settings.port)
 
     def _clear_past(self, records: list[FunctionRecord]) -> list[Survivor]:
@@ -7922,8 +8032,8 @@ async def serve(settings: Settings, network: Network, ids: IdRanges) -> None:
 def leave_behind_the_shell() -> None:
     """Undo what we may have inherited of whoever started us, and containers of us: a nice value, blocked signals, …
 
-    Their limits are ours: for runc to set them in a user namespace that is not root's takes CAP_SYS_RESOURCE. We need
-    four descriptors an invocation.
+    Their limits are ours but for open files: to set them in a function's user namespace takes CAP_SYS_RESOURCE (see
+    can_set_limits). We need four descriptors an invocation.
     """
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)       # ignored, it would take exit statuses away

@@ -291,6 +291,13 @@ add_cases(Processes, [
       for path, real in (("/etc/passwd", "/etc/passwd"), ("/etc/passwd/x", "/etc/passwd"), ("/c", "/c"),
                          ("/l", "/etc/passwd"))
       for what, setting in (("WorkingDir", {"WorkingDir": path}), ("volume", {"Volumes": {path: {}}}))],
+    *[(f"G2 WorkingDir {path!r}, where a container has other things", [directory("dev/fd/7"), directory("sys/fs")],
+       {"WorkingDir": path}, 400, "CVE-2024-21626")
+      for path in ("/dev/fd/7", "/dev", "/dev/x/../fd/7", "/sys/fs", "/control.sock", "/control.sock/x")],
+    ("G2 WorkingDir by a link in /dev that leads elsewhere", [symlink("w", "dev/fd/7"), directory("d/7"),
+                                                              symlink("dev/fd", "../d")],
+     {"WorkingDir": "/w"}, 400, "CVE-2024-21626"),
+    ("H1 65 volumes", [], {"Volumes": {f"/v{number}": {} for number in range(65)}}, 413, "MAX_VOLUMES"),
     ("G2 WorkingDir through a loop", [symlink("w", "w")], {"WorkingDir": "/w/x"}, 400, "MAX_LINK_HOPS"),
     ("G3 passwd too large", [file("etc/passwd", "x" * (1 << 20) + "x")], {}, 413, "MAX_ACCOUNTS_SIZE"),
     ("G3 group too large", [file("etc/group", "x" * (1 << 20) + "x")], {}, 413, "MAX_ACCOUNTS_SIZE"),

@@ -3,6 +3,7 @@
 import builtins
 import contextlib
 import dis
+import errno
 import ipaddress
 import json
 import logging
@@ -206,20 +207,40 @@ class Spec(unittest.TestCase):
                              None if net == "none" else f"/run/x/resolv.conf.{net}")
             self.assertEqual("/sys/firmware" in spec["linux"]["maskedPaths"], net == "none")
 
-    def test_linger_is_the_one_socket_option_that_is_not_set(self):
-        """Every number of 32 bits meets one rule, and those with higher bits, which the kernel overlooks, none."""
-        def actions(level: int, option: int) -> list[str]:
-            numbers = (0, level, option)
-            return [rule["action"] for rule in faasd.socket_option_rules()
-                    if all(numbers[c["index"]] & c["value"] == c["valueTwo"] for c in rule["args"])]
-        allowed, pretended = ["SCMP_ACT_ALLOW"], ["SCMP_ACT_ERRNO"]
-        for number in range(128):
-            self.assertEqual(actions(socket.SOL_SOCKET, number), pretended if number == socket.SO_LINGER else allowed)
+    def test_system_calls_of_which_some_are_refused(self):
+        """Every number meets one rule, and those with higher bits, which the kernel overlooks, none that allows."""
+        rules = [rule for rule in faasd.seccomp_profile("x86_64")["syscalls"] if rule.get("args")]
+        allowed = [("SCMP_ACT_ALLOW", None)]
+
+        def holds(number: int, condition: dict) -> bool:
+            if condition["op"] == "SCMP_CMP_GT":
+                return number > condition["value"]
+            return number & condition["value"] == condition["valueTwo"]
+
+        def meets(name: str, *numbers: int) -> list[tuple[str, int | None]]:
+            return [(rule["action"], rule.get("errnoRet")) for rule in rules
+                    if rule["names"] == [name] and all(holds(numbers[c["index"]], c) for c in rule["args"])]
+        for name, index, count, refused in (
+                ("setsockopt", 2, 128, {socket.SO_LINGER: 0, 26: 1, 50: 1, 51: 1, 52: 1}),
+                ("fcntl", 1, 2048, {1024: 1, 1026: 1}), ("prctl", 0, 128, {22: errno.EINVAL})):
+            before = [0, socket.SOL_SOCKET][:index]
+            for number in range(count):
+                expected = [("SCMP_ACT_ERRNO", refused[number])] if number in refused else allowed
+                self.assertEqual(meets(name, *before, number), expected, (name, number))
+            for number in refused:
+                for high in (1 << 32, 1 << 40, 1 << 63):
+                    self.assertEqual(meets(name, *before, high | number), [])
         for level in (0, *range(2, 512)):
-            self.assertEqual(actions(level, socket.SO_LINGER), allowed)
-        for high in (1 << 32, 1 << 40, 1 << 63):
-            self.assertEqual(actions(high | socket.SOL_SOCKET, socket.SO_LINGER), [])
-            self.assertEqual(actions(socket.SOL_SOCKET, high | socket.SO_LINGER), [])
+            self.assertEqual(meets("setsockopt", 0, level, socket.SO_LINGER), allowed)
+        self.assertEqual(meets("setsockopt", 0, 1 << 32 | socket.SOL_SOCKET, socket.SO_LINGER), [])
+        for family in range(64):
+            good = family in (socket.AF_UNIX, socket.AF_INET, socket.AF_INET6, socket.AF_NETLINK)
+            self.assertEqual(meets("socket", family, socket.SOCK_STREAM, 0) == allowed, good, family)
+        for protocol in range(512):
+            for family in (socket.AF_INET, socket.AF_INET6):
+                for kind, own in ((socket.SOCK_STREAM, 6), (socket.SOCK_DGRAM, 17)):
+                    found = meets("socket", family, kind | socket.SOCK_CLOEXEC, protocol)
+                    self.assertEqual(found == allowed, protocol in (0, own), (family, kind, protocol))
 
     def test_limits(self):
         resources = self.spec(options=faasd.Options(memory=1 << 26, cpus=0.5, pids=9))["linux"]["resources"]

@@ -10,6 +10,7 @@ import errno
 import fcntl
 import json
 import os
+import resource
 import select
 import signal
 import socket
@@ -142,7 +143,7 @@ def try_to_escape(client, seconds, places):
     tries = {}
     for place in map(tuple, places["connect"]):
         tries["connect %s:%d" % place] = lambda place=place: client.connect(place)
-        tries["fast open %s:%d" % place] = lambda place=place: client.sendto(b"the secret", MSG_FASTOPEN, place) and None
+        tries["fast open %s:%d" % place] = lambda place=place: client.sendto(b"the secret", MSG_FASTOPEN, place)
     for place in map(tuple, places["bind"]):
         tries["bind %s:%d" % place] = lambda place=place: client.bind(place)
     outcomes = {name: set() for name in tries}
@@ -325,8 +326,9 @@ def fill_one(directory):
 
 
 def open_files(client, control):
-    """Open files until the limit, in more processes than one; return the count in this one and how it ended."""
-    count = 0
+    """Open files until the limit, which is raised as far as it goes; return how it ended and the count."""
+    count, hard = 0, resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     try:
         while True:
             os.open("/handler.py", os.O_RDONLY)

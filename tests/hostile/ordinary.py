@@ -1,6 +1,8 @@
 """What ordinary programs need, and what must work under all that stops the hostile ones."""
 
 import asyncio
+import ctypes
+import fcntl
 import json
 import multiprocessing
 import multiprocessing.shared_memory
@@ -17,7 +19,7 @@ def python(client, control):
     """Return what came of each."""
     results = {}
     for check in (run_program, run_threads, run_processes, share_memory, run_loop, use_sqlite, reopen_output,
-                  set_options):
+                  set_options, use_sockets, control_files, control_process):
         try:
             results[check.__name__] = check() or "works"
         except Exception as error:
@@ -98,6 +100,47 @@ def set_options():
             assert sock.getsockopt(level, option), (level, option)
     with socket.socket(socket.AF_INET6) as sock:
         sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+
+
+def use_sockets():
+    for family in (socket.AF_INET, socket.AF_INET6):
+        for kind, protocol in ((socket.SOCK_STREAM, 6), (socket.SOCK_DGRAM, 17)):
+            for number in (0, protocol):
+                for flags in (0, socket.SOCK_NONBLOCK, socket.SOCK_CLOEXEC, socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC):
+                    socket.socket(family, kind | flags, number).close()
+    for kind in (socket.SOCK_STREAM, socket.SOCK_DGRAM, socket.SOCK_SEQPACKET):
+        for sock in socket.socketpair(socket.AF_UNIX, kind):
+            sock.close()
+    assert socket.if_nameindex()                    # by netlink
+    with socket.create_server(("127.0.0.1", 0)) as server, socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        sock.sendmsg([b"x"], [], socket.MSG_DONTWAIT, server.getsockname())
+        sock.sendto(b"x", socket.MSG_NOSIGNAL, server.getsockname())
+
+
+def control_files():
+    with open("/tmp/controlled", "w") as file:
+        for command, argument in ((fcntl.F_GETFD, 0), (fcntl.F_SETFL, os.O_APPEND), (fcntl.F_GETLEASE, 0),
+                                  (fcntl.F_DUPFD_CLOEXEC, 500), (fcntl.F_GETOWN, 0), (fcntl.F_SETOWN, os.getpid())):
+            fcntl.fcntl(file, command, argument)
+        fcntl.lockf(file, fcntl.LOCK_EX)
+        fcntl.lockf(file, fcntl.LOCK_UN)
+        fcntl.flock(file, fcntl.LOCK_EX)
+        fcntl.fcntl(file, 37, struct.pack("hhqqi4x", fcntl.F_WRLCK, 0, 0, 0, 0))        # F_OFD_SETLK
+    reading, writing = os.pipe()
+    fcntl.fcntl(writing, 1031, 1 << 16)             # F_SETPIPE_SZ
+    memory = os.memfd_create("sealed", os.MFD_ALLOW_SEALING)
+    fcntl.fcntl(memory, 1033, 1)                    # F_ADD_SEALS
+
+
+def control_process():
+    libc = ctypes.CDLL(None, use_errno=True)
+    for option, *arguments in ((15, b"name"), (1, 9), (4, 1), (36, 1), (38, 1), (0x53564D41, 0, 0, 0, 0)):
+        result = libc.prctl(option, *arguments)     # names, death signal, dumpable, subreaper, no_new_privs, VMA names
+        assert result == 0 or ctypes.get_errno() in (22, 9, 12, 14), (option, ctypes.get_errno())
+    libc.prctl(1, 0)
+    os.setpriority(os.PRIO_PROCESS, 0, 1)
+    os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
+    os.sched_setaffinity(0, os.sched_getaffinity(0))
 
 
 def program(client, control, words):
