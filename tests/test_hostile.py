@@ -364,7 +364,7 @@ class ClientSocket(HostileCase):
         """close(2) of a socket that lingers waits for its client: faasd's must not."""
         with socket.create_connection((self.address, 80)) as client:
             client.sendall(b"GET /linger HTTP/1.1\r\n\r\n")
-            wait_until(lambda: "[lingers]" in self.function_log()[self.log_start:], "the handler says so", 5)
+            wait_until(lambda: "[lingers]" in self.function_log()[self.log_start:], "the handler says so")
             self.daemon.wait_idle("hostile")
 
     def test_kept_by_a_process_that_left(self):
