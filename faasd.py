@@ -1831,8 +1831,7 @@ def config_path(text: str, what: str) -> bytes:
 def prepare_working_directory(rootfs: Rootfs, text: str) -> str:
     """Make an image's WorkingDir, as Docker does, and return it. Raises ImageError (G.2)."""
     path = config_path(text or "/", "the image's WorkingDir")
-    rootfs.require_directory(path, "the image's WorkingDir")
-    real = rootfs.find_directory(path)
+    real = rootfs.require_directory(path, "the image's WorkingDir")
     for seen in (path, real, *rootfs.followed):             # as it is written, where links lead, and by which
         if reserved := reserved_target(os.fsdecode(seen)):
             raise ImageError(f"the image's WorkingDir {text!r} lies in {reserved}, where a container has other things "
