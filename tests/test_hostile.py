@@ -28,6 +28,8 @@ from pathlib import Path
 import support
 from support import get, wait_until
 
+import faasd
+
 
 HOSTILE = Path(__file__).with_name("hostile")
 sys.path.insert(0, str(HOSTILE))
