@@ -439,6 +439,19 @@ class ClientSocketOfAPortForAll(unittest.TestCase):
         self.assertRaises(BlockingIOError, self.host.accept)
 
 
+class NoGuard(unittest.TestCase):
+    def test_a_kernel_without(self):
+        """The daemon says what that leaves open, and serves. (The kernel knows no call of this number to guard.)"""
+        with support.Daemon("--port", "8080", "--subnet", "10.0.2.0/24", constants={"GUARDED_CALLS": (99,)}) as daemon:
+            self.assertEqual(daemon.log().count("cannot guard the addresses of functions"), 1)
+            self.assertEqual(daemon.log().count("port 8080 is not privileged"), 1)
+            self.assertEqual(get(daemon.deploy("f"), "/", 8080), (200, "hello /"))
+
+    def test_a_port_that_the_kernel_gives_to_anybody(self):
+        with support.Daemon("--port", "40000", "--subnet", "10.0.2.0/24") as daemon:
+            self.assertIn("port 40000 is in net.ipv4.ip_local_port_range", daemon.log())
+
+
 class ControlSocket(HostileCase):
     """The handler's other end of faasd's own conversation."""
 
