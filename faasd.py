@@ -29,7 +29,8 @@ One invocation, in the names used below:
     Container.finish       the container exits or is killed, runc removes its cgroups, faasd its directory
 
 Process and threads: one asyncio loop in the main thread owns listeners, containers, functions and the registry, so
-there are no locks around them. The control API is a stdlib http.server on a Unix socket, with --api on a TCP port too,
+there are no locks around them. What a container, a disk or the reader of our log can keep waiting is left to daemon
+threads (Workers, Writer). The control API is a stdlib http.server on a Unix socket, with --api on a TCP port too,
 one thread a connection, which calls into the loop with run_coroutine_threadsafe. Images are unpacked by a child process
 (`faasd.py unpack …`): it is heavy, must not delay an invocation, and is where hostile bytes are parsed. It is the first
 part of this file; the imports that only the daemon needs come after it.
@@ -131,7 +132,7 @@ GC_THRESHOLD = 100_000              # objects; looking for cycles, of which entr
 UNPACK_ADDRESS_SPACE = GIB          # bytes; RLIMIT_AS of the unpacking child, whatever a parser is talked into
 COPY_CHUNK = 256 * KIB              # bytes read or written at a time
 FIRST_CHUNK = 2 * KIB               # bytes of a compressed frame that are looked at first
-PIPE_SIZE = MIB                     # bytes on their way to the unpacking child; what a pipe may have at most
+PIPE_SIZE = MIB                     # bytes on their way to the unpacking child; what a pipe may have at most (pipe(7))
 HASH_AHEAD = 8                      # of these chunks may wait for the thread that hashes them
 SMALL_FILE = 16 * KIB               # bytes; larger files are written where they are read, and …
 LARGE_FILE = MIB                    # … from this size on, go to the disk at once
@@ -161,6 +162,7 @@ SYS_FSOPEN = 430                    # likewise; then come fsconfig and fsmount (
 SYS_BPF, SYS_UNSHARE = {"x86_64": 321}, {"x86_64": 272}        # 280 and 97 elsewhere
 MAX_RUNTIME_LOG = 64 * KIB          # bytes read of what the runtime has to say about one container
 MAX_REPORTED = 256                  # descriptors of one container that the isolation report names
+SPARE_WORKERS = 4                   # threads kept for system calls that a container can keep waiting
 MAX_SEARCHED = 10_000               # descriptors of one container among which its client is looked for
 SOCKET_SECONDS = 1.0                # until a socket that a container has too counts as one that it does not let go of
 CONTAINER_ID = re.compile(r"[0-9a-f]{12}")
@@ -203,7 +205,7 @@ DRAIN_SECONDS = 120.0               # for a client to take the rest of its answe
 DRAIN_LOOKS = (0.01, 0.25)          # seconds between two looks whether it has, first and at most
 LINGER_SECONDS = 2.0                # reading what the client still sends after our own 502 or 504
 LINGER_BYTES = 16 * MIB             # of it, at most
-PEEK_BYTES = 2048                   # of the request, for the log line
+PEEK_BYTES = 256                    # of the request, for the log line
 ACCEPT_BATCH = 64                   # connections accepted before other events get their turn
 ACCEPT_PAUSE = 0.5                  # seconds without accepting when descriptors have run out
 TCP_ESTABLISHED, TCP_CLOSE_WAIT = 1, 8          # include/net/tcp_states.h
@@ -226,12 +228,16 @@ MAX_STUCK = 256                     # threads that are brought in at a time
 # Logs.
 LOG_FILE_SIZE = 8 * MIB             # NAME.log is renamed to NAME.log.1 above this, so a function keeps at most twice it
 MAX_MESSAGE = 600                   # characters of an error message
+MAX_REQUEST = 200                   # characters of a request's first line in our logs
+MAX_WARNINGS, WARNING_SECONDS = 10, 1.0     # of one function's invocations in our own log; the others are counted
 MAX_LINE = 8 * KIB                  # a longer line of a handler is cut into several
 MAX_OUTPUT = MIB                    # bytes of log kept of one container's output; the rest is read and dropped
 LINE_OVERHEAD = 48                  # bytes that the log adds to each line
-OUTPUT_CHUNK = 4 * KIB              # bytes of output taken before other events get their turn
-LOG_DELAY = 0.02                    # seconds in which lines are gathered before they are written
-MAX_UNWRITTEN_LINES = 100_000
+OUTPUT_CHUNK = 4 * KIB              # bytes of output read at a time
+LOG_DELAY = 0.02                    # seconds in which output gathers before it is read, and lines before they are written
+MAX_UNWRITTEN_LINES = 100_000       # of all functions' logs
+MAX_UNWRITTEN_MESSAGES = 10_000     # of our own log, on their way to stderr
+FLUSH_SECONDS = 5.0                 # for those on their way when they are wanted, or when we end
 TAIL_LINES = 20                     # lines of output shown when a deploy fails
 
 # Metrics.
@@ -2564,7 +2570,8 @@ class Cgroups:
         return f"{self.parent}/{container_id}"
 
     def _directories(self, path: str) -> list[Path]:
-        return [h / path.lstrip("/") for h in self._hierarchies if (h / path.lstrip("/")).is_dir()]
+        # Asked at the end of every container, and a machine may have a dozen of v1: so not by Path.is_dir().
+        return [Path(f"{h}{path}") for h in self._hierarchies if os.path.isdir(f"{h}{path}")]
 
     def exists(self, container_id: str) -> bool:
         path = self.path(container_id)
@@ -2636,7 +2643,13 @@ class Cgroups:
                 self._complain(container_id, pid, error)
 
     def kill(self, container_id: str) -> None:
-        """Send SIGKILL to every process of a container. What fails is logged: callers try again while there are any."""
+        """Send SIGKILL to every process of a container. What fails is logged: callers try again while there are any.
+
+        At once, where the kernel can (cgroup v2, Linux 5.14), else one after the other. Blocks.
+        """
+        for directory in self._directories(self.path(container_id)):
+            with contextlib.suppress(OSError):          # no such file; or runc is removing the directory
+                (directory / "cgroup.kill").write_text("1")
         for pid, pidfd in self.members(container_id):
             try:
                 signal.pidfd_send_signal(pidfd, signal.SIGKILL)
@@ -3098,11 +3111,12 @@ def notify_service_manager(state: str, *descriptors: int) -> None:
     if address:
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack(f"{len(descriptors)}i", *descriptors))]
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+            sock.settimeout(FLUSH_SECONDS)      # it may be stuck, and we serve
             try:
                 sock.connect(address.replace("@", "\0", 1) if address[0] == "@" else address)
                 sock.sendmsg([state.encode()], rights if descriptors else [])
             except OSError as error:
-                log.warning("cannot notify the service manager: %s", error.strerror)
+                log.warning("cannot notify the service manager: %s", error)
 
 
 def inherited_descriptors() -> dict[int, str]:
@@ -3840,36 +3854,120 @@ def describe_exit(status: int | None) -> str:
     return f"exited with status {status}"
 
 
-class OutputReader:
-    """Reads a container's stdout and stderr from a pipe, line by line, for as long as anybody holds its other end."""
+class Workers:
+    """Daemon threads for system calls that a container can keep waiting: the loop must not, and our end need not.
 
-    def __init__(self, descriptor: int, write_line: Callable[[str], None]):
-        """descriptor is a non-blocking one."""
+    Each call has a thread to itself, so that those which wait keep no other from being made.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop):
+        self._loop = loop
+        self._calls = queue.SimpleQueue()
+        self._free = 0                          # threads that wait for a call
+        self._pending: set[asyncio.Future] = set()
+
+    def run(self, call: Callable, *arguments) -> asyncio.Future:
+        """Return the future result of a call, or its exception; an OSError too if there is no thread to be had."""
+        future = self._loop.create_future()
+        try:
+            if not self._free:
+                threading.Thread(target=self._work, daemon=True).start()
+        except RuntimeError as error:
+            future.set_exception(OSError(errno.EAGAIN, str(error)))
+            return future
+        self._free = max(0, self._free - 1)
+        self._pending.add(future)
+        self._calls.put((future, call, arguments))
+        return future
+
+    def _work(self) -> None:
+        while job := self._calls.get():
+            future, call, arguments = job
+            try:
+                conclude, outcome = future.set_result, call(*arguments)
+            except Exception as error:          # which is for whoever waits
+                conclude, outcome = future.set_exception, error
+            with contextlib.suppress(RuntimeError):     # the loop is closed: nobody wants to know
+                self._loop.call_soon_threadsafe(self._done, future, conclude, outcome)
+
+    def _done(self, future: asyncio.Future, conclude: Callable, outcome) -> None:
+        if self._free < SPARE_WORKERS:
+            self._free += 1
+        else:
+            self._calls.put(None)               # one thread fewer
+        self._pending.discard(future)
+        if not future.cancelled():
+            conclude(outcome)
+
+    async def settle(self) -> None:
+        """Return when no call is under way, or soon if one is kept waiting."""
+        if self._pending:
+            await asyncio.wait(self._pending, timeout=EXIT_GRACE)
+
+
+class OutputReader:
+    """Reads a container's stdout and stderr from a pipe, line by line, for as long as anybody holds its other end.
+
+    Whoever writes to a pipe holds its lock, and can hold it for long: while what it writes is fetched from a disk, or
+    when its CPU time is used up. So workers read, now and then, until the container is gone.
+    """
+
+    def __init__(self, workers: Workers, descriptor: int, write_line: Callable[[str], None]):
+        """descriptor is a non-blocking one; write_line is called by any thread."""
+        self._workers = workers
         self._descriptor = descriptor
         self._write_line = write_line
         self._partial = b""
         self._room = MAX_OUTPUT
+        self._pause_at = MAX_OUTPUT - OUTPUT_CHUNK      # of room
+        self._reading: asyncio.Future | None = None
+        self._closed = False
+        self._loop = asyncio.get_running_loop()
         self.tail: collections.deque[str] = collections.deque(maxlen=TAIL_LINES)
-        asyncio.get_running_loop().add_reader(descriptor, self._read)
+        self._watch()
+
+    def _watch(self) -> None:
+        if not self._closed:
+            self._loop.add_reader(self._descriptor, self._start_reading)
+
+    def _start_reading(self) -> None:
+        self._loop.remove_reader(self._descriptor)
+        self._reading = self._workers.run(self._read)
+        self._reading.add_done_callback(self._on_read)
+
+    def _on_read(self, reading: asyncio.Future) -> None:
+        self._reading = None
+        over = not reading.exception() and reading.result()
+        if over or self._closed:
+            self._end(over)
+        elif self._room > self._pause_at and not reading.exception():
+            self._watch()
+        else:                                   # it prints much: so that each read finds much
+            self._pause_at = self._room - OUTPUT_CHUNK
+            self._loop.call_later(LOG_DELAY, self._watch)
 
     def _read(self) -> bool:
-        """Take what is there; return whether there may be more."""
-        try:
-            data = os.read(self._descriptor, OUTPUT_CHUNK if self._room > 0 else COPY_CHUNK)
-        except BlockingIOError:
-            return False
-        if not data:
-            self.close()
-            return False
-        # A handler may write without end: it must not wait for a full pipe, nor fill the log.
-        if self._room > 0:
-            self._take(data)
-            if self._room <= 0:
-                self._take(b"\n")
-                self._write_line(f"(output over {MAX_OUTPUT} bytes is dropped)")
-        return True
+        """Take what is there; return whether that was the last.
 
-    def _take(self, data: bytes) -> None:
+        A handler may write without end, and need not even copy what it writes (vmsplice(2)): it must not wait for a
+        full pipe, nor fill the log, nor cost us a copy, or much at all, where the log takes no more.
+        """
+        rest = PIPE_SIZE
+        with contextlib.suppress(BlockingIOError):
+            while rest > 0 and self._room > 0:
+                size = self._take(os.read(self._descriptor, OUTPUT_CHUNK))
+                if size == 0:
+                    return True
+                rest -= size
+            while self._room <= 0 and not self._closed:
+                with open(os.devnull, "wb") as null:
+                    if not os.splice(self._descriptor, null.fileno(), PIPE_SIZE, flags=os.SPLICE_F_NONBLOCK):
+                        return True
+                time.sleep(LOG_DELAY)
+        return False
+
+    def _take(self, data: bytes) -> int:
+        """Log what was read; return its size."""
         *lines, self._partial = (self._partial + data).split(b"\n")
         while len(self._partial) >= MAX_LINE:
             lines.append(self._partial[:MAX_LINE])
@@ -3877,6 +3975,12 @@ class OutputReader:
         for line in lines:
             for start in range(0, max(len(line), 1), MAX_LINE):
                 self._emit(line[start:start + MAX_LINE])
+        if self._room <= 0:
+            self._emit_partial()
+            with contextlib.suppress(OSError):          # so that it is large enough to be emptied now and then
+                fcntl.fcntl(self._descriptor, fcntl.F_SETPIPE_SZ, PIPE_SIZE)
+            self._write_line(f"(output over {MAX_OUTPUT} bytes is dropped)")
+        return len(data)
 
     def _emit(self, line: bytes) -> None:
         self._room -= len(line) + LINE_OVERHEAD         # many short lines cost as much as a few long ones
@@ -3884,21 +3988,38 @@ class OutputReader:
         self.tail.append(text)
         self._write_line(text)
 
-    def finish(self) -> None:
+    def _emit_partial(self) -> None:
+        if self._partial:
+            self._emit(self._partial)
+            self._partial = b""
+
+    async def finish(self) -> None:
         """Take what is left in the pipe once the container is gone, and close it."""
-        while self._descriptor >= 0 and self._read():
-            continue
-        self.close()
+        if self._reading:
+            await asyncio.wait([self._reading])
+        if not self._closed:
+            self._closed = True
+            self._loop.remove_reader(self._descriptor)
+            with contextlib.suppress(OSError):
+                while self._room > 0 and any(fcntl.ioctl(self._descriptor, termios.FIONREAD, bytes(4))):
+                    await self._workers.run(self._read)
+            self._end(gone=True)
 
     def close(self) -> None:
         """Read no more; what is still in the pipe stays there for the next reader."""
-        if self._descriptor >= 0:
-            asyncio.get_running_loop().remove_reader(self._descriptor)
+        self._closed = True
+        self._loop.remove_reader(self._descriptor)
+        if self._reading is None:
+            self._end(gone=False)
+
+    def _end(self, gone: bool) -> None:
+        """Close the pipe, which takes its lock; gone says that nobody else has it."""
+        self._closed = True
+        if gone:
             os.close(self._descriptor)
-            self._descriptor = -1
-            if self._partial:
-                self._emit(self._partial)
-                self._partial = b""
+        else:
+            self._workers.run(os.close, self._descriptor)
+        self._emit_partial()
 
 
 # What a program may print that has been refused a process or thread, so that it is worth to ask the kernel.
@@ -3992,7 +4113,8 @@ class Container:
         release that comes is GONE, at the end of runc, which is no child of ours: its exit status stays unknown.
         """
         container = cls(host, None, write_line, survivor.container_id)
-        container._output = OutputReader(survivor.output, lambda text: container.write_line(container.id, text))
+        container._output = OutputReader(host.workers, survivor.output,
+                                         lambda text: container.write_line(container.id, text))
         container._pid, container._pidfd = survivor.pid, survivor.pidfd
         host.loop.add_reader(container._pidfd, container._on_exit)
         return container
@@ -4061,7 +4183,7 @@ class Container:
             file.write(self._bundle.render(self.id, user_namespace))
         self._listener = self._listen()
         self._host.loop.add_reader(self._listener, self._on_connect)
-        self._output = OutputReader(self._make_output(), self._on_output)
+        self._output = OutputReader(self._host.workers, self._make_output(), self._on_output)
         # Open for reading as well: should we die, what the handler prints still has a reader, itself. It waits when
         # the pipe is full, until the next daemon reads on, rather than die of SIGPIPE.
         writing = os.open(f"{self._directory}/output", os.O_RDWR)
@@ -4237,10 +4359,10 @@ class Container:
                 await asyncio.wait([self._exited], timeout=grace)
             await self._kill()
         if self._host.has_remains(self.id):             # runc was killed, by us or by somebody else
-            await asyncio.to_thread(self._host.remove_remains, self.id)
+            await self._host.workers.run(self._host.remove_remains, self.id)
         self._close_listener()
         if self._output is not None:
-            self._output.finish()
+            await self._output.finish()
         self._remove_directory()
         return self._exited.result() if self._exited.done() else -signal.SIGKILL
 
@@ -4253,7 +4375,9 @@ class Container:
         deadline = time.monotonic() + KILL_TIMEOUT
         self.killed = self.killed or not self._exited.done()
         while not self._exited.done() and time.monotonic() < deadline:
-            self._host.cgroups.kill(self.id)            # again and again: while starting it may have none yet
+            # Again and again: while it starts it may have no process yet. It may have thousands.
+            with contextlib.suppress(OSError):
+                await self._host.workers.run(self._host.cgroups.kill, self.id)
             await asyncio.wait([self._exited], timeout=KILL_RETRY)
         if not self._exited.done():
             log.error("container=%s runc does not end, killing it", self.id)
@@ -4437,6 +4561,7 @@ class ContainerHost:
         self.apparmor = apparmor_profile()
         self.descriptors = Descriptors()
         self.loop = asyncio.get_running_loop()
+        self.workers = Workers(self.loop)
 
     def prepare(self, addresses: dict[str, str]) -> list[Survivor]:
         """Make RUN_DIR/containers, on a tmpfs, and clear what the daemon before left there.
@@ -5328,7 +5453,7 @@ class Invocation:
     def line(self) -> str:
         """Return the invocation as key=value for the log."""
         first_line = self.request.partition(b"\n")[0].removesuffix(b"\r").decode("utf-8", "surrogateescape")
-        parts = [f"outcome={self.outcome} client={self.peer} request={quote(first_line)}"]
+        parts = [f"outcome={self.outcome} client={self.peer} request={quote(first_line, MAX_REQUEST)}"]
         for key, seconds in (("wait", self.wait_seconds), ("start", self.start_seconds), ("run", self.run_seconds)):
             parts.append(f"{key}=-" if seconds is None else f"{key}={seconds * 1000:.1f}ms")
         exit_status = "-" if self.exit_status is None else self.exit_status
@@ -5336,13 +5461,35 @@ class Invocation:
         if self.status:
             parts.append(f"status={self.status}")
         if self.reason:
-            parts.append(f"reason={quote(self.reason)}")
+            parts.append(f"reason={quote(self.reason, MAX_MESSAGE)}")
         return " ".join(parts)
 
 
-def quote(text: str) -> str:
-    """Return text in quotes, so that nothing in it looks like the end of a field."""
-    return '"' + escape_controls(text.replace("\\", "\\\\").replace('"', '\\"')) + '"'
+def quote(text: str, most: int) -> str:
+    """Return text in quotes, so that nothing in it looks like the end of a field, cut where it has become too long."""
+    escaped = escape_controls(text.replace("\\", "\\\\").replace('"', '\\"'))
+    return f'"{escaped}"' if len(escaped) <= most else f'"{escaped[:most]}…"'
+
+
+class Warnings:
+    """What is said of a function's invocations in our own log: so little that no client can fill a disk with it."""
+
+    def __init__(self, name: str, loop: asyncio.AbstractEventLoop):
+        self._name, self._loop = name, loop
+        self._count = 0                         # within WARNING_SECONDS
+
+    def add(self, container_id: str, line: str) -> None:
+        if self._count == 0:
+            self._loop.call_later(WARNING_SECONDS, self._sum_up)
+        self._count += 1
+        if self._count <= MAX_WARNINGS:
+            log.warning("function=%s container=%s %s", self._name, container_id, line)
+
+    def _sum_up(self) -> None:
+        if self._count > MAX_WARNINGS:
+            log.warning("function=%s %d more such lines are in its own log only", self._name,
+                        self._count - MAX_WARNINGS)
+        self._count = 0
 
 
 REASON_PHRASES = {502: "Bad Gateway", 503: "Service Unavailable", 504: "Gateway Timeout"}
@@ -5431,6 +5578,7 @@ class Function:
         self.draining = False                   # serves whom it has accepted, and nobody else
         self.demand = Demand()
         self.statistics = Statistics()
+        self._warnings = Warnings(record.name, services.host.loop)
         self.changing = asyncio.Lock()          # held by who puts or removes image directories
         self._services = services
         self._loop = services.host.loop
@@ -5835,7 +5983,7 @@ class Function:
         container = invocation.container.id if invocation.container else "-"
         self.log.write(container, ">", line)
         if invocation.outcome != "answered":
-            log.warning("function=%s container=%s %s", self.record.name, container, line)
+            self._warnings.add(container, line)
         elif log.isEnabledFor(logging.DEBUG):
             log.debug("function=%s container=%s %s", self.record.name, container, line)
 
@@ -6049,62 +6197,70 @@ def sync_rename(path: Path) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-class LogWriter:
-    """Appends to log files in a thread, because a write to a disk can take long and the loop must not stand still.
+class Writer:
+    """A thread that writes what comes: a disk can hang, and whoever reads our stderr can stop (a pager, Ctrl-S).
 
-    Lines come on the loop's thread and are written in their order, many at a time.
+    So nobody waits for it: at most a limited number of items wait, others are dropped and counted, and the process ends
+    without it.
     """
 
-    def __init__(self, loop: asyncio.AbstractEventLoop):
-        self._loop = loop
-        self._thread = concurrent.futures.ThreadPoolExecutor(1, "log")
-        self._lines: dict[FunctionLog, list[bytes]] = {}
-        self._count = 0
-        self._closed = False
-        self._writing: asyncio.Future | None = None
-        self._timer: asyncio.TimerHandle | None = None
+    def __init__(self, write: Callable[[list, int], None], most: int, delay: float = 0.0):
+        """write takes items in their order, and how many were dropped; they are gathered for delay seconds."""
+        self._write, self._most, self._delay = write, most, delay
+        self._items = queue.SimpleQueue()
+        self._dropped = 0
+        threading.Thread(target=self._run, daemon=True).start()
+
+    def add(self, item) -> None:
+        """Have an item written soon. In any thread."""
+        if self._items.qsize() < self._most:
+            self._items.put(item)
+        else:
+            self._dropped += 1
+
+    def flush(self) -> concurrent.futures.Future:
+        """Return what is done when everything is written that was added before; wait for it with a limit."""
+        done = concurrent.futures.Future()
+        self._items.put(done)
+        return done
+
+    def _run(self) -> None:
+        told = 0
+        while True:
+            items = [self._items.get()]
+            time.sleep(self._delay)
+            items += [self._items.get() for _ in range(self._items.qsize())]
+            dropped = self._dropped - told
+            told += dropped
+            self._write([item for item in items if not isinstance(item, concurrent.futures.Future)], dropped)
+            for item in items:
+                if isinstance(item, concurrent.futures.Future):
+                    item.set_result(None)
+
+
+class LogWriter:
+    """Appends to the functions' logs."""
+
+    def __init__(self) -> None:
+        self._writer = Writer(self._write, MAX_UNWRITTEN_LINES, LOG_DELAY)
 
     def add(self, function_log: FunctionLog, line: bytes) -> None:
         """Have a line written soon. When the disk takes none for long, lines are dropped rather than memory filled."""
-        if self._closed or self._count >= MAX_UNWRITTEN_LINES:
-            return
-        self._count += 1
-        if self._count == MAX_UNWRITTEN_LINES:
-            log.error("the disk is too slow for the logs: lines are dropped")
-        self._lines.setdefault(function_log, []).append(line)
-        if self._timer is None and self._writing is None:
-            self._timer = self._loop.call_later(LOG_DELAY, self._write)
-
-    def _write(self) -> None:
-        self._timer = None
-        lines, self._lines, self._count = self._lines, {}, 0
-        self._writing = self._loop.run_in_executor(self._thread, self._write_all, lines)
-        self._writing.add_done_callback(self._written)
+        self._writer.add((function_log, line))
 
     @staticmethod
-    def _write_all(batches: dict[FunctionLog, list[bytes]]) -> None:
-        for function_log, lines in batches.items():
-            function_log.append(lines)
-
-    def _written(self, future: asyncio.Future) -> None:
-        self._writing = None
-        if future.exception():
-            log.error("writing logs failed", exc_info=future.exception())
-        if self._lines:
-            self._timer = self._loop.call_later(LOG_DELAY, self._write)
+    def _write(lines: list[tuple[FunctionLog, bytes]], dropped: int) -> None:
+        if dropped:
+            log.error("the disk is too slow for the functions' logs: %d lines were dropped", dropped)
+        batches: dict[FunctionLog, list[bytes]] = {}
+        for function_log, line in lines:
+            batches.setdefault(function_log, []).append(line)
+        for function_log, batch in batches.items():
+            function_log.append(batch)
 
     async def flush(self) -> None:
-        """Return when everything is written that was added before."""
-        while self._lines or self._writing:
-            if self._timer:
-                self._timer.cancel()
-                self._write()
-            await asyncio.wait([self._writing])
-
-    async def close(self) -> None:
-        await self.flush()
-        self._closed = True
-        self._thread.shutdown()
+        """Return when everything is written that was added before, or the disk takes too long."""
+        await asyncio.wait([asyncio.wrap_future(self._writer.flush())], timeout=FLUSH_SECONDS)
 
 
 class FunctionLog:
@@ -6116,8 +6272,6 @@ class FunctionLog:
     def __init__(self, path: Path, writer: LogWriter):
         self.path = path
         self._writer = writer
-        self._file = None
-        self._size = 0
         self._failing = False
         self._ended = False
         self._grown = threading.Condition()     # held to change the file
@@ -6144,58 +6298,47 @@ class FunctionLog:
 
     def _append_part(self, lines: list[bytes]) -> None:
         """Write as many of the lines as fit into the file, at least one, and take them off the list."""
-        if self._file is not None and os.fstat(self._file.fileno()).st_nlink == 0:      # somebody cleared the logs
-            self._file.close()
-            self._file = None
-        if self._file is None:
-            self.path.parent.mkdir(mode=0o700, exist_ok=True)
-            self._file = self.path.open("ab", buffering=0)
-            self._size = self._file.tell()
-        if self._size and self._size + len(lines[0]) > LOG_FILE_SIZE:
-            self._file.close()
-            self._file = None
-            self.path.replace(self._previous)
-            return
-        room = LOG_FILE_SIZE - self._size
-        count = 0
-        while count < len(lines) and (count == 0 or room >= len(lines[count])):
-            room -= len(lines[count])
-            count += 1
-        data = b"".join(lines[:count])
-        del lines[:count]                       # first: what cannot be written now is not tried again and again
-        try:
-            write_all(self._file.fileno(), memoryview(data))
-        except OSError:
-            with contextlib.suppress(OSError):
-                os.ftruncate(self._file.fileno(), self._size)       # no half line, to which the next would be added
-            raise
-        self._size += len(data)
+        self.path.parent.mkdir(mode=0o700, exist_ok=True)       # somebody may clear the logs
+        with self.path.open("ab", buffering=0) as file:
+            size = file.tell()
+            if size and size + len(lines[0]) > LOG_FILE_SIZE:
+                self.path.replace(self._previous)
+                return
+            room = LOG_FILE_SIZE - size
+            count = 0
+            while count < len(lines) and (count == 0 or room >= len(lines[count])):
+                room -= len(lines[count])
+                count += 1
+            data = b"".join(lines[:count])
+            del lines[:count]                       # first: what cannot be written now is not tried again and again
+            try:
+                write_all(file.fileno(), memoryview(data))
+            except OSError:
+                with contextlib.suppress(OSError):
+                    os.ftruncate(file.fileno(), size)       # no half line, to which the next would be added
+                raise
 
     @property
     def _previous(self) -> Path:
         return self.path.with_name(self.path.name + ".1")
 
-    def close(self) -> None:
-        with self._grown:
-            if self._file is not None:
-                self._file.close()
-                self._file = None
-
     def end(self) -> None:
-        """End those who follow; lines that are still on their way are dropped."""
-        with self._grown:
-            self._ended = True
-            self._grown.notify_all()
-        self.close()
+        """End those who follow; lines that are still on their way are dropped.
+
+        The writer's thread tells them: it may hold the lock for as long as a disk hangs.
+        """
+        self._ended = True
+        self._writer.add(self, b"")
 
     def remove(self) -> None:
-        """Remove the files; failure is logged, and the next start tries again."""
+        """Remove the files; failure is logged, and the next start tries again. Blocks."""
         self.end()
-        for path in (self.path, self._previous):
-            try:
-                path.unlink(missing_ok=True)
-            except OSError as error:
-                log.error("cannot remove %s: %s", path, error.strerror)
+        with self._grown:
+            for path in (self.path, self._previous):
+                try:
+                    path.unlink(missing_ok=True)
+                except OSError as error:
+                    log.error("cannot remove %s: %s", path, error.strerror)
 
     def read(self, tail: int | None, since: str) -> tuple[list[bytes], BinaryIO | None]:
         """Return the last `tail` lines (None: all) from the time `since` (RFC 3339 UTC) on, and the log behind them.
@@ -6372,11 +6515,35 @@ class LogFormatter(logging.Formatter):
         return "\n".join(f"{timestamp()} {record.levelname.lower()} {line}" for line in lines)
 
 
-def configure_logging(as_json: bool, verbose: bool) -> None:
-    handler = logging.StreamHandler()
-    handler.setFormatter(LogFormatter(as_json))
+class StderrHandler(logging.Handler):
+    """Writes to stderr in a thread of its own, and says how much was lost while nobody read it."""
+
+    def __init__(self, as_json: bool):
+        super().__init__()
+        self.setFormatter(LogFormatter(as_json))
+        self.writer = Writer(self._write, MAX_UNWRITTEN_MESSAGES)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.writer.add(self.format(record))
+
+    def _write(self, lines: list[str], dropped: int) -> None:
+        if dropped:
+            text = f"{dropped} lines of this log were dropped: nobody has read it"
+            lines.append(self.format(log.makeRecord(log.name, logging.WARNING, "", 0, text, (), None)))
+        with contextlib.suppress(OSError):      # its other end is closed: there is nobody to tell
+            write_all(2, memoryview("".join(f"{line}\n" for line in lines).encode("utf-8", "backslashreplace")))
+
+    def flush(self) -> None:
+        """Called by logging when the process ends."""
+        with contextlib.suppress(TimeoutError):
+            self.writer.flush().result(FLUSH_SECONDS)
+
+
+def configure_logging(as_json: bool, verbose: bool) -> StderrHandler:
+    handler = StderrHandler(as_json)
     logging.getLogger().addHandler(handler)     # asyncio's warnings come the same way
     log.setLevel(logging.DEBUG if verbose else logging.INFO)
+    return handler
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -7080,7 +7247,7 @@ class Daemon:
         self._services = Services(
             self._host, Starter(os.cpu_count() or 1, self.loop), WarmLimit(settings.max_warm),
             SocketCalls(self.loop), HangupWatch(self.loop), Crowd(min(MAX_SILENT, eighth)),
-            Crowd(min(MAX_ANSWERING, eighth)), LoopLag(self.loop), LogWriter(self.loop))
+            Crowd(min(MAX_ANSWERING, eighth)), LoopLag(self.loop), LogWriter())
         self._tasks: set[asyncio.Task] = set()          # deploys, removals and retirements under way
         self._program = compile_program()
         self._stop_signals = asyncio.Queue()
@@ -7241,7 +7408,8 @@ class Daemon:
         for task in self._tasks:
             task.cancel()
         await self._end_invocations(left)
-        await self._services.logs.close()
+        await self._host.workers.settle()       # output that was being read
+        await self._services.logs.flush()
         for function in self._functions.values():
             function.log.end()
         deadline = self.loop.time() + UPLOAD_END_SECONDS
@@ -7768,7 +7936,7 @@ class Daemon:
             await asyncio.to_thread(shutil.rmtree, self._images_dir / name, True)
         self._ids.release(function.record.first_id)
         await self._services.logs.flush()
-        function.log.remove()
+        await asyncio.to_thread(function.log.remove)
         log.info("function=%s removed", name)
 
     @contextlib.asynccontextmanager
@@ -8064,7 +8232,7 @@ def set_limits() -> None:
 def main(argv: list[str]) -> int:
     """Run the daemon; return its exit status: 0 stopped, 1 failed, 2 called in a way that cannot work."""
     settings = parse_arguments(argv)
-    configure_logging(settings.log_format == "json", settings.verbose)
+    stderr = configure_logging(settings.log_format == "json", settings.verbose)
     try:
         check_root()
         leave_behind_the_shell()
@@ -8077,7 +8245,7 @@ def main(argv: list[str]) -> int:
             with asyncio.Runner(loop_factory=lambda: asyncio.SelectorEventLoop(EventsFirst())) as runner:
                 runner.run(serve(settings, network, ids))
     except FaasdError as error:
-        print(f"faasd: {error}", file=sys.stderr)
+        stderr.writer.add(f"faasd: {error}")
         return 2 if isinstance(error, UsageError) else 1
     return 0
 

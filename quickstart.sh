@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# See a function answer: ./quickstart.sh [--subnet 10.0.0.0/24] [other options of faasd.py]
+# See a function answer: ./quickstart.sh [--runtime crun] [--subnet 10.0.0.0/24] [other options of faasd.py]
 #
 # Starts faasd, deploys test_handler.py as the function `test-handler`, calls it five times and leaves it running until
 # Ctrl-C; then it removes everything again, but for the packages that it had to install (runc or

@@ -104,16 +104,16 @@ def pack(directory: Path, handler: Path = HANDLER) -> Path:
 
 
 class BareRuns:
-    """Runs a function's bundle with nothing but runc."""
+    """Runs a function's bundle with nothing but an OCI runtime."""
 
-    def __init__(self, directory: Path, faasd_state: Path, name: str):
+    def __init__(self, directory: Path, faasd_state: Path, name: str, runtime: str = "runc"):
         self.run_dir = directory / "bare"
         (self.run_dir / "containers").mkdir(parents=True)
         self.rootfs, = (faasd_state / "images" / name).glob("*/rootfs")
         self.image = json.loads((self.rootfs.parent / "image.json").read_text())
         self.cgroups = faasd.Cgroups(self.run_dir)
         self.bundle = faasd.Bundle(name, self.image, faasd.Options(), self.rootfs, self.run_dir, self.cgroups)
-        self.runtime = faasd.Runtime("runc", self.run_dir / "runc")
+        self.runtime = faasd.Runtime(runtime, self.run_dir / "runc")
 
     def run(self) -> tuple[float, float]:
         """Return the seconds until the handler was ready, and until runc was done. It is told that there is no work."""

@@ -128,7 +128,7 @@ def handler_image(source: str | bytes | None = None, label: str = "1", files: di
     return docker_archive([base, layer({"handler.py": source, **(files or {})})], settings)
 
 
-SYS_RECVMSG = {"x86_64": 47, "aarch64": 212}.get(os.uname().machine, 0)
+SYS_RECVMSG, SYS_VMSPLICE = {"x86_64": (47, 278), "aarch64": (212, 75)}.get(os.uname().machine, (0, 0))
 
 
 def small_image(label: str = "1", **config) -> bytes:
@@ -136,7 +136,8 @@ def small_image(label: str = "1", **config) -> bytes:
     libraries = subprocess.run(["ldd", "/usr/bin/perl"], capture_output=True, text=True, check=True).stdout
     paths = ["/usr/bin/perl", *re.findall(r"(/\S+) \(", libraries)]
     files = {path.lstrip("/"): Path(path).read_bytes() for path in paths}
-    settings = {"Entrypoint": ["/usr/bin/perl", "/handler.pl"], "Env": [f"LABEL={label}", f"SYS_recvmsg={SYS_RECVMSG}"]}
+    settings = {"Entrypoint": ["/usr/bin/perl", "/handler.pl"],
+                "Env": [f"LABEL={label}", f"SYS_recvmsg={SYS_RECVMSG}", f"SYS_vmsplice={SYS_VMSPLICE}"]}
     return docker_archive([layer({**files, "handler.pl": HANDLER.with_suffix(".pl").read_bytes()})],
                           {**settings, **config})
 

@@ -3,6 +3,7 @@
 #   userland.sh SUITE [--runtime crun] [test_file…]        ./test.sh, with the image tools and a Docker engine
 #   userland.sh SUITE [--runtime crun] --newcomer [test_file…]
 #       as a new user who has nothing but python3: ./quickstart.sh, tests/test_quickstart.py, then ./test.sh
+#   userland.sh SUITE --runtime crun --bench [--quick]     bench/run --runtime crun: that runtime beside runc
 #
 # SUITE is bookworm, trixie, forky … A plain chroot is not enough: runc does pivot_root itself, which needs a root that is
 # a mount. So the suite becomes the real root of a private mount namespace, where the tests run. The pid namespace is
@@ -13,9 +14,10 @@ source=$(dirname "$(dirname "$here")")
 complete=python3,runc,crun,iproute2,curl,procps,strace,zstd,nftables
 complete+=,docker.io,skopeo,podman,buildah,umoci,prometheus,apparmor,systemd,busybox-static,git,openssl,nodejs
 newcomer=python3
+bench=python3,runc,crun,iproute2,curl
 
 usage() {
-    sed -n '2,5s/^# //p' "$0" >&2
+    sed -n '2,6s/^# //p' "$0" >&2
     exit 2
 }
 
@@ -95,6 +97,11 @@ run_newcomer() {
     [ $# -eq 0 ] || ./test.sh "$@"
 }
 
+run_bench() {
+    announce
+    python3 /src/bench/run --runtime "$runtime" "$@"
+}
+
 announce() {
     echo "$suite: $(python3 --version), $("$runtime" --version | head -n 1), kernel $(uname -r)"
 }
@@ -106,6 +113,7 @@ run_suite() {
         case $1 in
             --runtime) runtime=${2:?}; shift 2 ;;
             --newcomer) kind=newcomer; shift ;;
+            --bench) kind=bench; shift; break ;;
             --soak) break ;;                    # test.sh's
             *) usage ;;
         esac

@@ -1,0 +1,233 @@
+"""What handlers print and what the daemon logs: it may be without end, unread, or stuck, and nobody waits for it."""
+
+import os
+import re
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import unittest
+from pathlib import Path
+
+import support
+from support import get, wait_until
+
+# Answers, and stays with all the processes that it may have.
+FORKER = """
+import os, socket, time
+control = socket.socket(socket.AF_UNIX)
+control.connect("/control.sock")
+_, descriptors, _, _ = socket.recv_fds(control, 1, 1)
+with socket.socket(fileno=descriptors[0]) as client:
+    client.recv(65536)
+    try:
+        while os.fork():
+            pass
+        time.sleep(3600)
+    except OSError:
+        client.sendall(b"HTTP/1.1 200 OK\\r\\nContent-Length: 6\\r\\n\\r\\nforked")
+        client.shutdown(socket.SHUT_WR)
+control.close()
+time.sleep(3600)
+"""
+
+# Holds the lock of a pipe for as long as it lives, as a handler can for long: the kernel takes the lock and then waits
+# for a page of what is to be written, here for one that never comes (userfaultfd(2)).
+HOLDER = """
+import ctypes, fcntl, mmap, os, select, struct, sys, threading
+USERFAULTFD, UFFDIO_API, UFFDIO_REGISTER = {"x86_64": 323, "aarch64": 282}[os.uname().machine], 0xC018AA3F, 0xC020AA00
+libc = ctypes.CDLL(None, use_errno=True)
+fault = libc.syscall(USERFAULTFD, os.O_CLOEXEC)
+if fault < 0:
+    sys.exit(f"userfaultfd: {os.strerror(ctypes.get_errno())}")
+fcntl.ioctl(fault, UFFDIO_API, struct.pack("QQQ", 0xAA, 0, 0))
+memory = mmap.mmap(-1, mmap.PAGESIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+fcntl.ioctl(fault, UFFDIO_REGISTER, struct.pack("QQQQ", address, mmap.PAGESIZE, 1, 0))
+pipe = os.open(sys.argv[1], os.O_WRONLY)
+os.write(pipe, b"printed\\n")
+threading.Thread(target=libc.write, args=(pipe, ctypes.c_void_p(address), ctypes.c_size_t(1)), daemon=True).start()
+poll = select.poll()
+poll.register(fault)
+poll.poll()
+print("held", flush=True)
+threading.Event().wait()
+"""
+
+
+class OutputCase(unittest.TestCase):
+    def start(self, *arguments: str, **more) -> support.Daemon:
+        daemon = support.Daemon(*arguments, **more).start()
+        self.addCleanup(daemon.close)
+        return daemon
+
+
+class Handlers(OutputCase):
+    def test_more_than_the_log_takes_is_not_copied(self):
+        daemon = self.start()
+        address = daemon.deploy("f", support.small_image(), "--timeout", "0")
+        with socket.create_connection((address, 80), support.READY_SECONDS) as client:
+            client.sendall(b"GET /splice HTTP/1.1\r\n\r\n")
+            wait_until(lambda: "is dropped)" in daemon.faas("logs", "f", "-n", "1").stdout, "the log takes no more")
+
+            def copied() -> int:
+                return int(re.search(r"rchar: (\d+)", Path(f"/proc/{daemon.process.pid}/io").read_text())[1])
+            client.recv(1 << 20)                        # all that has come so far
+            before, received = copied(), 0
+            while received < 8:                         # times 4 MiB
+                received += client.recv(65536).count(b"4")
+            self.assertLess(copied() - before, 4 << 20)
+
+    def test_who_holds_the_lock_of_its_pipe_stops_nobody(self):
+        daemon = self.start()
+        address, other = daemon.deploy("f"), daemon.deploy("other", support.small_image())
+        with socket.create_connection((address, 80), support.READY_SECONDS) as client:
+            client.sendall(b"GET /echo HTTP/1.1\r\n\r\n")
+            self.assertIn(b"101", client.recv(65536))
+            container, = support.list_containers(daemon)
+            pipe = daemon.run_dir / "containers" / container / "output"
+            daemon.process.send_signal(signal.SIGSTOP)  # so that it reads while the lock is held
+            holder = subprocess.Popen([sys.executable, "-c", HOLDER, pipe], stdout=subprocess.PIPE,
+                                      stderr=subprocess.PIPE, text=True)
+            try:
+                held = holder.stdout.readline()
+                daemon.process.send_signal(signal.SIGCONT)
+                if not held:
+                    self.skipTest(holder.stderr.read().strip().splitlines()[-1])
+                self.assertEqual(get(other), (200, "1"))
+                client.sendall(b"still here?")
+                self.assertEqual(client.recv(65536), b"still here?")
+            finally:
+                holder.kill()
+                holder.communicate()
+        wait_until(lambda: "| printed\n" in daemon.faas("logs", "f").stdout, "what was written before is in the log")
+
+    def test_many_processes_are_not_killed_on_the_loop(self):
+        daemon = self.start()
+        address = daemon.deploy("f", support.handler_image(FORKER), "--pids", "100")
+        trace = daemon.directory / "trace"
+        pid = daemon.process.pid
+        command = ["strace", "-f", "--detach-on=execve", "-qq", "-o", trace, "-e", "trace=openat", "-p", str(pid)]
+        with subprocess.Popen(command, stderr=subprocess.DEVNULL) as strace:
+            wait_until(lambda: f"TracerPid:\t{strace.pid}\n" in Path(f"/proc/{pid}/status").read_text(), "it is traced")
+            self.assertEqual(get(address), (200, "forked"))
+            daemon.wait_idle("f")
+            strace.send_signal(signal.SIGINT)
+        calls = [line.split(maxsplit=1) for line in trace.read_text().splitlines()]
+        self.assertTrue([call for thread, call in calls if thread == str(pid) and "config.json" in call])
+        self.assertTrue([call for _, call in calls if "cgroup.procs" in call])
+        self.assertEqual([call for thread, call in calls if thread == str(pid) and "cgroup.procs" in call], [])
+
+
+class OwnLog(OutputCase):
+    """The daemon's stderr."""
+
+    def start_with_reader(self, **more) -> tuple[support.Daemon, subprocess.Popen]:
+        """Return a daemon whose stderr is a pipe, and the process that reads it."""
+        daemon = support.Daemon("--verbose", **more)
+        reading, writing = os.pipe()
+        daemon.wrapper, daemon.pass_fds = ("sh", "-c", f'exec "$@" 2>&{writing}', "sh"), (writing,)
+        with (daemon.directory / "log").open("ab") as log:
+            reader = subprocess.Popen(["cat"], stdin=reading, stdout=log)
+        self.addCleanup(reader.wait)
+        self.addCleanup(reader.kill)
+        daemon.start()
+        self.addCleanup(daemon.close)
+        os.close(reading)
+        os.close(writing)
+        return daemon, reader
+
+    def test_nobody_reads_it_any_more(self):
+        daemon, reader = self.start_with_reader(constants={"MAX_UNWRITTEN_MESSAGES": 100})
+        address = daemon.deploy("f", support.small_image(), "--warm", "1")
+        reader.send_signal(signal.SIGSTOP)
+        for _ in range(2000):                           # lines of 100 bytes, and 64 KiB fit into the pipe
+            daemon.api("GET", "/healthz")
+        self.assertEqual(get(address), (200, "1"))
+        reader.send_signal(signal.SIGCONT)
+
+        def told() -> int:
+            log = daemon.log()
+            return log.count("'GET /healthz") + sum(map(int, re.findall(r"(\d+) lines of this log were dropped", log)))
+        wait_until(lambda: told() >= 2000, "what was kept is there, and what was not is counted")
+
+    def test_nobody_reads_it_at_the_end(self):
+        daemon, reader = self.start_with_reader(constants={"FLUSH_SECONDS": 0.5})
+        daemon.deploy("f", support.small_image())
+        reader.send_signal(signal.SIGSTOP)
+        for _ in range(2000):
+            daemon.api("GET", "/healthz")
+        self.assertEqual(daemon.stop(), 0)
+        self.assertEqual(support.remains(daemon), [])
+
+    def test_everything_is_in_it_before_the_end(self):
+        daemon, reader = self.start_with_reader()
+        for _ in range(100):
+            daemon.api("GET", "/healthz")
+        self.assertEqual(daemon.stop(), 0)
+        reader.wait()
+        self.assertEqual(daemon.log().count("'GET /healthz"), 100)
+        self.assertTrue(daemon.log().endswith("info stopped\n"), daemon.log())
+
+    def test_an_error_that_ends_it_is_the_last_line(self):
+        daemon = self.start()
+        daemon.stop()
+        (daemon.state_dir / "registry.json").write_text("{")
+        failed = subprocess.run(daemon.command(), capture_output=True, text=True, check=False)
+        self.assertEqual(failed.returncode, 1)
+        self.assertIn("info faasd ", failed.stderr)
+        self.assertRegex(failed.stderr.splitlines()[-1], "^faasd: ")
+
+    def test_clients_that_are_told_off_cannot_fill_it(self):
+        """They send garbage of which each byte becomes six, and reset the connection."""
+        daemon = self.start(constants={"WARNING_SECONDS": 3.0})
+        address = daemon.deploy("f", None, "--concurrency", "1", "--timeout", "0")
+        busy = socket.create_connection((address, 80), support.READY_SECONDS)
+        busy.sendall(b"GET /echo HTTP/1.1\r\n\r\n")
+        self.assertIn(b"101", busy.recv(65536))
+        begin = len(daemon.log())
+        for _ in range(1000):
+            with socket.create_connection((address, 80), support.READY_SECONDS) as client:
+                client.sendall(b"\xff" * 4000)
+                client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+        def told() -> tuple[int, int]:
+            log = daemon.log()[begin:]
+            left_out = re.findall(r"function=f (\d+) more such lines are in its own log only", log)
+            return log.count("outcome=abandoned"), sum(map(int, left_out))
+        wait_until(lambda: sum(told()) == 1000, "all are told of, or counted")
+        self.assertGreater(told()[1], told()[0])
+        busy.close()
+        daemon.wait_idle("f")
+        log = daemon.faas("logs", "f").stdout
+        self.assertEqual(log.count("outcome=abandoned"), 1000)
+        self.assertLess(max(map(len, (log + daemon.log()).splitlines())), 500)
+
+
+class FunctionLogs(OutputCase):
+    def test_a_disk_that_hangs_stops_nobody_nor_the_end(self):
+        """A named pipe that nobody reads stands for it: to open it takes for ever."""
+        daemon = self.start(constants={"FLUSH_SECONDS": 0.5})
+        address = daemon.deploy("f", support.small_image(), "--warm", "1")
+        path = daemon.state_dir / "logs" / "f.log"
+        wait_until(path.exists, "the log is there")
+        path.unlink()
+        os.mkfifo(path)
+        for _ in range(3):
+            self.assertEqual(get(address), (200, "1"))
+        wait_until(lambda: any("fifo" in text or "wait_for_partner" in text for text in self.waits(daemon)),
+                   "its writer waits")
+        self.assertEqual(get(address), (200, "1"))
+        self.assertEqual(get(daemon.deploy("other", support.small_image())), (200, "1"))
+        self.assertEqual(daemon.stop(), 0)
+        self.assertEqual(support.remains(daemon), [])
+
+    @staticmethod
+    def waits(daemon: support.Daemon) -> list[str]:
+        """Return where the daemon's threads wait in the kernel."""
+        return [path.read_text() for path in Path(f"/proc/{daemon.process.pid}/task").glob("*/wchan")]
+
+
+if __name__ == "__main__":
+    unittest.main()
