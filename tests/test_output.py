@@ -10,6 +10,7 @@ import sys
 import unittest
 from pathlib import Path
 
+import gate
 import support
 from support import get, wait_until
 
@@ -104,20 +105,21 @@ class Handlers(OutputCase):
         wait_until(lambda: "| printed\n" in daemon.faas("logs", "f").stdout, "what was written before is in the log")
 
     def test_many_processes_are_not_killed_on_the_loop(self):
-        daemon = self.start()
-        address = daemon.deploy("f", support.handler_image(FORKER), "--pids", "100")
-        trace = daemon.directory / "trace"
-        pid = daemon.process.pid
-        command = ["strace", "-f", "--detach-on=execve", "-qq", "-o", trace, "-e", "trace=openat", "-p", str(pid)]
-        with subprocess.Popen(command, stderr=subprocess.DEVNULL) as strace:
-            wait_until(lambda: f"TracerPid:\t{strace.pid}\n" in Path(f"/proc/{pid}/status").read_text(), "it is traced")
-            self.assertEqual(get(address), (200, "forked"))
-            daemon.wait_idle("f")
-            strace.send_signal(signal.SIGINT)
-        calls = [line.split(maxsplit=1) for line in trace.read_text().splitlines()]
-        self.assertTrue([call for thread, call in calls if thread == str(pid) and "config.json" in call])
-        self.assertTrue([call for _, call in calls if "cgroup.procs" in call])
-        self.assertEqual([call for thread, call in calls if thread == str(pid) and "cgroup.procs" in call], [])
+        kills: list[int] = []                           # threads
+
+        def decide(call: gate.Call) -> None:
+            if call.of == "daemon" and (call.name == "pidfd_send_signal" or call.name == "openat"
+                                        and call.paths[0].endswith("/cgroup.kill")):
+                kills.append(call.pid)
+        watch = gate.Gate(decide)
+        self.addCleanup(watch.close)
+        daemon = self.start(wrapper=watch.wrapper)
+        address = daemon.deploy("f", support.handler_image(FORKER), "--pids", "60", "--timeout", "0")
+        kills.clear()
+        self.assertEqual(get(address), (200, "forked"))
+        daemon.wait_idle("f")
+        self.assertTrue(kills)
+        self.assertNotIn(daemon.process.pid, kills)
 
 
 class OwnLog(OutputCase):
