@@ -29,7 +29,7 @@ with socket.socket(fileno=descriptors[0]) as client:
     except OSError:
         client.sendall(b"HTTP/1.1 200 OK\\r\\nContent-Length: 6\\r\\n\\r\\nforked")
         client.shutdown(socket.SHUT_WR)
-control.close()
+control.sendall(b"R")
 time.sleep(3600)
 """
 
