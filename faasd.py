@@ -265,7 +265,7 @@ NFT_DELTABLE = 10 << 8 | 2                      # NFNL_SUBSYS_NFTABLES, NFT_MSG_
 RESOLV_CONFS = ("/etc/resolv.conf", "/run/systemd/resolve/resolv.conf")    # the first that names a usable resolver
 
 # Control API.
-MAX_CONNECTIONS = 128               # at a time, of each listener; more are answered 503
+MAX_CONNECTIONS = 128               # at a time, of each listener; more are closed at once
 MAX_UPLOADS = 8                     # archives that come in or are being unpacked (--max-uploads)
 MAX_HEADERS_SIZE = 64 * KIB         # bytes of a request's headers; http.server allows as many for its first line
 MAX_HEADERS = 100                   # lines of them; http.server's own limit
@@ -5492,9 +5492,6 @@ class Warnings:
         self._count = 0
 
 
-REASON_PHRASES = {502: "Bad Gateway", 503: "Service Unavailable", 504: "Gateway Timeout"}
-
-
 class Refusal(Exception):
     """An invocation ends without a handler's answer: what faasd says instead, with a status, and how it is counted."""
 
@@ -5513,7 +5510,7 @@ def answer(status: int, line: str) -> bytes:
     """Return an answer to give in the place of a handler's."""
     body = f"faasd: {line}\n".encode()
     retry = "Retry-After: 1\r\n" if status == 503 else ""
-    head = (f"HTTP/1.1 {status} {REASON_PHRASES[status]}\r\nContent-Type: text/plain; charset=utf-8\r\n"
+    head = (f"HTTP/1.1 {status} {http.HTTPStatus(status).phrase}\r\nContent-Type: text/plain; charset=utf-8\r\n"
             f"Content-Length: {len(body)}\r\n{retry}Connection: close\r\n\r\n").encode()
     return head + body
 
@@ -6576,7 +6573,6 @@ class ControlServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
     def __init__(self, address, daemon: Daemon):
         self.daemon = daemon
         self._connections: set[socket.socket] = set()
-        self._turned_away: set[asyncio.Task] = set()
         super().__init__(address, ControlHandler)
         self.socket.setblocking(False)
 
@@ -6600,7 +6596,8 @@ class ControlServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
             self.daemon.loop.call_later(ACCEPT_PAUSE, self.open)
             return
         if len(self._connections) >= MAX_CONNECTIONS:
-            self._turn_away(request, peer)
+            log.warning("control API: %s turned away: over %d connections", peer, MAX_CONNECTIONS)
+            request.close()
             return
         request.setblocking(True)
         self._connections.add(request)
@@ -6611,25 +6608,13 @@ class ControlServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
             self._connections.discard(request)
             request.close()
 
-    def _turn_away(self, request: socket.socket, peer: str) -> None:
-        """Say that there are too many, without a thread; beyond as many again, say nothing."""
-        log.warning("control API: %s turned away: over %d connections", peer, MAX_CONNECTIONS)
-        if len(self._turned_away) >= MAX_CONNECTIONS:
-            request.close()
-            return
-        task = self.daemon.loop.create_task(turn_away(request))
-        self._turned_away.add(task)
-        task.add_done_callback(self._turned_away.discard)
-
     def shutdown_request(self, request: socket.socket) -> None:
-        """End a connection. What its client still sends is dropped, as in answer(), lest a reset destroy our answer."""
+        """End a connection. What its client still sends is dropped, so that a reset cannot destroy our answer."""
         with contextlib.suppress(OSError):
             request.shutdown(socket.SHUT_WR)
             deadline, room = time.monotonic() + LINGER_SECONDS, LINGER_BYTES
-            while room > 0 and (seconds := deadline - time.monotonic()) > 0:
-                request.settimeout(seconds)
-                data = request.recv(COPY_CHUNK)
-                room = room - len(data) if data else 0
+            while room > 0 and is_readable(request, deadline - time.monotonic()) and (data := request.recv(COPY_CHUNK)):
+                room -= len(data)
         self._connections.discard(request)
         self.close_request(request)
 
@@ -6743,15 +6728,6 @@ class TcpControlServer(ControlServer):
         except ValueError:
             return False
         return address == own or address.is_loopback and own.is_loopback
-
-
-async def turn_away(client: socket.socket) -> None:
-    """Answer a connection that is one too many."""
-    with client:
-        body = json_line({"error": f"over {MAX_CONNECTIONS} connections to the control API: try again later"})
-        await send_last(client, b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\n"
-                                b"Content-Length: %d\r\nRetry-After: %d\r\nConnection: close\r\n\r\n%s"
-                                % (len(body), RETRY_SECONDS, body))
 
 
 def json_line(document: dict) -> bytes:
