@@ -6730,10 +6730,6 @@ class TcpControlServer(ControlServer):
         return address == own or address.is_loopback and own.is_loopback
 
 
-def json_line(document: dict) -> bytes:
-    return json.dumps(document).encode() + b"\n"
-
-
 def is_readable(sock: socket.socket, seconds: float) -> bool:
     """Tell whether reading would not wait, after at most so many seconds; select(2) cannot from descriptor 1024 on."""
     poll = select.poll()
@@ -6886,10 +6882,12 @@ class ControlHandler(http.server.BaseHTTPRequestHandler):
         except OSError:
             return True
 
-    def _reply(self, status: int, document: dict, headers: dict[str, str] | None = None) -> None:
-        body = json_line(document)
+    def _reply(self, status: int, document: dict | str, headers: dict[str, str] | None = None) -> None:
+        """Answer with JSON, or with text in Prometheus' format."""
+        kind = "text/plain; version=0.0.4; charset=utf-8" if isinstance(document, str) else "application/json"
+        body = (document if isinstance(document, str) else json.dumps(document) + "\n").encode()
         self.send_response(status)
-        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(len(body)))
         for name, value in (headers or {}).items():
             self.send_header(name, value)
@@ -6926,10 +6924,13 @@ class ControlHandler(http.server.BaseHTTPRequestHandler):
             parts = [urllib.parse.unquote(part) for part in url.path.strip("/").split("/")]
             query = urllib.parse.parse_qs(url.query, keep_blank_values=True, strict_parsing=bool(url.query),
                                           max_num_fields=10_000)
-            method, arguments = self._route(parts)
-            if method != self._deploy and self._has_body():     # which nobody reads
+            route, names = self._route(parts)
+            if route != ControlHandler.deploy and self._has_body():     # which nobody reads
                 self.close_connection = True
-            method(*arguments, query)
+            if route in (ControlHandler.deploy, ControlHandler.logs):
+                route(self, *names, query)
+            else:
+                self._reply(200, self._call(route(self.server.daemon, *names, query)))
         except FaasdError as error:
             self._refuse(error)
         except ValueError as error:
@@ -6938,74 +6939,17 @@ class ControlHandler(http.server.BaseHTTPRequestHandler):
     do_GET = do_POST = do_PATCH = do_DELETE = do_OPTIONS = _dispatch
 
     def _route(self, parts: list[str]) -> tuple[Callable, list[str]]:
-        """Return the method that answers, and its arguments. Raises NotFound, or Refused with status 405."""
-        routes: dict[tuple, dict[str, Callable]] = {
-            ("healthz",): {"GET": self._healthz},
-            ("version",): {"GET": self._version},
-            ("metrics",): {"GET": self._metrics},
-            ("stats",): {"GET": self._stats},
-            ("functions",): {"GET": self._list},
-            ("functions", "*"): {"GET": self._show, "POST": self._deploy, "PATCH": self._change,
-                                 "DELETE": self._remove},
-            ("functions", "*", "stats"): {"GET": self._stats},
-            ("functions", "*", "versions"): {"GET": self._versions},
-            ("functions", "*", "isolation"): {"GET": self._isolation},
-            ("functions", "*", "rollback"): {"POST": self._roll_back},
-            ("functions", "*", "logs"): {"GET": self._logs},
-        }
+        """Return what of ROUTES answers, and the name of the function. Raises NotFound, or Refused with status 405."""
         pattern = tuple("*" if i == 1 and part else part for i, part in enumerate(parts))
-        if pattern not in routes:
+        if pattern not in ROUTES:
             raise NotFound(f"no such resource: /{'/'.join(parts)}")
-        methods = routes[pattern]
+        methods = ROUTES[pattern]
         if self.command not in methods:
             raise Refused(405, f"{self.command} is not possible here, {' or '.join(methods)} is",
                           Allow=", ".join(methods))
         return methods[self.command], [check_name(part) for part in parts[1:2]]
 
-    def _healthz(self, query: dict) -> None:
-        self._reply(200, {"status": "ok"})
-
-    def _version(self, query: dict) -> None:
-        self._reply(200, {"faasd": __version__, "python": platform.python_version(),
-                          "runtime": self.server.daemon.runtime_version, "kernel": platform.release()})
-
-    def _list(self, query: dict) -> None:
-        self._reply(200, {"functions": self._call(self.server.daemon.describe_all())})
-
-    def _show(self, name: str, query: dict) -> None:
-        self._reply(200, self._call(self.server.daemon.describe(name)))
-
-    def _change(self, name: str, query: dict) -> None:
-        if not query:
-            raise BadRequest("nothing to change: name an option")
-        self._reply(200, self._call(self.server.daemon.change(name, query)))
-
-    def _versions(self, name: str, query: dict) -> None:
-        self._reply(200, {"versions": self._call(self.server.daemon.versions(name))})
-
-    def _isolation(self, name: str, query: dict) -> None:
-        self._reply(200, self._call(self.server.daemon.inspect(name)))
-
-    def _roll_back(self, name: str, query: dict) -> None:
-        self._reply(200, self._call(self.server.daemon.roll_back(name, query.get("version", [""])[-1])))
-
-    def _stats(self, *arguments) -> None:
-        *names, _ = arguments
-        self._reply(200, self._call(self.server.daemon.statistics(names)))
-
-    def _metrics(self, query: dict) -> None:
-        body = self._call(self.server.daemon.metrics()).encode()
-        self.send_response(200)
-        self.send_header("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def _remove(self, name: str, query: dict) -> None:
-        self._call(self.server.daemon.remove(name))
-        self._reply(200, {"removed": name})
-
-    def _deploy(self, name: str, query: dict) -> None:
+    def deploy(self, name: str, query: dict) -> None:
         daemon = self.server.daemon
         options = Options.from_query(query)
         tag = query.get("tag", [""])[-1]
@@ -7096,7 +7040,7 @@ class ControlHandler(http.server.BaseHTTPRequestHandler):
                 raise BadRequest("the upload was cut short")
             count -= moved
 
-    def _logs(self, name: str, query: dict) -> None:
+    def logs(self, name: str, query: dict) -> None:
         tail = parse_count(query["tail"][-1]) if "tail" in query else None
         since = parse_since(query["since"][-1]) if "since" in query else ""
         function_log = self._call(self.server.daemon.function_log(name))
@@ -7502,20 +7446,18 @@ class Daemon:
 
     async def change(self, name: str, query: dict[str, list[str]]) -> dict:
         """Change options of a function as a query names them; proved as a deploy is. Raises FaasdError."""
+        if not query:
+            raise BadRequest("nothing to change: name an option")
         async with self._changing(name, "change") as function:
-            options = function.record.options.changed(query)
-            self._check_warm(name, options)
-            image = self._load_image(name, function.record.version)
-            async with function.changing:
-                version = Version(name, self._images_dir / name / function.record.version, image, options, self._host)
-                await self._install(name, version)
-            self._note(function, "changed")
-            return self._describe(function)
+            entry = function.record.versions[0]
+            return await self._rerun(name, replace(entry, options=entry.options.changed(query)), "changed")
 
-    async def roll_back(self, name: str, wanted: str) -> dict:
-        """Go back to an earlier version and the options it ran under; wanted is the begin of its name, or "" for the
-        one before. Raises FaasdError.
+    async def roll_back(self, name: str, query: dict[str, list[str]]) -> dict:
+        """Go back to an earlier version and the options it ran under. Raises FaasdError.
+
+        The query's `version` is the beginning of its name; without it, to the one before.
         """
+        wanted = query.get("version", [""])[-1]
         async with self._changing(name, "rollback") as function:
             earlier = function.record.versions[1:]
             if not earlier:
@@ -7524,14 +7466,16 @@ class Daemon:
             if len(found) != 1:
                 raise NotFound(f"function {name} has {'more than one' if found else 'no earlier'} version {wanted!r}: "
                                f"`faas versions {name}` shows them")
-            options = found[0].options
-            self._check_warm(name, options)
-            image = self._load_image(name, found[0].version)
-            async with function.changing:
-                version = Version(name, self._images_dir / name / found[0].version, image, options, self._host)
-                function = await self._install(name, version)
-            self._note(function, "rolled back")
-            return self._describe(function)
+            return await self._rerun(name, found[0], "rolled back")
+
+    async def _rerun(self, name: str, entry: VersionRecord, what: str) -> dict:
+        """Make an image that is there what a function runs, proved as a deploy's is. Raises FaasdError."""
+        self._check_warm(name, entry.options)
+        version = self._load_version(name, entry)
+        async with self._functions[name].changing:
+            function = await self._install(name, version)
+        self._note(function, what)
+        return self._describe(function)
 
     def _check_warm(self, name: str, options: Options) -> None:
         """Raise Conflict if more warm containers are asked for than the daemon may have."""
@@ -7781,14 +7725,14 @@ class Daemon:
                     raise ImageError(f"image.json has no good {key!r}")
             return image
         except (OSError, ImageError) as error:
-            raise FaasdError(f"its image in {directory} is damaged ({error}): deploy it again") from error
+            raise FaasdError(f"its image in {directory} is damaged ({error}): deploy it again") from None
 
     def _load_version(self, name: str, entry: VersionRecord) -> Version:
         image = self._load_image(name, entry.version)
         try:
             return Version(name, self._images_dir / name / entry.version, image, entry.options, self._host)
-        except (KeyError, TypeError, AttributeError, ImageError) as error:
-            raise FaasdError(f"its image {entry.version} is damaged ({error}): deploy it again") from error
+        except (KeyError, TypeError, AttributeError) as error:
+            raise FaasdError(f"its image {entry.version} is damaged ({error!r}): deploy it again") from None
 
     async def _open_function(self, function: Function) -> None:
         """Put the function's address on lo and listen there; undo it on an error. Raises FaasdError."""
@@ -7825,8 +7769,15 @@ class Daemon:
             raise NotFound(f"no function {name!r}: `faas list` shows those there are")
         return self._functions[name]
 
-    async def describe_all(self) -> list[dict]:
-        return [self._describe(self._functions[name]) for name in sorted(self._functions)]
+    async def health(self) -> dict:
+        return {"status": "ok"}
+
+    async def describe_machine(self) -> dict:
+        return {"faasd": __version__, "python": platform.python_version(), "runtime": self.runtime_version,
+                "kernel": platform.release()}
+
+    async def describe_all(self) -> dict:
+        return {"functions": [self._describe(self._functions[name]) for name in sorted(self._functions)]}
 
     async def describe(self, name: str) -> dict:
         return self._describe(self._get(name))
@@ -7858,7 +7809,7 @@ class Daemon:
         await self._services.logs.flush()
         return function.log
 
-    async def versions(self, name: str) -> list[dict]:
+    async def versions(self, name: str) -> dict:
         """Return the versions of a function, the one that runs first."""
         function = self._get(name)
         documents = []
@@ -7870,9 +7821,9 @@ class Daemon:
             documents.append({"version": entry.version, "digest": image["digest"], "size": image["size"],
                               "image": image["tag"] or entry.version, "deployed": entry.deployed,
                               "current": number == 0, "options": entry.options.to_json()})
-        return documents
+        return {"versions": documents}
 
-    async def statistics(self, names: list[str]) -> dict:
+    async def statistics(self, *names: str) -> dict:
         """Return counts and percentiles of functions, all of them for no names."""
         functions = [self._get(name) for name in names or sorted(self._functions)]
         return {"time": time.time(), "functions": [function.describe_statistics() for function in functions]}
@@ -7891,15 +7842,11 @@ class Daemon:
                  *process_metrics()]
         return "\n".join(lines) + "\n"
 
-    async def remove(self, name: str) -> None:
+    async def remove(self, name: str) -> dict:
         """Drain a function and remove its address, images and log. Raises NotFound, Conflict."""
-        function = self._get(name)
-        await self.begin_change(name, "removal")
-        try:
-            with self._registered():
-                await to_the_end(self._remove(function))        # a client that leaves must not leave it half removed
-        finally:
-            await self.end_change(name)
+        async with self._changing(name, "removal") as function:
+            await to_the_end(self._remove(function))        # a client that leaves must not leave it half removed
+        return {"removed": name}
 
     async def _remove(self, function: Function) -> None:
         # Written down first: what is removed from here on must not come back half after a crash.
@@ -7925,6 +7872,23 @@ class Daemon:
                 yield function
         finally:
             await self.end_change(name)
+
+
+# What the control API has: for a path, "*" a function's name, what answers a method, given daemon, name and query.
+ROUTES: dict[tuple[str, ...], dict[str, Callable]] = {
+    ("healthz",): {"GET": lambda daemon, query: daemon.health()},
+    ("version",): {"GET": lambda daemon, query: daemon.describe_machine()},
+    ("metrics",): {"GET": lambda daemon, query: daemon.metrics()},
+    ("stats",): {"GET": lambda daemon, query: daemon.statistics()},
+    ("functions",): {"GET": lambda daemon, query: daemon.describe_all()},
+    ("functions", "*"): {"GET": lambda daemon, name, query: daemon.describe(name), "POST": ControlHandler.deploy,
+                         "PATCH": Daemon.change, "DELETE": lambda daemon, name, query: daemon.remove(name)},
+    ("functions", "*", "stats"): {"GET": lambda daemon, name, query: daemon.statistics(name)},
+    ("functions", "*", "versions"): {"GET": lambda daemon, name, query: daemon.versions(name)},
+    ("functions", "*", "isolation"): {"GET": lambda daemon, name, query: daemon.inspect(name)},
+    ("functions", "*", "rollback"): {"POST": Daemon.roll_back},
+    ("functions", "*", "logs"): {"GET": ControlHandler.logs},
+}
 
 
 def parse_arguments(argv: list[str]) -> Settings:

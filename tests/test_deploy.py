@@ -366,7 +366,7 @@ class FailedDeploy(DeployCase):
         directory = support.temporary_directory()
         disk = directory / "disk"
         disk.mkdir()
-        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=10m", "tmpfs", disk], check=True)
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=10m,mode=755", "tmpfs", disk], check=True)
         try:
             daemon = support.Daemon("--subnet", "10.2.0.0/24")
             daemon.state_dir = disk
@@ -453,6 +453,36 @@ class Redeploy(DeployCase):
         self.daemon.start()
         self.assertEqual(get(address, "/label"), (200, "two"))
         self.assertEqual(self.daemon.info("f")["options"]["timeout"], 7)
+
+
+class Rerun(DeployCase):
+    """`faas set` and `faas rollback` of functions that are not as they should be."""
+
+    def test_set_of_a_broken_function_answers_what_became_of_it(self):
+        self.daemon.deploy("f")
+        self.daemon.stop()
+        with socket.socket() as squatter:
+            squatter.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            squatter.bind(("0.0.0.0", 80))
+            squatter.listen()
+            self.daemon.start()
+        self.assertEqual(self.daemon.info("f")["state"], "broken")
+        answer = json.loads(self.daemon.faas("--json", "set", "f", "--memory", "256m").stdout)
+        self.assertEqual((answer["state"], answer["options"]["memory"]), ("ready", 256 << 20))
+        self.assertRegex(self.daemon.faas("logs", "f").stdout, "> changed version=")
+        self.assertEqual(get(answer["address"])[0], 200)
+
+    def test_damaged_image_is_told(self):
+        self.daemon.deploy("f", support.handler_image(label="one"))
+        self.daemon.deploy("f", support.handler_image(label="two"))
+        for image in (self.daemon.state_dir / "images" / "f").glob("*/image.json"):
+            document = json.loads(image.read_text())
+            del document["process"]["entrypoint"]
+            image.write_text(json.dumps(document))
+        for command in (("set", "f", "--memory", "256m"), ("rollback", "f")):
+            line, = self.refuse(*command)
+            self.assertRegex(line, r"its image [0-9a-f]{12} is damaged \(KeyError\('entrypoint'\)\): deploy it again")
+        self.assertEqual(get("10.0.0.10", "/label"), (200, "two"))
 
 
 class Remove(DeployCase):
