@@ -96,7 +96,7 @@ from dataclasses import dataclass, replace
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from tarfile import TarInfo
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 __version__ = "0.1.0"
 
@@ -283,7 +283,6 @@ UPLOAD_END_SECONDS = 5.0            # how long a stop waits until everybody has 
 FOLLOW_SECONDS = 15.0               # how often `logs --follow` looks whether its client is still there
 
 REGISTRY_FORMAT = 3
-NAME_PATTERN = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")      # a DNS label (RFC 1123)
 DIGEST_PATTERN = re.compile(r"sha256:([0-9a-f]{64})")
 ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64", "armv7l": "arm", "i686": "386",
                  "ppc64le": "ppc64le", "s390x": "s390x", "riscv64": "riscv64"}      # uname -m → GOARCH
@@ -371,60 +370,30 @@ SIZE_UNITS = {"": 1, "b": 1, "k": KIB, "m": MIB, "g": GIB}
 DURATION_UNITS = {"": 1.0, "ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
 
 
-def parse_size(text: str) -> int:
-    """Return the bytes that text names: `64m`, `1g`, `512k`, or plain bytes. Raises BadRequest."""
-    match = re.fullmatch(r"([0-9]{1,15})([bkmg]?)b?", text.strip().lower())
-    if not match:
-        raise BadRequest(f"bad size {text!r}: write 512m, 1g or a number of bytes")
-    return int(match[1]) * SIZE_UNITS[match[2]]
+def reader(what: str, pattern: str, advice: str, value: Callable[[re.Match], Any] = re.Match.group) -> Callable:
+    """Return a function that reads a text of a pattern, and raises BadRequest for any other."""
+    def read(text: str) -> Any:
+        match = re.fullmatch(pattern, text)
+        if not match:
+            raise BadRequest(f"bad {what} {text!r}: {advice}")
+        return value(match)
+    return read
 
 
-def parse_duration(text: str) -> float:
-    """Return the seconds that text names: `500ms`, `30s`, `5m`, or plain seconds. Raises BadRequest."""
-    match = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,6})?)(ms|s|m|h|)", text.strip().lower())
-    if not match:
-        raise BadRequest(f"bad duration {text!r}: write 500ms, 30s, 5m or a number of seconds")
-    return float(match[1]) * DURATION_UNITS[match[2]]
-
-
-def parse_count(text: str) -> int:
-    """Return a whole number from 1 on. Raises BadRequest."""
-    if not re.fullmatch(r"[0-9]{1,12}", text) or int(text) < 1:
-        raise BadRequest(f"bad number {text!r}: write a whole number from 1 on")
-    return int(text)
-
-
-def parse_amount(text: str) -> int:
-    """Return a whole number from 0 on. Raises BadRequest."""
-    if not re.fullmatch(r"[0-9]{1,12}", text):
-        raise BadRequest(f"bad number {text!r}: write a whole number from 0 on")
-    return int(text)
-
-
-def parse_warm(text: str) -> int | None:
-    """Return a number of warm containers, None for `auto`. Raises BadRequest."""
-    return None if text == "auto" else parse_amount(text)
-
-
-def parse_net(text: str) -> str:
-    """Return what network a function gets. Raises BadRequest."""
-    if text not in NETS:
-        raise BadRequest(f"bad net {text!r}: write none, egress or host")
-    return text
-
-
-def parse_cpus(text: str) -> float:
-    """Return a number of CPUs such as 0.5 or 2. Raises BadRequest."""
-    if not re.fullmatch(r"[0-9]{1,4}(\.[0-9]{1,3})?", text) or float(text) < 0.01:
-        raise BadRequest(f"bad number of cpus {text!r}: write 0.5, 1 or 2")
-    return float(text)
-
-
-def check_name(name: str) -> str:
-    """Return name if it may be a function's name, else raise BadRequest."""
-    if not NAME_PATTERN.fullmatch(name):
-        raise BadRequest(f"bad function name {name!r}: use 1 to 63 of a-z, 0-9 and '-', not at either end")
-    return name
+parse_size = reader("size", r"(?ai)\s*([0-9]{1,15})([bkmg]?)b?\s*", "write 512m, 1g or a number of bytes",
+                    lambda match: int(match[1]) * SIZE_UNITS[match[2].lower()])
+parse_duration = reader("duration", r"(?ai)\s*([0-9]{1,9}(?:\.[0-9]{1,6})?)(ms|s|m|h|)\s*",
+                        "write 500ms, 30s, 5m or a number of seconds",
+                        lambda match: float(match[1]) * DURATION_UNITS[match[2].lower()])
+parse_count = reader("number", r"(?!0+$)[0-9]{1,12}", "write a whole number from 1 on", lambda match: int(match[0]))
+parse_amount = reader("number", r"[0-9]{1,12}", "write a whole number from 0 on", lambda match: int(match[0]))
+parse_warm = reader("number", r"[0-9]{1,12}|auto", "write auto, or a whole number from 0 on",
+                    lambda match: None if match[0] == "auto" else int(match[0]))
+parse_net = reader("net", "|".join(NETS), "write none, egress or host")
+parse_cpus = reader("number of cpus", r"(?!0+(\.0|\.00[0-9]?)?$)[0-9]{1,4}(\.[0-9]{1,3})?",      # from 0.01 on
+                    "write 0.5, 1 or 2", lambda match: float(match[0]))
+check_name = reader("function name", r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?",         # a DNS label (RFC 1123)
+                    "use 1 to 63 of a-z, 0-9 and '-', not at either end")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
