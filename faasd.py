@@ -2022,10 +2022,8 @@ import grp
 import hmac
 import http.client
 import http.server
-import importlib.util
 import io
 import ipaddress
-import marshal
 import math
 import secrets
 import select
@@ -7090,19 +7088,16 @@ class Settings:
 def compile_program() -> int:
     """Return a descriptor of a file with this program, compiled: a child that runs it starts in two thirds of the time.
 
-    It is what this process runs, whatever becomes of the source meanwhile. Compiled in a child, for it takes memory.
+    It is what this process runs, whatever becomes of the source meanwhile. Another process compiles it, for that takes
+    memory; one of its own rather than a fork, which Python warns of where there are threads.
     """
     descriptor = os.memfd_create("faasd.pyc")
-    pid = os.fork()
-    if pid == 0:
-        try:
-            code = compile(Path(__file__).read_bytes(), __file__, "exec", dont_inherit=True)
-            # A .pyc begins with Python's magic number, and with flags, time and size, which are not looked at here.
-            write_all(descriptor, memoryview(importlib.util.MAGIC_NUMBER + bytes(12) + marshal.dumps(code)))
-        finally:
-            os._exit(0)                 # without a file, or with half of one, a deploy fails and says so
-    os.waitpid(pid, 0)
-    return descriptor
+    # A .pyc begins with Python's magic number, and with flags, time and size, which are not looked at here.
+    script = ("import importlib.util, marshal, sys; file = open(sys.argv[1], 'rb'); "
+              "code = compile(file.read(), sys.argv[1], 'exec', dont_inherit=True); "
+              "sys.stdout.buffer.write(importlib.util.MAGIC_NUMBER + bytes(12) + marshal.dumps(code))")
+    subprocess.run([sys.executable, "-I", "-S", "-c", script, __file__], stdout=descriptor, check=False)
+    return descriptor                   # empty, or cut short, if that failed: then a deploy fails and says so
 
 
 IMAGE_FIELDS = {"digest": str, "tag": str, "size": int, "process": dict}        # of an image.json, to be sure of
