@@ -375,6 +375,17 @@ class Leaving(HostileCase):
         self.release(busy)
         self.assert_no_container("abandoned", 4)
 
+    def test_half_closed_behind_what_takes_long_to_read(self):
+        """Each line of it may be the last chunk, with all the others for its trailer."""
+        busy = self.occupy()
+        with self.neighbour():
+            client = self.connect(b"POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n" + b"0\n" * 20_000 + b"1")
+            self.wait_counts(2, 1)
+            client.shutdown(socket.SHUT_WR)
+            self.wait_counts(2, 0)
+        self.release(busy)
+        self.assert_no_container("abandoned", 1)
+
     def test_half_closed_and_then_gone(self):
         busy = self.occupy()
         client = self.request("/")
