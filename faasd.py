@@ -83,6 +83,7 @@ import posixpath
 import queue
 import re
 import resource
+import select
 import shutil
 import signal
 import stat
@@ -132,7 +133,7 @@ GC_THRESHOLD = 100_000              # objects; looking for cycles, of which entr
 UNPACK_ADDRESS_SPACE = GIB          # bytes; RLIMIT_AS of the unpacking child, whatever a parser is talked into
 COPY_CHUNK = 256 * KIB              # bytes read or written at a time
 FIRST_CHUNK = 2 * KIB               # bytes of a compressed frame that are looked at first
-PIPE_SIZE = MIB                     # bytes on their way to the unpacking child; what a pipe may have at most (pipe(7))
+PIPE_SIZE = MIB                     # what a pipe may have at most (pipe(7))
 HASH_AHEAD = 8                      # of these chunks may wait for the thread that hashes them
 SMALL_FILE = 16 * KIB               # bytes; larger files are written where they are read, and …
 LARGE_FILE = MIB                    # … from this size on, go to the disk at once
@@ -269,8 +270,7 @@ MAX_CONNECTIONS = 128               # at a time, of each listener; more are clos
 MAX_UPLOADS = 8                     # archives that come in or are being unpacked (--max-uploads)
 MAX_HEADERS_SIZE = 64 * KIB         # bytes of a request's headers; http.server allows as many for its first line
 MAX_HEADERS = 100                   # lines of them; http.server's own limit
-MAX_TRAILERS = 32                   # lines after a chunked body, and
-MAX_CHUNK_LINE = KIB                # bytes of one, or of the line before a chunk
+MAX_CHUNK_LINE = KIB                # bytes of the line before a chunk
 MAX_HEADER_SECONDS = 20.0           # from the end of one answer to the end of the next request's headers
 MAX_BODY_SECONDS = 600.0            # between bytes of an archive: `docker save` may take its time before a pipe
 MAX_WRITE_SECONDS = 60.0            # for a client to take a piece of its answer
@@ -1891,23 +1891,65 @@ def host_architecture() -> str:
     return ARCHITECTURES.get(platform.machine(), platform.machine())
 
 
-def read_archive(source: BinaryIO, budget: Budget) -> ByteStream:
-    """Return the tar that a file holds, which may be compressed: `docker load` takes that too."""
+def is_readable(sock: socket.socket | int, seconds: float) -> bool:
+    """Tell whether reading would not wait, after at most so many seconds; select(2) cannot from descriptor 1024 on."""
+    poll = select.poll()
+    poll.register(sock, select.POLLIN)
+    return bool(poll.poll(max(seconds, 0) * 1000))
+
+
+def receive(descriptor: int) -> Iterator[bytes]:
+    """Yield what comes on a client's connection, which does not block; its end is one too early. Raises FaasdError."""
+    while is_readable(descriptor, MAX_BODY_SECONDS):
+        try:
+            data = os.read(descriptor, COPY_CHUNK)
+        except ConnectionError:
+            data = b""
+        if not data:
+            raise BadRequest("the upload was cut short")
+        yield data
+    raise FaasdError(f"the upload stood still for {MAX_BODY_SECONDS:g} s", status=408)
+
+
+def request_body(stream: ByteStream, length: str, limit: int) -> Iterator[memoryview]:
+    """Yield the body of a request, of a length or "chunked" (RFC 9112, section 7). Raises BadRequest, LimitExceeded."""
+    size = 0
+    for count in chunk_sizes(stream) if length == "chunked" else [int(length)]:
+        size += count
+        if size > limit:
+            raise LimitExceeded(f"the archive is over {limit} bytes (--max-image-size)")
+        yield from stream.take_all(count)
+
+
+def chunk_sizes(stream: ByteStream) -> Iterator[int]:
+    """Yield how many bytes the next chunk has, to be read before it goes on. Raises BadRequest."""
+    broken = BadRequest("the request's chunked encoding is broken")
+    size = None
+    while size != 0:
+        line = b""
+        while len(line) < MAX_CHUNK_LINE and not line.endswith(b"\n"):
+            line += stream.read(1)
+        match = re.fullmatch(rb"([0-9a-fA-F]{1,15})(;[^\r\n]*)?\r?\n", line)
+        if not match:
+            raise broken
+        if size := int(match[1], 16):
+            yield size
+        # Behind the last one trailers may come. Nobody reads them: the connection ends with its upload.
+        if stream.read(2) != b"\r\n" and size:
+            raise broken
+
+
+def read_archive(pieces: Iterator[bytes], budget: Budget) -> ByteStream:
+    """Return the tar that comes in pieces, which may be compressed: `docker load` takes that too."""
     head = b""
-    while len(head) < MAGIC_SIZE and (data := source.read(COPY_CHUNK)):
+    while len(head) < MAGIC_SIZE and (data := next(pieces, b"")):
         head += data
     if name := other_compression(head):
         raise ImageError(f"the archive is compressed with {name}: decompress it first, "
                          f"{name} -dc FILE | faas new NAME")
-    pieces = read_pieces(head, source)
+    whole = (piece for part in ([head], pieces) for piece in part)
     decompress = find_decompressor(head)
-    return ByteStream(inflate(decompress(pieces, budget), budget) if decompress else pieces)
-
-
-def read_pieces(head: bytes, source: BinaryIO) -> Iterator[bytes]:
-    yield head
-    while data := source.read(COPY_CHUNK):
-        yield data
+    return ByteStream(inflate(decompress(whole, budget), budget) if decompress else whole)
 
 
 def inflate(decompressed: Iterator[bytes], budget: Budget) -> Iterator[bytes]:
@@ -1921,11 +1963,12 @@ def inflate(decompressed: Iterator[bytes], budget: Budget) -> Iterator[bytes]:
             raise ArchiveDamaged(str(error)) from None
 
 
-def unpack_image(source: BinaryIO, directory: Path, tag: str, max_size: int, max_entries: int, first_id: int) -> dict:
-    """Unpack the image archive that source holds to directory/rootfs; return what directory/image.json then says.
+def unpack_image(pieces: Iterator[bytes], directory: Path, tag: str, max_size: int, max_entries: int,
+                 first_id: int) -> dict:
+    """Unpack the image archive that comes in pieces to directory/rootfs; return what directory/image.json then says.
 
-    source is read unbuffered, as it comes. directory must not exist yet, and nobody but root may be able to reach it.
-    first_id is the host id of the image's root. On any error what is there is left half done, for the caller to remove.
+    directory must not exist yet, and nobody but root may be able to reach it. first_id is the host id of the image's
+    root. On any error what is there is left half done, for the caller to remove.
     Raises FaasdError.
     """
     try:
@@ -1936,7 +1979,7 @@ def unpack_image(source: BinaryIO, directory: Path, tag: str, max_size: int, max
         os.chown(rootfs_path, first_id, first_id)
         budget = Budget(max_size, max_entries)
         with contextlib.closing(Staging(staging_path, Budget(max_size, max_entries))) as staging, \
-                contextlib.closing(read_archive(source, Budget(max_size, max_entries))) as stream:
+                contextlib.closing(read_archive(pieces, Budget(max_size, max_entries))) as stream:
             archive = Archive(stream, staging)
             image = choose_image(archive, tag, host_architecture())
             losses = apply_layers(image.layers, archive, staging, lambda: Rootfs(rootfs_path, first_id, budget), budget)
@@ -1980,16 +2023,19 @@ def die_with_parent() -> None:
 
 
 def unpack_main(arguments: list[str]) -> int:
-    """Run `faasd.py unpack DIRECTORY TAG MAX_SIZE MAX_ENTRIES FIRST_ID < ARCHIVE`, the daemon's child; print JSON."""
-    directory, tag, *numbers = arguments
+    """Run `faasd.py unpack DIRECTORY TAG MAX_SIZE MAX_ENTRIES FIRST_ID LENGTH`, the daemon's child; print JSON.
+
+    Its standard input is the client's connection, behind the head of a request whose body is the archive.
+    """
+    directory, tag, *numbers, length = arguments
     die_with_parent()
     os.nice(10)                         # invocations come first
     os.umask(0o022)
     gc.set_threshold(GC_THRESHOLD)
     resource.setrlimit(resource.RLIMIT_AS, (UNPACK_ADDRESS_SPACE, UNPACK_ADDRESS_SPACE))
     try:
-        with open(0, "rb", buffering=0) as source:
-            document = unpack_image(source, Path(directory), tag, *map(int, numbers))
+        archive = request_body(ByteStream(receive(0)), length, int(numbers[0]))
+        document = unpack_image(archive, Path(directory), tag, *map(int, numbers))
     except FaasdError as error:
         print(json.dumps({"error": str(error), "status": error.status}))
         return 1
@@ -2026,7 +2072,6 @@ import io
 import ipaddress
 import math
 import secrets
-import select
 import selectors
 import socket
 import socketserver
@@ -6699,15 +6744,11 @@ class TcpControlServer(ControlServer):
         return address == own or address.is_loopback and own.is_loopback
 
 
-def is_readable(sock: socket.socket, seconds: float) -> bool:
-    """Tell whether reading would not wait, after at most so many seconds; select(2) cannot from descriptor 1024 on."""
-    poll = select.poll()
-    poll.register(sock, select.POLLIN)
-    return bool(poll.poll(max(seconds, 0) * 1000))
-
-
 class ConnectionReader(io.RawIOBase):
-    """Reads from a connection. A deadline holds for all reads together, so that drops of bytes do not extend it."""
+    """Reads from a connection, but no further than to the end of a line: what follows a head is for somebody else.
+
+    A deadline holds for all reads together, so that drops of bytes do not extend it.
+    """
 
     def __init__(self, connection: socket.socket):
         self.deadline: float | None = None      # by time.monotonic; None: the socket's own timeout counts
@@ -6719,7 +6760,8 @@ class ConnectionReader(io.RawIOBase):
     def readinto(self, buffer) -> int:
         if self.deadline is not None and not is_readable(self._connection, self.deadline - time.monotonic()):
             raise TimeoutError(f"no whole request within {MAX_HEADER_SECONDS:g} s")
-        return self._connection.recv_into(buffer)
+        count = self._connection.recv_into(buffer, flags=socket.MSG_PEEK)
+        return self._connection.recv_into(buffer, bytes(buffer[:count]).find(b"\n") + 1 or count)
 
 
 class ControlHandler(http.server.BaseHTTPRequestHandler):
@@ -6820,18 +6862,10 @@ class ControlHandler(http.server.BaseHTTPRequestHandler):
 
     def _call(self, coroutine):
         """Run a coroutine on the daemon's loop and return its result. Ends it when the client leaves."""
-        return self._end(self._begin(coroutine))
-
-    def _begin(self, coroutine) -> asyncio.Task:
-        """Start a coroutine on the daemon's loop; _end has to follow."""
-        return asyncio.run_coroutine_threadsafe(as_task(coroutine), self.server.daemon.loop).result()
-
-    def _end(self, task: asyncio.Task, watching: bool = True):
-        """Return a task's result when it is over. Ends it when the client leaves, or at once if we are not watching."""
         loop = self.server.daemon.loop
-        if not watching:
-            loop.call_soon_threadsafe(task.cancel)
+        task = asyncio.run_coroutine_threadsafe(as_task(coroutine), loop).result()
         over = asyncio.run_coroutine_threadsafe(asyncio.wait([task]), loop)
+        seconds_gone = 0                # how long ago the client has left
         while True:
             try:
                 over.result(timeout=1.0)
@@ -6841,15 +6875,15 @@ class ControlHandler(http.server.BaseHTTPRequestHandler):
             except TimeoutError:
                 if over.done():
                     raise
-                if watching and self._client_left():    # once: what then runs is the task's cleaning
+                seconds_gone = seconds_gone + 1 if self._client_left() else 0
+                if seconds_gone == 2:   # once, and not before the unpacking child could say what its body lacked
                     loop.call_soon_threadsafe(task.cancel)
-                    watching = False
 
     def _client_left(self) -> bool:
-        try:
-            return is_readable(self.connection, 0) and self.connection.recv(1, socket.MSG_PEEK) == b""
-        except OSError:
-            return True
+        """Tell whether the client has closed and all that it sent has been read, without reading what a child may."""
+        poll = select.poll()
+        poll.register(self.connection, select.POLLRDHUP)
+        return bool(poll.poll(0)) and not any(fcntl.ioctl(self.connection, termios.FIONREAD, bytes(4)))
 
     def _reply(self, status: int, document: dict | str, headers: dict[str, str] | None = None) -> None:
         """Answer with JSON, or with text in Prometheus' format."""
@@ -6919,95 +6953,28 @@ class ControlHandler(http.server.BaseHTTPRequestHandler):
         return methods[self.command], [check_name(part) for part in parts[1:2]]
 
     def deploy(self, name: str, query: dict) -> None:
+        """Have a child unpack the body, which it reads from the connection itself."""
+        self.close_connection = True            # nobody knows what else the child has read
         daemon = self.server.daemon
         options = Options.from_query(query)
         tag = query.get("tag", [""])[-1]
         if self.headers.get_content_type() not in ARCHIVE_TYPES:        # none at all is what a page can send, too
             raise Refused(415, f"an archive needs `Content-Type: {ARCHIVE_TYPES[0]}`")
-        self._call(daemon.begin_change(name, "deploy"))
-        directory = None
-        try:
-            directory = Path(tempfile.mkdtemp(dir=daemon.settings.state_dir / "tmp"))
-            source, pipe = os.pipe()
-            with open(pipe, "wb", buffering=0) as file:
-                deploy = self._begin(daemon.deploy(name, open(source, "rb"), directory / "image", tag, options))
-                try:
-                    self._receive(file)
-                except BrokenPipeError:
-                    pass                # it is refused already, and the deploy knows why
-                except BaseException:
-                    # Before the pipe is closed, which would look like the archive's end.
-                    with contextlib.suppress(FaasdError):
-                        self._end(deploy, watching=False)
-                    raise
-            created, document = self._end(deploy)
-        except TimeoutError:
-            raise FaasdError(f"the upload stood still for {MAX_BODY_SECONDS:g} s", status=408) from None
-        except ConnectionError:
-            raise
-        except OSError as error:
-            raise storage_error(error, "receiving the image") from error
-        finally:
-            if directory:
-                shutil.rmtree(directory, ignore_errors=True)
-            self._call(daemon.end_change(name))
-        self._reply(201 if created else 200, document)
-
-    def _receive(self, pipe: BinaryIO) -> None:
-        """Pass the request's body on as it comes. Raises BadRequest if it is cut short, LimitExceeded."""
-        limit = self.server.daemon.settings.max_image_size
-        size = 0
-        self.connection.settimeout(MAX_BODY_SECONDS)
+        length = "chunked" if "Transfer-Encoding" in self.headers else self.headers.get("Content-Length")
+        if not length:
+            raise Refused(411, "the request needs a Content-Length or chunked encoding")
         if self._continue_expected:
             self.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, PIPE_SIZE)
-        for count in self._body_parts():
-            size += count
-            if size > limit:
-                raise LimitExceeded(f"the archive is over {limit} bytes (--max-image-size)")
-            self._pass_on(count, pipe)
-
-    def _body_parts(self) -> Iterator[int]:
-        """Yield how many bytes of the body come next, to be read before it goes on (RFC 9112, section 7)."""
-        if "Transfer-Encoding" in self.headers:
-            while size := self._chunk_size():
-                yield size
-                if self.rfile.readline(3) != b"\r\n":
-                    raise BadRequest("the request's chunked encoding is broken")
-            self._skip_trailers()
-        elif "Content-Length" in self.headers:
-            yield int(self.headers["Content-Length"])
-        else:
-            raise Refused(411, "the request needs a Content-Length or chunked encoding")
-
-    def _chunk_size(self) -> int:
-        line = self.rfile.readline(MAX_CHUNK_LINE)
-        match = re.fullmatch(rb"([0-9a-fA-F]{1,15})(;[^\r\n]*)?\r?\n", line)
-        if not match:
-            raise BadRequest("the request's chunked encoding is broken" if line else "the upload was cut short")
-        return int(match[1], 16)
-
-    def _skip_trailers(self) -> None:
-        for _ in range(MAX_TRAILERS):
-            line = self.rfile.readline(MAX_CHUNK_LINE)
-            if line in (b"\r\n", b"\n", b""):
-                return
-            if not HEADER_LINE.fullmatch(line):
-                break
-        raise BadRequest(f"the request's trailers are broken, or over {MAX_TRAILERS}")
-
-    def _pass_on(self, count: int, pipe: BinaryIO) -> None:
-        """Have the next count bytes go into a pipe. What is not in our buffer yet never comes out of the kernel."""
-        buffered = self.rfile.read(min(count, len(self.rfile.peek(1)))) if count else b""
-        write_all(pipe.fileno(), memoryview(buffered))
-        count -= len(buffered)
-        while count:
-            if not is_readable(self.connection, MAX_BODY_SECONDS):
-                raise TimeoutError
-            moved = os.splice(self.connection.fileno(), pipe.fileno(), min(count, PIPE_SIZE))
-            if not moved:
-                raise BadRequest("the upload was cut short")
-            count -= moved
+        self._call(daemon.begin_change(name, "deploy"))
+        unpacked = daemon.settings.state_dir / "tmp" / secrets.token_hex(8)
+        try:
+            created, document = self._call(daemon.deploy(name, self.connection, length, unpacked, tag, options))
+        except OSError as error:
+            raise storage_error(error, "storing the image") from error
+        finally:
+            shutil.rmtree(unpacked, ignore_errors=True)
+            self._call(daemon.end_change(name))
+        self._reply(201 if created else 200, document)
 
     def logs(self, name: str, query: dict) -> None:
         tail = parse_count(query["tail"][-1]) if "tail" in query else None
@@ -7371,21 +7338,20 @@ class Daemon:
 
     # -- deploy --
 
-    async def deploy(self, name: str, archive: BinaryIO, unpacked: Path, tag: str,
+    async def deploy(self, name: str, connection: socket.socket, length: str, unpacked: Path, tag: str,
                      options: Options) -> tuple[bool, dict]:
         """Unpack an archive as it comes, prove that its handler comes up, and make it the function's version.
 
-        archive is a pipe, which is closed when nothing more is wanted from it; unpacked lies in a directory below
-        STATE_DIR/tmp, which the caller removes. Returns whether the function is new, and its description. On any
-        error nothing has changed. Raises FaasdError.
+        connection and length are as unpack_main takes them; unpacked is below STATE_DIR/tmp, and the caller removes it.
+        Returns whether the function is new, and its description. On any error nothing has changed. Raises FaasdError.
         """
-        with self._registered(), archive:
+        with self._registered():
             self._refuse_if_stopping()
             self._check_warm(name, options)
             function = self._functions.get(name)
             created = function is None
             with self._id_range(name) as first_id:
-                image = await self._unpack(archive, unpacked, tag, first_id)
+                image = await self._unpack(connection, length, unpacked, tag, first_id)
                 async with function.changing if function else contextlib.nullcontext():
                     async with self._placed(name, unpacked, image) as (directory, stored):
                         version = Version(name, directory, image, options, self._host)
@@ -7459,18 +7425,16 @@ class Daemon:
         function.log.write("-", ">", f"{what} version={version}")
         log.info("function=%s version=%s %s at %s", function.record.name, version, what, function.record.address)
 
-    async def _unpack(self, archive: BinaryIO, directory: Path, tag: str, first_id: int) -> dict:
+    async def _unpack(self, connection: socket.socket, length: str, directory: Path, tag: str, first_id: int) -> dict:
         """Run the unpacking child; return image.json. Raises FaasdError with what the child said."""
         arguments = [str(directory), tag, str(self.settings.max_image_size), str(self.settings.max_image_entries),
-                     str(first_id)]
+                     str(first_id), length]
         try:
             child = await asyncio.create_subprocess_exec(
                 sys.executable, "-I", "-S", f"/dev/fd/{self._program}", "unpack", *arguments, pass_fds=[self._program],
-                stdin=archive, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+                stdin=connection, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
         except OSError as error:        # out of processes, memory, descriptors
             raise FaasdError(f"cannot start the unpacking of the image: {error.strerror}", status=503) from error
-        finally:
-            archive.close()             # if the child ends early, who writes into the pipe should know
         try:
             stdout, stderr = await child.communicate()
         except asyncio.CancelledError:

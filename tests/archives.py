@@ -25,6 +25,7 @@ import unittest
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import BinaryIO
 
 import faasd
 
@@ -516,7 +517,7 @@ class Sandbox(unittest.TestCase):
         """Unpack a whole image in this process, to self.image."""
         subprocess.run(["rm", "-rf", self.image], check=True)
         try:
-            return faasd.unpack_image(io.BytesIO(archive), self.image, tag, max_size, max_entries, 0)
+            return faasd.unpack_image(pieces(io.BytesIO(archive)), self.image, tag, max_size, max_entries, 0)
         finally:
             self.assert_host_unchanged()
             self.assertLessEqual({path.name for path in self.directory.iterdir()}, {"image"})
@@ -530,7 +531,7 @@ class Sandbox(unittest.TestCase):
         with tempfile.TemporaryFile("w+") as stdout, tempfile.TemporaryFile("w+") as stderr, \
                 tempfile.NamedTemporaryFile("r") as peak, path.open("rb") as source:
             command = [sys.executable, "-c", WATCH, peak.name, *before, sys.executable, "-I", ROOT / "faasd.py",
-                       "unpack", image, tag, str(max_size), str(max_entries), "0"]
+                       "unpack", image, tag, str(max_size), str(max_entries), "0", str(path.stat().st_size)]
             child = subprocess.Popen(command, stdin=source, stdout=stdout, stderr=stderr, env=env,
                                      start_new_session=True)
             try:
@@ -553,6 +554,11 @@ class Sandbox(unittest.TestCase):
         self.assertRegex(child.document["error"], pattern)
         self.assertEqual(child.document["status"], status, child.document)
         self.assert_clear(child.document["error"])
+
+
+def pieces(file: BinaryIO) -> Iterator[bytes]:
+    """Return what a file holds as unpack_image wants it."""
+    return iter(lambda: file.read(faasd.COPY_CHUNK), b"")
 
 
 def add_cases(test_class: type, cases: list[tuple], run: str) -> None:

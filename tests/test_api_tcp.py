@@ -270,7 +270,7 @@ class Limits(unittest.TestCase):
     def is_answered(self, target, request: str) -> bool:
         try:
             return raw(target, request).startswith(b"HTTP/1.1 200")
-        except ConnectionError:             # it is closed before we have sent all
+        except OSError:                     # it is closed before we have sent all
             return False
 
     def test_a_flood_of_connections(self):

@@ -427,7 +427,7 @@ class Staging(Sandbox):
             for archive in (archives.podman(LAYERED), gz(archives.oci(LAYERED, compress=gz))):
                 with self.subTest(size=size):
                     shutil.rmtree(self.image, ignore_errors=True)
-                    faasd.unpack_image(Pipe(archive), self.image, "", 1 << 20, 100, 0)
+                    faasd.unpack_image(archives.pieces(Pipe(archive)), self.image, "", 1 << 20, 100, 0)
                     self.assertEqual(of_the_image(archives.tree(self.image / "rootfs")), TREES["layered"])
 
 
@@ -478,7 +478,7 @@ class Damage(Sandbox):
     def outcome_of(self, archive: bytes) -> str | None:
         shutil.rmtree(self.image, ignore_errors=True)
         try:
-            document = faasd.unpack_image(io.BytesIO(archive), self.image, "", faasd.MAX_IMAGE_SIZE,
+            document = faasd.unpack_image(archives.pieces(io.BytesIO(archive)), self.image, "", faasd.MAX_IMAGE_SIZE,
                                           faasd.MAX_IMAGE_ENTRIES, 0)
         except faasd.FaasdError as error:
             self.assert_clear(error)

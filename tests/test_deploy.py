@@ -320,7 +320,7 @@ class FailedDeploy(DeployCase):
         process.send_signal(signal.SIGINT)
         self.assertEqual(process.wait(support.READY_SECONDS), 130)
         process.stderr.close()
-        wait_until(lambda: not list((self.daemon.state_dir / "tmp").iterdir()), "it is undone")
+        wait_until(lambda: not list((self.daemon.state_dir / "images").iterdir()), "it is undone")
         self.assert_nothing_there("bad")
         self.assertEqual(self.daemon.deploy("bad", self.good), "10.0.0.10")
 
@@ -358,7 +358,7 @@ class FailedDeploy(DeployCase):
     def test_image_over_the_limits(self):
         with support.Daemon("--max-image-size", "1m", "--subnet", "10.2.0.0/24") as daemon:
             result = daemon.faas("new", "f", stdin=self.good, check=False)
-            self.assertIn("the archive is over 1048576 bytes (--max-image-size)", result.stderr)
+            self.assertIn("is over 1048576 bytes (--max-image-size)", result.stderr)
             self.assertEqual(list((daemon.state_dir / "images").iterdir()), [])
             self.assertEqual(list((daemon.state_dir / "tmp").iterdir()), [])
 

@@ -128,7 +128,8 @@ class Tools(unittest.TestCase):
         """Return image.json and the listing of the rootfs, less what faasd adds."""
         image = Path(tempfile.mkdtemp(dir=self.directory))
         with archive.open("rb", buffering=0) as source:
-            document = faasd.unpack_image(source, image / "image", "", faasd.MAX_IMAGE_SIZE, faasd.MAX_IMAGE_ENTRIES, 0)
+            document = faasd.unpack_image(archives.pieces(source), image / "image", "", faasd.MAX_IMAGE_SIZE,
+                                          faasd.MAX_IMAGE_ENTRIES, 0)
         listing = self.listing(image / "image/rootfs")
         shutil.rmtree(image)
         return document, listing
@@ -213,7 +214,7 @@ class Tools(unittest.TestCase):
         image = Path(tempfile.mkdtemp(dir=self.directory))
         self.addCleanup(shutil.rmtree, image)
         with archive.open("rb", buffering=0) as source:
-            document = faasd.unpack_image(source, image / "image", "app:docker", 1 << 30, 1000, 0)
+            document = faasd.unpack_image(archives.pieces(source), image / "image", "app:docker", 1 << 30, 1000, 0)
         self.assertEqual(document["digest"], self.config_digest("docker"))
 
     def skopeo(self, kind: str, target: str, *arguments) -> None:
@@ -284,7 +285,7 @@ class Tools(unittest.TestCase):
             image = Path(tempfile.mkdtemp(dir=self.directory))
             self.addCleanup(shutil.rmtree, image)
             with self.subTest(tag=tag), archive.open("rb", buffering=0) as source:
-                again = faasd.unpack_image(source, image / "image", tag, 1 << 30, 1000, 0)
+                again = faasd.unpack_image(archives.pieces(source), image / "image", tag, 1 << 30, 1000, 0)
                 self.assertEqual(again["digest"], document["digest"])
 
 
