@@ -4632,6 +4632,10 @@ class ContainerHost:
                             self.cgroups, self.apparmor, mounts)
             await Container(self, bundle, lambda container_id, line: None).start(PROBE_SECONDS)
         except StartFailed as failure:
+            if failure.status == 504:           # a machine that has just booted may be slow, but not for long
+                log.warning("%s has not started a container within %g s: going on without knowing what it can do",
+                            self.runtime.name, PROBE_SECONDS)
+                return ""
             return "" if failure.output == ["works"] else " ".join([str(failure), *failure.output])
         except OSError as error:
             raise storage_error(error, f"making a container in {rootfs}") from error
