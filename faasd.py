@@ -165,6 +165,7 @@ MAX_RUNTIME_LOG = 64 * KIB          # bytes read of what the runtime has to say 
 MAX_REPORTED = 256                  # descriptors of one container that the isolation report names
 SPARE_WORKERS = 4                   # threads kept for system calls that a container can keep waiting
 MAX_SEARCHED = 10_000               # descriptors of one container among which its client is looked for
+MAX_CLAIMS = 10_000                 # sockets named like a daemon's of which is asked at start who listens
 SOCKET_SECONDS = 1.0                # until a socket that a container has too counts as one that it does not let go of
 CONTAINER_ID = re.compile(r"[0-9a-f]{12}")
 
@@ -2993,8 +2994,11 @@ class Network:
         self._claim = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         self._claim.bind(b"\0" + name)
         self._claim.listen()            # before looking for others: of two that start together, one sees the other
-        for other, subnet in re.findall(rb"@(faasd/([0-9./]{1,18})/[0-9a-f]{16})$", Path("/proc/net/unix").read_bytes(),
-                                        re.MULTILINE):
+        claims = re.findall(rb"@(faasd/([0-9./]{1,18})/[0-9a-f]{16})$", Path("/proc/net/unix").read_bytes(), re.MULTILINE)
+        if len(claims) > MAX_CLAIMS:
+            log.warning("%d sockets look like another faasd's, too many to ask who listens: if there is another on %s, it "
+                        "may stay unseen", len(claims), self.subnet)
+        for other, subnet in claims[:MAX_CLAIMS]:
             with contextlib.suppress(ValueError):
                 theirs = ipaddress.IPv4Network(subnet.decode())
                 if other != name and theirs.overlaps(self.subnet) and is_roots_listener(b"\0" + other):
@@ -4459,8 +4463,9 @@ def is_roots(pid: int) -> bool:
 
     Its real user: a setuid program has the user's who runs it.
     """
-    user = re.search(rb"^Uid:\t([0-9]+)", Path(f"/proc/{pid}/status").read_bytes(), re.MULTILINE)
-    return user[1] == b"0" and all(os.readlink(f"/proc/{pid}/ns/{kind}") == os.readlink(f"/proc/self/ns/{kind}")
+    with open(f"/proc/{pid}/status", "rb", buffering=0) as file:        # not by Path: users may have many thousands
+        status = file.read(KIB)
+    return b"\nUid:\t0\t" in status and all(os.readlink(f"/proc/{pid}/ns/{kind}") == os.readlink(f"/proc/self/ns/{kind}")
                                    for kind in ("user", "pid"))
 
 
@@ -4486,21 +4491,18 @@ def socket_object(descriptor: int) -> socket.socket:
     return held
 
 
-def read_connections() -> dict[int, tuple[str, str]]:
-    """Return the inodes of the sockets of this network namespace that have a peer, each with its address and its peer.
+def read_connections(addresses: Iterable[str]) -> dict[int, tuple[str, str]]:
+    """Return the inodes of the sockets of this network namespace that have one of these addresses, each with it and its peer.
 
-    What a container connects on its own, in a network of its own, is none of these.
+    What a container connects on its own, in a network of its own, is none of these. Any user can leave a hundred thousand
+    lines more (TIME_WAIT, 06, is the most of them), so no more than a pattern looks at those.
     """
-    def decode(text: str) -> tuple[str, int]:           # the address as the number that it is in memory
-        address, port = text.split(":")
-        return socket.inet_ntoa(struct.pack("=I", int(address, 16))), int(port, 16)
-    connections = {}
-    for line in Path("/proc/net/tcp").read_text().splitlines()[1:]:
-        fields = line.split()
-        (host, _), (peer, port) = decode(fields[1]), decode(fields[2])
-        if port:
-            connections[int(fields[9])] = (host, f"{peer}:{port}")
-    return connections
+    def decode(number: bytes) -> str:                   # the address as the number that it is in memory
+        return socket.inet_ntoa(struct.pack("=I", int(number, 16)))
+    ours = "|".join("%08X" % struct.unpack("=I", socket.inet_aton(address)) for address in addresses)
+    line = rf"^ *[0-9]+: ({ours}):.{{4}} (.{{8}}):(?!0000)(.{{4}}) (?!06)..(?: +[^ ]+){{5}} +([0-9]+)"
+    return {int(inode): (decode(host), f"{decode(peer)}:{int(port, 16)}") for host, peer, port, inode in
+            re.findall(line.encode(), Path("/proc/net/tcp").read_bytes(), re.MULTILINE) if ours}
 
 
 def has_port(descriptor: int, port: int) -> bool:
@@ -4653,7 +4655,7 @@ class ContainerHost:
 
         Nothing but what a daemon has noted, in a directory where only root can write, makes a survivor.
         """
-        connections, survivors = read_connections(), []
+        connections, survivors = read_connections(addresses.values()), []
         with opened(self.containers_dir, os.O_RDONLY | os.O_DIRECTORY) as directory:
             for container_id in filter(CONTAINER_ID.fullmatch, os.listdir(directory)):
                 try:
@@ -4691,7 +4693,7 @@ class ContainerHost:
 
         No daemon is there to start more, and one that is missed here finds no config.json.
         """
-        for pid in {int(path.name) for path in Path("/proc").glob("[0-9]*")} - survivors:
+        for pid in set(map(int, filter(str.isdigit, os.listdir("/proc")))) - survivors:
             with contextlib.suppress(OSError), opened_process(pid) as pidfd:       # OSError: it has ended
                 if self._is_our_runtime(pid):
                     log.warning("killing orphaned %s, pid %d", self.runtime.program, pid)
@@ -6674,8 +6676,7 @@ class UnixControlServer(ControlServer):
             group = grp.getgrnam("faas").gr_gid
         except KeyError:
             group = 0
-        user = os.environ.get("SUDO_UID", "0")
-        os.chown(self._path, int(user) if user.isdigit() else 0, group)
+        os.chown(self._path, sudo_user(), group)
         os.chmod(self._path, 0o660)
 
     def get_request(self) -> tuple[socket.socket, str]:
@@ -7829,8 +7830,8 @@ def parse_arguments(argv: list[str]) -> Settings:
     """Return the settings of a command line; exits with status 2 and a line on bad usage, as argparse does."""
     parser = argparse.ArgumentParser(prog="faasd.py", description="A serverless runtime for one Linux machine.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--state-dir", type=resolved_path, default="/var/lib/faasd", help="images, registry and logs")
-    parser.add_argument("--run-dir", type=resolved_path, default="/run/faasd", help="control socket and containers")
+    parser.add_argument("--state-dir", type=checked(resolved_path), default="/var/lib/faasd", help="images, registry and logs")
+    parser.add_argument("--run-dir", type=checked(resolved_path), default="/run/faasd", help="control socket and containers")
     parser.add_argument("--subnet", type=checked(parse_subnet), default="10.0.0.0/24", metavar="CIDR",
                         help="functions get its addresses, from .10 up")
     parser.add_argument("--port", type=checked(parse_port), default="80", help="the port functions listen on")
@@ -7884,8 +7885,30 @@ def checked(parse: Callable[[str], object]) -> Callable[[str], object]:
 
 
 def resolved_path(text: str) -> Path:
-    """Return an absolute path without links: runc takes paths relative to the bundle, the mount table has real ones."""
-    return Path(text).resolve()
+    """Return an absolute path without links: runc takes paths relative to the bundle, the mount table has real ones.
+
+    Raises BadRequest for a link of another user's, such as there may be in /tmp: it would have them choose the directory.
+    """
+    path, rest, links = Path("/"), [*reversed(Path(text).absolute().parts[1:])], 0
+    while rest:
+        name = rest.pop()
+        path = path.parent if name == ".." else path / name
+        with contextlib.suppress(OSError), opened(path, os.O_PATH) as component:
+            status = os.fstat(component)
+            if stat.S_ISLNK(status.st_mode):
+                links += 1
+                if links > MAX_LINK_HOPS or status.st_uid not in (0, sudo_user()):
+                    raise BadRequest(f"{path} is a link that leads nowhere, or another user's: name the directory itself")
+                target = Path(os.readlink("", dir_fd=component))
+                path = Path("/") if target.is_absolute() else path.parent
+                rest += [name for name in reversed(target.parts) if name != "/"]
+    return path
+
+
+def sudo_user() -> int:
+    """Return who ran sudo to start us, 0 if nobody did."""
+    user = os.environ.get("SUDO_UID", "0")
+    return int(user) if user.isdigit() else 0
 
 
 def parse_subnet(text: str) -> ipaddress.IPv4Network:
@@ -7940,8 +7963,8 @@ def read_token(path: Path) -> bytes:
             status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode):
                 raise UsageError(f"--api-token-file {path} is no regular file; {MAKE_TOKEN}")
-            if status.st_mode & 0o077:
-                raise UsageError(f"--api-token-file {path} is open to others: chmod 600 {path}")
+            if status.st_mode & 0o077 or status.st_uid not in (0, sudo_user()):
+                raise UsageError(f"--api-token-file {path} is open to others: chown root {path} && chmod 600 {path}")
             token = file.read(MAX_TOKEN_FILE).strip()
     except OSError as error:
         raise UsageError(f"cannot read --api-token-file {path}: {error.strerror}; {MAKE_TOKEN}") from error
@@ -7951,6 +7974,7 @@ def read_token(path: Path) -> bytes:
     return token
 
 
+STATE_DIRECTORIES = {"images": 0o711, "logs": 0o700, "tmp": 0o700}     # below STATE_DIR, with their modes
 UNLIMITED = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
 CONTAINER_LIMITS = {            # what the kernel gives the first process, but for core dumps; pids and memory have cgroups
     resource.RLIMIT_CORE: (0, 0), resource.RLIMIT_FSIZE: UNLIMITED, resource.RLIMIT_CPU: UNLIMITED,
@@ -7992,35 +8016,59 @@ def machine_warnings() -> Iterator[str]:
                "(ulimit -Hn, LimitNOFILE)")
 
 
-def make_directories(settings: Settings) -> None:
-    """Make the directories that faasd owns. Raises UsageError."""
+def take_directories(settings: Settings) -> None:
+    """Make RUN_DIR and STATE_DIR, and make sure that they are ours. Changes nothing in them. Raises UsageError."""
+    state = settings.state_dir
     try:
         settings.run_dir.mkdir(mode=0o755, parents=True, exist_ok=True)
-        settings.state_dir.mkdir(mode=0o711, parents=True, exist_ok=True)
-        # Containers, whose root is an unprivileged user of the host, pass through to their image: see admit_containers.
-        settings.state_dir.chmod(stat.S_IMODE(settings.state_dir.stat().st_mode) | stat.S_IXGRP | stat.S_IXOTH)
-        for name, mode in (("images", 0o711), ("logs", 0o700), ("tmp", 0o700)):
-            (settings.state_dir / name).mkdir(exist_ok=True)
-            (settings.state_dir / name).chmod(mode)
+        state.mkdir(mode=0o711, parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"cannot make {error.filename}: {error.strerror}") from error
-    if os.statvfs(settings.state_dir).f_flag & os.ST_NOEXEC:
-        mount = next(path for path in [settings.state_dir, *settings.state_dir.parents] if os.path.ismount(path))
-        raise UsageError(f"--state-dir {settings.state_dir} has the images, whose programs cannot be run on {mount}, which "
+    for option, directory in (("--state-dir", state), ("--run-dir", settings.run_dir)):
+        check_directory(option, directory)
+    if os.statvfs(state).f_flag & os.ST_NOEXEC:
+        mount = next(path for path in [state, *state.parents] if os.path.ismount(path))
+        raise UsageError(f"--state-dir {state} has the images, whose programs cannot be run on {mount}, which "
                          f"is mounted noexec: mount -o remount,exec {mount}, or choose another directory")
-    for option, directory in (("--state-dir", settings.state_dir), ("--run-dir", settings.run_dir)):
-        status = directory.stat()
-        if status.st_uid != 0 or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-            raise UsageError(f"{option} {directory} is open to others than root, who could put files of their own in the "
-                             f"place of ours: chown root {directory} && chmod go-w {directory}")
-        for parent in directory.parents:
-            mode = parent.stat().st_mode
-            if mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
-                raise UsageError(f"{option} {directory}: anybody can rename what is in {parent}: chmod o-w {parent}, or "
-                                 "choose another directory")
-            if not mode & stat.S_IXOTH:
-                raise UsageError(f"{option} {directory}: containers run as unprivileged users, and {parent} lets these "
-                                 f"not pass: chmod o+x {parent}, or choose another directory")
+    taken = [name for name in STATE_DIRECTORIES if os.path.lexists(state / name)]
+    if taken and not any((state / name).exists() for name in ("faasd.lock", "registry.json")):
+        raise UsageError(f"--state-dir {state} has a directory {taken[0]} already, and not from faasd, which would empty its "
+                         "own: choose another directory")
+
+
+def lay_out(state: Path) -> None:
+    """Make the directories in STATE_DIR, which is locked. Raises UsageError."""
+    try:
+        # Containers, whose root is an unprivileged user of the host, pass through to their image: see admit_containers.
+        state.chmod(stat.S_IMODE(state.stat().st_mode) | stat.S_IXGRP | stat.S_IXOTH)
+        for name, mode in STATE_DIRECTORIES.items():
+            (state / name).mkdir(exist_ok=True)
+            (state / name).chmod(mode)
+    except OSError as error:
+        raise UsageError(f"cannot make {error.filename}: {error.strerror}") from error
+
+
+def check_directory(option: str, directory: Path) -> None:
+    """Raise UsageError if another user could replace a directory of ours, or put files of their own in it.
+
+    The path is without links, and where one is by now, somebody has just made it. What passes cannot be changed by others.
+    """
+    status = directory.lstat()
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != 0 or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise UsageError(f"{option} {directory} is open to others than root, who could put files of their own in the "
+                         f"place of ours: chown root {directory} && chmod go-w {directory}")
+    for parent in directory.parents:
+        status = parent.lstat()
+        mode = status.st_mode
+        if mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
+            raise UsageError(f"{option} {directory}: anybody can rename what is in {parent}: chmod o-w {parent}, or "
+                             "choose another directory")
+        if not stat.S_ISDIR(mode) or status.st_uid not in (0, sudo_user()):
+            raise UsageError(f"{option} {directory}: {parent} belongs to another user (uid {status.st_uid}), who can rename "
+                             f"what is in it: chown root {parent}, or choose another directory")
+        if not mode & stat.S_IXOTH:
+            raise UsageError(f"{option} {directory}: containers run as unprivileged users, and {parent} lets these "
+                             f"not pass: chmod o+x {parent}, or choose another directory")
 
 
 def admit_containers(directory: Path, first_id: int) -> None:
@@ -8112,8 +8160,9 @@ def main(argv: list[str]) -> int:
         leave_behind_the_shell()
         check_machine(settings)
         ids = IdRanges(find_host_ids())
-        make_directories(settings)
+        take_directories(settings)
         with lock_directory(settings.run_dir), lock_directory(settings.state_dir):
+            lay_out(settings.state_dir)
             network = Network(settings.subnet)
             network.claim()
             with asyncio.Runner(loop_factory=lambda: asyncio.SelectorEventLoop(EventsFirst())) as runner:

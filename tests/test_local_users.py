@@ -375,6 +375,31 @@ for s, name in zip(sockets, {names}):
         daemon = self.start()
         self.assertEqual(daemon.api("GET", "/healthz")[0], 200)
 
+    def test_more_abstract_sockets_than_can_be_asked(self):
+        self.run_as_nobody("""
+sockets = [socket.socket(socket.AF_UNIX) for _ in range(20)]
+for n, s in enumerate(sockets):
+    s.bind(b"\\0faasd/10.0.0.0/24/%016x" % n)
+    s.listen()
+""")
+        daemon = support.Daemon(constants={"MAX_CLAIMS": 10}).start()
+        self.addCleanup(daemon.close)
+        self.assertIn("sockets look like another faasd's, too many to ask who listens", daemon.log())
+
+    def test_connections_of_others(self):
+        """What anybody can leave in /proc/net/tcp by the hundred thousand is passed over."""
+        with socket.create_server(("127.0.0.1", 0)) as server, socket.create_server(("127.0.0.2", 0)) as other:
+            for listener in (server, other):
+                with socket.create_connection(listener.getsockname()):
+                    listener.accept()[0].close()            # which leaves a TIME_WAIT
+            with socket.create_connection(server.getsockname()) as client, server.accept()[0] as accepted, \
+                    socket.create_connection(other.getsockname(), source_address=("127.0.0.3", 0)), other.accept()[0]:
+                expected = {os.fstat(end.fileno()).st_ino: ("127.0.0.1", "{}:{}".format(*end.getpeername()))
+                            for end in (client, accepted)}
+                self.assertEqual(faasd.read_connections(["127.0.0.1"]), expected)
+                self.assertEqual(len(faasd.read_connections(["127.0.0.1", "127.0.0.2"])), 3)
+                self.assertEqual(faasd.read_connections([]), {})
+
     def test_another_daemon_is_still_told(self):
         """However many ask, the one who listens goes on telling."""
         daemon = self.start()
@@ -451,6 +476,80 @@ class Files(LocalUserCase):
                     result = self.refused(daemon)
                     self.assertEqual(result.returncode, 2, result.stderr)
                     self.assertRegex(result.stderr, rf"\Afaasd: {option} \S+ is open to others than root.*\n\Z")
+
+    def check_refused(self, daemon: support.Daemon, message: str) -> None:
+        """Check that it does not start, says so in one line, and has touched nothing."""
+        def everything() -> list:
+            return [(path, path.lstat().st_mode, path.lstat().st_uid) for path in sorted(daemon.directory.rglob("*"))
+                    if path != daemon.run_dir]
+        before = everything()
+        result = self.refused(daemon)
+        self.assertEqual(result.returncode, 2, result.stderr)
+        self.assertRegex(result.stderr, message + r".*\n\Z")
+        self.assertEqual(everything(), before)
+
+    def test_links_in_a_directory_of_another_s(self):
+        """To be refused is not enough: they lead to root's own directories, which would get other modes."""
+        daemon = support.Daemon(directory=self.scratch())
+        target = daemon.directory / "root-s"
+        daemon.state_dir.mkdir()
+        os.chown(daemon.state_dir, 65534, 65534)
+        target.mkdir(mode=0o755)
+        for name in ("images", "logs", "tmp"):
+            (daemon.state_dir / name).symlink_to(target)
+        self.check_refused(daemon, r"\Afaasd: --state-dir \S+ is open to others than root")
+
+    def test_link_of_another_s_to_a_directory_of_root_s(self):
+        for option in ("--state-dir", "--run-dir"):
+            daemon = support.Daemon(directory=self.scratch())
+            target, link = daemon.directory / "root-s", daemon.directory / "link"
+            (target / "tmp").mkdir(parents=True)
+            (target / "tmp/precious").touch()
+            link.symlink_to(target)
+            os.lchown(link, 65534, 65534)
+            daemon.arguments = (option, str(link))
+            with self.subTest(option):
+                self.check_refused(daemon, rf"\nfaasd.py: error: argument {option}: {link} is a link that leads nowhere, or "
+                                           "another user's")
+
+    def test_links_of_root_s_lead_where_they_say(self):
+        directory = self.scratch().resolve()
+        (directory / "a/b").mkdir(parents=True)
+        (directory / "relative").symlink_to("a/b/../b")
+        (directory / "absolute").symlink_to(directory / "relative")
+        (directory / "round").symlink_to("round")
+        self.assertEqual(faasd.resolved_path(f"{directory}/absolute/./x/../y"), directory / "a/b/y")
+        self.assertEqual(faasd.resolved_path(f"{directory}/absolute/../x"), directory / "a/x")
+        self.assertEqual(faasd.resolved_path("x"), Path.cwd() / "x")
+        with self.assertRaises(faasd.BadRequest):
+            faasd.resolved_path(f"{directory}/round/x")
+
+    def test_state_directory_that_is_something_else_s(self):
+        """Its tmp would be emptied: /var has one."""
+        daemon = support.Daemon(directory=self.scratch())
+        (daemon.state_dir / "tmp").mkdir(parents=True)
+        (daemon.state_dir / "tmp/precious").touch()
+        self.check_refused(daemon, r"\Afaasd: --state-dir \S+ has a directory tmp already, and not from faasd")
+
+    def test_parent_of_another_s_is_refused(self):
+        daemon = support.Daemon(directory=self.scratch())
+        os.chown(daemon.directory, 65534, 0)
+        result = self.refused(daemon)
+        self.assertEqual(result.returncode, 2, result.stderr)
+        self.assertIn(f"{daemon.directory} belongs to another user (uid 65534), who can rename what is in it", result.stderr)
+        daemon.env = {"SUDO_UID": "65534"}              # it is that user who starts us
+        self.assertEqual(daemon.start().stop(), 0)
+
+    def test_token_of_another_s_is_refused(self):
+        daemon = support.Daemon(directory=self.scratch())
+        token = daemon.directory / "token"
+        token.write_text("0123456789abcdef")
+        token.chmod(0o600)
+        os.chown(token, 65534, 0)
+        daemon.arguments = ("--api", "127.0.0.1:8000", "--api-token-file", str(token))
+        result = self.refused(daemon)
+        self.assertEqual(result.returncode, 2, result.stderr)
+        self.assertIn(f"--api-token-file {token} is open to others: chown root {token}", result.stderr)
 
     def test_parent_of_everybody_s_is_refused(self):
         directory = self.scratch()
