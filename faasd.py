@@ -333,27 +333,14 @@ class LimitExceeded(FaasdError):
     status = 413
 
 
-class DeployFailed(FaasdError):
-    """The image unpacked, but its handler did not come up."""
-    status = 422
-
-
-class Busy(FaasdError):
+class Unavailable(FaasdError):
     status = 503
-
-
-class Stopping(FaasdError):
-    status = 503
-
-
-class StorageFull(FaasdError):
-    status = 507
 
 
 def storage_error(error: OSError, doing: str) -> FaasdError:
-    """Return the error a user should see for a failed file operation: 507 where space is what lacks."""
+    """Return the error a user should see for a failed file operation: 507 if the disk is full."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return StorageFull(f"{doing}: no space left on the device; free some and try again")
+        return FaasdError(f"{doing}: no space left on the device; free some and try again", status=507)
     return FaasdError(f"{doing}: {error.strerror or error}")
 
 
@@ -890,12 +877,12 @@ def choose_image(archive: Archive, tag: str, architecture: str) -> Image:
     elif archive.looks_like_root_filesystem():
         raise ImageError("this is a bare file system, not an image: use `docker save`, not `docker export`")
     elif not archive.complete:
-        raise ImageError("the archive is cut short: did the command before the pipe fail?")
+        raise ArchiveDamaged
     else:
         raise ImageError("this tar holds no image: neither manifest.json nor index.json; use `docker save`")
     chosen = choose_candidate(candidates, tag)
     if not archive.complete:
-        raise ImageError("the archive is cut short: did the command before the pipe fail?")
+        raise ArchiveDamaged
     data = archive.read_document(chosen.config)
     config = parse_json(data, dict, "the image config")
     check_platform(config, architecture)
@@ -1260,7 +1247,7 @@ def write_content(entry: Entry, stream: LayerStream, descriptor: int) -> None:
     os.ftruncate(descriptor, entry.size)
     if entry.size >= LARGE_FILE:
         # The disk can begin with it: in the end, a deploy waits for the disk. For small files it is no gain.
-        ctypes.CDLL(None).sync_file_range(descriptor, ctypes.c_int64(0), ctypes.c_int64(0), SYNC_FILE_RANGE_WRITE)
+        libc.sync_file_range(descriptor, ctypes.c_int64(0), ctypes.c_int64(0), SYNC_FILE_RANGE_WRITE)
 
 
 SYNC_FILE_RANGE_WRITE = 2               # sync_file_range(2)
@@ -2018,18 +2005,13 @@ def apply_layers(layers: list[Layer], archive: Archive, staging: Staging, open_r
 PR_SET_PDEATHSIG = 1                    # prctl(2)
 
 
-def die_with_parent() -> None:
-    """Have the kernel kill this process when the daemon dies, so that it does not unpack for nobody."""
-    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
 def unpack_main(arguments: list[str]) -> int:
     """Run `faasd.py unpack DIRECTORY TAG MAX_SIZE MAX_ENTRIES FIRST_ID LENGTH`, the daemon's child; print JSON.
 
     Its standard input is the client's connection, behind the head of a request whose body is the archive.
     """
     directory, tag, *numbers, length = arguments
-    die_with_parent()
+    libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)        # when the daemon dies: not to unpack for nobody
     os.nice(10)                         # invocations come first
     os.umask(0o022)
     gc.set_threshold(GC_THRESHOLD)
@@ -2076,7 +2058,6 @@ import secrets
 import selectors
 import socket
 import socketserver
-import tempfile
 import termios
 import time
 import urllib.parse
@@ -2106,11 +2087,6 @@ class Options:
     net: str = "none"                   # one of NETS
     env: tuple[str, ...] = ()           # KEY=value
     cmd: tuple[str, ...] = ()           # in the place of the image's Cmd
-
-    @classmethod
-    def from_query(cls, query: dict[str, list[str]]) -> Options:
-        """Return the options of a request's query string. Raises BadRequest."""
-        return cls().changed({key: texts for key, texts in query.items() if key != "tag"})
 
     def changed(self, query: dict[str, list[str]]) -> Options:
         """Return the options with what a query names in the place of what was; env is merged. Raises BadRequest."""
@@ -2689,7 +2665,7 @@ class Cgroups:
 def system_call(number: int, *arguments: int | bytes) -> int:
     """Make a system call that Python has no name for, with numbers and pointers to bytes. Raises OSError."""
     words = [ctypes.c_char_p(word) if isinstance(word, bytes) else ctypes.c_long(word) for word in arguments]
-    result = ctypes.CDLL(None, use_errno=True).syscall(ctypes.c_long(number), *words)
+    result = libc.syscall(ctypes.c_long(number), *words)
     if result < 0:
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
     return result
@@ -6121,7 +6097,7 @@ def sync_file_system(path: Path) -> None:
     try:
         descriptor = os.open(path, os.O_RDONLY)
         try:
-            if ctypes.CDLL(None, use_errno=True).syncfs(descriptor) != 0:
+            if libc.syncfs(descriptor) != 0:
                 number = ctypes.get_errno()
                 raise OSError(number, os.strerror(number))
         finally:
@@ -6852,9 +6828,6 @@ class ControlHandler(http.server.BaseHTTPRequestHandler):
         if encodings and [encoding.strip().lower() for encoding in encodings] != ["chunked"]:
             raise Refused(501, "the only Transfer-Encoding known here is chunked")
 
-    def _has_body(self) -> bool:
-        return "Transfer-Encoding" in self.headers or int(self.headers.get("Content-Length", "0")) > 0
-
     def _subject(self) -> str:
         # Without the query: it carries environment variables, which may be secrets.
         return self.requestline.partition("?")[0][:200]
@@ -6876,7 +6849,7 @@ class ControlHandler(http.server.BaseHTTPRequestHandler):
                 over.result(timeout=1.0)
                 return task.result()
             except (asyncio.CancelledError, concurrent.futures.CancelledError):
-                raise Stopping("faasd is stopping, or you left") from None
+                raise Unavailable("faasd is stopping, or you left") from None
             except TimeoutError:
                 if over.done():
                     raise
@@ -6933,8 +6906,8 @@ class ControlHandler(http.server.BaseHTTPRequestHandler):
             query = urllib.parse.parse_qs(url.query, keep_blank_values=True, strict_parsing=bool(url.query),
                                           max_num_fields=10_000)
             route, names = self._route(parts)
-            if route != ControlHandler.deploy and self._has_body():     # which nobody reads
-                self.close_connection = True
+            if "Transfer-Encoding" in self.headers or int(self.headers.get("Content-Length", "0")) > 0:
+                self.close_connection = True            # nobody knows how much of the body will be read
             if route in (ControlHandler.deploy, ControlHandler.logs):
                 route(self, *names, query)
             else:
@@ -6959,9 +6932,7 @@ class ControlHandler(http.server.BaseHTTPRequestHandler):
 
     def deploy(self, name: str, query: dict) -> None:
         """Have a child unpack the body, which it reads from the connection itself."""
-        self.close_connection = True            # nobody knows what else the child has read
-        daemon = self.server.daemon
-        options = Options.from_query(query)
+        options = Options().changed({key: texts for key, texts in query.items() if key != "tag"})
         tag = query.get("tag", [""])[-1]
         if self.headers.get_content_type() not in ARCHIVE_TYPES:        # none at all is what a page can send, too
             raise Refused(415, f"an archive needs `Content-Type: {ARCHIVE_TYPES[0]}`")
@@ -6970,15 +6941,10 @@ class ControlHandler(http.server.BaseHTTPRequestHandler):
             raise Refused(411, "the request needs a Content-Length or chunked encoding")
         if self._continue_expected:
             self.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        self._call(daemon.begin_change(name, "deploy"))
-        unpacked = daemon.settings.state_dir / "tmp" / secrets.token_hex(8)
         try:
-            created, document = self._call(daemon.deploy(name, self.connection, length, unpacked, tag, options))
+            created, document = self._call(self.server.daemon.deploy(name, self.connection, length, tag, options))
         except OSError as error:
             raise storage_error(error, "storing the image") from error
-        finally:
-            shutil.rmtree(unpacked, ignore_errors=True)
-            self._call(daemon.end_change(name))
         self._reply(201 if created else 200, document)
 
     def logs(self, name: str, query: dict) -> None:
@@ -7315,21 +7281,25 @@ class Daemon:
 
     # -- one change of a function at a time --
 
-    async def begin_change(self, name: str, what: str) -> None:
-        """Reserve a name for one deploy or removal. Raises Conflict, Busy, Stopping."""
+    def _refuse_if_stopping(self) -> None:
+        if self._stopping:
+            raise Unavailable("faasd is stopping")
+
+    @contextlib.asynccontextmanager
+    async def _changing(self, name: str, what: str) -> AsyncIterator[None]:
+        """Have a name for one deploy, change or removal. Raises Conflict, Unavailable."""
         self._refuse_if_stopping()
         if name in self._changes:
             raise Conflict(f"function {name}: a {self._changes[name]} is under way, try again when it is done")
         if what == "deploy" and list(self._changes.values()).count(what) >= self.settings.max_uploads:
-            raise Busy(f"{self.settings.max_uploads} deploys are under way already (--max-uploads): try again later")
+            raise Unavailable(f"{self.settings.max_uploads} deploys are under way already (--max-uploads): "
+                              "try again later")
         self._changes[name] = what
-
-    def _refuse_if_stopping(self) -> None:
-        if self._stopping:
-            raise Stopping("faasd is stopping")
-
-    async def end_change(self, name: str) -> None:
-        self._changes.pop(name, None)
+        try:
+            with self._registered():
+                yield
+        finally:
+            del self._changes[name]
 
     @contextlib.contextmanager
     def _registered(self) -> Iterator[None]:
@@ -7343,24 +7313,27 @@ class Daemon:
 
     # -- deploy --
 
-    async def deploy(self, name: str, connection: socket.socket, length: str, unpacked: Path, tag: str,
+    async def deploy(self, name: str, connection: socket.socket, length: str, tag: str,
                      options: Options) -> tuple[bool, dict]:
         """Unpack an archive as it comes, prove that its handler comes up, and make it the function's version.
 
-        connection and length are as unpack_main takes them; unpacked is below STATE_DIR/tmp, and the caller removes it.
-        Returns whether the function is new, and its description. On any error nothing has changed. Raises FaasdError.
+        connection and length are as unpack_main takes them. Returns whether the function is new, and its description.
+        On any error nothing has changed. Raises FaasdError.
         """
-        with self._registered():
-            self._refuse_if_stopping()
+        unpacked = self.settings.state_dir / "tmp" / secrets.token_hex(8)
+        async with self._changing(name, "deploy"):
             self._check_warm(name, options)
             function = self._functions.get(name)
             created = function is None
-            with self._id_range(name) as first_id:
-                image = await self._unpack(connection, length, unpacked, tag, first_id)
-                async with function.changing if function else contextlib.nullcontext():
-                    async with self._placed(name, unpacked, image) as (directory, stored):
-                        version = Version(name, directory, image, options, self._host)
-                        function = await self._install(name, version, stored)
+            try:
+                with self._id_range(name) as first_id:
+                    image = await self._unpack(connection, length, unpacked, tag, first_id)
+                    async with function.changing if function else contextlib.nullcontext():
+                        async with self._placed(name, unpacked, image) as (directory, stored):
+                            version = Version(name, directory, image, options, self._host)
+                            function = await self._install(name, version, stored)
+            finally:
+                await to_the_end(asyncio.to_thread(shutil.rmtree, unpacked, True))
             self._note(function, "deployed")
             for line in image["warnings"]:
                 log.warning("function=%s image: %s", name, line)
@@ -7385,7 +7358,8 @@ class Daemon:
         """Change options of a function as a query names them; proved as a deploy is. Raises FaasdError."""
         if not query:
             raise BadRequest("nothing to change: name an option")
-        async with self._changing(name, "change") as function:
+        function = self._get(name)
+        async with self._changing(name, "change"):
             entry = function.record.versions[0]
             return await self._rerun(name, replace(entry, options=entry.options.changed(query)), "changed")
 
@@ -7395,7 +7369,8 @@ class Daemon:
         The query's `version` is the beginning of its name; without it, to the one before.
         """
         wanted = query.get("version", [""])[-1]
-        async with self._changing(name, "rollback") as function:
+        function = self._get(name)
+        async with self._changing(name, "rollback"):
             earlier = function.record.versions[1:]
             if not earlier:
                 raise Conflict(f"function {name} has no earlier version to go back to")
@@ -7469,9 +7444,8 @@ class Daemon:
         """
         directory = self._images_dir / name / image["version"]
         try:
-            present = (json.loads((directory / "image.json").read_text())["digest"] == image["digest"]
-                       and (directory / "rootfs").is_dir())
-        except (OSError, ValueError, KeyError):
+            present = self._load_image(name, image["version"])["digest"] == image["digest"]
+        except FaasdError:
             present = False
         if present:
             yield directory, None
@@ -7569,7 +7543,7 @@ class Daemon:
         return function
 
     async def _prove(self, name: str, version: Version) -> tuple[Container, list[str]]:
-        """Start one container; return it once its handler has connected, and what it printed. Raises DeployFailed.
+        """Start one container; return it once its handler has connected, and what it printed. Raises FaasdError.
 
         It takes no place among the starts allowed at a time: a deploy should not wait for a flood to end.
         """
@@ -7580,7 +7554,7 @@ class Daemon:
         except StartFailed as failure:
             if isinstance(failure, RuntimeFailed):
                 await self._host.probe()            # by now the machine may be to blame, not the image
-            raise DeployFailed(f"function {name} does not start: {failure}", failure.output) from failure
+            raise FaasdError(f"function {name} does not start: {failure}", failure.output, 422) from failure
         return container, output
 
     def _versions(self, function: Function | None, version: Version) -> list[VersionRecord]:
@@ -7779,7 +7753,8 @@ class Daemon:
 
     async def remove(self, name: str) -> dict:
         """Drain a function and remove its address, images and log. Raises NotFound, Conflict."""
-        async with self._changing(name, "removal") as function:
+        function = self._get(name)
+        async with self._changing(name, "removal"):
             await to_the_end(self._remove(function))        # a client that leaves must not leave it half removed
         return {"removed": name}
 
@@ -7796,17 +7771,6 @@ class Daemon:
         await self._services.logs.flush()
         await asyncio.to_thread(function.log.remove)
         log.info("function=%s removed", name)
-
-    @contextlib.asynccontextmanager
-    async def _changing(self, name: str, what: str) -> AsyncIterator[Function]:
-        """Have a function for ourselves. Raises NotFound, Conflict."""
-        function = self._get(name)
-        await self.begin_change(name, what)
-        try:
-            with self._registered():
-                yield function
-        finally:
-            await self.end_change(name)
 
 
 # What the control API has: for a path, "*" a function's name, what answers a method, given daemon, name and query.
@@ -7983,12 +7947,6 @@ CONTAINER_LIMITS = {            # what the kernel gives the first process, but f
     resource.RLIMIT_RTPRIO: (0, 0)}
 
 
-def check_root() -> None:
-    """Raise UsageError for whom faasd cannot run."""
-    if os.geteuid() != 0:
-        raise UsageError("faasd needs root, for namespaces, addresses and file owners: sudo ./faasd.py")
-
-
 def check_machine(settings: Settings) -> None:
     """Raise UsageError if faasd cannot run here."""
     if shutil.which(settings.runtime) is None:
@@ -8156,7 +8114,8 @@ def main(argv: list[str]) -> int:
     settings = parse_arguments(argv)
     stderr = configure_logging(settings.log_format == "json", settings.verbose)
     try:
-        check_root()
+        if os.geteuid() != 0:
+            raise UsageError("faasd needs root, for namespaces, addresses and file owners: sudo ./faasd.py")
         leave_behind_the_shell()
         check_machine(settings)
         ids = IdRanges(find_host_ids())
