@@ -2665,7 +2665,11 @@ class Cgroups:
 def system_call(number: int, *arguments: int | bytes) -> int:
     """Make a system call that Python has no name for, with numbers and pointers to bytes. Raises OSError."""
     words = [ctypes.c_char_p(word) if isinstance(word, bytes) else ctypes.c_long(word) for word in arguments]
-    result = libc.syscall(ctypes.c_long(number), *words)
+    return succeeded(libc.syscall(ctypes.c_long(number), *words))
+
+
+def succeeded(result: int) -> int:
+    """Return what a function of libc has returned, unless it has failed. Raises OSError."""
     if result < 0:
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
     return result
@@ -6095,13 +6099,8 @@ def sync_file_system(path: Path) -> None:
     syncfs(2), because an image is thousands of files: to fsync one after the other takes ten times as long and more.
     """
     try:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            if libc.syncfs(descriptor) != 0:
-                number = ctypes.get_errno()
-                raise OSError(number, os.strerror(number))
-        finally:
-            os.close(descriptor)
+        with opened(path, os.O_RDONLY) as descriptor:
+            succeeded(libc.syncfs(descriptor))
     except OSError as error:
         raise storage_error(error, "writing the image to disk") from None
 
@@ -6110,7 +6109,7 @@ class Registry:
     """STATE_DIR/registry.json: every change replaces the file as a whole, so that it is never half written."""
 
     def __init__(self, path: Path):
-        self._path = path
+        self._path, self._new = path, path.with_name(f".{path.name}.new")
 
     def load(self) -> list[FunctionRecord]:
         """Return the functions. Raises FaasdError if the file is damaged or newer; it is never overwritten."""
@@ -6143,44 +6142,28 @@ class Registry:
         """Write the functions to disk, for good. Raises FaasdError; the file is then as it was."""
         document = {"format": REGISTRY_FORMAT, "functions": [record.to_json() for record in records]}
         try:
-            replace_file(self._path, document)
+            # Only for root: options have environment variables, which may be secrets.
+            with open(os.open(self._new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+                json.dump(document, file, indent=1)
+                file.flush()
+                os.fsync(file.fileno())
+            self._new.rename(self._path)
         except OSError as error:
+            with contextlib.suppress(OSError):      # whatever is there does not get better by our trying
+                self._new.unlink()
             raise storage_error(error, "writing the registry") from None
+        sync_rename(self._path)
 
     def clear(self) -> None:
         """Remove what a daemon that was killed had begun to write. Raises OSError."""
-        temporary_of(self._path).unlink(missing_ok=True)
-
-
-def temporary_of(path: Path) -> Path:
-    return path.with_name(f".{path.name}.new")
-
-
-def replace_file(path: Path, document: dict) -> None:
-    """Make path a JSON document, for good and as a whole. Raises OSError; the file is then as it was."""
-    temporary = temporary_of(path)
-    try:
-        # Only for root: options have environment variables, which may be secrets.
-        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
-            json.dump(document, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.rename(path)
-    except OSError:
-        with contextlib.suppress(OSError):      # whatever is there does not get better by our trying
-            temporary.unlink()
-        raise
-    sync_rename(path)
+        self._new.unlink(missing_ok=True)
 
 
 def sync_rename(path: Path) -> None:
     """Have a file's new name on the disk too. Failure is logged: to say that nothing was written would be wrong."""
     try:
-        directory = os.open(path.parent, os.O_RDONLY)
-        try:
+        with opened(path.parent, os.O_RDONLY) as directory:
             os.fsync(directory)
-        finally:
-            os.close(directory)
     except OSError as error:
         log.error("%s is written, but may be an older one after a power loss: %s", path, error.strerror)
 
@@ -7875,28 +7858,21 @@ def sudo_user() -> int:
     return int(user) if user.isdigit() else 0
 
 
-def parse_subnet(text: str) -> ipaddress.IPv4Network:
-    """Return an IPv4 network with room for an address from .10 up. Raises BadRequest."""
-    network = parse_network(text)
-    if network.num_addresses < 16:
-        raise BadRequest(f"subnet {text} is too small: addresses start at .{FIRST_HOST}, so use /28 or larger")
+def parse_subnet(text: str, least: int = 16, advice: str = f"addresses start at .{FIRST_HOST}, so use /28 or larger"
+                 ) -> ipaddress.IPv4Network:
+    """Return an IPv4 network of so many addresses at least. Raises BadRequest."""
+    try:
+        network = ipaddress.IPv4Network(text)
+    except ValueError as error:
+        raise BadRequest(f"bad subnet: {error}; write 10.0.0.0/24") from None
+    if network.num_addresses < least:
+        raise BadRequest(f"subnet {text} is too small: {advice}")
     return network
 
 
 def parse_egress_subnet(text: str) -> ipaddress.IPv4Network:
     """Return an IPv4 network with room for a gateway and a function. Raises BadRequest."""
-    network = parse_network(text)
-    if network.num_addresses < 4:
-        raise BadRequest(f"subnet {text} is too small: use /30 or larger")
-    return network
-
-
-def parse_network(text: str) -> ipaddress.IPv4Network:
-    """Return an IPv4 network. Raises BadRequest."""
-    try:
-        return ipaddress.IPv4Network(text)
-    except ValueError as error:
-        raise BadRequest(f"bad subnet: {error}; write 10.0.0.0/24") from None
+    return parse_subnet(text, 4, "use /30 or larger")
 
 
 def parse_port(text: str) -> int:
