@@ -214,6 +214,9 @@ TCP_ESTABLISHED, TCP_CLOSE_WAIT = 1, 8          # include/net/tcp_states.h
 TCP_FIN_STATES = (4, 9, 11)          # FIN_WAIT1, LAST_ACK, CLOSING: we have closed, the FIN is not yet acknowledged
 SO_ATTACH_FILTER, SO_LOCK_FILTER = 26, 44   # socket(7); the numbers are those of include/uapi/asm-generic/socket.h
 SO_ATTACH = (SO_ATTACH_FILTER, 50, 51, 52)      # SO_ATTACH_BPF, SO_ATTACH_REUSEPORT_CBPF, SO_ATTACH_REUSEPORT_EBPF
+SO_BIND_TO = (25, 62)               # SO_BINDTODEVICE, SO_BINDTOIFINDEX
+IP_ELSEWHERE = (4, 39, 42, 46)      # IP_OPTIONS, IP_ADD_SOURCE_MEMBERSHIP, MCAST_JOIN_GROUP, MCAST_JOIN_SOURCE_GROUP: those
+                                    # that a TCP socket may set as well (linux/in.h)
 PR_SET_SECCOMP, PR_SET_VMA, PR_SET_PTRACER = 22, 0x53564D41, 0x59616D61     # prctl(2)
 BPF_LOAD_WORD, BPF_LOAD_HALF, BPF_JUMP_EQUAL, BPF_RETURN = 0x20, 0x28, 0x15, 0x06      # linux/bpf_common.h
 BPF_IP_HEADER = 0xFFF0_0000          # SKF_NET_OFF (linux/filter.h): what is loaded from here on is in the IP header
@@ -2285,13 +2288,16 @@ def option_rules() -> Iterator[dict]:
     client's socket is often faasd. Filters of sockets and of seccomp take from what the machine has for all of them
     (net.core.bpf_jit_limit); to those who would confine themselves, the kernel has no seccomp (EINVAL). A lease on a
     file of the image would hold up every other container of the function, and F_NOTIFY tells what they do. Threads of
-    no weight can hold a lock for ever while others have the CPU.
+    no weight can hold a lock for ever while others have the CPU. A client's socket, which is the host's, must not be
+    bound to another device, where its bytes would go out, be routed elsewhere, or have the host join a multicast group.
     """
-    level = compare(1, socket.SOL_SOCKET)
+    level, ip_level = compare(1, socket.SOL_SOCKET), compare(1, socket.IPPROTO_IP)
     yield refuse("setsockopt", level, compare(2, socket.SO_LINGER), error=0)
-    yield from (refuse("setsockopt", level, compare(2, number)) for number in SO_ATTACH)
-    yield from (allow("setsockopt", condition) for condition in all_but(1, [socket.SOL_SOCKET], 9))
-    yield from (allow("setsockopt", level, condition) for condition in all_but(2, [socket.SO_LINGER, *SO_ATTACH], 7))
+    refused = [(level, [*SO_ATTACH, *SO_BIND_TO], [socket.SO_LINGER]), (ip_level, IP_ELSEWHERE, [])]
+    for condition, numbers, others in refused:
+        yield from (refuse("setsockopt", condition, compare(2, number)) for number in numbers)
+        yield from (allow("setsockopt", condition, number) for number in all_but(2, [*numbers, *others], 8))
+    yield from (allow("setsockopt", condition) for condition in all_but(1, [socket.IPPROTO_IP, socket.SOL_SOCKET], 9))
     yield from (refuse("fcntl", compare(1, number)) for number in (fcntl.F_SETLEASE, fcntl.F_NOTIFY))
     yield from (allow("fcntl", condition) for condition in all_but(1, [fcntl.F_SETLEASE, fcntl.F_NOTIFY], 11))
     yield refuse("prctl", compare(0, PR_SET_SECCOMP), error=errno.EINVAL)
@@ -3935,7 +3941,7 @@ class OutputReader:
         self._reading = None
         over = not reading.exception() and reading.result()
         if over or self._closed:
-            self._end(over)
+            self._end()
         elif self._room > self._pause_at and not reading.exception():
             self._watch()
         else:                                   # it prints much: so that each read finds much
@@ -3996,25 +4002,24 @@ class OutputReader:
         if not self._closed:
             self._closed = True
             self._loop.remove_reader(self._descriptor)
+            left = select.poll()                        # takes no lock, which FIONREAD would
+            left.register(self._descriptor, select.POLLIN)
             with contextlib.suppress(OSError):
-                while self._room > 0 and any(fcntl.ioctl(self._descriptor, termios.FIONREAD, bytes(4))):
+                while self._room > 0 and any(events & select.POLLIN for _, events in left.poll(0)):
                     await self._workers.run(self._read)
-            self._end(gone=True)
+            self._end()
 
     def close(self) -> None:
         """Read no more; what is still in the pipe stays there for the next reader."""
         self._closed = True
         self._loop.remove_reader(self._descriptor)
         if self._reading is None:
-            self._end(gone=False)
+            self._end()
 
-    def _end(self, gone: bool) -> None:
-        """Close the pipe, which takes its lock; gone says that nobody else has it."""
+    def _end(self) -> None:
+        """Close the pipe, which takes its lock. A container that shares a network with another may have passed it on."""
         self._closed = True
-        if gone:
-            os.close(self._descriptor)
-        else:
-            self._workers.run(os.close, self._descriptor)
+        self._workers.run(os.close, self._descriptor)
         self._emit_partial()
 
 
@@ -5870,10 +5875,23 @@ class Function:
 
     # -- conclude --
 
-    def _ask(self, invocation: Invocation) -> asyncio.Future[TcpState]:
-        """Ask for the state of the client's connection. A container that keeps it from us is killed."""
+    def _call(self, invocation: Invocation, call: Callable, *arguments) -> asyncio.Future:
+        """Make a system call on the client's connection. A container that keeps us waiting is killed."""
         overdue = invocation.container.kill if invocation.container else None
-        return self._services.calls.run(TcpState.of, invocation.client, overdue=overdue)
+        return self._services.calls.run(call, *arguments, overdue=overdue)
+
+    def _ask(self, invocation: Invocation) -> asyncio.Future[TcpState]:
+        return self._call(invocation, TcpState.of, invocation.client)
+
+    def _let_go(self, invocation: Invocation) -> None:
+        """Close our descriptor of the client's connection.
+
+        It may be the last one. To close that takes the lock of each epoll set that the socket is in, and a handler can
+        hold its own, in an epoll_wait(2) that sleeps in page faults.
+        """
+        descriptor = invocation.client.detach()
+        if descriptor >= 0:
+            self._call(invocation, os.close, descriptor)
 
     async def _conclude(self, invocation: Invocation, said: Release) -> None:
         """See to the end of an invocation whose handler has let go. Raises Refusal if the answer must be ours."""
@@ -5898,7 +5916,7 @@ class Function:
         invocation.received, invocation.sent = state.received, state.sent
         self.demand.run.add(invocation.handled - invocation.handed)
         if not state.unacknowledged:            # first: what follows is nothing the client should wait for
-            invocation.client.close()
+            self._let_go(invocation)
             self._in_flight.discard(invocation)
         ending = None
         if said is Release.READY and state.sent and container.served < pool.options.reuse and pool is self.pool:
@@ -5927,11 +5945,10 @@ class Function:
             container = f" (container {invocation.container.id})" if invocation.container else ""
             line = f"function {self.record.name}: {refusal.reason}{container}"
             with contextlib.suppress(OSError):          # the client has left
-                await self._services.calls.run(invocation.client.send, answer(refusal.status, line),
-                                               socket.MSG_DONTWAIT)
+                await self._call(invocation, invocation.client.send, answer(refusal.status, line), socket.MSG_DONTWAIT)
                 await self._linger(invocation)
         elif state.is_open:
-            await self._services.calls.run(reset_connection, invocation.client)
+            await self._call(invocation, reset_connection, invocation.client)
         state = await self._ask(invocation)
         invocation.received, invocation.sent = state.received, state.sent
 
@@ -5940,12 +5957,13 @@ class Function:
 
         To close a socket with unread data sends a reset, which can destroy the answer before the client has read it.
         """
-        client, calls = invocation.client, self._services.calls
+        client = invocation.client
         client.setblocking(False)
-        await calls.run(client.shutdown, socket.SHUT_WR)
+        await self._call(invocation, client.shutdown, socket.SHUT_WR)
         room, until = LINGER_BYTES, self._loop.time() + LINGER_SECONDS
         while room > 0 and await self._services.answering.hear(client, invocation.peer, until - self._loop.time()):
-            data = await calls.run(client.recv, COPY_CHUNK)
+            # A handler that has the socket still may have read it first, and made the socket a blocking one again.
+            data = await self._call(invocation, client.recv, COPY_CHUNK, socket.MSG_DONTWAIT)
             if not data:
                 break
             room -= len(data)
@@ -5956,19 +5974,19 @@ class Function:
             if state.unread:
                 await self._linger(invocation)
             else:
-                await self._services.calls.run(invocation.client.shutdown, socket.SHUT_WR)
+                await self._call(invocation, invocation.client.shutdown, socket.SHUT_WR)
         pause, longest = DRAIN_LOOKS
         until = self._loop.time() + (invocation.pool.options.timeout or DRAIN_SECONDS)
         while (await self._ask(invocation)).unacknowledged and not self.draining:
             if self._loop.time() > until:
-                await self._services.calls.run(reset_connection, invocation.client)
+                await self._call(invocation, reset_connection, invocation.client)
                 break
             await asyncio.sleep(pause)
             pause = min(2 * pause, longest)
         self._close(invocation)
 
     def _close(self, invocation: Invocation) -> None:
-        invocation.client.close()
+        self._let_go(invocation)
         if invocation in self._in_flight:
             self._in_flight.discard(invocation)
             self.dispatch()

@@ -8,7 +8,9 @@ import contextlib
 import ctypes
 import errno
 import fcntl
+import itertools
 import json
+import mmap
 import os
 import resource
 import select
@@ -26,6 +28,8 @@ UNSPECIFIED = struct.pack("H14x", 0)        # connect(2): dissolves a connection
 SO_LINGER_FOR_EVER = struct.pack("ii", 1, 1 << 20)
 TCP_FASTOPEN_NO_COOKIE, MSG_FASTOPEN = 34, 0x2000_0000
 SO_DETACH_FILTER, SO_ATTACH_FILTER, SO_MARK, TCP_REPAIR, IP_TRANSPARENT = 27, 26, 36, 19, 19
+SO_BINDTOIFINDEX, IP_ADD_SOURCE_MEMBERSHIP, MCAST_JOIN_GROUP, MCAST_JOIN_SOURCE_GROUP = 62, 39, 42, 46
+GROUP = struct.pack("QHH4s120x", 1, socket.AF_INET, 0, bytes([239, 1, 2, 3]))           # struct group_req: of lo
 
 
 def say(text) -> None:
@@ -89,6 +93,14 @@ def options(client, control):
         "transparent": try_it(lambda: client.setsockopt(socket.IPPROTO_IP, IP_TRANSPARENT, 1)),
         "take the filter off": try_it(lambda: client.setsockopt(socket.SOL_SOCKET, SO_DETACH_FILTER, 0)),
         "another filter": try_it(lambda: attach_filter(client)),
+        "another device": try_it(lambda: client.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, b"lo\0")),
+        "another device, by number": try_it(lambda: client.setsockopt(socket.SOL_SOCKET, SO_BINDTOIFINDEX, 1)),
+        "another way": try_it(lambda: client.setsockopt(socket.IPPROTO_IP, socket.IP_OPTIONS, b"\x83\x07\x04\x7f\0\0\1\0")),
+        "a group of the host": try_it(lambda: client.setsockopt(socket.IPPROTO_IP, MCAST_JOIN_GROUP, GROUP)),
+        "a group with a source": try_it(lambda: client.setsockopt(
+            socket.IPPROTO_IP, IP_ADD_SOURCE_MEMBERSHIP, bytes([239, 1, 2, 3, 127, 0, 0, 1, 127, 0, 0, 1]))),
+        "a group with a source, by number": try_it(lambda: client.setsockopt(
+            socket.IPPROTO_IP, MCAST_JOIN_SOURCE_GROUP, GROUP + GROUP[8:])),
     }
 
 
@@ -181,6 +193,41 @@ def close_client(client, control):
     """Let go of everything without a word, and stay."""
     client.close()
     control.close()
+    time.sleep(3600)
+
+
+def hold_epoll(client, control):
+    """Answer, and keep the lock of an epoll set that the socket is in, in page faults, while others take all the CPU."""
+    with open("/cold", "rb") as file:
+        cold = mmap.mmap(file.fileno(), 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+    cold.madvise(mmap.MADV_RANDOM)
+    start, descriptor = ctypes.addressof(ctypes.c_char.from_buffer(cold)), os.open("/cold", os.O_RDONLY)
+    epoll = select.epoll()
+    for member in (client, *(os.eventfd(1) for _ in range(900))):
+        epoll.register(member, select.EPOLLIN | select.EPOLLOUT)
+
+    def wait():
+        os.setpriority(os.PRIO_PROCESS, 0, 19)
+        for page in itertools.cycle(range(0, 3 << 20, 16384)):
+            cold.madvise(mmap.MADV_DONTNEED)
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+            LIBC.epoll_wait(epoll.fileno(), ctypes.c_void_p(start + page + 4090), 1000, -1)
+    gate, opened = os.pipe()
+    for _ in range(40):
+        if os.fork() == 0:
+            client.close()
+            control.close()
+            os.close(opened)
+            os.read(gate, 1)
+            while True:
+                pass
+    for _ in range(4):
+        threading.Thread(target=wait).start()
+    client.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nConnection: close\r\n\r\nok")
+    os.close(opened)
+    time.sleep(0.3)
+    client.close()
+    control.send(b"R")
     time.sleep(3600)
 
 
