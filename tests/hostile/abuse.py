@@ -206,23 +206,20 @@ def hold_epoll(client, control):
     for member in (client, *(os.eventfd(1) for _ in range(900))):
         epoll.register(member, select.EPOLLIN | select.EPOLLOUT)
 
-    def wait():
-        os.setpriority(os.PRIO_PROCESS, 0, 19)
-        for page in itertools.cycle(range(0, 3 << 20, 16384)):
-            cold.madvise(mmap.MADV_DONTNEED)
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-            LIBC.epoll_wait(epoll.fileno(), ctypes.c_void_p(start + page + 4090), 1000, -1)
     gate, opened = os.pipe()
-    for _ in range(40):
+    for number in range(200):
         if os.fork() == 0:
             client.close()
             control.close()
             os.close(opened)
             os.read(gate, 1)
-            while True:
+            os.setpriority(os.PRIO_PROCESS, 0, 19 if number < 4 else 0)
+            while number >= 4:
                 pass
-    for _ in range(4):
-        threading.Thread(target=wait).start()
+            for page in itertools.cycle(range(0, 3 << 20, 16384)):
+                cold.madvise(mmap.MADV_DONTNEED)
+                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+                LIBC.epoll_wait(epoll.fileno(), ctypes.c_void_p(start + page + 4090), 1000, -1)
     client.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nConnection: close\r\n\r\nok")
     os.close(opened)
     time.sleep(0.3)
