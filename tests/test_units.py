@@ -220,10 +220,11 @@ class Spec(unittest.TestCase):
         def meets(name: str, *numbers: int) -> list[tuple[str, int | None]]:
             return [(rule["action"], rule.get("errnoRet")) for rule in rules
                     if rule["names"] == [name] and all(holds(numbers[c["index"]], c) for c in rule["args"])]
-        for name, index, count, refused in (
-                ("setsockopt", 2, 128, {socket.SO_LINGER: 0, 26: 1, 50: 1, 51: 1, 52: 1}),
-                ("fcntl", 1, 2048, {1024: 1, 1026: 1}), ("prctl", 0, 128, {22: errno.EINVAL})):
-            before = [0, socket.SOL_SOCKET][:index]
+        for name, before, count, refused in (
+                ("setsockopt", [0, socket.SOL_SOCKET], 256,
+                 {socket.SO_LINGER: 0, 25: 1, 26: 1, 50: 1, 51: 1, 52: 1, 62: 1}),
+                ("setsockopt", [0, socket.IPPROTO_IP], 256, {4: 1, 39: 1, 42: 1, 46: 1}),
+                ("fcntl", [0], 2048, {1024: 1, 1026: 1}), ("prctl", [], 128, {22: errno.EINVAL})):
             for number in range(count):
                 expected = [("SCMP_ACT_ERRNO", refused[number])] if number in refused else allowed
                 self.assertEqual(meets(name, *before, number), expected, (name, number))
