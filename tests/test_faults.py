@@ -302,10 +302,12 @@ class Processes(FaultCase):
 
         def decide(call: gate.Call) -> int | None:
             nonlocal refused
-            if call.of == "daemon" and call.name == "pidfd_send_signal" and refused < 3:
-                refused += 1
+            if call.of != "daemon" or refused >= 3:
+                return None
+            if call.name == "openat" and call.paths[0].endswith("/cgroup.kill"):        # which needs no signal
                 return errno.EPERM
-            return None
+            refused += call.name == "pidfd_send_signal"
+            return errno.EPERM if call.name == "pidfd_send_signal" else None
         daemon = self.start_at_gate(decide)
         self.assertEqual(daemon.api("PATCH", "/functions/f?timeout=200ms")[0], 200)
         with self.neighbour_is_served():
