@@ -154,6 +154,10 @@ MAX_TERMINALS = 16                  # ptys of one container; all containers of a
 SO_PASSRIGHTS = 83                  # Linux 6.16: whether a Unix socket takes descriptors
 EXIT_GRACE = 1.0                    # seconds a handler has between letting go of its client and being killed
 KILL_RETRY = 0.02                   # seconds between two rounds of killing one container
+MANY_ENDED = 32                     # containers of a function until we look for the memory cgroups that they have left
+MANY_DYING = 64                     # of these more than there were, which are worth losing what is cached of the image
+MOST_DYING = 1024                   # where that did no good
+RECLAIM_SECONDS = 1.0               # on our account, for which a container can read what we reclaim
 KILL_TIMEOUT = 10.0                 # seconds before runc itself is killed and its remains are deleted
 STOP_SECONDS = 20.0                 # until a stop goes on without what should long have ended, and with it each wait
 PROBE_SECONDS = 10.0                # for the container that tells at start whether any can run here
@@ -2499,7 +2503,7 @@ class Bundle:
         self._mark = f"@{secrets.token_hex(16)}@"       # stands for the id; nothing a user writes contains it
         self._namespace_mark = f"@{secrets.token_hex(16)}@"
         spec = build_spec(name, image, options, str(rootfs), str(run_dir / "containers" / self._mark / "control.sock"),
-                          cgroups.path(self._mark), self._mark, cgroups.can_limit_swap, run_dir, apparmor,
+                          cgroups.path(name, self._mark), self._mark, cgroups.can_limit_swap, run_dir, apparmor,
                           self._namespace_mark, {"memory.oom.group": "1"} if cgroups.kills_whole else None)
         spec["mounts"][:0] = mounts
         self._template = json.dumps(spec)
@@ -2539,10 +2543,12 @@ def run_dir_mark(run_dir: Path) -> str:
 
 
 class Cgroups:
-    """The cgroups of this daemon's containers: PARENT/ID in every hierarchy, of v1 and v2.
+    """The cgroups of this daemon's containers: PARENT/function-NAME/ID in every hierarchy, of v1 and v2.
 
     The parent is ours alone and named after the run-dir, so that containers are not nested in the cgroup faasd itself
-    happens to run in, and two daemons do not meet.
+    happens to run in, and two daemons do not meet. The runtime removes a container's cgroup, but the kernel keeps what
+    it has of a memory cgroup, up to a megabyte, for as long as one page of a file is charged to it. What is left of one
+    function's we reclaim from the cgroup above them (DyingCgroups).
     """
 
     def __init__(self, run_dir: Path):
@@ -2555,43 +2561,57 @@ class Cgroups:
         # crun takes cgroup v1 for a hybrid with v2, and where no v2 is mounted it leaves plain files.
         litter = Path("/sys/fs/cgroup/unified")
         self._litter = litter if version_1 and litter not in self._hierarchies else None
-        self._memory = [path.parent for path in version_1]      # the hierarchy with the memory controller
-        # On v2 the kernel can be told to kill all of a container that runs out of memory.
-        controllers = [h / "cgroup.controllers" for h in self._hierarchies]
-        self.kills_whole = any("memory" in path.read_text().split() for path in controllers if path.exists())
+        version_2 = [h for h in self._hierarchies if "memory" in read_text(h / "cgroup.controllers").split()]
+        self._memory = version_2 or [path.parent for path in version_1]         # the hierarchy with the memory controller
+        self.kills_whole = bool(version_2)      # the kernel can be told to, of a container that runs out of memory
 
-    def path(self, container_id: str) -> str:
-        """Return the cgroupsPath of a container."""
-        return f"{self.parent}/{container_id}"
+    def group(self, function: str) -> str:
+        """Return the path of the cgroup of all of a function's containers; it looks like no container's."""
+        return f"{self.parent}/function-{function}"
+
+    def path(self, function: str, container_id: str) -> str:
+        """Return the cgroupsPath of a container, which is what the other methods know it by."""
+        return f"{self.group(function)}/{container_id}"
 
     def _directories(self, path: str) -> list[Path]:
         # Asked at the end of every container, and a machine may have a dozen of v1: so not by Path.is_dir().
         return [Path(f"{h}{path}") for h in self._hierarchies if os.path.isdir(f"{h}{path}")]
 
-    def exists(self, container_id: str) -> bool:
-        path = self.path(container_id)
+    def _parents(self) -> list[Path]:
+        """Return what there is of the parent; what is left of a container may be crun's litter alone."""
+        return self._directories(self.parent) + ([self._litter / self.parent[1:]] if self._litter else [])
+
+    def exists(self, path: str) -> bool:
         return bool(self._directories(path)) or self._litter is not None and (self._litter / path[1:]).exists()
 
-    def containers(self) -> set[str]:
-        """Return the ids of all containers that have a cgroup."""
-        return {child.name for parent in self._directories(self.parent) for child in parent.iterdir() if child.is_dir()}
+    def containers(self) -> dict[str, str]:
+        """Return the paths of all containers that have a cgroup, by their ids. An older daemon has made PARENT/ID."""
+        return {directory.name: f"{self.parent}/{directory.relative_to(parent)}"
+                for parent in self._parents() for pattern in ("*/", "function-*/*/")
+                for directory in parent.glob(pattern) if CONTAINER_ID.fullmatch(directory.name)}
 
-    def processes(self, container_id: str) -> set[int]:
+    def remove_groups(self, but: Collection[str] = ()) -> None:
+        """Remove the cgroups of functions, which have no container any more, but for some functions'."""
+        groups = {path.name for parent in self._parents() for path in parent.glob("function-*/")}
+        for name in groups - {f"function-{function}" for function in but}:
+            self.remove(f"{self.parent}/{name}")
+
+    def processes(self, path: str) -> set[int]:
         """Return the pids in a container's cgroups."""
         pids: set[int] = set()
-        for directory in self._directories(self.path(container_id)):
+        for directory in self._directories(path):
             with contextlib.suppress(FileNotFoundError, OSError):       # runc may be removing it just now
                 pids.update(map(int, (directory / "cgroup.procs").read_text().split()))
         return pids - {0}                       # a process that our pid namespace does not see
 
-    def watch_memory(self, container_id: str) -> int:
+    def watch_memory(self, path: str) -> int:
         """Return an eventfd that tells when a container may have run out of memory; -1 where nobody needs to be told.
 
         Of cgroup v1: kernel documentation, admin-guide/cgroup-v1/memory.rst. Raises OSError.
         """
-        if not self._memory:
+        if self.kills_whole:
             return -1
-        directory = self._memory[0] / self.path(container_id).lstrip("/")
+        directory = self._memory[0] / path[1:]
         event = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         try:
             with open(directory / "memory.oom_control", "rb") as file:
@@ -2601,60 +2621,60 @@ class Cgroups:
             raise
         return event
 
-    def ran_out_of_memory(self, container_id: str) -> bool:
+    def ran_out_of_memory(self, path: str) -> bool:
         """Whether the out-of-memory killer was in a container. It is forgotten with the container's cgroups."""
-        for directory in self._directories(self.path(container_id)):
+        for directory in self._directories(path):
             for name in ("memory.oom_control", "memory.events"):
                 with contextlib.suppress(OSError):
                     if re.search(r"^(oom_kill|under_oom) [1-9]", (directory / name).read_text(), re.MULTILINE):
                         return True
         return False
 
-    def refused_processes(self, container_id: str) -> bool:
+    def refused_processes(self, path: str) -> bool:
         """Whether a container was refused a process or thread (pids.events). It is forgotten with its cgroups."""
-        for directory in self._directories(self.path(container_id)):
+        for directory in self._directories(path):
             with contextlib.suppress(OSError):
                 if re.search("^max [1-9]", (directory / "pids.events").read_text(), re.MULTILINE):
                     return True
         return False
 
-    def limits(self, container_id: str) -> dict[str, str]:
+    def limits(self, path: str) -> dict[str, str]:
         """Return the limits that a container has, by the names of the files that hold them."""
-        directories = self._directories(self.path(container_id))
+        directories = self._directories(path)
         return {name: " ".join((directory / name).read_text().split())
                 for name in LIMIT_FILES for directory in directories if (directory / name).exists()}
 
-    def members(self, container_id: str) -> Iterator[tuple[int, int]]:
+    def members(self, path: str) -> Iterator[tuple[int, int]]:
         """Yield pid and pidfd of each process of a container. What fails is logged: callers try again or do without.
 
         The pid may have been taken over since we read it, but the descriptor holds one process fast.
         """
-        for pid in self.processes(container_id):
+        for pid in self.processes(path):
             try:
                 with opened_process(pid) as pidfd:
-                    if self.path(container_id) in Path(f"/proc/{pid}/cgroup").read_text():
+                    if path in Path(f"/proc/{pid}/cgroup").read_text():
                         yield pid, pidfd
             except OSError as error:
-                self._complain(container_id, pid, error)
+                self._complain(path, pid, error)
 
-    def kill(self, container_id: str) -> None:
+    def kill(self, path: str) -> None:
         """Send SIGKILL to every process of a container. What fails is logged: callers try again while there are any.
 
         At once, where the kernel can (cgroup v2, Linux 5.14), else one after the other. Blocks.
         """
-        for directory in self._directories(self.path(container_id)):
+        for directory in self._directories(path):
             with contextlib.suppress(OSError):          # no such file; or runc is removing the directory
                 (directory / "cgroup.kill").write_text("1")
-        for pid, pidfd in self.members(container_id):
+        for pid, pidfd in self.members(path):
             try:
                 signal.pidfd_send_signal(pidfd, signal.SIGKILL)
             except OSError as error:
-                self._complain(container_id, pid, error)
+                self._complain(path, pid, error)
 
     @staticmethod
-    def _complain(container_id: str, pid: int, error: OSError) -> None:
+    def _complain(path: str, pid: int, error: OSError) -> None:
         if error.errno not in PROCESS_GONE:
-            log.warning("container=%s cannot kill its process %d: %s", container_id, pid, error.strerror)
+            log.warning("container=%s cannot kill its process %d: %s", path.rpartition("/")[2], pid, error.strerror)
 
     def remove(self, path: str) -> None:
         """Remove a cgroup directory in every hierarchy if it is empty."""
@@ -2666,6 +2686,30 @@ class Cgroups:
             except OSError as error:
                 if error.errno != errno.ENOENT:
                     log.warning("cannot remove cgroup %s: %s", directory, error.strerror)
+
+    def dying(self, group: str) -> int:
+        """Return how many memory cgroups there are below one that were removed. Raises OSError.
+
+        v1 tells only how many there are on this machine: more than it has directories.
+        """
+        if self.kills_whole:
+            text = Path(f"{self._memory[0]}{group}/cgroup.stat").read_text()
+            return int(re.search(r"^nr_dying_descendants (\d+)", text, re.MULTILINE)[1])
+        number = re.search(r"^memory\t\d+\t(\d+)", Path("/proc/cgroups").read_text(), re.MULTILINE)[1]
+        return int(number) - sum(1 for _ in os.walk(self._memory[0]))
+
+    def reclaim(self, group: str) -> None:
+        """Have the kernel drop what is cached for containers of a cgroup, also for those that are gone.
+
+        Blocks. Raises OSError. In a child that can be killed: on v1 the kernel goes on for as long as a container reads as fast. On v2 it takes
+        the bytes to drop, since Linux 5.19, and drops as many as it can.
+        """
+        directory = f"{self._memory[0]}{group}"
+        file, value = (("memory.reclaim", Path(f"{directory}/memory.current").read_bytes()) if self.kills_whole else
+                       ("memory.force_empty", b"0"))
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            subprocess.run(["tee", f"{directory}/{file}"], input=value, timeout=RECLAIM_SECONDS,
+                           stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False)
 
 
 def system_call(number: int, *arguments: int | bytes) -> int:
@@ -3863,14 +3907,14 @@ class Workers:
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop):
-        self._loop = loop
+        self.loop = loop
         self._calls = queue.SimpleQueue()
         self._free = 0                          # threads that wait for a call
         self._pending: set[asyncio.Future] = set()
 
     def run(self, call: Callable, *arguments) -> asyncio.Future:
         """Return the future result of a call, or its exception; an OSError too if there is no thread to be had."""
-        future = self._loop.create_future()
+        future = self.loop.create_future()
         try:
             if not self._free:
                 threading.Thread(target=self._work, daemon=True).start()
@@ -3890,7 +3934,7 @@ class Workers:
             except Exception as error:          # which is for whoever waits
                 conclude, outcome = future.set_exception, error
             with contextlib.suppress(RuntimeError):     # the loop is closed: nobody wants to know
-                self._loop.call_soon_threadsafe(self._done, future, conclude, outcome)
+                self.loop.call_soon_threadsafe(self._done, future, conclude, outcome)
 
     def _done(self, future: asyncio.Future, conclude: Callable, outcome) -> None:
         if self._free < SPARE_WORKERS:
@@ -4081,9 +4125,11 @@ class Container:
     """
 
     def __init__(self, host: ContainerHost, bundle: Bundle | None, write_line: Callable[[str, str], None],
-                 container_id: str = ""):
-        """bundle is what to start; None for a container that runs already, with container_id: see adopt."""
-        self.id = container_id or secrets.token_hex(6)
+                 survivor: Survivor | None = None):
+        """bundle is what to start; None for a container that runs already: see adopt."""
+        self.id = survivor.container_id if survivor else secrets.token_hex(6)
+        self.cgroup = survivor.cgroup if survivor else host.cgroups.path(bundle.name, self.id)
+        self._function = survivor.function if survivor else bundle.name
         self.write_line = write_line                    # (container id, a line of its output)
         self.said: asyncio.Future[Release] = host.loop.create_future()
         self.served = 0                                 # clients handed over
@@ -4113,7 +4159,7 @@ class Container:
         Its control connection ended with that daemon, and the handler meets the end of file when it is done. So the one
         release that comes is GONE, at the end of runc, which is no child of ours: its exit status stays unknown.
         """
-        container = cls(host, None, write_line, survivor.container_id)
+        container = cls(host, None, write_line, survivor)
         container._output = OutputReader(host.workers, survivor.output,
                                          lambda text: container.write_line(container.id, text))
         container._pid, container._pidfd = survivor.pid, survivor.pidfd
@@ -4208,7 +4254,7 @@ class Container:
         self.write_line(self.id, text)
         if self._looks and REFUSED_PROCESS.search(text):        # now: once it has exited, its cgroups go at once
             self._looks -= 1
-            self._hit_pids = self._host.cgroups.refused_processes(self.id)
+            self._hit_pids = self._host.cgroups.refused_processes(self.cgroup)
             if self._hit_pids:
                 self._looks = 0
                 self.write_line(self.id, "(it has hit --pids: a process or thread was refused)")
@@ -4248,7 +4294,7 @@ class Container:
         self._control.setblocking(False)
         self._host.loop.add_reader(self._control, self._on_control)
         with contextlib.suppress(OSError):              # it has ended already
-            self._memory = self._host.cgroups.watch_memory(self.id)
+            self._memory = self._host.cgroups.watch_memory(self.cgroup)
             if self._memory >= 0:
                 self._host.loop.add_reader(self._memory, self._on_memory)
         self._connected.set_result(None)
@@ -4310,7 +4356,7 @@ class Container:
 
     def look_for_memory(self) -> bool:
         """Return whether the container has run out of memory, as far as can be told."""
-        self.out_of_memory = self.out_of_memory or self._host.cgroups.ran_out_of_memory(self.id)
+        self.out_of_memory = self.out_of_memory or self._host.cgroups.ran_out_of_memory(self.cgroup)
         return self.out_of_memory
 
     # -- end --
@@ -4359,12 +4405,13 @@ class Container:
             if grace and not self._exited.done():
                 await asyncio.wait([self._exited], timeout=grace)
             await self._kill()
-        if self._host.has_remains(self.id):             # runc was killed, by us or by somebody else
-            await self._host.workers.run(self._host.remove_remains, self.id)
+        if self._host.has_remains(self.id, self.cgroup):        # runc was killed, by us or by somebody else
+            await self._host.workers.run(self._host.remove_remains, self.id, self.cgroup)
         self._close_listener()
         if self._output is not None:
             await self._output.finish()
         self._remove_directory()
+        self._host.count_ended(self._function)
         return self._exited.result() if self._exited.done() else -signal.SIGKILL
 
     def kill(self) -> None:
@@ -4378,7 +4425,7 @@ class Container:
         while not self._exited.done() and time.monotonic() < deadline:
             # Again and again: while it starts it may have no process yet. It may have thousands.
             with contextlib.suppress(OSError):
-                await self._host.workers.run(self._host.cgroups.kill, self.id)
+                await self._host.workers.run(self._host.cgroups.kill, self.cgroup)
             await asyncio.wait([self._exited], timeout=KILL_RETRY)
         if not self._exited.done():
             log.error("container=%s runc does not end, killing it", self.id)
@@ -4434,6 +4481,7 @@ def inspect_process(pid: int) -> dict:
 class Survivor:
     """A container that serves a client since before this daemon was started."""
     container_id: str
+    cgroup: str
     function: str
     version: str
     pid: int                    # of runc run
@@ -4547,6 +4595,51 @@ def machine_lack(error: str) -> str:
     return ""
 
 
+class DyingCgroups:
+    """What the ended containers of one function leave: memory cgroups to which a page of its image is charged.
+
+    A handler can leave one each time, and the memory is nobody's. Any image leaves some, for who reads a page first is
+    charged with it; so what is cached is reclaimed only when there are many more than there have been. On v1 they may be
+    somebody else's. So when they stay, which our live containers too can see to, it takes twice as many the next time.
+    """
+
+    def __init__(self, cgroups: Cgroups, group: str, workers: Workers):
+        self._cgroups = cgroups
+        self._group = group
+        self._workers = workers
+        self._ended = 0                         # containers since the last look
+        self._fewest: int | None = None         # dying that we have seen since we reclaimed
+        self._before: float = math.inf          # that there were then
+        self._many = MANY_DYING
+        self._task: asyncio.Task | None = None  # held, for the loop does not
+
+    def count(self) -> None:
+        self._ended += 1
+        if self._ended == MANY_ENDED:           # more end while we look
+            self._task = self._workers.loop.create_task(self._look())
+
+    async def _look(self) -> None:
+        try:
+            if self.are_many(await self._workers.run(self._cgroups.dying, self._group)):
+                log.info("%s: reclaiming what ended containers keep", self._group)
+                await self._workers.run(self._cgroups.reclaim, self._group)
+        except OSError as error:                # the function was removed, or there is no thread to be had
+            log.info("%s: cannot reclaim: %s", self._group, error)
+        self._ended = 0
+
+    def are_many(self, dying: int) -> bool:
+        """Whether it is time to reclaim; it is taken to be done then."""
+        if self._fewest is None:
+            in_vain = dying > self._before - self._many / 2
+            self._many = min(2 * self._many, MOST_DYING) if in_vain else MANY_DYING
+            self._fewest = dying
+        self._fewest = min(self._fewest, dying)
+        if dying - self._fewest < self._many:
+            return False
+        self._before, self._fewest = dying, None
+        return True
+
+
 class ContainerHost:
     """Where this daemon's containers live: directories, runtime and cgroups, and what to do about their remains."""
 
@@ -4561,6 +4654,7 @@ class ContainerHost:
         self.descriptors = Descriptors()
         self.loop = asyncio.get_running_loop()
         self.workers = Workers(self.loop)
+        self._dying: dict[str, DyingCgroups] = {}
 
     def prepare(self, addresses: dict[str, str]) -> list[Survivor]:
         """Make RUN_DIR/containers, on a tmpfs, and clear what the daemon before left there.
@@ -4574,7 +4668,7 @@ class ContainerHost:
         self.containers_dir.chmod(0o711)
         self._show_images()
         survivors = self._find_survivors(addresses)
-        self.remove_orphans({survivor.container_id for survivor in survivors})
+        self.remove_orphans(survivors)
         return survivors
 
     def _show_images(self) -> None:
@@ -4640,11 +4734,11 @@ class ContainerHost:
 
         Nothing but what a daemon has noted, in a directory where only root can write, makes a survivor.
         """
-        connections, survivors = read_connections(addresses.values()), []
+        connections, cgroups, survivors = read_connections(addresses.values()), self.cgroups.containers(), []
         with opened(self.containers_dir, os.O_RDONLY | os.O_DIRECTORY) as directory:
             for container_id in filter(CONTAINER_ID.fullmatch, os.listdir(directory)):
                 try:
-                    survivor = self._survivor(directory, container_id, addresses, connections)
+                    survivor = self._survivor(directory, container_id, cgroups[container_id], addresses, connections)
                 except (OSError, ValueError, KeyError) as error:
                     log.debug("container=%s does not go on: %r", container_id, error)
                     continue
@@ -4653,7 +4747,7 @@ class ContainerHost:
         self._kill_runtimes({survivor.pid for survivor in survivors})
         return survivors
 
-    def _survivor(self, containers: int, container_id: str, addresses: dict[str, str],
+    def _survivor(self, containers: int, container_id: str, cgroup: str, addresses: dict[str, str],
                   connections: dict[int, tuple[str, str]]) -> Survivor:
         """Return a container if it serves a client of a function that there is. Raises OSError, ValueError, KeyError.
 
@@ -4670,8 +4764,8 @@ class ContainerHost:
             if not stat.S_ISFIFO(os.stat("output", dir_fd=directory, follow_symlinks=False).st_mode):
                 raise ValueError("its output is no pipe of ours")
             output = stack.enter_context(opened("output", os.O_RDONLY | os.O_NONBLOCK, directory))
-            client, peer = self._client_of(container_id, addresses[name], connections)
-            return Survivor(container_id, name, version, pid, os.dup(pidfd), os.dup(output), client, peer)
+            client, peer = self._client_of(cgroup, addresses[name], connections)
+            return Survivor(container_id, cgroup, name, version, pid, os.dup(pidfd), os.dup(output), client, peer)
 
     def _kill_runtimes(self, survivors: set[int]) -> None:
         """Kill what a daemon before has started and not noted, or that serves nobody: it could still start a container.
@@ -4704,13 +4798,13 @@ class ContainerHost:
         return (program == os.path.realpath(self.runtime.program)
                 or stat.S_ISFIFO(output.st_mode) and output.st_dev == os.stat(self.containers_dir).st_dev)
 
-    def _client_of(self, container_id: str, address: str,
+    def _client_of(self, cgroup: str, address: str,
                    connections: dict[int, tuple[str, str]]) -> tuple[socket.socket, str]:
         """Return a duplicate of a container's socket that is connected to a client of address, and who that is.
 
         Raises KeyError if it has none.
         """
-        for pidfd, number, inode in self._sockets_of(container_id):
+        for pidfd, number, inode in self._sockets_of(cgroup):
             host, peer = connections.get(inode, ("", ""))
             if host == address:
                 with contextlib.suppress(OSError):      # it is gone
@@ -4720,10 +4814,10 @@ class ContainerHost:
                     os.close(duplicate)
         raise KeyError(address)
 
-    def _sockets_of(self, container_id: str) -> Iterator[tuple[int, int, int]]:
+    def _sockets_of(self, cgroup: str) -> Iterator[tuple[int, int, int]]:
         """Yield a pidfd, the number and the inode of each socket that a container's processes have."""
         searched = 0
-        for pid, pidfd in self.cgroups.members(container_id):
+        for pid, pidfd in self.cgroups.members(cgroup):
             with contextlib.suppress(FileNotFoundError, ProcessLookupError):    # closed, or its process is gone
                 for number in os.listdir(f"/proc/{pid}/fd"):
                     searched += 1
@@ -4735,27 +4829,29 @@ class ContainerHost:
 
     def end_holders(self, port: int) -> bool:
         """End containers that have taken a port of this machine; return whether there were any. Blocks."""
-        holders = [container_id for container_id in self.cgroups.containers() if self._holds(container_id, port)]
-        for container_id in holders:
+        holders = [entry for entry in self.cgroups.containers().items() if self._holds(entry[1], port)]
+        for container_id, cgroup in holders:
             log.warning("container=%s has taken port %d, which is ours: ending it", container_id, port)
-            self._kill_all(container_id)
+            self._kill_all(cgroup)
         return bool(holders)
 
-    def _holds(self, container_id: str, port: int) -> bool:
-        for pidfd, number, _ in self._sockets_of(container_id):
+    def _holds(self, cgroup: str, port: int) -> bool:
+        for pidfd, number, _ in self._sockets_of(cgroup):
             with contextlib.suppress(OSError):          # it is gone
                 if has_port(duplicate_descriptor(pidfd, number), port):
                     return True
         return False
 
-    def remove_orphans(self, survivors: set[str]) -> None:
-        left = {*os.listdir(self.containers_dir), *self.runtime.containers(), *self.cgroups.containers()}
-        for container_id in set(filter(CONTAINER_ID.fullmatch, left)) - survivors:
+    def remove_orphans(self, survivors: Collection[Survivor] = ()) -> None:
+        cgroups = self.cgroups.containers()
+        left = {*os.listdir(self.containers_dir), *self.runtime.containers(), *cgroups}
+        for container_id in set(filter(CONTAINER_ID.fullmatch, left)) - {survivor.container_id for survivor in survivors}:
             log.warning("container=%s removing what the daemon before left of it", container_id)
-            self._remove_orphan(container_id)
+            self._remove_orphan(container_id, cgroups.get(container_id, self.cgroups.path("", container_id)))
+        self.cgroups.remove_groups({survivor.function for survivor in survivors})
 
-    def _remove_orphan(self, container_id: str) -> None:
-        self.remove_remains(container_id)
+    def _remove_orphan(self, container_id: str, cgroup: str) -> None:
+        self.remove_remains(container_id, cgroup)
         shutil.rmtree(self.containers_dir / container_id, ignore_errors=True)
 
     def end_survivor(self, survivor: Survivor) -> None:
@@ -4764,37 +4860,48 @@ class ContainerHost:
                     survivor.container_id)
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(survivor.pidfd, signal.SIGKILL)
-        self._remove_orphan(survivor.container_id)
+        self._remove_orphan(survivor.container_id, survivor.cgroup)
         os.close(survivor.pidfd)
         os.close(survivor.output)
         survivor.client.close()
 
-    def inspect(self, container_id: str) -> dict:
+    def inspect(self, container: Container) -> dict:
         """Return how a running container is isolated. Blocks. Raises Conflict if it ends meanwhile."""
         try:
-            for pid in self.cgroups.processes(container_id):
+            for pid in self.cgroups.processes(container.cgroup):
                 if re.search(r"^NSpid:.*\t1$", read_text(f"/proc/{pid}/status"), re.MULTILINE):
-                    return {"container": container_id, **inspect_process(pid),
-                            "limits": self.cgroups.limits(container_id)}
+                    return {"container": container.id, **inspect_process(pid),
+                            "limits": self.cgroups.limits(container.cgroup)}
         except OSError as error:
-            log.info("container=%s inspecting it: %s", container_id, error)
+            log.info("container=%s inspecting it: %s", container.id, error)
         raise Conflict("the container that was looked at has ended meanwhile: try again")
 
-    def has_remains(self, container_id: str) -> bool:
-        return self.runtime.has_state(container_id) or self.cgroups.exists(container_id)
+    def has_remains(self, container_id: str, cgroup: str) -> bool:
+        return self.runtime.has_state(container_id) or self.cgroups.exists(cgroup)
 
-    def remove_remains(self, container_id: str) -> None:
+    def remove_remains(self, container_id: str, cgroup: str) -> None:
         """Remove a container without the runc that ran it. Blocks; what cannot be removed is logged."""
-        self._kill_all(container_id)
+        self._kill_all(cgroup)
         if self.runtime.has_state(container_id):
             self.runtime.delete(container_id)
-        self.cgroups.remove(self.cgroups.path(container_id))
+        self.cgroups.remove(cgroup)
 
-    def _kill_all(self, container_id: str) -> None:
+    def _kill_all(self, cgroup: str) -> None:
         deadline = time.monotonic() + KILL_TIMEOUT
-        while self.cgroups.processes(container_id) and time.monotonic() < deadline:
-            self.cgroups.kill(container_id)
+        while self.cgroups.processes(cgroup) and time.monotonic() < deadline:
+            self.cgroups.kill(cgroup)
             time.sleep(KILL_RETRY)
+
+    def count_ended(self, function: str) -> None:
+        """Count a container that is gone, and reclaim what all too many have left."""
+        if function not in self._dying:
+            self._dying[function] = DyingCgroups(self.cgroups, self.cgroups.group(function), self.workers)
+        self._dying[function].count()
+
+    def forget(self, function: str) -> None:
+        """Remove what all containers of a function had in common, once none is left. Blocks."""
+        self._dying.pop(function, None)
+        self.cgroups.remove(self.cgroups.group(function))
 
     def dismantle(self) -> None:
         """Remove what prepare made, once no container is left. Blocks."""
@@ -7257,7 +7364,7 @@ class Daemon:
         except OSError as error:
             log.info("cannot take away the guard of the addresses: %s", error.strerror)
         self._network.remove_all()
-        await asyncio.to_thread(self._host.remove_orphans, set())       # there should be none
+        await asyncio.to_thread(self._host.remove_orphans)       # there should be none
         await self._run_egress(self._egress.remove_all)
         for path in self.settings.run_dir.glob("resolv.conf.*"):
             path.unlink()
@@ -7327,7 +7434,7 @@ class Daemon:
             function = self._functions.get(name)
             created = function is None
             try:
-                with self._id_range(name) as first_id:
+                async with self._id_range(name) as first_id:
                     image = await self._unpack(connection, length, unpacked, tag, first_id)
                     async with function.changing if function else contextlib.nullcontext():
                         async with self._placed(name, unpacked, image) as (directory, stored):
@@ -7340,8 +7447,8 @@ class Daemon:
                 log.warning("function=%s image: %s", name, line)
             return created, {**self._describe(function), "warnings": image["warnings"]}
 
-    @contextlib.contextmanager
-    def _id_range(self, name: str) -> Iterator[int]:
+    @contextlib.asynccontextmanager
+    async def _id_range(self, name: str) -> AsyncIterator[int]:
         """Yield the first host id of a function's range: its own, or for a new one a free one that it keeps if it
         comes to exist. Raises Conflict.
         """
@@ -7354,6 +7461,7 @@ class Daemon:
         finally:
             if name not in self._functions:
                 self._ids.release(first_id)
+                await to_the_end(asyncio.to_thread(self._host.forget, name))
 
     async def change(self, name: str, query: dict[str, list[str]]) -> dict:
         """Change options of a function as a query names them; proved as a deploy is. Raises FaasdError."""
@@ -7704,12 +7812,12 @@ class Daemon:
         if pool is None:
             raise Conflict(f"function {name} is broken: `faas info {name}` says why")
         if pool.idle:
-            return await asyncio.to_thread(self._host.inspect, pool.idle[-1].id)
+            return await asyncio.to_thread(self._host.inspect, pool.idle[-1])
         with self._registered():
             self._refuse_if_stopping()
             container, _ = await self._prove(name, pool.version)
             try:
-                return await asyncio.to_thread(self._host.inspect, container.id)
+                return await asyncio.to_thread(self._host.inspect, container)
             finally:
                 await to_the_end(container.finish(0))
 
@@ -7769,6 +7877,7 @@ class Daemon:
         async with function.changing:
             await asyncio.to_thread(shutil.rmtree, self._images_dir / name, True)
         self._ids.release(function.record.first_id)
+        await asyncio.to_thread(self._host.forget, name)
         await self._services.logs.flush()
         await asyncio.to_thread(function.log.remove)
         log.info("function=%s removed", name)

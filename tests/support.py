@@ -332,9 +332,14 @@ def cgroup_directories(name: str = PREFIX) -> list[str]:
 
 
 def container_cgroups(daemon: Daemon) -> list[str]:
-    """Return the cgroups below the daemon's own, in all hierarchies."""
-    return sorted(str(path) for parent in cgroup_directories(daemon.directory.name) for path in Path(parent).iterdir()
-                  if path.is_dir())
+    """Return the cgroups of a daemon's containers, in all hierarchies."""
+    return sorted(str(path) for parent in cgroup_directories(daemon.directory.name) for pattern in ("*/", "function-*/*/")
+                  for path in Path(parent).glob(pattern) if faasd.CONTAINER_ID.fullmatch(path.name))
+
+
+def function_cgroups(daemon: Daemon) -> set[str]:
+    """Return the names of the cgroups that hold those of functions' containers."""
+    return {path.name for parent in cgroup_directories(daemon.directory.name) for path in Path(parent).glob("function-*/")}
 
 
 def processes(name: str = PREFIX) -> list[str]:

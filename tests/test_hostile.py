@@ -532,6 +532,45 @@ class Resources(HostileCase):
         self.assertTrue(all(c.isprintable() or c == "\n" for c in text), text)
 
 
+def is_cached(path: Path) -> bool:
+    """Whether the kernel has the first byte of a file in memory."""
+    with path.open("rb") as file:
+        try:
+            return os.preadv(file.fileno(), [bytearray(1)], 0, os.RWF_NOWAIT) == 1
+        except BlockingIOError:
+            return False
+
+
+class MemoryCgroups(unittest.TestCase):
+    # Evicts a page of the image and reads it again: it is charged to this container's memory cgroup, and keeps it.
+    HANDLER = """
+import os, socket
+control = socket.socket(socket.AF_UNIX)
+control.connect("/control.sock")
+_, descriptors, _, _ = socket.recv_fds(control, 1, 1)
+if descriptors:
+    client = socket.socket(fileno=descriptors[0])
+    file = os.open(client.recv(65536).split()[1].decode(), os.O_RDONLY)
+    os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+    body = os.read(file, 4096)
+    client.sendall(b"HTTP/1.1 200 OK\\r\\nContent-Length: %d\\r\\n\\r\\n%s" % (len(body), body))
+"""
+
+    def test_kept_by_pages_of_the_image(self):
+        pages = [f"page-{number}" for number in range(90)]
+        with support.Daemon("--subnet", "10.1.0.0/24", constants={"MANY_ENDED": 10, "MANY_DYING": 20}) as daemon:
+            image = support.handler_image(self.HANDLER, files=dict.fromkeys(pages, b"page"))
+            address = daemon.deploy("f", image, "--start-timeout", "1m")
+            files = [daemon.rootfs("f") / page for page in pages]
+            with files[0].open("rb") as file:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            if is_cached(files[0]):
+                self.skipTest("no page can be evicted from the file system of the images")
+            for page in pages:
+                self.assertEqual(get(address, f"/{page}"), (200, "page"))
+            wait_until(lambda: sum(map(is_cached, files)) < 60, "the kernel has let go of most pages")
+
+
 class Ends(HostileCase):
     """Containers that do not want to end, or to begin."""
 

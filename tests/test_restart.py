@@ -155,6 +155,65 @@ class RestartCase(unittest.TestCase):
         self.assertEqual(support.container_cgroups(daemon), [])
 
 
+class FunctionCgroups(RestartCase):
+    """Each function has a cgroup above those of its containers."""
+
+    def expect(self, daemon: support.Daemon, *functions: str) -> None:
+        self.assertEqual(support.function_cgroups(daemon) - {"function-probe"}, {f"function-{name}" for name in functions})
+
+    def test_as_long_as_the_function(self):
+        daemon = self.start()
+        image = support.small_image()
+        names = ["a", "a-b", "0123456789ab", "function-a", "f" * 63]       # one as a container's
+        for name in names:
+            daemon.deploy(name, image, "--warm", "1")
+            daemon.wait_warm(name, 1)
+        self.expect(daemon, *names)
+        containers = {Path(path).name: Path(path).parent.name for path in support.container_cgroups(daemon)}
+        self.assertEqual(sorted(containers.values()), sorted(f"function-{name}" for name in names))
+        daemon.faas("rm", "a")
+        self.expect(daemon, *names[1:])
+        daemon.kill()
+        daemon.start()
+        for name in names[1:]:
+            daemon.wait_warm(name, 1)
+        self.assertFalse(containers.keys() & {Path(path).name for path in support.container_cgroups(daemon)})
+        self.expect(daemon, *names[1:])
+        for name in names[1:]:
+            self.assertEqual(get(daemon.info(name)["address"])[0], 200)
+
+    def test_deploy_that_fails(self):
+        daemon = self.start()
+        result = daemon.faas("new", "g", stdin=support.small_image(Entrypoint=["/usr/bin/perl", "-e", "1"]), check=False)
+        self.assertIn("before it connected", result.stderr)
+        self.expect(daemon)
+
+    def test_container_of_an_older_daemon(self):
+        older = {"Cgroups.path": "lambda self, function, container_id: f'{self.parent}/{container_id}'"}
+        for killed in (False, True):
+            with self.subTest(killed=killed):
+                daemon = self.start(constants=older)
+                client = self.client(self.deploy(daemon), "/work?go")
+                client.read_number()
+                daemon.faas("new", "g", "--warm", "1", stdin=support.small_image())
+                daemon.wait_warm("g", 1)
+                if killed:
+                    daemon.kill()
+                else:
+                    self.leave(daemon)
+                daemon.constants = None
+                daemon.start()
+                self.assertEqual(daemon.info("f")["running"], 1)
+                daemon.wait_warm("g", 1)
+                self.expect(daemon, "g")
+                self.release(daemon, "go")
+                self.assertTrue(client.rest().endswith("done\n"))
+                daemon.faas("rm", "g")
+                self.check_nothing_left(daemon)
+                self.assertEqual(daemon.stop(), 0)
+                self.assertEqual(support.remains(daemon), [])
+
+
 class Survival(RestartCase):
     def read_on(self, client: Client, last: int) -> int:
         """Read some more numbers after last; return the one read last."""

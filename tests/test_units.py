@@ -125,11 +125,36 @@ class Cgroups(unittest.TestCase):
         with tempfile.TemporaryDirectory() as hierarchy:
             cgroups = faasd.Cgroups(Path(hierarchy))
             cgroups._hierarchies = [Path(hierarchy)]
-            directory = Path(hierarchy + cgroups.path("container"))
+            directory = Path(hierarchy + cgroups.path("f", "container"))
             directory.mkdir(parents=True)
             (directory / "cgroup.procs").write_text(f"{leader.pid}\n")
             with self.assertNoLogs(faasd.log):
-                cgroups.kill("container")
+                cgroups.kill(cgroups.path("f", "container"))
+
+
+class DyingCgroups(unittest.TestCase):
+    """When what ended containers leave is reclaimed, by how many memory cgroups are dying at each look."""
+
+    def looks(self, *counts: int) -> str:
+        dying = faasd.DyingCgroups(None, "", None)
+        return "".join("R" if dying.are_many(count) else "-" for count in counts)
+
+    def test_ordinary_function(self):
+        self.assertEqual(self.looks(*range(63), *[63] * 50), "-" * 113)
+
+    def test_many_of_others_from_before(self):
+        self.assertEqual(self.looks(5000, 5020, 4990, 5053, 5000), "-----")
+
+    def test_one_each_time(self):
+        self.assertEqual(self.looks(32, 64, 96, 32, 64, 96, 32, 64, 96), "--R--R--R")
+
+    def test_one_every_other_time(self):
+        self.assertEqual(self.looks(16, 32, 48, 64, 80, 16), "----R-")
+
+    def test_more_each_time_if_in_vain(self):
+        counts = [0, 64, 64, 127, 191, 192, 192, 447, 448]
+        self.assertEqual(self.looks(*counts), "-R---R--R")
+        self.assertEqual(self.looks(*counts, 100, 163, 164), "-R---R--R--R")         # the last time was not in vain
 
 
 class ResolvConf(unittest.TestCase):
@@ -270,8 +295,8 @@ class Spec(unittest.TestCase):
             can_limit_swap = kills_whole = True
 
             @staticmethod
-            def path(container_id):
-                return f"/p/{container_id}"
+            def path(function, container_id):
+                return f"/p/{function}/{container_id}"
         # A user's text that looks like anything at all is left alone.
         options = faasd.Options(env=("X=@CONTAINER@ {} %s $ID",))
         bundle = faasd.Bundle("name", self.image, options, Path("/r"), Path("/run/faasd"), NoCgroups)
