@@ -25,7 +25,7 @@ One invocation, in the names used below:
     Container.start        private directory, config.json, control.sock, runc run, wait for the connect
     Container.hand_over    one sendmsg with one descriptor
     Function._work         until Container.said: end of file (or a READY byte) on the control connection, or runc's exit
-    Function._conclude     no byte sent (TCP_INFO, which only SocketCalls may ask)? then 502 or 504 on our duplicate
+    Function._conclude     no byte sent (TCP_INFO, which only Workers may ask)? then 502 or 504 on our duplicate
     Container.finish       the container exits or is killed, runc removes its cgroups, faasd its directory
 
 Process and threads: one asyncio loop in the main thread owns listeners, containers, functions and the registry, so
@@ -167,10 +167,8 @@ SYS_FSOPEN = 430                    # likewise; then come fsconfig and fsmount (
 SYS_BPF, SYS_UNSHARE = {"x86_64": 321}, {"x86_64": 272}        # 280 and 97 elsewhere
 MAX_RUNTIME_LOG = 64 * KIB          # bytes read of what the runtime has to say about one container
 MAX_REPORTED = 256                  # descriptors of one container that the isolation report names
-SPARE_WORKERS = 4                   # threads kept for system calls that a container can keep waiting
 MAX_SEARCHED = 10_000               # descriptors of one container among which its client is looked for
 MAX_CLAIMS = 10_000                 # sockets named like a daemon's of which is asked at start who listens
-SOCKET_SECONDS = 1.0                # until a socket that a container has too counts as one that it does not let go of
 CONTAINER_ID = re.compile(r"[0-9a-f]{12}")
 
 # Isolation.
@@ -231,8 +229,8 @@ BPF_PROG_TYPE_CGROUP_SOCK_ADDR, BPF_F_ALLOW_MULTI, BPF_CGROUP_MAX_PROGS = 18, 2,
 GUARDED_CALLS = (8, 10)             # BPF_CGROUP_INET4_BIND, BPF_CGROUP_INET4_CONNECT
 TCP_CONNECTED = (1, 4, 5, 6, 8, 9, 11)      # those states, FIN_WAIT2 and TIME_WAIT: of a socket that has a peer
 TCP_INFO_ACKED, TCP_INFO_NOTSENT, TCP_INFO_SENT = 120, 144, 200    # offsets in struct tcp_info (linux/tcp.h)
-STUCK_SECONDS = 0.005               # without a system call coming back, until other threads take over
-MAX_STUCK = 256                     # threads that are brought in at a time
+STUCK_SECONDS = 0.005               # until more threads come in, where all are kept waiting
+MAX_WORKERS = 4096                  # threads that wait; a container can keep a few waiting
 
 # Logs.
 LOG_FILE_SIZE = 8 * MIB             # NAME.log is renamed to NAME.log.1 above this, so a function keeps at most twice it
@@ -3363,7 +3361,7 @@ class AddressGuard:
 
 @dataclass(frozen=True)
 class TcpState:
-    """What the kernel knows of a client's connection. To ask takes the socket's lock: see SocketCalls."""
+    """What the kernel knows of a client's connection. To ask takes the socket's lock: see Workers."""
     state: int
     received: int       # bytes
     sent: int           # bytes handed to the kernel for sending, whether or not they have left
@@ -3403,96 +3401,6 @@ class TcpState:
 def reset_connection(client: socket.socket) -> None:
     """Have a client's connection end in a reset, whoever else has a descriptor of it; what is unsent is dropped."""
     libc.connect(client.fileno(), bytes(16), 16)        # AF_UNSPEC: connect(2)
-
-
-class SocketCalls:
-    """Makes system calls that may have to wait for a lock which a handler holds: in a thread, not on the loop.
-
-    A handler can hold the lock of a client's socket for as long as it likes, in a send(2) that sleeps in page faults
-    while others of its container take all the CPU it may have. Nothing ends the wait of another who wants the lock, not
-    even SIGKILL, but the end of the container. So one call that does not come back must hold up nobody: more threads
-    take over the queue. Only calls that let go of Python's lock will do.
-    """
-
-    def __init__(self, loop: asyncio.AbstractEventLoop):
-        self._loop = loop
-        self._queue: queue.SimpleQueue = queue.SimpleQueue()
-        self._results: collections.deque = collections.deque()
-        self._told = False                      # the loop is about to deliver results
-        self._waiting: dict[asyncio.Future, tuple[float, Callable[[], None] | None]] = {}     # the oldest first
-        self._delivered = self._delivered_before = 0
-        self._team = 0                          # threads of an earlier one end after the call they are in
-        self._members = 0                       # of this one
-        self._timer: asyncio.TimerHandle | None = None
-        self._start(1)
-
-    def run(self, function: Callable, *arguments, overdue: Callable[[], None] | None = None) -> asyncio.Future:
-        """Call function in a thread; overdue, which should end the wait, if that takes longer than EXIT_GRACE.
-
-        The sockets that it works on must stay open until the future is done, so nobody may cancel that.
-        """
-        future = self._loop.create_future()
-        self._waiting[future] = self._loop.time(), overdue
-        self._queue.put((future, function, arguments))
-        if self._timer is None:
-            self._timer = self._loop.call_later(STUCK_SECONDS, self._look)
-        return future
-
-    def _start(self, members: int) -> None:
-        self._team += 1
-        self._members = members
-        for _ in range(members):
-            threading.Thread(target=self._work, args=(self._team,), name="sockets", daemon=True).start()
-
-    def _work(self, team: int) -> None:
-        while team == self._team and (call := self._queue.get()):
-            future, function, arguments = call
-            try:
-                result = function(*arguments)
-            except Exception as error:          # for the one that asked
-                result = error
-            self._results.append((future, result))
-            if not self._told:
-                self._told = True
-                with contextlib.suppress(RuntimeError):         # the loop is closed
-                    self._loop.call_soon_threadsafe(self._deliver)
-
-    def _deliver(self) -> None:
-        self._told = False
-        while self._results:
-            future, result = self._results.popleft()
-            del self._waiting[future]
-            self._delivered += 1
-            if future.cancelled():              # the daemon is at its end
-                continue
-            if isinstance(result, Exception):
-                future.set_exception(result)
-            else:
-                future.set_result(result)
-        if self._timer and not self._waiting:
-            self._timer.cancel()                # rather than wake up for it
-            self._timer = None
-            if self._members > 1:
-                self._start(1)
-
-    def _look(self) -> None:
-        """Bring in twice as many threads if all are stuck, and tell of calls that are overdue."""
-        if not self._queue.empty() and self._delivered == self._delivered_before:
-            self._start(min(2 * self._members, MAX_STUCK))
-        self._delivered_before = self._delivered
-        now = self._loop.time()
-        for future, (since, overdue) in list(self._waiting.items()):
-            if now - since < EXIT_GRACE:
-                break
-            if overdue:
-                self._waiting[future] = since, None
-                overdue()
-        self._timer = self._loop.call_later(STUCK_SECONDS, self._look)
-
-    def close(self) -> None:
-        self._team += 1
-        for _ in range(self._members):
-            self._queue.put(None)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -3901,54 +3809,105 @@ def describe_exit(status: int | None) -> str:
 
 
 class Workers:
-    """Daemon threads for system calls that a container can keep waiting: the loop must not, and our end need not.
+    """Makes system calls that a container can keep waiting, in daemon threads: the loop must not wait, nor our end.
 
-    Each call has a thread to itself, so that those which wait keep no other from being made.
+    A handler can hold the lock of its client's socket or of its output's pipe for as long as it likes, in a write that
+    sleeps in page faults while others of its container take all the CPU it may have. Nothing ends the wait of another
+    who wants the lock, not even SIGKILL, but the end of the container. So one call that does not come back must hold up
+    nobody. Yet most do at once, and a thread for each would cost more than they: more come in only while all are kept
+    waiting. Only calls that let go of Python's lock will do.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop):
         self.loop = loop
-        self._calls = queue.SimpleQueue()
-        self._free = 0                          # threads that wait for a call
+        self._calls: queue.SimpleQueue = queue.SimpleQueue()        # None ends a thread
+        self._results: collections.deque = collections.deque()
+        self._told = False                      # the loop is about to deliver results
         self._pending: set[asyncio.Future] = set()
+        self._limits: dict[asyncio.Future, tuple[float, Callable[[], None]]] = {}       # the oldest first
+        self._threads = 0
+        self._timer: asyncio.TimerHandle | None = None
+        self._start(1)
 
-    def run(self, call: Callable, *arguments) -> asyncio.Future:
-        """Return the future result of a call, or its exception; an OSError too if there is no thread to be had."""
+    def run(self, function: Callable, *arguments, overdue: Callable[[], None] | None = None) -> asyncio.Future:
+        """Call function in a thread; overdue, which should end the wait, if that takes longer than EXIT_GRACE.
+
+        The descriptors that it works on must stay open until it is done, whatever becomes of the future.
+        """
         future = self.loop.create_future()
-        try:
-            if not self._free:
-                threading.Thread(target=self._work, daemon=True).start()
-        except RuntimeError as error:
-            future.set_exception(OSError(errno.EAGAIN, str(error)))
-            return future
-        self._free = max(0, self._free - 1)
         self._pending.add(future)
-        self._calls.put((future, call, arguments))
+        if overdue:
+            self._limits[future] = self.loop.time() + EXIT_GRACE, overdue
+        self._calls.put((future, function, arguments))
+        if self._timer is None:
+            self._timer = self.loop.call_later(STUCK_SECONDS, self._look)
         return future
 
-    def _work(self) -> None:
-        while job := self._calls.get():
-            future, call, arguments = job
-            try:
-                conclude, outcome = future.set_result, call(*arguments)
-            except Exception as error:          # which is for whoever waits
-                conclude, outcome = future.set_exception, error
-            with contextlib.suppress(RuntimeError):     # the loop is closed: nobody wants to know
-                self.loop.call_soon_threadsafe(self._done, future, conclude, outcome)
+    def _start(self, threads: int) -> None:
+        with contextlib.suppress(RuntimeError):         # there is none to be had: the next look tries again
+            for _ in range(threads):
+                threading.Thread(target=self._work, name="worker", daemon=True).start()
+                self._threads += 1
 
-    def _done(self, future: asyncio.Future, conclude: Callable, outcome) -> None:
-        if self._free < SPARE_WORKERS:
-            self._free += 1
-        else:
-            self._calls.put(None)               # one thread fewer
-        self._pending.discard(future)
-        if not future.cancelled():
-            conclude(outcome)
+    def _work(self) -> None:
+        while call := self._calls.get():
+            future, function, arguments = call
+            try:
+                outcome = function(*arguments)
+            except Exception as error:          # for whoever asked
+                outcome = error
+            self._results.append((future, outcome))
+            if not self._told:
+                self._told = True
+                with contextlib.suppress(RuntimeError):         # the loop is closed
+                    self.loop.call_soon_threadsafe(self._deliver)
+
+    def _deliver(self) -> None:
+        self._told = False
+        while self._results:
+            future, outcome = self._results.popleft()
+            self._pending.discard(future)
+            self._limits.pop(future, None)
+            if future.cancelled():
+                continue
+            if isinstance(outcome, Exception):
+                future.set_exception(outcome)
+            else:
+                future.set_result(outcome)
+        spare = self._threads - len(self._pending) - 1
+        if spare > 0 and self._calls.empty():
+            self._threads -= spare
+            for _ in range(spare):
+                self._calls.put(None)
+
+    def _look(self) -> None:
+        """Bring in threads if all are kept waiting, and tell of calls that are overdue."""
+        self._timer = None
+        for future, (moment, overdue) in list(self._limits.items()):
+            if self.loop.time() < moment:
+                break
+            del self._limits[future]
+            overdue()
+        queued = self._calls.qsize()
+        if queued and self._threads <= len(self._pending) - len(self._results) - queued:
+            self._start(min(queued, self._threads, MAX_WORKERS - self._threads))
+        if queued or self._limits:              # else there is nothing to wake up for
+            self._timer = self.loop.call_later(STUCK_SECONDS, self._look)
+
+    @staticmethod
+    async def finished(futures: Collection[asyncio.Future]) -> set[asyncio.Future]:
+        """Return those that are done once all are, or none more came back for EXIT_GRACE."""
+        done, pending = set(), set(futures)
+        while pending:
+            came, pending = await asyncio.wait(pending, timeout=EXIT_GRACE, return_when=asyncio.FIRST_COMPLETED)
+            if not came:
+                break
+            done |= came
+        return done
 
     async def settle(self) -> None:
         """Return when no call is under way, or soon if one is kept waiting."""
-        if self._pending:
-            await asyncio.wait(self._pending, timeout=EXIT_GRACE)
+        await self.finished(self._pending)
 
 
 class OutputReader:
@@ -3969,6 +3928,7 @@ class OutputReader:
         self._reading: asyncio.Future | None = None
         self._closed = False
         self._loop = asyncio.get_running_loop()
+        self._ended: asyncio.Future[None] = self._loop.create_future()
         self.tail: collections.deque[str] = collections.deque(maxlen=TAIL_LINES)
         self._watch()
 
@@ -4040,31 +4000,30 @@ class OutputReader:
             self._partial = b""
 
     async def finish(self) -> None:
-        """Take what is left in the pipe once the container is gone, and close it."""
-        if self._reading:
-            await asyncio.wait([self._reading])
+        """Take what is left in the pipe once the container is gone, and close it.
+
+        Even then somebody can hold the lock: another container of its network, to which it has sent the pipe's other end.
+        """
+        if self._reading is not None:           # perhaps from before the last was written
+            await asyncio.wait([self._reading], timeout=EXIT_GRACE)
+        if self._reading is None and not self._closed:
+            self._start_reading()
+        await self.close()
+
+    async def close(self) -> bool:
+        """Read no more: what is still in the pipe is for the next reader. Return whether it is closed soon."""
         if not self._closed:
             self._closed = True
             self._loop.remove_reader(self._descriptor)
-            left = select.poll()                        # takes no lock, which FIONREAD would
-            left.register(self._descriptor, select.POLLIN)
-            with contextlib.suppress(OSError):
-                while self._room > 0 and any(events & select.POLLIN for _, events in left.poll(0)):
-                    await self._workers.run(self._read)
-            self._end()
-
-    def close(self) -> None:
-        """Read no more; what is still in the pipe stays there for the next reader."""
-        self._closed = True
-        self._loop.remove_reader(self._descriptor)
-        if self._reading is None:
-            self._end()
+            if self._reading is None:
+                self._end()
+        await asyncio.wait([self._ended], timeout=EXIT_GRACE)
+        return self._ended.done()
 
     def _end(self) -> None:
-        """Close the pipe, which takes its lock. A container that shares a network with another may have passed it on."""
         self._closed = True
-        self._workers.run(os.close, self._descriptor)
         self._emit_partial()
+        self._workers.run(os.close, self._descriptor).add_done_callback(lambda _: self._ended.set_result(None))
 
 
 # What a program may print that has been refused a process or thread, so that it is worth to ask the kernel.
@@ -4290,7 +4249,7 @@ class Container:
             log.error("container=%s cannot accept its handler: %s", self.id, error.strerror)
             self._close_listener()
             return
-        self._close_listener()          # who connects again is refused
+        self._close_listener()
         self._control.setblocking(False)
         self._host.loop.add_reader(self._control, self._on_control)
         with contextlib.suppress(OSError):              # it has ended already
@@ -4336,10 +4295,15 @@ class Container:
     def _on_control(self) -> None:
         """Read what the handler says: one byte is READY, anything else is its end.
 
-        recv without room for ancillary data: descriptors that a handler sends are closed by the kernel (unix(7)).
+        Before Linux 6.16 it can send descriptors. To take them from the queue closes them, which can wait for the lock of
+        its pipe, and so can closing the connection: that is done in a thread.
         """
         try:
-            release = Release.READY if len(self._control.recv(2)) == 1 else Release.GONE
+            data, _, flags, _ = self._control.recvmsg(2, 0, socket.MSG_PEEK)
+            release = Release.GONE
+            if len(data) == 1 and not flags & socket.MSG_CTRUNC:        # a descriptor is with it
+                self._control.recv(1)
+                release = Release.READY
         except BlockingIOError:
             return
         except ConnectionResetError:    # it closed the connection with our message still unread in it
@@ -4379,20 +4343,26 @@ class Container:
     def _close_listener(self) -> None:
         if self._listener is not None:
             self._host.loop.remove_reader(self._listener)
-            self._listener.close()
+            self._listener.shutdown(socket.SHUT_RD)     # who connects again is refused
+            self._host.workers.run(self._listener.close)
             self._listener = None
 
     def _close_control(self) -> None:
         if self._control is not None:
             self._host.loop.remove_reader(self._control)
-            self._control.close()
+            self._host.workers.run(self._control.close)
             self._control = None
 
-    def leave(self) -> None:
-        """Let go of the container while its handler serves a client: the next daemon will adopt it."""
+    async def leave(self) -> None:
+        """Let go of the container while its handler serves a client: the next daemon will adopt it.
+
+        But not if it holds the lock of its output's pipe: our end, as a process, waits for that.
+        """
         self._unwatch()
         self._close_control()
-        self._output.close()
+        if not await self._output.close():
+            log.warning("container=%s does not let go of its output: ending it", self.id)
+            await self._host.workers.run(self._host.cgroups.kill, self.id)
 
     async def finish(self, grace: float) -> int | None:
         """Wait grace seconds for the container to exit, kill it if it does not, remove all of it.
@@ -4490,6 +4460,12 @@ class Survivor:
     client: socket.socket       # our duplicate
     peer: str                   # the client's address
 
+    def close(self) -> None:
+        """Let go of it. Blocks."""
+        os.close(self.pidfd)
+        os.close(self.output)
+        self.client.close()
+
 
 def is_roots(pid: int) -> bool:
     """Whether a process is root's, in the user and pid namespaces that we are in. Raises OSError if it is gone.
@@ -4541,16 +4517,12 @@ def read_connections(addresses: Iterable[str]) -> dict[int, tuple[str, str]]:
 def has_port(descriptor: int, port: int) -> bool:
     """Whether a descriptor, which is closed, is a socket on a port of this network namespace. Raises OSError.
 
-    Asked in a thread: see socket_object. One that does not answer in time is, for whoever does that to us has no claim.
+    Blocks: see socket_object.
     """
     with socket_object(descriptor) as candidate, socket.socket() as ours:
         if len({sock.getsockopt(socket.SOL_SOCKET, SO_NETNS_COOKIE, 8) for sock in (candidate, ours)}) == 2:
             return False
-        names: list = []
-        asking = threading.Thread(target=lambda: names.append(candidate.getsockname()), daemon=True)
-        asking.start()
-        asking.join(SOCKET_SECONDS)
-        return not names or names[0][1:2] == (port,)
+        return candidate.getsockname()[1:2] == (port,)
 
 
 # What a probe of the machine runs, in the place of a handler: it opens its stdout as a program may that logs to a file.
@@ -4656,10 +4628,10 @@ class ContainerHost:
         self.workers = Workers(self.loop)
         self._dying: dict[str, DyingCgroups] = {}
 
-    def prepare(self, addresses: dict[str, str]) -> list[Survivor]:
+    async def prepare(self, addresses: dict[str, str]) -> list[Survivor]:
         """Make RUN_DIR/containers, on a tmpfs, and clear what the daemon before left there.
 
-        Returns the containers that serve clients; addresses are the functions'. Blocks. Raises FaasdError.
+        Returns the containers that serve clients; addresses are the functions'. Raises FaasdError.
         """
         self.containers_dir.mkdir(mode=0o711, exist_ok=True)
         if self._file_system_type(self.containers_dir) != "tmpfs":
@@ -4667,8 +4639,8 @@ class ContainerHost:
                         "mode=0711,nosuid,nodev,noexec,size=64m", "faasd", str(self.containers_dir))
         self.containers_dir.chmod(0o711)
         self._show_images()
-        survivors = self._find_survivors(addresses)
-        self.remove_orphans(survivors)
+        survivors = await self._find_survivors(addresses)
+        await self.workers.run(self.remove_orphans, survivors)
         return survivors
 
     def _show_images(self) -> None:
@@ -4729,43 +4701,55 @@ class ContainerHost:
         kinds = {mount: kind for mount, kind in read_mounts()}      # a later mount hides an earlier one
         return next(kinds[str(p)] for p in [path, *path.parents] if str(p) in kinds)
 
-    def _find_survivors(self, addresses: dict[str, str]) -> list[Survivor]:
+    async def _find_survivors(self, addresses: dict[str, str]) -> list[Survivor]:
         """Return the containers that serve clients, and kill what else of ours the runtime runs.
 
-        Nothing but what a daemon has noted, in a directory where only root can write, makes a survivor.
+        Nothing but what a daemon has noted, in a directory where only root can write, makes a survivor. Nor is one that
+        keeps us waiting.
         """
         connections, cgroups, survivors = read_connections(addresses.values()), self.cgroups.containers(), []
-        with opened(self.containers_dir, os.O_RDONLY | os.O_DIRECTORY) as directory:
-            for container_id in filter(CONTAINER_ID.fullmatch, os.listdir(directory)):
-                try:
-                    survivor = self._survivor(directory, container_id, cgroups[container_id], addresses, connections)
-                except (OSError, ValueError, KeyError) as error:
-                    log.debug("container=%s does not go on: %r", container_id, error)
-                    continue
-                log.info("function=%s container=%s serves a client and goes on", survivor.function, container_id)
-                survivors.append(survivor)
+        looking = {self.workers.run(self._survivor, container_id, cgroups, addresses, connections): container_id
+                   for container_id in filter(CONTAINER_ID.fullmatch, os.listdir(self.containers_dir))}
+        finished = await self.workers.finished(looking)
+        for future, container_id in looking.items():
+            if future not in finished:
+                log.warning("container=%s cannot be taken over, because it keeps its output locked", container_id)
+                future.add_done_callback(self._let_go)
+            elif future.exception():
+                log.debug("container=%s does not go on: %r", container_id, future.exception())
+            else:
+                survivors.append(future.result())
+                log.info("function=%s container=%s serves a client and goes on", survivors[-1].function, container_id)
         self._kill_runtimes({survivor.pid for survivor in survivors})
         return survivors
 
-    def _survivor(self, containers: int, container_id: str, cgroup: str, addresses: dict[str, str],
+    def _let_go(self, late: asyncio.Future[Survivor]) -> None:
+        if not late.cancelled() and not late.exception():
+            self.workers.run(late.result().close)
+
+    def _survivor(self, container_id: str, cgroups: dict[str, str], addresses: dict[str, str],
                   connections: dict[int, tuple[str, str]]) -> Survivor:
         """Return a container if it serves a client of a function that there is. Raises OSError, ValueError, KeyError.
 
         The process's file does not matter: pid and start time name the process, and the runtime may have been upgraded.
+        Blocks: to open a pipe takes its lock, and to duplicate a descriptor may wait for the end of an execve(2).
         """
         with contextlib.ExitStack() as stack:
-            directory = stack.enter_context(opened(container_id, os.O_PATH | os.O_DIRECTORY, containers))
+            directory = stack.enter_context(opened(self.containers_dir / container_id, os.O_PATH | os.O_DIRECTORY))
             number, started, name, version = os.readlink("note", dir_fd=directory).split(" ")
             pid = int(number)
             pidfd = stack.enter_context(opened_process(pid))
             if not is_roots(pid) or start_time(pid) != started:
                 raise ProcessLookupError(errno.ESRCH, "its runtime has ended")
             signal.pidfd_send_signal(pidfd, 0)          # it is there still, so what was read was read of it
-            if not stat.S_ISFIFO(os.stat("output", dir_fd=directory, follow_symlinks=False).st_mode):
+            pipe = stack.enter_context(opened("output", os.O_PATH, directory))          # so far nothing is opened
+            if not stat.S_ISFIFO(os.fstat(pipe).st_mode):
                 raise ValueError("its output is no pipe of ours")
-            output = stack.enter_context(opened("output", os.O_RDONLY | os.O_NONBLOCK, directory))
-            client, peer = self._client_of(cgroup, addresses[name], connections)
-            return Survivor(container_id, cgroup, name, version, pid, os.dup(pidfd), os.dup(output), client, peer)
+            output = os.open(f"/proc/self/fd/{pipe}", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+            stack.callback(os.close, output)
+            client, peer = self._client_of(cgroups[container_id], addresses[name], connections)
+            return Survivor(container_id, cgroups[container_id], name, version, pid, os.dup(pidfd), os.dup(output), client,
+                            peer)
 
     def _kill_runtimes(self, survivors: set[int]) -> None:
         """Kill what a daemon before has started and not noted, or that serves nobody: it could still start a container.
@@ -4827,12 +4811,16 @@ class ContainerHost:
                     if target:
                         yield pidfd, int(number), int(target[1])
 
-    def end_holders(self, port: int) -> bool:
-        """End containers that have taken a port of this machine; return whether there were any. Blocks."""
-        holders = [entry for entry in self.cgroups.containers().items() if self._holds(entry[1], port)]
-        for container_id, cgroup in holders:
+    async def end_holders(self, port: int) -> bool:
+        """End containers that have taken a port of this machine, or keep us from seeing; return whether there are any."""
+        asking = {self.workers.run(self._holds, cgroup, port): (container_id, cgroup)
+                  for container_id, cgroup in self.cgroups.containers().items()}
+        finished = await self.workers.finished(asking)
+        holders = [container for future, container in asking.items()
+                   if future not in finished or future.exception() or future.result()]
+        for container_id, _ in holders:
             log.warning("container=%s has taken port %d, which is ours: ending it", container_id, port)
-            self._kill_all(cgroup)
+        await self.workers.finished([self.workers.run(self._kill_all, cgroup) for _, cgroup in holders])
         return bool(holders)
 
     def _holds(self, cgroup: str, port: int) -> bool:
@@ -4861,9 +4849,7 @@ class ContainerHost:
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(survivor.pidfd, signal.SIGKILL)
         self._remove_orphan(survivor.container_id, survivor.cgroup)
-        os.close(survivor.pidfd)
-        os.close(survivor.output)
-        survivor.client.close()
+        survivor.close()
 
     def inspect(self, container: Container) -> dict:
         """Return how a running container is isolated. Blocks. Raises Conflict if it ends meanwhile."""
@@ -5267,9 +5253,9 @@ class Pool:
         """Take a container that serves somebody already."""
         self._alive.add(container)
 
-    def leave(self, container: Container) -> None:
+    async def leave(self, container: Container) -> None:
         """Leave a container that serves somebody to the next daemon."""
-        container.leave()
+        await container.leave()
         self._remove(container)
 
     def put(self, container: Container) -> None:
@@ -5428,7 +5414,6 @@ class Services:
     host: ContainerHost
     starter: Starter
     limit: WarmLimit
-    calls: SocketCalls
     hangups: HangupWatch
     silent: Crowd               # clients that were accepted and have said nothing yet
     answering: Crowd            # clients that get an answer of our own
@@ -5847,7 +5832,7 @@ class Function:
                     await self._take_back(invocation)
                     await self._turn(invocation)
                 if said is Release.LEFT:
-                    self._leave(invocation)
+                    await self._leave(invocation)
                     return
                 await self._conclude(invocation, said)
             except Refusal as refusal:
@@ -5985,7 +5970,7 @@ class Function:
     def _call(self, invocation: Invocation, call: Callable, *arguments) -> asyncio.Future:
         """Make a system call on the client's connection. A container that keeps us waiting is killed."""
         overdue = invocation.container.kill if invocation.container else None
-        return self._services.calls.run(call, *arguments, overdue=overdue)
+        return self._services.host.workers.run(call, *arguments, overdue=overdue)
 
     def _ask(self, invocation: Invocation) -> asyncio.Future[TcpState]:
         return self._call(invocation, TcpState.of, invocation.client)
@@ -6146,8 +6131,8 @@ class Function:
         await self._quiet.wait()                # those that end anyway
         await self._close_pools()
 
-    def _leave(self, invocation: Invocation) -> None:
-        invocation.pool.leave(invocation.container)
+    async def _leave(self, invocation: Invocation) -> None:
+        await invocation.pool.leave(invocation.container)
         log.info("function=%s container=%s serves a client and is left running", self.record.name,
                  invocation.container.id)
 
@@ -7178,8 +7163,8 @@ class Daemon:
         eighth = self._host.descriptors.limit // 8
         self._services = Services(
             self._host, Starter(os.cpu_count() or 1, self.loop), WarmLimit(settings.max_warm),
-            SocketCalls(self.loop), HangupWatch(self.loop), Crowd(min(MAX_SILENT, eighth)),
-            Crowd(min(MAX_ANSWERING, eighth)), LoopLag(self.loop), LogWriter())
+            HangupWatch(self.loop), Crowd(min(MAX_SILENT, eighth)), Crowd(min(MAX_ANSWERING, eighth)),
+            LoopLag(self.loop), LogWriter())
         self._tasks: set[asyncio.Task] = set()          # deploys, removals and retirements under way
         self._program = compile_program()
         self._stop_signals = asyncio.Queue()
@@ -7213,7 +7198,7 @@ class Daemon:
         for record in records:
             self._ids.claim(record.first_id)
         try:
-            survivors = self._clear_past(records)
+            survivors = await self._clear_past(records)
         except OSError as error:
             raise storage_error(error, f"clearing what an earlier faasd left at {error.filename}") from error
         number = None
@@ -7257,12 +7242,12 @@ class Daemon:
                 log.warning("port %d is not privileged, so a handler can even use this machine's network while its "
                             "function does not listen: choose a --port below 1024", self.settings.port)
 
-    def _clear_past(self, records: list[FunctionRecord]) -> list[Survivor]:
+    async def _clear_past(self, records: list[FunctionRecord]) -> list[Survivor]:
         """Remove what a daemon that was killed left: containers, uploads, half-deployed images, logs.
 
         Returns the containers that serve clients.
         """
-        survivors = self._host.prepare({record.name: record.address for record in records})
+        survivors = await self._host.prepare({record.name: record.address for record in records})
         self._registry.clear()
         self._empty_tmp()
         kept = {(record.name, entry.version) for record in records for entry in record.versions}
@@ -7309,7 +7294,7 @@ class Daemon:
             log.error("function=%s is broken: %s", record.name, function.error,
                       exc_info=None if isinstance(error, FaasdError) else error)
         for survivor in survivors:
-            await asyncio.to_thread(self._host.end_survivor, survivor)
+            await self._host.workers.finished([self._host.workers.run(self._host.end_survivor, survivor)])
 
     async def _open_api(self, token: bytes) -> TcpControlServer:
         return TcpControlServer(self.settings.api, token, self.settings.api_host, self)
@@ -7319,7 +7304,7 @@ class Daemon:
         try:
             return await open_()
         except (Conflict, UsageError):
-            if not await asyncio.to_thread(self._host.end_holders, port):
+            if not await self._host.end_holders(port):
                 raise
         return await open_()
 
@@ -7353,7 +7338,6 @@ class Daemon:
             await self._remove_all()
         self._egress_thread.shutdown()
         self._services.hangups.close()
-        self._services.calls.close()
         self._empty_tmp()
         log.info("left" if leave else "stopped")
 
@@ -7364,7 +7348,7 @@ class Daemon:
         except OSError as error:
             log.info("cannot take away the guard of the addresses: %s", error.strerror)
         self._network.remove_all()
-        await asyncio.to_thread(self._host.remove_orphans)       # there should be none
+        await self._host.workers.run(self._host.remove_orphans)       # there should be none
         await self._run_egress(self._egress.remove_all)
         for path in self.settings.run_dir.glob("resolv.conf.*"):
             path.unlink()
@@ -7811,13 +7795,13 @@ class Daemon:
         pool = self._get(name).pool
         if pool is None:
             raise Conflict(f"function {name} is broken: `faas info {name}` says why")
-        if pool.idle:
-            return await asyncio.to_thread(self._host.inspect, pool.idle[-1])
         with self._registered():
             self._refuse_if_stopping()
+            if pool.idle:
+                return await self._host.workers.run(self._host.inspect, pool.idle[-1])
             container, _ = await self._prove(name, pool.version)
             try:
-                return await asyncio.to_thread(self._host.inspect, container)
+                return await self._host.workers.run(self._host.inspect, container)
             finally:
                 await to_the_end(container.finish(0))
 

@@ -1,5 +1,6 @@
 """What handlers print and what the daemon logs: it may be without end, unread, or stuck, and nobody waits for it."""
 
+import contextlib
 import os
 import re
 import signal
@@ -8,6 +9,7 @@ import struct
 import subprocess
 import sys
 import unittest
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import gate
@@ -80,29 +82,79 @@ class Handlers(OutputCase):
                 received += client.recv(65536).count(b"4")
             self.assertLess(copied() - before, 4 << 20)
 
+    def working(self, daemon: support.Daemon, name: str = "f") -> tuple[socket.socket, str]:
+        """Deploy a function; return a client that it serves, and its container's id."""
+        others = set(support.list_containers(daemon))
+        client = socket.create_connection((daemon.deploy(name), 80), support.READY_SECONDS)
+        self.addCleanup(client.close)
+        client.sendall(b"GET /echo HTTP/1.1\r\n\r\n")
+        self.assertIn(b"101", client.recv(65536))
+        container, = set(support.list_containers(daemon)) - others
+        return client, container
+
+    @contextlib.contextmanager
+    def held(self, daemon: support.Daemon, container: str, cgroups: Collection[str] = ()) -> Iterator[subprocess.Popen]:
+        """Have somebody in cgroups print a line, and hold the lock of the pipe of a container's output."""
+        pipe = daemon.run_dir / "containers" / container / "output"
+        holder = subprocess.Popen([sys.executable, "-c", HOLDER, pipe], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                  text=True)
+        try:
+            if not holder.stdout.readline():
+                self.skipTest(holder.stderr.read().strip().splitlines()[-1])
+            for cgroup in cgroups:
+                Path(cgroup, "cgroup.procs").write_text(str(holder.pid))
+            yield holder
+        finally:
+            holder.kill()
+            holder.communicate()
+
     def test_who_holds_the_lock_of_its_pipe_stops_nobody(self):
         daemon = self.start()
-        address, other = daemon.deploy("f"), daemon.deploy("other", support.small_image())
-        with socket.create_connection((address, 80), support.READY_SECONDS) as client:
-            client.sendall(b"GET /echo HTTP/1.1\r\n\r\n")
-            self.assertIn(b"101", client.recv(65536))
-            container, = support.list_containers(daemon)
-            pipe = daemon.run_dir / "containers" / container / "output"
-            daemon.process.send_signal(signal.SIGSTOP)  # so that it reads while the lock is held
-            holder = subprocess.Popen([sys.executable, "-c", HOLDER, pipe], stdout=subprocess.PIPE,
-                                      stderr=subprocess.PIPE, text=True)
-            try:
-                held = holder.stdout.readline()
+        other = daemon.deploy("other", support.small_image())
+        client, container = self.working(daemon)
+        daemon.process.send_signal(signal.SIGSTOP)      # so that it reads while the lock is held
+        try:
+            with self.held(daemon, container):
                 daemon.process.send_signal(signal.SIGCONT)
-                if not held:
-                    self.skipTest(holder.stderr.read().strip().splitlines()[-1])
                 self.assertEqual(get(other), (200, "1"))
                 client.sendall(b"still here?")
                 self.assertEqual(client.recv(65536), b"still here?")
-            finally:
-                holder.kill()
-                holder.communicate()
+        finally:
+            daemon.process.send_signal(signal.SIGCONT)
+        client.close()
         wait_until(lambda: "| printed\n" in daemon.faas("logs", "f").stdout, "what was written before is in the log")
+
+    def test_who_holds_the_lock_of_its_pipe_does_not_go_on(self):
+        """The next daemon starts without it; those who hold nothing go on."""
+        daemon = self.start()
+        address = daemon.deploy("other", support.small_image())
+        honest, _ = self.working(daemon, "honest")
+        hostile, container = self.working(daemon)
+        daemon.kill()
+        with self.held(daemon, container):
+            daemon.start()
+            self.assertEqual(get(address), (200, "1"))
+            honest.sendall(b"still here?")
+            self.assertEqual(honest.recv(65536), b"still here?")
+            self.assertEqual(hostile.recv(65536), b"")
+            self.assertNotIn(container, support.list_containers(daemon))
+
+    def test_who_holds_the_lock_of_its_pipe_is_not_left_to_the_next_daemon(self):
+        """The daemon's end would have to wait for it."""
+        daemon = self.start()
+        _, container = self.working(daemon)
+        cgroups = [path for path in support.container_cgroups(daemon) if path.endswith(container)]
+        daemon.process.send_signal(signal.SIGSTOP)
+        try:
+            with self.held(daemon, container, cgroups):
+                daemon.process.send_signal(signal.SIGHUP)
+                daemon.process.send_signal(signal.SIGCONT)
+                self.assertEqual(daemon.process.wait(support.READY_SECONDS), 0)
+        finally:
+            daemon.process.send_signal(signal.SIGCONT)
+        daemon.log_file.close()
+        daemon.start()
+        self.assertEqual(daemon.info("f")["running"], 0)
 
     def test_many_processes_are_not_killed_on_the_loop(self):
         kills: list[int] = []                           # threads
