@@ -8149,6 +8149,30 @@ def lock_directory(directory: Path) -> BinaryIO:
     return file
 
 
+def is_dead_with_lock(path: Path) -> bool:
+    """Whether a process has been killed, and has a file locked still because not all of its threads have ended."""
+    with contextlib.suppress(OSError):          # there is no such file, or no such process any more
+        status = path.stat()
+        file = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}:{status.st_ino}"
+        holder = re.search(rf"FLOCK .* ([0-9]+) {file} ", Path("/proc/locks").read_text())
+        return bool(holder) and Path(f"/proc/{holder[1]}/stat").read_bytes().rpartition(b")")[2].split()[0] == b"Z"
+    return False
+
+
+def outlive_containers(run_dir: Path) -> None:
+    """End the containers of a daemon that was killed and of which they keep a thread waiting in the kernel.
+
+    While it does (see Workers), its locks and sockets stay what they are.
+    """
+    begin, cgroups = time.monotonic(), Cgroups(run_dir)
+    while is_dead_with_lock(run_dir / "faasd.lock") and (passed := time.monotonic() - begin) < STOP_SECONDS:
+        if passed > EXIT_GRACE:                 # else it is about to end
+            for container_id in cgroups.containers():
+                log.warning("container=%s may keep the daemon before from ending: ending it", container_id)
+                cgroups.kill(container_id)
+        time.sleep(KILL_RETRY)
+
+
 class EventsFirst(selectors.EpollSelector):
     """Of what has come while we were stopped, or had no CPU, the loop learns before its timers run out.
 
@@ -8207,6 +8231,7 @@ def main(argv: list[str]) -> int:
         check_machine(settings)
         ids = IdRanges(find_host_ids())
         take_directories(settings)
+        outlive_containers(settings.run_dir)
         with lock_directory(settings.run_dir), lock_directory(settings.state_dir):
             lay_out(settings.state_dir)
             network = Network(settings.subnet)

@@ -59,6 +59,23 @@ threading.Event().wait()
 """
 
 
+# Sends an end of a pipe of its own on its control connection, and keeps the other.
+SENDER = """
+import os, socket, time
+control = socket.socket(socket.AF_UNIX)
+control.connect("/control.sock")
+_, descriptors, _, _ = socket.recv_fds(control, 1, 1)
+client = socket.socket(fileno=descriptors[0])
+reading, writing = os.pipe()
+client.sendall(client.recv(65536))
+client.recv(65536)
+socket.send_fds(control, [b"R"], [reading])
+os.close(reading)
+client.sendall(b"sent")
+time.sleep(3600)
+"""
+
+
 class OutputCase(unittest.TestCase):
     def start(self, *arguments: str, **more) -> support.Daemon:
         daemon = support.Daemon(*arguments, **more).start()
@@ -82,20 +99,19 @@ class Handlers(OutputCase):
                 received += client.recv(65536).count(b"4")
             self.assertLess(copied() - before, 4 << 20)
 
-    def working(self, daemon: support.Daemon, name: str = "f") -> tuple[socket.socket, str]:
+    def working(self, daemon: support.Daemon, name: str = "f", image: bytes | None = None) -> tuple[socket.socket, str]:
         """Deploy a function; return a client that it serves, and its container's id."""
         others = set(support.list_containers(daemon))
-        client = socket.create_connection((daemon.deploy(name), 80), support.READY_SECONDS)
+        client = socket.create_connection((daemon.deploy(name, image), 80), support.READY_SECONDS)
         self.addCleanup(client.close)
         client.sendall(b"GET /echo HTTP/1.1\r\n\r\n")
-        self.assertIn(b"101", client.recv(65536))
+        self.assertTrue(client.recv(65536))
         container, = set(support.list_containers(daemon)) - others
         return client, container
 
     @contextlib.contextmanager
-    def held(self, daemon: support.Daemon, container: str, cgroups: Collection[str] = ()) -> Iterator[subprocess.Popen]:
-        """Have somebody in cgroups print a line, and hold the lock of the pipe of a container's output."""
-        pipe = daemon.run_dir / "containers" / container / "output"
+    def held(self, pipe: Path, cgroups: Collection[str] = ()) -> Iterator[subprocess.Popen]:
+        """Have somebody in cgroups print a line, and hold the lock of a pipe."""
         holder = subprocess.Popen([sys.executable, "-c", HOLDER, pipe], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                                   text=True)
         try:
@@ -108,13 +124,17 @@ class Handlers(OutputCase):
             holder.kill()
             holder.communicate()
 
+    @staticmethod
+    def output(daemon: support.Daemon, container: str) -> Path:
+        return daemon.run_dir / "containers" / container / "output"
+
     def test_who_holds_the_lock_of_its_pipe_stops_nobody(self):
         daemon = self.start()
         other = daemon.deploy("other", support.small_image())
         client, container = self.working(daemon)
         daemon.process.send_signal(signal.SIGSTOP)      # so that it reads while the lock is held
         try:
-            with self.held(daemon, container):
+            with self.held(self.output(daemon, container)):
                 daemon.process.send_signal(signal.SIGCONT)
                 self.assertEqual(get(other), (200, "1"))
                 client.sendall(b"still here?")
@@ -131,13 +151,35 @@ class Handlers(OutputCase):
         honest, _ = self.working(daemon, "honest")
         hostile, container = self.working(daemon)
         daemon.kill()
-        with self.held(daemon, container):
+        with self.held(self.output(daemon, container)):
             daemon.start()
             self.assertEqual(get(address), (200, "1"))
             honest.sendall(b"still here?")
             self.assertEqual(honest.recv(65536), b"still here?")
             self.assertEqual(hostile.recv(65536), b"")
             self.assertNotIn(container, support.list_containers(daemon))
+
+    def test_who_holds_the_lock_of_its_pipe_keeps_no_dead_daemon(self):
+        """A thread that waits for it outlives kill -9, and the process keeps its lock of the run-dir."""
+        daemon = self.start()
+        address = daemon.deploy("other", support.small_image())
+        _, container = self.working(daemon)
+        cgroups = [path for path in support.container_cgroups(daemon) if path.endswith(container)]
+        killed = daemon.process
+        killed.send_signal(signal.SIGSTOP)              # so that it reads while the lock is held
+        try:
+            with self.held(self.output(daemon, container), cgroups):
+                killed.send_signal(signal.SIGCONT)
+                threads = Path(f"/proc/{killed.pid}/task")
+                wait_until(lambda: any("pipe" in (path / "wchan").read_text() for path in threads.iterdir()), "it waits")
+                killed.kill()
+                wait_until(lambda: re.search(r"State:\tZ", Path(f"/proc/{killed.pid}/status").read_text()), "it is dead")
+                daemon.log_file.close()
+                daemon.start()
+                self.assertEqual(get(address), (200, "1"))
+        finally:
+            killed.kill()
+            killed.wait()
 
     def test_who_holds_the_lock_of_its_pipe_is_not_left_to_the_next_daemon(self):
         """The daemon's end would have to wait for it."""
@@ -146,7 +188,7 @@ class Handlers(OutputCase):
         cgroups = [path for path in support.container_cgroups(daemon) if path.endswith(container)]
         daemon.process.send_signal(signal.SIGSTOP)
         try:
-            with self.held(daemon, container, cgroups):
+            with self.held(self.output(daemon, container), cgroups):
                 daemon.process.send_signal(signal.SIGHUP)
                 daemon.process.send_signal(signal.SIGCONT)
                 self.assertEqual(daemon.process.wait(support.READY_SECONDS), 0)
@@ -155,6 +197,19 @@ class Handlers(OutputCase):
         daemon.log_file.close()
         daemon.start()
         self.assertEqual(daemon.info("f")["running"], 0)
+
+    def test_who_holds_the_lock_of_a_pipe_that_it_sends_stops_nobody(self):
+        """Whoever takes a message from the queue of a socket closes the descriptors in it."""
+        daemon = self.start(constants={"SO_PASSRIGHTS": 9999})          # as before Linux 6.16
+        other = daemon.deploy("other", support.small_image())
+        client, container = self.working(daemon, image=support.handler_image(SENDER))
+        pids = {pid for path in support.container_cgroups(daemon) if path.endswith(container)
+                for pid in Path(path, "cgroup.procs").read_text().split()}
+        pipes = [path for pid in pids for path in Path(f"/proc/{pid}/fd").iterdir() if "pipe:" in os.readlink(path)]
+        with self.held(pipes[0]):
+            client.sendall(b"go")
+            self.assertEqual(client.recv(65536), b"sent")
+            self.assertEqual(get(other), (200, "1"))
 
     def test_many_processes_are_not_killed_on_the_loop(self):
         kills: list[int] = []                           # threads

@@ -1,5 +1,6 @@
 """The pure parts of faasd.py, which need neither root nor a daemon."""
 
+import asyncio
 import builtins
 import contextlib
 import dis
@@ -13,6 +14,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import types
 import unittest
 from collections.abc import Iterator
@@ -406,6 +408,43 @@ class TcpState(unittest.TestCase):
             client.send(b"x" * 100)
             faasd.reset_connection(client)
             self.assertEqual((faasd.TcpState.of(client).sent, faasd.TcpState.of(client).can_answer), (0, False))
+
+
+class Workers(unittest.IsolatedAsyncioTestCase):
+    async def test_calls_that_do_not_come_back_hold_up_nobody(self):
+        workers, letting_go = faasd.Workers(asyncio.get_running_loop()), threading.Event()
+        self.addCleanup(letting_go.set)
+        stuck = [workers.run(letting_go.wait) for _ in range(100)]
+        self.assertEqual(await workers.run(lambda: "back"), "back")
+        self.assertEqual(await workers.finished([*stuck, later := workers.run(lambda: "later")]), {later})
+        self.assertLess(self.count(), 250)
+        letting_go.set()
+        await asyncio.gather(*stuck)
+        self.assertEqual(await workers.run(lambda: "back"), "back")
+        while self.count() > 1:
+            await asyncio.sleep(0.01)
+
+    async def test_who_is_overdue_is_told_once(self):
+        workers, letting_go, told = faasd.Workers(asyncio.get_running_loop()), threading.Event(), []
+        self.addCleanup(letting_go.set)
+
+        def overdue() -> None:
+            told.append(1)
+            asyncio.get_running_loop().call_later(0.1, letting_go.set)
+        self.assertTrue(await workers.run(letting_go.wait, overdue=overdue))
+        self.assertEqual(told, [1])
+
+    async def test_error_is_for_whoever_asked(self):
+        workers = faasd.Workers(asyncio.get_running_loop())
+        with self.assertRaises(FileNotFoundError):
+            await workers.run(os.open, "/nowhere", os.O_RDONLY)
+        self.assertEqual(await workers.run(lambda: "back"), "back")
+
+    def setUp(self):
+        self.others = set(threading.enumerate())
+
+    def count(self) -> int:
+        return len({thread for thread in threading.enumerate() if thread.name == "worker"} - self.others)
 
 
 class SilentConnections(unittest.TestCase):
