@@ -2619,22 +2619,18 @@ class Cgroups:
             raise
         return event
 
+    def _tells(self, path: str, pattern: str, *names: str) -> bool:
+        """Whether one of these files has such a line. They are gone with the container's cgroups."""
+        return any(re.search(pattern, read_text(directory / name), re.MULTILINE)
+                   for directory in self._directories(path) for name in names)
+
     def ran_out_of_memory(self, path: str) -> bool:
-        """Whether the out-of-memory killer was in a container. It is forgotten with the container's cgroups."""
-        for directory in self._directories(path):
-            for name in ("memory.oom_control", "memory.events"):
-                with contextlib.suppress(OSError):
-                    if re.search(r"^(oom_kill|under_oom) [1-9]", (directory / name).read_text(), re.MULTILINE):
-                        return True
-        return False
+        """Whether the out-of-memory killer was in a container."""
+        return self._tells(path, "^(oom_kill|under_oom) [1-9]", "memory.oom_control", "memory.events")
 
     def refused_processes(self, path: str) -> bool:
-        """Whether a container was refused a process or thread (pids.events). It is forgotten with its cgroups."""
-        for directory in self._directories(path):
-            with contextlib.suppress(OSError):
-                if re.search("^max [1-9]", (directory / "pids.events").read_text(), re.MULTILINE):
-                    return True
-        return False
+        """Whether a container was refused a process or thread."""
+        return self._tells(path, "^max [1-9]", "pids.events")
 
     def limits(self, path: str) -> dict[str, str]:
         """Return the limits that a container has, by the names of the files that hold them."""
@@ -3823,7 +3819,7 @@ class Workers:
         self._calls: queue.SimpleQueue = queue.SimpleQueue()        # None ends a thread
         self._results: collections.deque = collections.deque()
         self._told = False                      # the loop is about to deliver results
-        self._pending: set[asyncio.Future] = set()
+        self.pending: set[asyncio.Future] = set()
         self._limits: dict[asyncio.Future, tuple[float, Callable[[], None]]] = {}       # the oldest first
         self._threads = 0
         self._timer: asyncio.TimerHandle | None = None
@@ -3835,7 +3831,7 @@ class Workers:
         The descriptors that it works on must stay open until it is done, whatever becomes of the future.
         """
         future = self.loop.create_future()
-        self._pending.add(future)
+        self.pending.add(future)
         if overdue:
             self._limits[future] = self.loop.time() + EXIT_GRACE, overdue
         self._calls.put((future, function, arguments))
@@ -3866,7 +3862,7 @@ class Workers:
         self._told = False
         while self._results:
             future, outcome = self._results.popleft()
-            self._pending.discard(future)
+            self.pending.discard(future)
             self._limits.pop(future, None)
             if future.cancelled():
                 continue
@@ -3874,7 +3870,7 @@ class Workers:
                 future.set_exception(outcome)
             else:
                 future.set_result(outcome)
-        spare = self._threads - len(self._pending) - 1
+        spare = self._threads - len(self.pending) - 1
         if spare > 0 and self._calls.empty():
             self._threads -= spare
             for _ in range(spare):
@@ -3889,7 +3885,7 @@ class Workers:
             del self._limits[future]
             overdue()
         queued = self._calls.qsize()
-        if queued and self._threads <= len(self._pending) - len(self._results) - queued:
+        if queued and self._threads <= len(self.pending) - len(self._results) - queued:
             self._start(min(queued, self._threads, MAX_WORKERS - self._threads))
         if queued or self._limits:              # else there is nothing to wake up for
             self._timer = self.loop.call_later(STUCK_SECONDS, self._look)
@@ -3904,10 +3900,6 @@ class Workers:
                 break
             done |= came
         return done
-
-    async def settle(self) -> None:
-        """Return when no call is under way, or soon if one is kept waiting."""
-        await self.finished(self._pending)
 
 
 class OutputReader:
@@ -4249,6 +4241,7 @@ class Container:
             log.error("container=%s cannot accept its handler: %s", self.id, error.strerror)
             self._close_listener()
             return
+        self._listener.shutdown(socket.SHUT_RD)         # who connects again is refused
         self._close_listener()
         self._control.setblocking(False)
         self._host.loop.add_reader(self._control, self._on_control)
@@ -4340,18 +4333,19 @@ class Container:
                 self._host.loop.remove_reader(descriptor)
                 os.close(descriptor)
 
-    def _close_listener(self) -> None:
-        if self._listener is not None:
-            self._host.loop.remove_reader(self._listener)
-            self._listener.shutdown(socket.SHUT_RD)     # who connects again is refused
-            self._host.workers.run(self._listener.close)
-            self._listener = None
+    def _drop(self, ours: socket.socket | None) -> None:
+        """Stop watching a socket and close it, in a thread: see _on_control."""
+        if ours is not None:
+            self._host.loop.remove_reader(ours)
+            self._host.workers.run(ours.close)
 
     def _close_control(self) -> None:
-        if self._control is not None:
-            self._host.loop.remove_reader(self._control)
-            self._host.workers.run(self._control.close)
-            self._control = None
+        self._drop(self._control)
+        self._control = None
+
+    def _close_listener(self) -> None:
+        self._drop(self._listener)
+        self._listener = None
 
     async def leave(self) -> None:
         """Let go of the container while its handler serves a client: the next daemon will adopt it.
@@ -4514,15 +4508,13 @@ def read_connections(addresses: Iterable[str]) -> dict[int, tuple[str, str]]:
             re.findall(line.encode(), Path("/proc/net/tcp").read_bytes(), re.MULTILINE) if ours}
 
 
-def has_port(descriptor: int, port: int) -> bool:
-    """Whether a descriptor, which is closed, is a socket on a port of this network namespace. Raises OSError.
-
-    Blocks: see socket_object.
-    """
-    with socket_object(descriptor) as candidate, socket.socket() as ours:
-        if len({sock.getsockopt(socket.SOL_SOCKET, SO_NETNS_COOKIE, 8) for sock in (candidate, ours)}) == 2:
-            return False
-        return candidate.getsockname()[1:2] == (port,)
+def has_port(pidfd: int, number: int, port: int) -> bool:
+    """Whether a process's descriptor is a socket on a port of this network namespace. Blocks: see socket_object."""
+    with contextlib.suppress(OSError):          # it is gone
+        with socket_object(duplicate_descriptor(pidfd, number)) as candidate, socket.socket() as ours:
+            return (candidate.getsockopt(socket.SOL_SOCKET, SO_NETNS_COOKIE, 8) ==
+                    ours.getsockopt(socket.SOL_SOCKET, SO_NETNS_COOKIE, 8) and candidate.getsockname()[1:2] == (port,))
+    return False
 
 
 # What a probe of the machine runs, in the place of a handler: it opens its stdout as a program may that logs to a file.
@@ -4714,7 +4706,7 @@ class ContainerHost:
         for future, container_id in looking.items():
             if future not in finished:
                 log.warning("container=%s cannot be taken over, because it keeps its output locked", container_id)
-                future.add_done_callback(self._let_go)
+                future.add_done_callback(lambda late: late.exception() or self.workers.run(late.result().close))
             elif future.exception():
                 log.debug("container=%s does not go on: %r", container_id, future.exception())
             else:
@@ -4722,10 +4714,6 @@ class ContainerHost:
                 log.info("function=%s container=%s serves a client and goes on", survivors[-1].function, container_id)
         self._kill_runtimes({survivor.pid for survivor in survivors})
         return survivors
-
-    def _let_go(self, late: asyncio.Future[Survivor]) -> None:
-        if not late.cancelled() and not late.exception():
-            self.workers.run(late.result().close)
 
     def _survivor(self, container_id: str, cgroups: dict[str, str], addresses: dict[str, str],
                   connections: dict[int, tuple[str, str]]) -> Survivor:
@@ -4824,11 +4812,7 @@ class ContainerHost:
         return bool(holders)
 
     def _holds(self, cgroup: str, port: int) -> bool:
-        for pidfd, number, _ in self._sockets_of(cgroup):
-            with contextlib.suppress(OSError):          # it is gone
-                if has_port(duplicate_descriptor(pidfd, number), port):
-                    return True
-        return False
+        return any(has_port(pidfd, number, port) for pidfd, number, _ in self._sockets_of(cgroup))
 
     def remove_orphans(self, survivors: Collection[Survivor] = ()) -> None:
         cgroups = self.cgroups.containers()
@@ -7325,7 +7309,7 @@ class Daemon:
         for task in self._tasks:
             task.cancel()
         await self._end_invocations(left)
-        await self._host.workers.settle()       # output that was being read
+        await self._host.workers.finished(self._host.workers.pending)           # output that was being read
         await self._services.logs.flush()
         for function in self._functions.values():
             function.log.end()
