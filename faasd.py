@@ -4117,10 +4117,6 @@ class Container:
         host.loop.add_reader(container._pidfd, container._on_exit)
         return container
 
-    @property
-    def _adopted(self) -> bool:
-        return self._bundle is None
-
     # -- start --
 
     async def start(self, timeout: float) -> None:
@@ -4320,10 +4316,10 @@ class Container:
 
     def _on_exit(self) -> None:
         self._unwatch()
-        self._exited.set_result(None if self._adopted else os.waitstatus_to_exitcode(os.waitpid(self._pid, 0)[1]))
+        self._exited.set_result(None if self._bundle is None else os.waitstatus_to_exitcode(os.waitpid(self._pid, 0)[1]))
         if self._control is not None:
             self._on_control()          # UNTAKEN is worth knowing
-        if self._control is not None or self._adopted:  # somebody outside has it, or runc alone was killed
+        if self._control is not None or self._bundle is None:       # somebody outside has it, or runc alone was killed
             self._close_control()
             self.say(Release.GONE)
 
@@ -4369,7 +4365,7 @@ class Container:
             if grace and not self._exited.done():
                 await asyncio.wait([self._exited], timeout=grace)
             await self._kill()
-        if self._host.has_remains(self.id, self.cgroup):        # runc was killed, by us or by somebody else
+        if self._host.runtime.has_state(self.id) or self._host.cgroups.exists(self.cgroup):     # runc was killed
             await self._host.workers.run(self._host.remove_remains, self.id, self.cgroup)
         self._close_listener()
         if self._output is not None:
@@ -4845,9 +4841,6 @@ class ContainerHost:
         except OSError as error:
             log.info("container=%s inspecting it: %s", container.id, error)
         raise Conflict("the container that was looked at has ended meanwhile: try again")
-
-    def has_remains(self, container_id: str, cgroup: str) -> bool:
-        return self.runtime.has_state(container_id) or self.cgroups.exists(cgroup)
 
     def remove_remains(self, container_id: str, cgroup: str) -> None:
         """Remove a container without the runc that ran it. Blocks; what cannot be removed is logged."""
@@ -5325,7 +5318,6 @@ class HangupWatch:
     def __init__(self, loop: asyncio.AbstractEventLoop):
         self._epoll = select.epoll()
         self._callbacks: dict[int, Callable[[int], None]] = {}
-        self._loop = loop
         loop.add_reader(self._epoll.fileno(), self._notify)
 
     def watch(self, client: socket.socket, callback: Callable[[int], None]) -> None:
@@ -5346,10 +5338,6 @@ class HangupWatch:
             callback = self._callbacks.get(descriptor)
             if callback:                        # else a callback just before this one has ended the wait
                 callback(events)
-
-    def close(self) -> None:
-        self._loop.remove_reader(self._epoll.fileno())
-        self._epoll.close()
 
 
 class Crowd:
@@ -5632,7 +5620,7 @@ def is_whole(client: socket.socket) -> bool:
 
 
 def was_reset(client: socket.socket) -> bool:
-    """Whether a connection has been reset: it has no peer any more. Cheaper to ask than TcpState."""
+    """Whether a connection that no handler has yet was reset: it has no peer any more. Cheaper to ask than TcpState."""
     try:
         client.getpeername()
         return False
@@ -7321,7 +7309,6 @@ class Daemon:
         if not leave:
             await self._remove_all()
         self._egress_thread.shutdown()
-        self._services.hangups.close()
         self._empty_tmp()
         log.info("left" if leave else "stopped")
 
@@ -8151,9 +8138,9 @@ def outlive_containers(run_dir: Path) -> None:
     begin, cgroups = time.monotonic(), Cgroups(run_dir)
     while is_dead_with_lock(run_dir / "faasd.lock") and (passed := time.monotonic() - begin) < STOP_SECONDS:
         if passed > EXIT_GRACE:                 # else it is about to end
-            for container_id in cgroups.containers():
+            for container_id, cgroup in cgroups.containers().items():
                 log.warning("container=%s may keep the daemon before from ending: ending it", container_id)
-                cgroups.kill(container_id)
+                cgroups.kill(cgroup)
         time.sleep(KILL_RETRY)
 
 
