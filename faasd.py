@@ -4352,7 +4352,7 @@ class Container:
         self._close_control()
         if not await self._output.close():
             log.warning("container=%s does not let go of its output: ending it", self.id)
-            await self._host.workers.run(self._host.cgroups.kill, self.id)
+            await self._host.workers.run(self._host.cgroups.kill, self.cgroup)
 
     async def finish(self, grace: float) -> int | None:
         """Wait grace seconds for the container to exit, kill it if it does not, remove all of it.
