@@ -4506,10 +4506,10 @@ def read_connections(addresses: Iterable[str]) -> dict[int, tuple[str, str]]:
 
 def has_port(pidfd: int, number: int, port: int) -> bool:
     """Whether a process's descriptor is a socket on a port of this network namespace. Blocks: see socket_object."""
-    with contextlib.suppress(OSError):          # it is gone
-        with socket_object(duplicate_descriptor(pidfd, number)) as candidate, socket.socket() as ours:
-            return (candidate.getsockopt(socket.SOL_SOCKET, SO_NETNS_COOKIE, 8) ==
-                    ours.getsockopt(socket.SOL_SOCKET, SO_NETNS_COOKIE, 8) and candidate.getsockname()[1:2] == (port,))
+    with (contextlib.suppress(OSError),         # it is gone
+          socket_object(duplicate_descriptor(pidfd, number)) as candidate, socket.socket() as ours):
+        return (candidate.getsockopt(socket.SOL_SOCKET, SO_NETNS_COOKIE, 8) ==
+                ours.getsockopt(socket.SOL_SOCKET, SO_NETNS_COOKIE, 8) and candidate.getsockname()[1:2] == (port,))
     return False
 
 
@@ -5311,14 +5311,17 @@ class Pool:
 class HangupWatch:
     """Tells when a client that waits hangs up.
 
-    A reader of the loop cannot: the request that nobody has read yet keeps the socket readable. An epoll descriptor
-    of our own, on which only the end of the connection counts, is itself readable when there is one (epoll(7)).
+    A reader of the loop cannot: the request that nobody has read yet keeps the socket readable. So there is an epoll
+    descriptor on which only the end of the connection counts, and a thread that waits for that. Not the loop: to put
+    something into an epoll that is in another takes a lock of all the machine's, which a handler can hold for long.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop):
         self._epoll = select.epoll()
         self._callbacks: dict[int, Callable[[int], None]] = {}
-        loop.add_reader(self._epoll.fileno(), self._notify)
+        self._loop = loop
+        self._handled = threading.Event()
+        threading.Thread(target=self._wait, daemon=True).start()
 
     def watch(self, client: socket.socket, callback: Callable[[int], None]) -> None:
         """Call callback with epoll's events when the client has closed, or half closed, its connection."""
@@ -5333,11 +5336,23 @@ class HangupWatch:
         if self._callbacks.pop(client.fileno(), None):
             self._epoll.unregister(client)
 
+    def _wait(self) -> None:
+        poll = select.poll()
+        poll.register(self._epoll, select.POLLIN)
+        with contextlib.suppress(RuntimeError):         # the loop is closed
+            while poll.poll():
+                self._handled.clear()
+                self._loop.call_soon_threadsafe(self._notify)
+                self._handled.wait()            # else it would be told again and again
+
     def _notify(self) -> None:
-        for descriptor, events in self._epoll.poll(0):
-            callback = self._callbacks.get(descriptor)
-            if callback:                        # else a callback just before this one has ended the wait
-                callback(events)
+        try:
+            for descriptor, events in self._epoll.poll(0):
+                callback = self._callbacks.get(descriptor)
+                if callback:                    # else a callback just before this one has ended the wait
+                    callback(events)
+        finally:
+            self._handled.set()
 
 
 class Crowd:

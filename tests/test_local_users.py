@@ -10,7 +10,7 @@ import json
 import os
 import platform
 import shutil
-import signal
+import select
 import socket
 import stat
 import struct
@@ -344,6 +344,75 @@ while True:
             os.close(held)
         self.release(daemon, "go")
         self.check_nothing_left(daemon)
+
+    def test_poll_of_a_client_s_socket(self):
+        """Who closes a file last waits for each epoll that it is in, and that waits for memory for its events."""
+        daemon = self.start()
+        other = daemon.deploy("other", support.small_image())
+        address = self.deploy(daemon)
+        client = self.client(address, "/silent?go")
+        self.handed_over(daemon, 1)
+        name = client.socket.getsockname()
+        held = wait_until(lambda: self.socket_of(daemon, name), "the handler has taken it")
+        with select.epoll() as poll:
+            poll.register(held, select.EPOLLOUT)
+            os.close(held)
+            memory = self.missing_page()
+            polling = threading.Thread(target=self.libc.epoll_wait, args=(poll.fileno(), ctypes.c_void_p(memory), 1, -1))
+            polling.start()
+            try:
+                self.wait_for_fault()
+                self.release(daemon, "go")
+                self.assertIn(b"502", client.socket.recv(65536))
+                client.socket.close()
+                self.assertEqual(get(other), (200, "1"))
+            finally:
+                os.close(self.uffd)
+                polling.join()
+        self.check_nothing_left(daemon)
+
+    def test_polls_in_polls(self):
+        """One process at a time, of all, may put an epoll into another; it waits for who waits for memory in that."""
+        daemon = self.start()
+        address = self.deploy(daemon, "--concurrency", "1", "--queue-timeout", "60s")
+        busy = self.client(address, "/silent?go")
+        self.handed_over(daemon, 1)
+        with select.epoll() as outer, select.epoll() as inner, socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as writable:
+            inner.register(writable, select.EPOLLOUT)
+            memory = self.missing_page()
+            polling = threading.Thread(target=self.libc.epoll_wait, args=(inner.fileno(), ctypes.c_void_p(memory), 1, -1))
+            polling.start()
+            self.wait_for_fault()
+            event = struct.pack("=IQ", select.EPOLLIN, 0) if platform.machine() == "x86_64" else bytes(16)
+            nesting = threading.Thread(target=self.libc.epoll_ctl, args=(outer.fileno(), 1, inner.fileno(), event))
+            nesting.start()
+            try:
+                wait_until(lambda: "ep_loop_check_proc" in self.waits() or "do_epoll_ctl" in self.waits(), "it waits")
+                self.client(address, "/")               # waits, and is watched
+                self.assertEqual(wait_until(lambda: daemon.info("f")["queued"], "it is in the queue"), 1)
+                self.assertEqual(daemon.info("f")["running"], 1)
+            finally:
+                os.close(self.uffd)
+                polling.join()
+                nesting.join()
+        self.release(daemon, "go")
+        busy.socket.close()
+
+    @staticmethod
+    def waits() -> str:
+        return " ".join((path / "wchan").read_text() for path in Path("/proc/self/task").iterdir())
+
+    def missing_page(self) -> int:
+        """Return the address of memory of ours that never comes, until uffd is closed."""
+        fcntl.ioctl(self.uffd, UFFDIO_API, struct.pack("QQQ", 0xAA, 0, 0))
+        self.libc.mmap.restype = ctypes.c_void_p
+        memory = self.libc.mmap(None, ctypes.c_size_t(PAGE), 3, 0x22, -1, ctypes.c_long(0))
+        fcntl.ioctl(self.uffd, UFFDIO_REGISTER, struct.pack("QQQQ", memory, PAGE, 1, 0))
+        return memory
+
+    @staticmethod
+    def wait_for_fault() -> None:
+        wait_until(lambda: "userfault" in Waits.waits(), "it holds the lock")
 
     @staticmethod
     def socket_of(daemon: support.Daemon, peer: tuple[str, int]) -> int:
