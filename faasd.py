@@ -2619,6 +2619,10 @@ class Cgroups:
             raise
         return event
 
+    def has_memory(self, path: str) -> bool:
+        """Whether a container's cgroup of the memory controller is still there."""
+        return (self._memory[0] / path[1:]).exists()
+
     def _tells(self, path: str, pattern: str, *names: str) -> bool:
         """Whether one of these files has such a line. They are gone with the container's cgroups."""
         return any(re.search(pattern, read_text(directory / name), re.MULTILINE)
@@ -4099,6 +4103,7 @@ class Container:
         self._pid = 0                                   # of runc run
         self._pidfd = -1
         self._memory = -1                               # tells when it may have run out of memory
+        self.memory_events = 0                          # how often it has
         self._killing: asyncio.Task | None = None       # held, for the loop does not
         self._connected: asyncio.Future[None] = host.loop.create_future()
         self._exited: asyncio.Future[int | None] = host.loop.create_future()
@@ -4303,13 +4308,21 @@ class Container:
 
     def _on_memory(self) -> None:
         """One process is killed for want of memory: the others might wait for it for ever."""
-        os.eventfd_read(self._memory)
         if self.look_for_memory():
             self.kill()
 
     def look_for_memory(self) -> bool:
-        """Return whether the container has run out of memory, as far as can be told."""
-        self.out_of_memory = self.out_of_memory or self._host.cgroups.ran_out_of_memory(self.cgroup)
+        """Return whether the container has run out of memory, as far as can be told.
+
+        The event comes before the kernel has chosen and counted a victim, and the runtime may have removed the cgroup when
+        we come to look. The removal is an event too, but the last one.
+        """
+        if self._memory >= 0:
+            with contextlib.suppress(BlockingIOError):          # nothing new
+                self.memory_events += os.eventfd_read(self._memory)
+        cgroups = self._host.cgroups
+        self.out_of_memory = (self.out_of_memory or self.memory_events > 1 or cgroups.ran_out_of_memory(self.cgroup)
+                              or self.memory_events == 1 and cgroups.has_memory(self.cgroup))
         return self.out_of_memory
 
     # -- end --
@@ -4324,10 +4337,12 @@ class Container:
             self.say(Release.GONE)
 
     def _unwatch(self) -> None:
+        self.look_for_memory()
         for descriptor in (self._pidfd, self._memory):
             if descriptor >= 0:
                 self._host.loop.remove_reader(descriptor)
                 os.close(descriptor)
+        self._memory = -1
 
     def _drop(self, ours: socket.socket | None) -> None:
         """Stop watching a socket and close it, in a thread: see _on_control."""
@@ -5584,6 +5599,7 @@ class Refusal(Exception):
 
 
 # Why we end a container that serves a client.
+OUT_OF_MEMORY = "out-of-memory", 502, "the handler ran out of memory"
 CUTS = {Release.OVERDUE: ("timeout", 504, "the handler did not finish in time"),
         Release.STOPPED: ("stopped", 503, Release.STOPPED.value)}
 
@@ -5979,15 +5995,22 @@ class Function:
         if said in CUTS:
             invocation.exit_status = await pool.end(container, 0)
             raise Refusal(*CUTS[said])
+        gone = said is not Release.READY
+        if gone:
+            container.look_for_memory()         # now: its cgroups are about to be removed
         state = await self._ask(invocation)
-        if state.is_open and said is not Release.READY and container.look_for_memory():
+        if gone and state.is_open and container.out_of_memory:
             invocation.exit_status = await pool.end(container, 0)
-            raise Refusal("out-of-memory", 502, "the handler ran out of memory")
+            raise Refusal(*OUT_OF_MEMORY)
         if container.killed and state.is_open:
             invocation.exit_status = await pool.end(container, 0)
             raise Refusal("no-answer", 502, "the handler kept its client's connection locked, and was killed")
-        if state.can_answer:                    # once nobody in the container has the socket any more
+        if state.can_answer or gone and state.is_open and container.memory_events:
+            # Once nobody in the container has the socket any more, and all is known of its memory.
             invocation.exit_status = await pool.end(container, EXIT_GRACE)
+            if gone and container.out_of_memory:
+                raise Refusal(*OUT_OF_MEMORY)
+        if state.can_answer:
             # One that let go, but stayed until we killed it, has no exit to speak of.
             end = "let go" if container.killed else container.describe_end(invocation.exit_status)
             raise Refusal("no-answer", 502, f"the handler {end} without an answer")

@@ -700,7 +700,10 @@ class UnderSystemd(RestartCase):
         systemd = Systemd()
         self.addCleanup(systemd.close)
         daemon = systemd.daemon
-        wait_until(daemon.socket.exists, "systemd has started faasd")
+        try:
+            wait_until(daemon.socket.exists, "systemd has started faasd")
+        except AssertionError as error:
+            raise AssertionError(f"{error}: {daemon.log()[-3000:]}") from None
         address = self.deploy(daemon, "--warm", "1")
         client = self.client(address, "/work?go")
         client.read_number()
