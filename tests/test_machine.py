@@ -51,7 +51,7 @@ class MachineCase(unittest.TestCase):
         lines = [line for line in done.stderr.splitlines() if line.startswith("faasd: ")]
         self.assertEqual(len(lines), 1, done.stderr)
         self.assertNotIn("Traceback", done.stderr)
-        self.assertEqual(support.remains(daemon) if daemon.state_dir.exists() else [], [])
+        self.assertEqual(support.remains(daemon) if (daemon.state_dir / "tmp").exists() else [], [])
         return lines[0]
 
     def script(self, daemon: support.Daemon, text: str) -> Path:
