@@ -4521,10 +4521,10 @@ def read_connections(addresses: Iterable[str]) -> dict[int, tuple[str, str]]:
 
 def has_port(pidfd: int, number: int, port: int) -> bool:
     """Whether a process's descriptor is a socket on a port of this network namespace. Blocks: see socket_object."""
-    with (contextlib.suppress(OSError),         # it is gone
-          socket_object(duplicate_descriptor(pidfd, number)) as candidate, socket.socket() as ours):
-        return (candidate.getsockopt(socket.SOL_SOCKET, SO_NETNS_COOKIE, 8) ==
-                ours.getsockopt(socket.SOL_SOCKET, SO_NETNS_COOKIE, 8) and candidate.getsockname()[1:2] == (port,))
+    with contextlib.suppress(OSError):          # it is gone
+        with socket_object(duplicate_descriptor(pidfd, number)) as candidate, socket.socket() as ours:
+            return (candidate.getsockopt(socket.SOL_SOCKET, SO_NETNS_COOKIE, 8) ==
+                    ours.getsockopt(socket.SOL_SOCKET, SO_NETNS_COOKIE, 8) and candidate.getsockname()[1:2] == (port,))
     return False
 
 
