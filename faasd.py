@@ -153,7 +153,8 @@ CAP_SYS_RESOURCE = 24               # linux/capability.h
 MAX_TERMINALS = 16                  # ptys of one container; all containers of a machine share some 3,000 (pty.max)
 SO_PASSRIGHTS = 83                  # Linux 6.16: whether a Unix socket takes descriptors
 EXIT_GRACE = 1.0                    # seconds a handler has between letting go of its client and being killed
-KILL_RETRY = 0.02                   # seconds between two rounds of killing one container
+KILL_RETRY = 0.02                   # seconds between two rounds of killing one container, and …
+MEMORY_LOOKS = 10                   # … between so many looks whether the kernel has, after it said that memory ran out
 MANY_ENDED = 32                     # containers of a function until we look for the memory cgroups that they have left
 MANY_DYING = 64                     # of these more than there were, which are worth losing what is cached of the image
 MOST_DYING = 1024                   # where that did no good
@@ -2535,7 +2536,8 @@ def run_dir_mark(run_dir: Path) -> str:
     with opened(there, os.O_PATH | os.O_DIRECTORY) as directory:
         device = os.fstat(directory).st_dev
         mount = re.search(r"^mnt_id:\t([0-9]+)", Path(f"/proc/self/fdinfo/{directory}").read_text(), re.MULTILINE)[1]
-    top, point = next(fields[3:5] for fields, _ in read_mountinfo() if fields[0] == mount)
+    # In a chroot that is no mount, the mount's own root cannot be seen.
+    top, point = next((fields[3:5] for fields, _ in read_mountinfo() if fields[0] == mount), ("/", "/"))
     path = os.path.normpath(f"{top}/{os.path.relpath(run_dir, point)}")
     return hashlib.sha256(f"{device}:{path}".encode(errors="surrogateescape")).hexdigest()[:6]
 
@@ -2619,22 +2621,19 @@ class Cgroups:
             raise
         return event
 
-    def has_memory(self, path: str) -> bool:
-        """Whether a container's cgroup of the memory controller is still there."""
-        return (self._memory[0] / path[1:]).exists()
+    def memory_kills(self, path: str) -> int:
+        """Return how many processes of a container the kernel has killed for want of memory; 0 once its cgroup is gone.
 
-    def _tells(self, path: str, pattern: str, *names: str) -> bool:
-        """Whether one of these files has such a line. They are gone with the container's cgroups."""
-        return any(re.search(pattern, read_text(directory / name), re.MULTILINE)
-                   for directory in self._directories(path) for name in names)
-
-    def ran_out_of_memory(self, path: str) -> bool:
-        """Whether the out-of-memory killer was in a container."""
-        return self._tells(path, "^(oom_kill|under_oom) [1-9]", "memory.oom_control", "memory.events")
+        Of a function's cgroup on v2: of all its containers, those that are gone included.
+        """
+        file = Path(f"{self._memory[0]}{path}/{'memory.events' if self.kills_whole else 'memory.oom_control'}")
+        found = re.search(r"^oom_kill (\d+)", read_text(file), re.MULTILINE)
+        return int(found[1]) if found else 0
 
     def refused_processes(self, path: str) -> bool:
         """Whether a container was refused a process or thread."""
-        return self._tells(path, "^max [1-9]", "pids.events")
+        return any(re.search("^max [1-9]", read_text(directory / "pids.events"), re.MULTILINE)
+                   for directory in self._directories(path))
 
     def limits(self, path: str) -> dict[str, str]:
         """Return the limits that a container has, by the names of the files that hold them."""
@@ -2938,7 +2937,8 @@ def make_user_namespace(first: int) -> int:
     with subprocess.Popen(["unshare", "--user", "cat"], cwd="/", bufsize=0, user=first, group=first, extra_groups=[],
                           stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         with process.stdin as stdin:            # its end is cat's
-            stdin.write(b".")
+            with contextlib.suppress(BrokenPipeError):      # unshare has failed, and says why
+                stdin.write(b".")
             if not process.stdout.read(1):      # from cat, so that it has been made
                 raise FaasdError(process.stderr.read().decode(errors="replace").strip())
             for kind in ("uid_map", "gid_map"):
@@ -2952,10 +2952,12 @@ def make_user_namespace(first: int) -> int:
 
 
 def ip_json(*arguments: str) -> list[dict]:
-    """Return what `ip -j` prints for a query. Raises UsageError."""
+    """Return what `ip -j` prints for a query. Raises FaasdError."""
     try:
-        return json.loads(run_command("ip -j", "ip", "-j", "-4", *arguments) or "[]")
+        return json.loads(run_command("cannot look at addresses", "ip", "-j", "-4", *arguments) or "[]")
     except (FaasdError, ValueError) as error:
+        if isinstance(error, FaasdError) and not re.search("option|busybox", str(error), re.IGNORECASE):        # it is busy, not another ip
+            raise
         raise UsageError(f"faasd needs the ip of iproute2, not BusyBox's: apt install iproute2 ({error})") from error
 
 
@@ -3032,17 +3034,20 @@ class Network:
                 if other != name and theirs.overlaps(self.subnet) and is_roots_listener(b"\0" + other):
                     self._refuse(f"another faasd uses {theirs}")
 
-    def greet(self, loop: asyncio.AbstractEventLoop) -> None:
-        """From now on, close the connections of daemons that want to know who listens: too many, and they get none."""
+    def greet(self, workers: Workers) -> None:
+        """From now on, close the connections of daemons that want to know who listens: too many, and they get none.
+
+        In a thread: whoever closes a Unix socket may have to close what handlers left in theirs (before Linux 6.10).
+        """
         def accept() -> None:
             try:
-                self._claim.accept()[0].close()
+                workers.run(self._claim.accept()[0].close)
             except BlockingIOError:
                 return
             except OSError as error:    # out of descriptors: trying again at once would spin
                 log.error("cannot tell others that %s is ours: %s", self.subnet, error.strerror)
-                loop.remove_reader(self._claim)
-        loop.add_reader(self._claim, accept)
+                workers.loop.remove_reader(self._claim)
+        workers.loop.add_reader(self._claim, accept)
 
     def _refuse(self, reason: str) -> None:
         raise UsageError(f"subnet {self.subnet} is in use: {reason}; choose another with --subnet")
@@ -3078,14 +3083,17 @@ class Network:
             try:
                 there = {entry["local"] for link in ip_json("addr", "show", "dev", "lo")
                          for entry in link.get("addr_info", [])}
-                self.missing = self._added - there
-                for address in sorted(self.missing):
-                    log.warning("somebody has taken %s from lo: putting it back", address)
-                    self._put(address)
             except FaasdError as error:
                 log.error("%s", error)
                 return False
-        return True
+            self.missing = self._added - there
+            for address in sorted(self.missing):
+                log.warning("somebody has taken %s from lo: putting it back", address)
+                try:
+                    self._put(address)
+                except FaasdError as error:     # the others may be luckier
+                    log.error("%s", error)
+            return not self.missing
 
     def remove(self, address: str) -> None:
         """Take an address that we added from lo; failure is logged, and the next removal tries again."""
@@ -3824,7 +3832,8 @@ class Workers:
         self._results: collections.deque = collections.deque()
         self._told = False                      # the loop is about to deliver results
         self.pending: set[asyncio.Future] = set()
-        self._limits: dict[asyncio.Future, tuple[float, Callable[[], None]]] = {}       # the oldest first
+        self._limits: dict[asyncio.Future, tuple[int, Callable[[], None]]] = {}         # a number of looks; oldest first
+        self._looks = 0
         self._threads = 0
         self._timer: asyncio.TimerHandle | None = None
         self._start(1)
@@ -3832,12 +3841,12 @@ class Workers:
     def run(self, function: Callable, *arguments, overdue: Callable[[], None] | None = None) -> asyncio.Future:
         """Call function in a thread; overdue, which should end the wait, if that takes longer than EXIT_GRACE.
 
-        The descriptors that it works on must stay open until it is done, whatever becomes of the future.
+        That is counted in looks, which are made every STUCK_SECONDS: none while this process is stopped. The descriptors that it works on must stay open until it is done, whatever becomes of the future.
         """
         future = self.loop.create_future()
         self.pending.add(future)
         if overdue:
-            self._limits[future] = self.loop.time() + EXIT_GRACE, overdue
+            self._limits[future] = self._looks + int(EXIT_GRACE / STUCK_SECONDS), overdue
         self._calls.put((future, function, arguments))
         if self._timer is None:
             self._timer = self.loop.call_later(STUCK_SECONDS, self._look)
@@ -3883,14 +3892,15 @@ class Workers:
     def _look(self) -> None:
         """Bring in threads if all are kept waiting, and tell of calls that are overdue."""
         self._timer = None
-        for future, (moment, overdue) in list(self._limits.items()):
-            if self.loop.time() < moment:
+        self._looks += 1
+        for future, (last, overdue) in list(self._limits.items()):
+            if self._looks < last:
                 break
             del self._limits[future]
             overdue()
         queued = self._calls.qsize()
         if queued and self._threads <= len(self.pending) - len(self._results) - queued:
-            self._start(min(queued, self._threads, MAX_WORKERS - self._threads))
+            self._start(min(queued, max(1, self._threads), MAX_WORKERS - self._threads))
         if queued or self._limits:              # else there is nothing to wake up for
             self._timer = self.loop.call_later(STUCK_SECONDS, self._look)
 
@@ -4024,6 +4034,7 @@ class OutputReader:
 
 # What a program may print that has been refused a process or thread, so that it is worth to ask the kernel.
 REFUSED_PROCESS = re.compile("thread|fork|clone|process|resource", re.IGNORECASE)
+REFUSED_THREAD = re.compile("start new thread|temporarily unavailable|cannot fork", re.IGNORECASE)      # enough by itself
 MAX_LOOKS = 100                         # at a container's pids.events: what it prints is its own affair
 
 
@@ -4089,7 +4100,7 @@ class Container:
         self.said: asyncio.Future[Release] = host.loop.create_future()
         self.served = 0                                 # clients handed over
         self.killed = False                             # by us
-        self._hit_pids = False                          # as far as was seen …
+        self._hit_pids = ""                             # what to say of that, as far as was seen …
         self._looks = MAX_LOOKS                         # … in so many looks, which are left
         self.out_of_memory = False                      # it, or one of its processes, was killed for that
         self.ready_at = 0.0                             # loop time of the connect
@@ -4103,7 +4114,8 @@ class Container:
         self._pid = 0                                   # of runc run
         self._pidfd = -1
         self._memory = -1                               # tells when it may have run out of memory
-        self.memory_events = 0                          # how often it has
+        self._memory_told = False                       # that it may have
+        self._killed_before = 0                         # of its function's processes, for want of memory
         self._killing: asyncio.Task | None = None       # held, for the loop does not
         self._connected: asyncio.Future[None] = host.loop.create_future()
         self._exited: asyncio.Future[int | None] = host.loop.create_future()
@@ -4120,6 +4132,8 @@ class Container:
                                          lambda text: container.write_line(container.id, text))
         container._pid, container._pidfd = survivor.pid, survivor.pidfd
         host.loop.add_reader(container._pidfd, container._on_exit)
+        container._watch_memory()
+        container._killed_before = host.cgroups.memory_kills(posixpath.dirname(container.cgroup))
         return container
 
     # -- start --
@@ -4148,6 +4162,7 @@ class Container:
             self.start_seconds = self.ready_at - begin
             return
         timed_out = not self._exited.done()
+        out_of_memory = self.look_for_memory()
         error = self._runtime_error()
         status = await self.finish(0)
         tail = self._output.tail
@@ -4156,6 +4171,8 @@ class Container:
                 self.write_line(self.id, escape_controls(error))
                 tail.append(escape_controls(error))
             raise RuntimeFailed(f"{self._host.runtime.name} could not make the container", tail, 502)
+        if out_of_memory:
+            raise StartFailed(f"the handler ran out of memory before it connected to {CONTROL_SOCKET}", tail, 502)
         if timed_out:
             raise StartFailed(f"the handler did not connect to {CONTROL_SOCKET} within {timeout:g} s", tail, 504)
         raise StartFailed(f"the handler {self.describe_end(status)} before it connected to {CONTROL_SOCKET}", tail, 502)
@@ -4176,6 +4193,7 @@ class Container:
         return error
 
     def _spawn(self, user_namespace: str) -> None:
+        self._killed_before = self._host.cgroups.memory_kills(posixpath.dirname(self.cgroup))
         os.mkdir(self._directory, 0o710)
         os.chown(self._directory, 0, self._bundle.first_id)     # runc mounts control.sock as the container's root
         with open(f"{self._directory}/config.json", "xb") as file:
@@ -4206,14 +4224,15 @@ class Container:
         self.write_line(self.id, text)
         if self._looks and REFUSED_PROCESS.search(text):        # now: once it has exited, its cgroups go at once
             self._looks -= 1
-            self._hit_pids = self._host.cgroups.refused_processes(self.cgroup)
-            if self._hit_pids:
-                self._looks = 0
+            if self._host.cgroups.refused_processes(self.cgroup):
+                self._looks, self._hit_pids = 0, " after it had hit --pids"
                 self.write_line(self.id, "(it has hit --pids: a process or thread was refused)")
+            elif REFUSED_THREAD.search(text) and not self._host.cgroups.exists(self.cgroup):
+                self._hit_pids = " (did it hit --pids?)"
 
     def describe_end(self, status: int | None) -> str:
         """Return how it ended, with that exit status, in words."""
-        return describe_exit(status) + (" after it had hit --pids" if self._hit_pids else "")
+        return describe_exit(status) + self._hit_pids
 
     def _make_output(self) -> int:
         """Make the pipe for the container's output, with a name by which the next daemon finds it; return its end."""
@@ -4246,11 +4265,18 @@ class Container:
         self._close_listener()
         self._control.setblocking(False)
         self._host.loop.add_reader(self._control, self._on_control)
+        # A handler may send out-of-band data, which keeps the connection readable, and no MSG_PEEK shows it.
+        self._control.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
+        self._watch_memory()
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(f"{self._directory}/config.json")         # the room is for those that start
+        self._connected.set_result(None)
+
+    def _watch_memory(self) -> None:
         with contextlib.suppress(OSError):              # it has ended already
             self._memory = self._host.cgroups.watch_memory(self.cgroup)
             if self._memory >= 0:
                 self._host.loop.add_reader(self._memory, self._on_memory)
-        self._connected.set_result(None)
 
     # -- work --
 
@@ -4306,30 +4332,42 @@ class Container:
             self._close_control()
         self.say(release)
 
-    def _on_memory(self) -> None:
-        """One process is killed for want of memory: the others might wait for it for ever."""
+    def _on_memory(self, looks: int = MEMORY_LOOKS) -> None:
+        """One process is killed for want of memory: the others might wait for it for ever.
+
+        The event comes before the kernel has chosen a victim and counted it; also where a cgroup above has run out, whose
+        victim may be anybody's; and once more when the cgroup is removed.
+        """
+        if self._memory < 0:                    # it has exited
+            return
         if self.look_for_memory():
             self.kill()
+        elif looks:
+            self._host.loop.call_later(KILL_RETRY, self._on_memory, looks - 1)
 
     def look_for_memory(self) -> bool:
-        """Return whether the container has run out of memory, as far as can be told.
-
-        The event comes before the kernel has chosen and counted a victim, and the runtime may have removed the cgroup when
-        we come to look. The removal is an event too, but the last one.
-        """
+        """Return whether a process of the container was killed for want of memory. Not known once the cgroup is gone."""
         if self._memory >= 0:
             with contextlib.suppress(BlockingIOError):          # nothing new
-                self.memory_events += os.eventfd_read(self._memory)
-        cgroups = self._host.cgroups
-        self.out_of_memory = (self.out_of_memory or self.memory_events > 1 or cgroups.ran_out_of_memory(self.cgroup)
-                              or self.memory_events == 1 and cgroups.has_memory(self.cgroup))
+                events = os.eventfd_read(self._memory)
+                self._memory_told = self._memory_told or events > 1 or self._host.cgroups.exists(self.cgroup)
+        self.out_of_memory = self.out_of_memory or self._host.cgroups.memory_kills(self.cgroup) > 0
         return self.out_of_memory
+
+    @property
+    def may_have_run_out_of_memory(self) -> bool:
+        """Whether it, or a container of its function, has run out of memory since it was started."""
+        return self._memory_told or self._host.cgroups.memory_kills(posixpath.dirname(self.cgroup)) > self._killed_before
 
     # -- end --
 
     def _on_exit(self) -> None:
+        status = None if self._bundle is None else os.waitstatus_to_exitcode(os.waitpid(self._pid, 0)[1])
+        # Nobody but us and the kernel sends SIGKILL to the first process of a container, and its cgroup may be gone.
+        killed = status == 128 + signal.SIGKILL and not self.killed
+        self.out_of_memory = self.look_for_memory() or killed and self.may_have_run_out_of_memory
         self._unwatch()
-        self._exited.set_result(None if self._bundle is None else os.waitstatus_to_exitcode(os.waitpid(self._pid, 0)[1]))
+        self._exited.set_result(status)
         if self._control is not None:
             self._on_control()          # UNTAKEN is worth knowing
         if self._control is not None or self._bundle is None:       # somebody outside has it, or runc alone was killed
@@ -4337,12 +4375,11 @@ class Container:
             self.say(Release.GONE)
 
     def _unwatch(self) -> None:
-        self.look_for_memory()
         for descriptor in (self._pidfd, self._memory):
             if descriptor >= 0:
                 self._host.loop.remove_reader(descriptor)
                 os.close(descriptor)
-        self._memory = -1
+        self._pidfd = self._memory = -1
 
     def _drop(self, ours: socket.socket | None) -> None:
         """Stop watching a socket and close it, in a thread: see _on_control."""
@@ -4363,11 +4400,14 @@ class Container:
 
         But not if it holds the lock of its output's pipe: our end, as a process, waits for that.
         """
+        if self._exited.done():                 # just now
+            await self.finish(0)
+            return
         self._unwatch()
         self._close_control()
         if not await self._output.close():
             log.warning("container=%s does not let go of its output: ending it", self.id)
-            await self._host.workers.run(self._host.cgroups.kill, self.cgroup)
+            await self._host.killers.run(self._host.cgroups.kill, self.cgroup)
 
     async def finish(self, grace: float) -> int | None:
         """Wait grace seconds for the container to exit, kill it if it does not, remove all of it.
@@ -4400,12 +4440,13 @@ class Container:
         while not self._exited.done() and time.monotonic() < deadline:
             # Again and again: while it starts it may have no process yet. It may have thousands.
             with contextlib.suppress(OSError):
-                await self._host.workers.run(self._host.cgroups.kill, self.cgroup)
+                await self._host.killers.run(self._host.cgroups.kill, self.cgroup)
             await asyncio.wait([self._exited], timeout=KILL_RETRY)
         if not self._exited.done():
             log.error("container=%s runc does not end, killing it", self.id)
-            signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
-            await self._exited
+            if self._pidfd >= 0:                # else it was left to the next daemon
+                signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+                await self._exited
 
     def _remove_directory(self) -> None:
         try:
@@ -4550,13 +4591,18 @@ def lay_out_probe(rootfs: Path) -> list[dict]:
     return mounts
 
 
-def check_memory_controller() -> None:
-    """Raise UsageError where no memory can be limited. crun would not notice: it writes limits to plain files then."""
-    mounts = [Path(mount) for mount, kind in read_mounts() if kind in ("cgroup", "cgroup2")]
-    if not any((mount / "memory.limit_in_bytes").exists() or
-               "memory" in read_text(mount / "cgroup.controllers").split() for mount in mounts):
-        raise UsageError("this machine cannot limit the memory of containers: boot the kernel with cgroup_enable=memory, or "
-                         "mount the memory controller of cgroups")
+def check_controllers() -> None:
+    """Raise UsageError where a limit cannot be set. crun would not notice: it writes limits to plain files then."""
+    there: set[str] = set()
+    for before, after in read_mountinfo():
+        if after[0] == "cgroup":
+            there.update(after[2].split(","))
+        elif after[0] == "cgroup2":
+            there.update(read_text(Path(before[4]) / "cgroup.controllers").split())
+    for controller in ("memory", "pids", "cpu"):
+        if controller not in there:
+            raise UsageError(f"this machine cannot limit what containers use of {controller}: boot the kernel with "
+                             f"cgroup_enable={controller}, or mount the {controller} controller of cgroups")
 
 
 def machine_lack(error: str) -> str:
@@ -4600,7 +4646,8 @@ class DyingCgroups:
                 await self._workers.run(self._cgroups.reclaim, self._group)
         except OSError as error:                # the function was removed, or there is no thread to be had
             log.info("%s: cannot reclaim: %s", self._group, error)
-        self._ended = 0
+        finally:
+            self._ended = 0
 
     def are_many(self, dying: int) -> bool:
         """Whether it is time to reclaim; it is taken to be done then."""
@@ -4629,6 +4676,7 @@ class ContainerHost:
         self.descriptors = Descriptors()
         self.loop = asyncio.get_running_loop()
         self.workers = Workers(self.loop)
+        self.killers = Workers(self.loop)       # others, for to kill a container ends the wait of those
         self._dying: dict[str, DyingCgroups] = {}
 
     async def prepare(self, addresses: dict[str, str]) -> list[Survivor]:
@@ -4658,6 +4706,8 @@ class ContainerHost:
         self.rootfs_dir.mkdir(exist_ok=True)
         noexec = ",noexec" if os.statvfs(self._images_dir).f_flag & os.ST_NOEXEC else ""
         run_command(what, "mount", "-o", f"bind,nodev,nosuid{noexec}", str(self._images_dir), str(self.rootfs_dir))
+        if not os.statvfs(self.rootfs_dir).f_flag & os.ST_NODEV:
+            raise UsageError(f"{what} without their devices: faasd needs the mount of util-linux")
 
     def rootfs(self, image: Path) -> Path:
         """Return the root of the containers of an image that lies in STATE_DIR/images."""
@@ -4668,7 +4718,7 @@ class ContainerHost:
 
         Raises UsageError if it starts none. What is left of one when we are killed goes as any container does.
         """
-        check_memory_controller()
+        check_controllers()
         error = await self._try_container()
         if error and self.ids.can_make:
             joining, self.ids.can_make = error, False
@@ -4676,6 +4726,13 @@ class ContainerHost:
             if not error:
                 log.warning("%s joins no user namespace, so it makes one for each container, and all functions share "
                             "what root may take of inotify, queues and timers: %s", self.runtime.name, joining)
+        self._refuse_machine(error)
+
+    async def check(self) -> None:
+        """Raise UsageError if no container starts any more."""
+        self._refuse_machine(await self._try_container())
+
+    def _refuse_machine(self, error: str) -> None:
         if error:
             raise UsageError(f"{self.runtime.name} cannot start a container on this machine: {machine_lack(error)}{error}")
 
@@ -4692,7 +4749,7 @@ class ContainerHost:
                 log.warning("%s has not started a container within %g s: going on without knowing what it can do",
                             self.runtime.name, PROBE_SECONDS)
                 return ""
-            return "" if failure.output == ["works"] else " ".join([str(failure), *failure.output])
+            return "" if "works" in failure.output else " ".join([str(failure), *failure.output])
         except OSError as error:
             raise storage_error(error, f"making a container in {rootfs}") from error
         finally:
@@ -4785,16 +4842,20 @@ class ContainerHost:
                    connections: dict[int, tuple[str, str]]) -> tuple[socket.socket, str]:
         """Return a duplicate of a container's socket that is connected to a client of address, and who that is.
 
-        Raises KeyError if it has none.
+        Where the kernel gives us none, a socket without a connection stands for it. Raises KeyError if it has none.
         """
         for pidfd, number, inode in self._sockets_of(cgroup):
             host, peer = connections.get(inode, ("", ""))
             if host == address:
-                with contextlib.suppress(OSError):      # it is gone
+                try:
                     duplicate = duplicate_descriptor(pidfd, number)
-                    if os.fstat(duplicate).st_ino == inode:     # else the handler has put another file there
-                        return socket_object(duplicate), peer
-                    os.close(duplicate)
+                except PermissionError:         # see machine_warnings
+                    return socket.socket(), peer
+                except OSError:                 # it is gone
+                    continue
+                if os.fstat(duplicate).st_ino == inode:     # else the handler has put another file there
+                    return socket_object(duplicate), peer
+                os.close(duplicate)
         raise KeyError(address)
 
     def _sockets_of(self, cgroup: str) -> Iterator[tuple[int, int, int]]:
@@ -4844,6 +4905,7 @@ class ContainerHost:
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(survivor.pidfd, signal.SIGKILL)
         self._remove_orphan(survivor.container_id, survivor.cgroup)
+        reset_connection(survivor.client)       # half an answer must not look whole
         survivor.close()
 
     def inspect(self, container: Container) -> dict:
@@ -6005,7 +6067,7 @@ class Function:
         if container.killed and state.is_open:
             invocation.exit_status = await pool.end(container, 0)
             raise Refusal("no-answer", 502, "the handler kept its client's connection locked, and was killed")
-        if state.can_answer or gone and state.is_open and container.memory_events:
+        if state.can_answer or gone and state.is_open and container.may_have_run_out_of_memory:
             # Once nobody in the container has the socket any more, and all is known of its memory.
             invocation.exit_status = await pool.end(container, EXIT_GRACE)
             if gone and container.out_of_memory:
@@ -6051,6 +6113,9 @@ class Function:
                 await self._linger(invocation)
         elif state.is_open:
             await self._call(invocation, reset_connection, invocation.client)
+        elif state.unacknowledged:              # the handler has ended its answer, and did not let go
+            await self._drain(invocation, state)
+            return
         state = await self._ask(invocation)
         invocation.received, invocation.sent = state.received, state.sent
 
@@ -7201,7 +7266,7 @@ class Daemon:
         for warning in (runc_warning(self.runtime_version), *machine_warnings()):
             if warning:
                 log.warning("%s", warning)
-        self._network.greet(self.loop)
+        self._network.greet(self._host.workers)
         self._address_watch.open()
         self._in_background(self._keep_addresses())
         records = self._registry.load()
@@ -7625,7 +7690,12 @@ class Daemon:
         """Put back what somebody takes from lo, and try again for as long as that fails."""
         while await self._address_lost.wait():
             self._address_lost.clear()
-            if not await asyncio.to_thread(self._network.restore):
+            try:
+                restored = await asyncio.to_thread(self._network.restore)
+            except RuntimeError as error:       # there is no thread to be had
+                log.error("cannot look for our addresses: %s", error)
+                restored = False
+            if not restored:
                 self.loop.call_later(ADDRESS_RETRY_SECONDS, self._address_lost.set)
 
     async def _run_egress(self, function: Callable, *arguments) -> None:
@@ -7655,7 +7725,7 @@ class Daemon:
             await container.start(version.options.start_timeout)
         except StartFailed as failure:
             if isinstance(failure, RuntimeFailed):
-                await self._host.probe()            # by now the machine may be to blame, not the image
+                await self._host.check()            # by now the machine may be to blame, not the image
             raise FaasdError(f"function {name} does not start: {failure}", failure.output, 422) from failure
         return container, output
 
@@ -8058,8 +8128,8 @@ def check_machine(settings: Settings) -> None:
 def machine_warnings() -> Iterator[str]:
     """Yield what of this machine faasd has to do without."""
     if read_text(Path("/proc/sys/kernel/yama/ptrace_scope")).strip() == "3":
-        yield ("kernel.yama.ptrace_scope is 3, so a restart cannot take over what serves clients, and ends it: boot with "
-               "a lower one if that matters")
+        yield ("kernel.yama.ptrace_scope is 3, so what serves clients over a restart goes on, but we cannot answer in its "
+               "place: boot with a lower one if that matters")
     cookies = Path("/proc/sys/net/ipv4/tcp_syncookies")
     if not cookies.exists() or cookies.read_text().strip() == "0":
         yield ("SYN cookies are off, so clients that say nothing can keep others from connecting: "
@@ -8135,36 +8205,56 @@ def admit_containers(directory: Path, first_id: int) -> None:
 
 
 def lock_directory(directory: Path) -> BinaryIO:
-    """Lock DIRECTORY/faasd.lock until the process ends. Raises UsageError if another daemon has it.
-
-    Whoever can open a file can lock it (flock(2)), so only root can. One that others could open, of an earlier faasd, is
-    replaced: they may have it open still.
-    """
-    path = directory / "faasd.lock"
+    """Lock DIRECTORY/faasd.lock until the process ends. Raises UsageError if another daemon has it."""
     try:
-        with contextlib.suppress(FileNotFoundError):
-            status = path.lstat()
-            if (status.st_mode, status.st_uid) != (stat.S_IFREG | 0o600, 0):
-                path.unlink()
-        file = open(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600), "ab")
-        os.fchmod(file.fileno(), 0o600)         # whatever the umask
-    except OSError as error:
-        raise UsageError(f"cannot write to {directory}: {error.strerror}") from error
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        while (file := try_lock(directory / "faasd.lock")) is None:
+            continue
     except BlockingIOError:
         raise UsageError(f"faasd is already running on {directory}: stop it, or choose another --state-dir "
                          "and --run-dir") from None
+    except OSError as error:
+        raise UsageError(f"cannot write to {directory}: {error.strerror}") from error
     return file
+
+
+def try_lock(path: Path) -> BinaryIO | None:
+    """Lock a file and return it; None if it was replaced, so that it takes another try.
+
+    Whoever can open a file can lock it (flock(2)), so ours is root's alone. One that others can open, which an earlier
+    faasd has made, counts only while root holds it. We replace it: others may have it open still. Raises OSError, which
+    is BlockingIOError if another daemon has it.
+    """
+    with contextlib.ExitStack() as stack:
+        file = stack.enter_context(open(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600), "ab"))
+        status = os.fstat(file.fileno())
+        private = status.st_mode & 0o077 == 0
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if private or (holder := lock_holder(path)) and is_roots(holder):
+                raise
+        with contextlib.suppress(FileNotFoundError):
+            if private and os.path.samestat(status, path.lstat()):
+                stack.pop_all()
+                return file
+        if not private:
+            path.unlink(missing_ok=True)
+    return None
+
+
+def lock_holder(path: Path) -> int:
+    """Return the pid of the process that has locked a file; 0 if none has. Raises OSError."""
+    status = path.stat()
+    file = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}:{status.st_ino}"
+    holder = re.search(rf"FLOCK .* ([0-9]+) {file} ", Path("/proc/locks").read_text())
+    return int(holder[1]) if holder else 0
 
 
 def is_dead_with_lock(path: Path) -> bool:
     """Whether a process has been killed, and has a file locked still because not all of its threads have ended."""
     with contextlib.suppress(OSError):          # there is no such file, or no such process any more
-        status = path.stat()
-        file = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}:{status.st_ino}"
-        holder = re.search(rf"FLOCK .* ([0-9]+) {file} ", Path("/proc/locks").read_text())
-        return bool(holder) and Path(f"/proc/{holder[1]}/stat").read_bytes().rpartition(b")")[2].split()[0] == b"Z"
+        pid = lock_holder(path)
+        return bool(pid) and Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[0] == b"Z"
     return False
 
 
@@ -8208,11 +8298,11 @@ def leave_behind_the_shell() -> None:
     # As far as /usr/sbin from a PATH of su or cron.
     os.environ["PATH"] = f"{os.environ.get('PATH') or DEFAULT_PATH}:{DEFAULT_PATH}"
     try:
+        os.sched_setaffinity(0, range(os.sysconf("SC_NPROCESSORS_CONF")))       # with those that are offline now
         os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
         os.setpriority(os.PRIO_PROCESS, 0, 0)
-        os.sched_setaffinity(0, range(os.cpu_count() or 1))
     except OSError as error:
-        log.warning("containers keep our priority and CPUs, because we lack CAP_SYS_NICE: %s", error.strerror)
+        log.warning("containers keep our priority or CPUs, because we lack CAP_SYS_NICE: %s", error.strerror)
     set_limits()
 
 
@@ -8229,8 +8319,16 @@ def set_limits() -> None:
                         error)
 
 
+def open_missing_streams() -> None:
+    """Fill what is closed of descriptors 0 to 2, lest a file of ours becomes what others take for stderr."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        continue
+    os.close(descriptor)
+
+
 def main(argv: list[str]) -> int:
     """Run the daemon; return its exit status: 0 stopped, 1 failed, 2 called in a way that cannot work."""
+    open_missing_streams()
     settings = parse_arguments(argv)
     stderr = configure_logging(settings.log_format == "json", settings.verbose)
     try:

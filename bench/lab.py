@@ -138,6 +138,7 @@ class BareRuns:
         return ready, done
 
     def close(self) -> None:
+        self.cgroups.remove_groups()
         self.cgroups.remove(self.cgroups.parent)
 
 

@@ -105,6 +105,10 @@ def hold_lock(client, control):
 
 def serve(client, control, path):
     command, _, argument = path.partition("?")
+    if ":" in argument:                             # only when the test says so: Daemon.release
+        key, _, argument = argument.partition(":")
+        while not os.path.exists(f"/{key}"):
+            time.sleep(0.01)
     if command == "/facts":
         respond(client, json.dumps(facts()))
     elif command == "/id":
@@ -169,6 +173,24 @@ def serve(client, control, path):
                 client.send(bytes(1 << 16))
         except BlockingIOError:
             os._exit(0)
+    elif command == "/finish-and-stay":              # ends its answer, and holds on to its client
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 17)
+        client.setblocking(False)
+        try:
+            while True:
+                client.send(bytes(1 << 16))
+        except BlockingIOError:
+            client.shutdown(socket.SHUT_WR)
+        time.sleep(3600)
+    elif command == "/say-ready":                   # and nothing else
+        control.sendall(b"R")
+        time.sleep(3600)
+    elif command == "/urgent":                      # out-of-band data on the control connection, once it has let go
+        respond(client, "done")
+        client.close()
+        control.sendall(b"R")
+        control.send(b"!", socket.MSG_OOB)
+        time.sleep(3600)
     elif command == "/hold-lock":
         hold_lock(client, control)
     elif command == "/echo":

@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import hashlib
 import http.client
+import importlib.util
 import io
 import ipaddress
 import json
 import os
+import py_compile
 import re
 import secrets
 import shutil
@@ -20,9 +23,12 @@ import signal
 import socket
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import tempfile
 import time
+import unittest
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 TOP = Path(__file__).resolve().parent.parent
@@ -59,36 +65,39 @@ def temporary_directory() -> Path:
 
 # -- images --
 
-_python_layer: bytes | None = None
-SPARE = re.compile(r"/python3[.0-9]+/(?!(encodings|json|re|collections|importlib|lib-dynload)(/|$))[a-z_]+/"
-                   r"|/lib-dynload/(?!_socket|select|math|array|mmap|_json|_struct|_posix)"
-                   r"|/lib(crypto|ssl|sqlite3|ncurses|readline|tinfo|lzma|bz2|ffi|tirpc|krb5|gssapi|db-)")
+PYTHON = str(Path(getattr(sys, "_base_executable", "") or sys.executable).resolve())
+# What handlers of tests import, and what Python itself imports when it fails.
+MODULES = ("contextlib", "ctypes", "encodings.idna", "encodings.latin_1", "errno", "fcntl", "itertools", "json", "mmap",
+           "random", "resource", "select", "shutil", "signal", "socket", "struct", "subprocess", "threading", "time",
+           "traceback")
 
 
-def python_layer() -> bytes:
-    """Return the tar of a layer with this machine's python3, as `faas pack` makes it, less what handler.py can spare.
-
-    tests/test_pack.py runs the whole of it; here it would only be copied a hundred times.
+@functools.cache
+def python_layer(*more: str) -> bytes:
+    """Return the tar of a layer with this machine's python3 and what MODULES and more need, with byte code as `faas pack`
+    makes it, but not the rest of the library: tests unpack it hundreds of times.
     """
-    global _python_layer
-    if _python_layer is None:
-        pack = [sys.executable, TOP / "faas", "pack", HANDLER]
-        packed = subprocess.run(pack, stdout=subprocess.PIPE, check=True).stdout
-        with tarfile.open(fileobj=io.BytesIO(packed)) as archive:
-            manifest = json.load(archive.extractfile("manifest.json"))[0]
-            config = json.load(archive.extractfile(manifest["Config"]))
-            python_layer.entrypoint = config["config"]["Entrypoint"][:1]
-            _python_layer = strip_layer(archive.extractfile(manifest["Layers"][0]))
-    return _python_layer
+    script = f"import sys, {', '.join((*MODULES, *more))}\nfor module in list(sys.modules.values()):\n" \
+             "    print(getattr(module, '__file__', None) or '')"
+    loaded = subprocess.run([PYTHON, "-I", "-c", script], capture_output=True, text=True, check=True).stdout.split()
+    stdlib = sysconfig.get_path("stdlib")
+    sources = {path for path in loaded if path.startswith(stdlib) and "-packages/" not in path}
+    files = {path: Path(path).read_bytes() for path in sources | {PYTHON}}
+    with tempfile.TemporaryDirectory(prefix=PREFIX) as directory:
+        for path in sorted(sources):
+            if path.endswith(".py"):
+                compiled = py_compile.compile(path, f"{directory}/pyc", path, doraise=True,
+                                              invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH)
+                files[importlib.util.cache_from_source(path)] = Path(compiled).read_bytes()
+    for binary in [path for path in files if not path.endswith((".py", ".pyc"))]:
+        files |= {path: Path(path).read_bytes() for path in libraries(binary)}
+    return layer({path.lstrip("/"): data for path, data in sorted(files.items())})
 
 
-def strip_layer(packed) -> bytes:
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=packed) as whole, tarfile.open(fileobj=buffer, mode="w") as tar:
-        for entry in whole:
-            if not SPARE.search(entry.name):
-                tar.addfile(entry, whole.extractfile(entry) if entry.isreg() else None)
-    return buffer.getvalue()
+def libraries(program: str) -> set[str]:
+    """Return the shared libraries that the loader takes for a program or a library, with the loader itself."""
+    out = subprocess.run(["ldd", program], capture_output=True, text=True, check=False).stdout
+    return set(re.findall(r"(/\S+) \(0x", out))
 
 
 def layer(files: dict[str, bytes | str]) -> bytes:
@@ -123,7 +132,7 @@ def handler_image(source: str | bytes | None = None, label: str = "1", files: di
     """
     base = python_layer()
     source = HANDLER.read_bytes() if source is None else source
-    settings = {"Entrypoint": [*python_layer.entrypoint, "/handler.py"], "Labels": {"label": label},
+    settings = {"Entrypoint": [PYTHON, "/handler.py"], "Labels": {"label": label},
                 "Env": ["PYTHONDONTWRITEBYTECODE=1", f"LABEL={label}"], **config}
     return docker_archive([base, layer({"handler.py": source, **(files or {})})], settings)
 
@@ -133,9 +142,7 @@ SYS_RECVMSG, SYS_VMSPLICE = {"x86_64": (47, 278), "aarch64": (212, 75)}.get(os.u
 
 def small_image(label: str = "1", **config) -> bytes:
     """Return an image that runs tests/handler.pl: it deploys in a fifth of the time."""
-    libraries = subprocess.run(["ldd", "/usr/bin/perl"], capture_output=True, text=True, check=True).stdout
-    paths = ["/usr/bin/perl", *re.findall(r"(/\S+) \(", libraries)]
-    files = {path.lstrip("/"): Path(path).read_bytes() for path in paths}
+    files = {path.lstrip("/"): Path(path).read_bytes() for path in ("/usr/bin/perl", *libraries("/usr/bin/perl"))}
     settings = {"Entrypoint": ["/usr/bin/perl", "/handler.pl"],
                 "Env": [f"LABEL={label}", f"SYS_recvmsg={SYS_RECVMSG}", f"SYS_vmsplice={SYS_VMSPLICE}"]}
     return docker_archive([layer({**files, "handler.pl": HANDLER.with_suffix(".pl").read_bytes()})],
@@ -259,6 +266,10 @@ class Daemon:
         status, body = self.api("GET", f"/functions/{name}")
         assert status == 200, body
         return json.loads(body)
+
+    def release(self, name: str, key: str) -> None:
+        """Let go on what waits in a function's handlers for /key (tests/handler.py)."""
+        (self.rootfs(name) / key).touch()
 
     def rootfs(self, name: str) -> Path:
         rootfs, = (self.state_dir / "images" / name).glob("*/rootfs")
@@ -404,9 +415,11 @@ def remains(daemon: Daemon) -> list[str]:
 def footprint(daemon: Daemon) -> dict[str, object]:
     """Return what must be the same before and after any number of invocations."""
     name = daemon.directory.name
-    return {"containers": list_containers(daemon), "mounts": mounts(name), "cgroups": container_cgroups(daemon),
+    mounted = sorted(line.split(" ", 2)[2] for line in mounts(name))        # less their ids: a restart mounts anew
+    return {"containers": list_containers(daemon), "mounts": mounted, "cgroups": container_cgroups(daemon),
             "descriptors": len(os.listdir(f"/proc/{daemon.process.pid}/fd")),
-            "run_dir": sorted(str(path) for path in daemon.run_dir.rglob("*")),
+            "run_dir": sorted(str(path) for top in daemon.run_dir.iterdir() if top.name != "rootfs"
+                              for path in (top, *top.rglob("*"))),
             "children": Path(f"/proc/{daemon.process.pid}/task/{daemon.process.pid}/children").read_text()}
 
 
@@ -421,6 +434,68 @@ def list_containers(daemon: Daemon) -> list[str]:
                                 check=False)
         return result if result.returncode == 0 else None
     return wait_until(ask, f"{RUNTIME} lists the containers").stdout.split()
+
+
+# -- locks of the kernel --
+
+HOLDER = """
+import ctypes, fcntl, mmap, os, select, struct, sys, threading
+USERFAULTFD, UFFDIO_API, UFFDIO_REGISTER = {"x86_64": 323, "aarch64": 282}[os.uname().machine], 0xC018AA3F, 0xC020AA00
+libc = ctypes.CDLL(None, use_errno=True)
+fault = libc.syscall(USERFAULTFD, os.O_CLOEXEC)
+if fault < 0:
+    sys.exit(f"userfaultfd: {os.strerror(ctypes.get_errno())}")
+fcntl.ioctl(fault, UFFDIO_API, struct.pack("QQQ", 0xAA, 0, 0))
+memory = mmap.mmap(-1, mmap.PAGESIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+fcntl.ioctl(fault, UFFDIO_REGISTER, struct.pack("QQQQ", address, mmap.PAGESIZE, 1, 0))
+if sys.argv[1].isdigit():
+    held = int(sys.argv[1])
+else:
+    held = os.open(sys.argv[1], os.O_WRONLY)
+    os.write(held, b"printed\\n")
+threading.Thread(target=libc.write, args=(held, ctypes.c_void_p(address), ctypes.c_size_t(1)), daemon=True).start()
+poll = select.poll()
+poll.register(fault)
+poll.poll()
+print("held", flush=True)
+threading.Event().wait()
+"""
+
+
+@contextlib.contextmanager
+def lock_held(what: Path | int, cgroups: Iterable[str] = ()) -> Iterator[subprocess.Popen]:
+    """Have somebody in cgroups print a line into a pipe and hold its lock; or hold that of a socket, a descriptor of ours.
+
+    As a handler can for long: the kernel takes the lock, and then waits for a page of what is to be written, here for
+    one that never comes (userfaultfd(2)).
+    """
+    holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(what)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                              text=True, pass_fds=[what] if isinstance(what, int) else ())
+    try:
+        if not holder.stdout.readline():
+            raise unittest.SkipTest(holder.stderr.read().strip().splitlines()[-1])
+        for cgroup in cgroups:
+            Path(cgroup, "cgroup.procs").write_text(str(holder.pid))
+        yield holder
+    finally:
+        holder.kill()
+        holder.communicate()
+
+
+def client_socket(daemon: Daemon, client: socket.socket) -> int:
+    """Return a duplicate of the socket that a container has of a client; 0 if none has it."""
+    pids = {int(pid) for path in container_cgroups(daemon) for pid in Path(path, "cgroup.procs").read_text().split()}
+    for pid in pids:
+        with faasd.opened_process(pid) as pidfd:
+            for number in os.listdir(f"/proc/{pid}/fd"):
+                with contextlib.suppress(OSError):              # it is closed, or not connected
+                    if not os.readlink(f"/proc/{pid}/fd/{number}").startswith("socket:"):
+                        continue
+                    with socket.socket(fileno=faasd.duplicate_descriptor(pidfd, int(number))) as candidate:
+                        if candidate.family == socket.AF_INET and candidate.getpeername() == client.getsockname():
+                            return candidate.detach()
+    return 0
 
 
 def cpu_ticks(pid: int) -> int:

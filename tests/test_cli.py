@@ -330,7 +330,7 @@ for number in range(50):
 print({evil!r}, flush=True)
 """ + support.HANDLER.read_text()
         base = support.python_layer()
-        settings = {"Entrypoint": [*support.python_layer.entrypoint, "/handler.py"], "Cmd": [evil, "x" * 9000],
+        settings = {"Entrypoint": [support.PYTHON, "/handler.py"], "Cmd": [evil, "x" * 9000],
                     "WorkingDir": f"/{evil}", "Env": ["PYTHONDONTWRITEBYTECODE=1", f"EVIL={evil}"]}
         with support.Daemon() as daemon:
             image = support.docker_archive([base, support.layer({"handler.py": source})], settings, evil)

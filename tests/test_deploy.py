@@ -82,18 +82,24 @@ def start(count):
             threading.Thread(target=hold.wait, daemon=True).start()
     except RuntimeError as error:
         print(error, flush=True)
-        hold.wait(2)        # once it has exited there is nothing left to look at
+        hold.wait(WAIT)
         os._exit(1)
 """
 
     def test_a_start_that_is_refused_threads(self):
-        source = self.THREADS + "start(130)\n"
+        source = self.THREADS.replace("WAIT", "2") + "start(130)\n"
         first, *rest = self.refuse("new", "f", "--pids", "64", stdin=support.handler_image(source))
         self.assertRegex(first, "the handler exited with status 1 after it had hit --pids before it connected")
         self.assertRegex("".join(rest), "can't start new thread")
 
+    def test_one_that_exits_at_once(self):
+        """Its cgroup may be gone before we can look."""
+        source = self.THREADS.replace("WAIT", "0") + "start(130)\n"
+        first, *rest = self.refuse("new", "f", "--pids", "64", stdin=support.handler_image(source))
+        self.assertRegex(first, r"exited with status 1 (after it had hit --pids|\(did it hit --pids\?\)) before it")
+
     def test_a_handler_that_is_refused_threads(self):
-        source = self.THREADS + support.HANDLER.read_text().replace("def respond(", "def respond(*_):\n    start(130)\n\n"
+        source = self.THREADS.replace("WAIT", "2") + support.HANDLER.read_text().replace("def respond(", "def respond(*_):\n    start(130)\n\n"
                                                                     "def unused(")
         address = self.daemon.deploy("f", support.handler_image(source), "--pids", "64")
         status, body = get(address)
@@ -142,7 +148,7 @@ print(open("/secret").read(), *(oct(stat.S_IMODE(os.stat(path).st_mode)) for pat
 def with_layer(layer: bytes, source: str | None = None, **config) -> bytes:
     """The image of the tests' handler with a layer more."""
     base = support.python_layer()
-    settings = {"Entrypoint": [*support.python_layer.entrypoint, "/handler.py"], "Env": ["PYTHONDONTWRITEBYTECODE=1"]}
+    settings = {"Entrypoint": [support.PYTHON, "/handler.py"], "Env": ["PYTHONDONTWRITEBYTECODE=1"]}
     handler = support.layer({"handler.py": source or support.HANDLER.read_text()})
     return support.docker_archive([base, handler, layer], {**settings, **config})
 
@@ -209,7 +215,7 @@ class Deploy(DeployCase):
     def test_volume_with_content_keeps_it_and_is_private(self):
         base, top = support.python_layer(), support.layer({"handler.py": support.HANDLER.read_bytes(),
                                                            "etc/conf/file": "content"})
-        image = support.docker_archive([base, top], {"Entrypoint": [*support.python_layer.entrypoint, "/handler.py"],
+        image = support.docker_archive([base, top], {"Entrypoint": [support.PYTHON, "/handler.py"],
                                                      "Volumes": {"/etc/conf": {}}})
         address = self.daemon.deploy("f", image)
         self.assertEqual(get(address, "/read?/etc/conf/file"), (200, "content"))
@@ -514,7 +520,7 @@ class Memory(DeployCase):
         blob = os.urandom(1 << 20) * 300
         image = support.docker_archive(
             [support.python_layer(), support.layer({"handler.py": support.HANDLER.read_bytes(), "blob": blob})],
-            {"Entrypoint": [*support.python_layer.entrypoint, "/handler.py"]})
+            {"Entrypoint": [support.PYTHON, "/handler.py"]})
         del blob
         peak = {"child": 0}
         done = threading.Event()

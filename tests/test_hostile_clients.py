@@ -570,6 +570,17 @@ class SlowReaders(HostileCase):
             while client.recv(1 << 20):
                 continue
 
+    def test_of_a_handler_that_has_ended_its_answer_and_stays(self):
+        """It is killed in time, and what it has left counts on."""
+        client = self.ask_for_much("/finish-and-stay")
+        other = self.request("/next")
+        self.wait_counts(1, 1)
+        while client.recv(1 << 20):                     # all of it, and an end of file
+            continue
+        self.assertIn(b"hello /next", read_all(other))
+        self.settle()
+        self.assertRegex(self.lines()[0], "^outcome=timeout .* exit=137")
+
     def test_large_answer_to_a_request_that_nobody_read(self):
         client = self.connect(b"POST /stream?3000000 HTTP/1.1\r\nContent-Length: 100000\r\n\r\n" + bytes(100_000))
         received = b""
@@ -585,14 +596,43 @@ class LockedSocket(HostileCase):
     files = {"cold": bytes(4 << 20)}
     options = ("--cpus", "1", "--pids", "64", "--timeout", "20", "--reuse", "100")
 
-    def test_daemon_goes_on(self):
+    def test_as_a_handler_can(self):
+        """Its lock is free between two calls of send(2), so how this ends is chance; nobody else notices."""
         with self.neighbour():
             clients = [self.request("/hold-lock") for _ in range(2)]
             for client in clients:
                 read_all(client)
         self.assertEqual(sum(self.outcomes().values()), 2)
-        for line in self.lines():               # it is killed: to get at the socket, or, where it was too slow, in time
-            self.assertRegex(line, r"^outcome=(no-answer|timeout|answered) ")
+        for line in self.lines():
+            self.assertRegex(line, "^outcome=(no-answer|timeout) .* exit=137|^outcome=answered ")
+
+    def test_for_good(self):
+        client = self.request("/say-ready?held:")
+        held = wait_until(lambda: support.client_socket(self.daemon, client), "the handler has it")
+        cgroups = support.container_cgroups(self.daemon)
+        try:
+            with support.lock_held(held, cgroups), self.neighbour():
+                self.daemon.release("f", "held")
+                self.assertRegex(read_all(client), b"(?s)^HTTP/1.1 502 .*kept its client's connection locked")
+        finally:
+            os.close(held)
+        self.settle()
+        self.assertRegex(self.lines()[0], "^outcome=no-answer .* exit=137")
+
+
+class Urgent(HostileCase):
+    """Out-of-band data on the control connection of a container that waits, which most ways of reading leave there."""
+
+    options = ("--reuse", "10")
+
+    def test_it_is_ended(self):
+        with self.neighbour():
+            self.assertEqual(get(self.address, "/urgent"), (200, "done"))
+            self.settle()
+            before = support.cpu_ticks(self.pid)
+            time.sleep(1)
+        self.assertLess(support.cpu_ticks(self.pid) - before, 80)
+        wait_until(lambda: not support.list_containers(self.daemon), "it is ended")
 
 
 class Garbage(HostileCase):

@@ -384,6 +384,50 @@ class OutOfMemory(InvocationCase):
         self.assertRegex(self.last_line(), "^outcome=out-of-memory .* status=502 reason=")
         self.assertEqual(self.daemon.outcomes("f")["out-of-memory"], before + 1)
 
+    def test_when_faasd_comes_to_look_too_late(self):
+        """A container's cgroup goes with it, and on v2 the one above remembers."""
+        if not faasd.Cgroups(self.daemon.run_dir).kills_whole:
+            self.skipTest("cgroup v1 does not tell of a container that is gone")
+        client = self.connect()
+        client.sendall(f"GET /memory?late:{256 << 20} HTTP/1.1\r\n\r\n".encode())
+        wait_until(lambda: self.daemon.info("f")["running"] == 1, "it is handed over")
+        os.kill(self.daemon.process.pid, signal.SIGSTOP)
+        try:
+            cgroups = support.container_cgroups(self.daemon)
+            self.daemon.release("f", "late")
+            wait_until(lambda: not any(map(os.path.exists, cgroups)), "its cgroups are gone")
+        finally:
+            os.kill(self.daemon.process.pid, signal.SIGCONT)
+        self.assertIn(b"the handler ran out of memory", client.recv(65536))
+        self.assertRegex(self.last_line(), "^outcome=out-of-memory .* status=502 reason=")
+
+    def test_killed_for_something_else(self):
+        """By root, while another of its function's has run out."""
+        client = self.connect()
+        client.sendall(b"GET /hang HTTP/1.1\r\n\r\n")
+        wait_until(lambda: self.daemon.info("f")["running"] == 1, "it is handed over")
+        for path in support.container_cgroups(self.daemon)[:1]:
+            for pid in (Path(path) / "cgroup.procs").read_text().split():
+                os.kill(int(pid), signal.SIGKILL)
+        self.assertIn(b"was killed by SIGKILL (out of memory?)", client.recv(65536))
+        self.assertRegex(self.last_line(), "^outcome=no-answer .* exit=137")
+
+    def test_of_a_child_after_a_restart(self):
+        client = self.connect()
+        client.sendall(f"GET /memory-of-child?restarted:{256 << 20} HTTP/1.1\r\n\r\n".encode())
+        wait_until(lambda: self.daemon.info("f")["running"] == 1, "it is handed over")
+        self.daemon.kill()
+        self.daemon.start()
+        self.assertEqual(self.daemon.info("f")["running"], 1)
+        self.daemon.release("f", "restarted")
+        self.assertIn(b"the handler ran out of memory", client.recv(65536))
+
+    def test_before_it_is_ready(self):
+        source = "import os, time\nif os.fork() == 0:\n    bytearray(256 << 20)\nos.wait()\ntime.sleep(3600)\n"
+        result = self.daemon.faas("new", "g", "--memory", "64m", "--start-timeout", "3", check=False,
+                                  stdin=support.handler_image(source))
+        self.assertIn("the handler ran out of memory before it connected", result.stderr)
+
     def test_after_half_an_answer(self):
         client = self.connect()
         client.sendall(f"GET /half-and-memory?{256 << 20} HTTP/1.1\r\n\r\n".encode())
@@ -393,6 +437,8 @@ class OutOfMemory(InvocationCase):
 
 class Load(InvocationCase):
     """Many connections, and beside them one that stays open all the time (--timeout 0)."""
+
+    options = ("--queue-timeout", "10m")        # the machine may be busy
 
     @classmethod
     def setUpClass(cls):
@@ -421,8 +467,8 @@ class Load(InvocationCase):
     def test_burst_of_64_waits_in_order_and_loses_none(self):
         with ThreadPoolExecutor(64) as pool:
             answers = list(pool.map(lambda _: self.exchange("/id"), range(64)))
+        self.assertEqual({answer.partition(b"\r\n")[0] for answer in answers}, {b"HTTP/1.1 200 OK"})
         self.assertEqual(len({answer.partition(b"\r\n\r\n")[2] for answer in answers}), 64)
-        self.assertTrue(all(answer.startswith(b"HTTP/1.1 200 OK") for answer in answers))
 
     def test_starts_in_flight_are_at_most_the_cpus(self):
         """Count runc processes whose handler is not there yet, while more clients wait than there are CPUs.

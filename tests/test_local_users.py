@@ -171,7 +171,7 @@ elif command == "/silent":""")
         evil = {f"evil/{name}": (trap / name).read_bytes() for name in ("config.json", "output", "cgroup.procs")}
         image = support.docker_archive(
             [support.python_layer(), support.layer({"handler.py": source, "x": sleeper(), **evil})],
-            {"Entrypoint": [*support.python_layer.entrypoint, "/handler.py"], "Env": ["LABEL=1"]})
+            {"Entrypoint": [support.PYTHON, "/handler.py"], "Env": ["LABEL=1"]})
         daemon = self.start()
         address = daemon.deploy("f", image)
         other = daemon.deploy("good", support.handler_image(HANDLER))
@@ -294,7 +294,7 @@ libc = ctypes.CDLL(None, use_errno=True)
 uffd = libc.syscall({UFFD_USERFAULTFD}, 0)
 fcntl.ioctl(uffd, {UFFDIO_API}, struct.pack("QQQ", 0xAA, 0, 0))
 fields = open("/proc/self/stat").read().rpartition(")")[2].split()
-page = int(fields[45]) & -{PAGE}                        # arg_start
+page = int(fields[45]) + {PAGE - 1} & -{PAGE}           # the first whole one from arg_start on
 fcntl.ioctl(uffd, {UFFDIO_REGISTER}, struct.pack("QQQQ", page, {PAGE}, 1, 0))
 libc.setresuid(65534, 65534, 65534)
 print(flush=True)
@@ -323,8 +323,7 @@ while True:
         address = self.deploy(daemon)
         client = self.client(address, "/silent?go")
         self.handed_over(daemon, 1)
-        name = client.socket.getsockname()
-        held = wait_until(lambda: self.socket_of(daemon, name), "the handler has taken it")
+        held = wait_until(lambda: support.client_socket(daemon, client.socket), "the handler has taken it")
         self.leave(daemon)
         fcntl.ioctl(self.uffd, UFFDIO_API, struct.pack("QQQ", 0xAA, 0, 0))
         self.libc.mmap.restype = ctypes.c_void_p
@@ -352,8 +351,7 @@ while True:
         address = self.deploy(daemon)
         client = self.client(address, "/silent?go")
         self.handed_over(daemon, 1)
-        name = client.socket.getsockname()
-        held = wait_until(lambda: self.socket_of(daemon, name), "the handler has taken it")
+        held = wait_until(lambda: support.client_socket(daemon, client.socket), "the handler has taken it")
         with select.epoll() as poll:
             poll.register(held, select.EPOLLOUT)
             os.close(held)
@@ -413,21 +411,6 @@ while True:
     @staticmethod
     def wait_for_fault() -> None:
         wait_until(lambda: "userfault" in Waits.waits(), "it holds the lock")
-
-    @staticmethod
-    def socket_of(daemon: support.Daemon, peer: tuple[str, int]) -> int:
-        """Return a duplicate of the socket that a container has of a client."""
-        pids = {int(pid) for path in support.container_cgroups(daemon)
-                for pid in (Path(path) / "cgroup.procs").read_text().split()}
-        for pid in pids:
-            for number in os.listdir(f"/proc/{pid}/fd"):
-                if not os.readlink(f"/proc/{pid}/fd/{number}").startswith("socket:"):
-                    continue
-                with faasd.opened_process(pid) as pidfd, \
-                        socket.socket(fileno=faasd.duplicate_descriptor(pidfd, int(number))) as candidate:
-                    if candidate.family == socket.AF_INET and candidate.getpeername() == peer:
-                        return candidate.detach()
-        return 0
 
 
 class Names(LocalUserCase):
@@ -518,6 +501,16 @@ class Files(LocalUserCase):
     def check_can_open(path: Path) -> None:
         if subprocess.run([*AS_NOBODY, "cat", path], capture_output=True, check=False).returncode:
             raise PermissionError(path)
+
+    def test_lock_of_a_faasd_before_this_one_that_runs(self):
+        for name in ("run", "state"):
+            daemon = support.Daemon()
+            self.addCleanup(shutil.rmtree, daemon.directory, ignore_errors=True)
+            (daemon.directory / name).mkdir(mode=0o711)
+            with self.subTest(name), open(daemon.directory / name / "faasd.lock", "w") as lock:
+                os.chmod(lock.name, 0o644)
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                self.assertIn("faasd is already running on", self.refused(daemon).stderr)
 
     def test_lock_that_a_user_has_open(self):
         """Of a faasd before this one: to take its mode away would not take away the lock."""

@@ -12,6 +12,7 @@ import re
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import unittest
@@ -165,6 +166,46 @@ class DoneWithout(MachineCase):
         out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         self.assertEqual(len(re.findall("ptrace_scope is 3", out)), 1)
 
+    def test_sockets_of_others_that_cannot_be_had(self):
+        """As with ptrace_scope 3, or in a container of another: what serves clients goes on all the same."""
+        forbid = """import ctypes, os, struct, sys
+rules = [(0x20, 0, 0, 0), (0x15, 0, 1, 438), (6, 0, 0, 0x50001), (6, 0, 0, 0x7fff0000)]      # pidfd_getfd: EPERM
+code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *rule) for rule in rules))
+program = ctypes.create_string_buffer(struct.pack("HP", len(rules), ctypes.addressof(code)))
+if ctypes.CDLL(None, use_errno=True).prctl(22, 2, program, 0, 0):
+    sys.exit("prctl: " + os.strerror(ctypes.get_errno()))
+os.execv(sys.argv[1], sys.argv[1:])"""
+        daemon = self.started(wrapper=(sys.executable, "-c", forbid))
+        address = daemon.deploy("f")
+        with socket.create_connection((address, 80), READY_SECONDS) as client:
+            client.sendall(b"GET /stream?done:1000 HTTP/1.1\r\n\r\n")
+            wait_until(lambda: daemon.info("f")["running"] == 1, "it is handed over")
+            daemon.kill()
+            daemon.start()
+            self.assertEqual(daemon.info("f")["running"], 1)
+            daemon.release("f", "done")
+            self.assertIn(b"200 OK", client.recv(65536))
+        daemon.wait_idle("f")
+
+    def test_runtime_that_has_something_to_say(self):
+        daemon = support.Daemon()
+        self.script(daemon, "echo a word of warning >&2")
+        daemon.start()
+        self.addCleanup(daemon.close)
+        self.assertEqual(get(daemon.deploy("f", support.small_image()))[0], 200)
+
+    def test_without_stderr(self):
+        daemon = support.Daemon(wrapper=("sh", "-c", 'exec "$@" 2>&-', "sh"))
+        with open(os.devnull, "wb") as nowhere:
+            process = subprocess.Popen(daemon.command(), stderr=nowhere)
+        try:
+            wait_until(lambda: daemon.socket.exists() and daemon.api("GET", "/healthz")[0] == 200, "it is there")
+            self.assertEqual((daemon.run_dir / "faasd.lock").read_bytes(), b"")
+        finally:
+            process.terminate()
+            self.assertEqual(process.wait(READY_SECONDS), 0)
+            shutil.rmtree(daemon.directory)
+
     def test_path_without_sbin(self):
         daemon = self.started(env={"PATH": "/nowhere"})
         self.assertEqual(get(daemon.deploy("f", support.small_image()))[0], 200)
@@ -234,6 +275,12 @@ class Told(MachineCase):
         status, answer = self.deploy(daemon, support.small_image())
         self.assertEqual(status, 500)
         self.assertIn("cannot start a container on this machine", answer["error"])
+        broken.unlink()                         # and what has passed costs nothing afterwards
+        joined = daemon.directory / "joined"
+        self.script(daemon, f"case \"$*\" in *' run '*) grep -q '\"user\", \"path\"' \"${{4%/*}}/config.json\" && "
+                            f"touch {joined};; esac")
+        self.assertEqual(self.deploy(daemon, support.small_image())[0], 201)
+        self.assertTrue(joined.exists(), "it joins no user namespace any more")
 
     def test_in_an_invocation_and_in_the_log(self):
         daemon = self.started()
@@ -274,7 +321,9 @@ class Inherited(MachineCase):
         inherited = sum(1 << number - 1 for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGCHLD))
         for field in ("SigBlk", "SigIgn"):
             self.assertEqual(int(re.search(rf"{field}:\t(\w+)", status)[1], 16) & inherited, 0, field)
-        self.assertEqual(os.sched_getaffinity(pid), set(range(os.cpu_count())))
+        online = Path("/sys/devices/system/cpu/online").read_text()
+        self.assertEqual(os.sched_getaffinity(pid), {number for first, last in re.findall(r"(\d+)(?:-(\d+))?", online)
+                                                     for number in range(int(first), int(last or first) + 1)})
         self.assertEqual(os.getpriority(os.PRIO_PROCESS, pid), 0)
         self.assertEqual(Path(f"/proc/{pid}/oom_score_adj").read_text(), "300\n")
         # And a SIGTERM ends the daemon, as the end of this test shows.

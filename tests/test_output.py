@@ -1,15 +1,12 @@
 """What handlers print and what the daemon logs: it may be without end, unread, or stuck, and nobody waits for it."""
 
-import contextlib
 import os
 import re
 import signal
 import socket
 import struct
 import subprocess
-import sys
 import unittest
-from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import gate
@@ -34,30 +31,6 @@ with socket.socket(fileno=descriptors[0]) as client:
 control.sendall(b"R")
 time.sleep(3600)
 """
-
-# Holds the lock of a pipe for as long as it lives, as a handler can for long: the kernel takes the lock and then waits
-# for a page of what is to be written, here for one that never comes (userfaultfd(2)).
-HOLDER = """
-import ctypes, fcntl, mmap, os, select, struct, sys, threading
-USERFAULTFD, UFFDIO_API, UFFDIO_REGISTER = {"x86_64": 323, "aarch64": 282}[os.uname().machine], 0xC018AA3F, 0xC020AA00
-libc = ctypes.CDLL(None, use_errno=True)
-fault = libc.syscall(USERFAULTFD, os.O_CLOEXEC)
-if fault < 0:
-    sys.exit(f"userfaultfd: {os.strerror(ctypes.get_errno())}")
-fcntl.ioctl(fault, UFFDIO_API, struct.pack("QQQ", 0xAA, 0, 0))
-memory = mmap.mmap(-1, mmap.PAGESIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
-fcntl.ioctl(fault, UFFDIO_REGISTER, struct.pack("QQQQ", address, mmap.PAGESIZE, 1, 0))
-pipe = os.open(sys.argv[1], os.O_WRONLY)
-os.write(pipe, b"printed\\n")
-threading.Thread(target=libc.write, args=(pipe, ctypes.c_void_p(address), ctypes.c_size_t(1)), daemon=True).start()
-poll = select.poll()
-poll.register(fault)
-poll.poll()
-print("held", flush=True)
-threading.Event().wait()
-"""
-
 
 # Sends an end of a pipe of its own on its control connection, and keeps the other.
 SENDER = """
@@ -109,21 +82,6 @@ class Handlers(OutputCase):
         container, = set(support.list_containers(daemon)) - others
         return client, container
 
-    @contextlib.contextmanager
-    def held(self, pipe: Path, cgroups: Collection[str] = ()) -> Iterator[subprocess.Popen]:
-        """Have somebody in cgroups print a line, and hold the lock of a pipe."""
-        holder = subprocess.Popen([sys.executable, "-c", HOLDER, pipe], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                                  text=True)
-        try:
-            if not holder.stdout.readline():
-                self.skipTest(holder.stderr.read().strip().splitlines()[-1])
-            for cgroup in cgroups:
-                Path(cgroup, "cgroup.procs").write_text(str(holder.pid))
-            yield holder
-        finally:
-            holder.kill()
-            holder.communicate()
-
     @staticmethod
     def output(daemon: support.Daemon, container: str) -> Path:
         return daemon.run_dir / "containers" / container / "output"
@@ -134,7 +92,7 @@ class Handlers(OutputCase):
         client, container = self.working(daemon)
         daemon.process.send_signal(signal.SIGSTOP)      # so that it reads while the lock is held
         try:
-            with self.held(self.output(daemon, container)):
+            with support.lock_held(self.output(daemon, container)):
                 daemon.process.send_signal(signal.SIGCONT)
                 self.assertEqual(get(other), (200, "1"))
                 client.sendall(b"still here?")
@@ -151,7 +109,7 @@ class Handlers(OutputCase):
         honest, _ = self.working(daemon, "honest")
         hostile, container = self.working(daemon)
         daemon.kill()
-        with self.held(self.output(daemon, container)):
+        with support.lock_held(self.output(daemon, container)):
             daemon.start()
             self.assertEqual(get(address), (200, "1"))
             honest.sendall(b"still here?")
@@ -168,7 +126,7 @@ class Handlers(OutputCase):
         killed = daemon.process
         killed.send_signal(signal.SIGSTOP)              # so that it reads while the lock is held
         try:
-            with self.held(self.output(daemon, container), cgroups):
+            with support.lock_held(self.output(daemon, container), cgroups):
                 killed.send_signal(signal.SIGCONT)
                 threads = Path(f"/proc/{killed.pid}/task")
                 wait_until(lambda: any("pipe" in (path / "wchan").read_text() for path in threads.iterdir()), "it waits")
@@ -188,7 +146,7 @@ class Handlers(OutputCase):
         cgroups = [path for path in support.container_cgroups(daemon) if path.endswith(container)]
         daemon.process.send_signal(signal.SIGSTOP)
         try:
-            with self.held(self.output(daemon, container), cgroups):
+            with support.lock_held(self.output(daemon, container), cgroups):
                 daemon.process.send_signal(signal.SIGHUP)
                 daemon.process.send_signal(signal.SIGCONT)
                 self.assertEqual(daemon.process.wait(support.READY_SECONDS), 0)
@@ -206,7 +164,7 @@ class Handlers(OutputCase):
         pids = {pid for path in support.container_cgroups(daemon) if path.endswith(container)
                 for pid in Path(path, "cgroup.procs").read_text().split()}
         pipes = [path for pid in pids for path in Path(f"/proc/{pid}/fd").iterdir() if "pipe:" in os.readlink(path)]
-        with self.held(pipes[0]):
+        with support.lock_held(pipes[0]):
             client.sendall(b"go")
             self.assertEqual(client.recv(65536), b"sent")
             self.assertEqual(get(other), (200, "1"))

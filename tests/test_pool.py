@@ -134,10 +134,10 @@ class WarmInTime(PoolCase):
 
         def ask() -> set[int]:
             statuses = set()
-            while not enough.is_set():          # while it goes on: where starts take long, it asks for few afterwards
+            while not enough.wait(0.1):         # with a pause: a machine that only just keeps up has none to spare
                 statuses.add(get(address)[0])
             return statuses
-        with ThreadPoolExecutor(1) as pool:     # one, for several would take them all
+        with ThreadPoolExecutor(1) as pool:
             asked = pool.submit(ask)
             try:
                 wait_until(lambda: self.daemon.info("f")["warm"] > 1, "more than one is warm")

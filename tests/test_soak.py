@@ -114,7 +114,7 @@ class Soak(unittest.TestCase):
         self.run_for(SOAK_SECONDS * 2 / 3)
         later, more = self.measure()
         self.assertFalse(self.unexpected, "\n".join(self.unexpected[:20]))
-        self.assertGreater(self.seen["200"], 100)
+        self.assertGreater(self.seen["200"], 20)           # so that it was a load at all; how fast is bench/'s
         idle = sum(self.daemon.info(name)["warm"] for name in ("fresh", "reused", "cold"))
         self.assertLess(later, descriptors + 4 * idle + 8)      # a warm container has four or less
         self.assertLess(more, memory + (8 << 20))

@@ -208,6 +208,11 @@ class Spec(unittest.TestCase):
         self.assertEqual(process["env"], ["PATH=/bin", "A=1", "FAAS_FUNCTION=name", "FAAS_VERSION=0123456789ab",
                                           "FAAS_CONTAINER_ID=ID"])
 
+    def test_operator_s_protection_is_not_the_handler_s(self):
+        for ours, theirs in (("-900\n", 0), ("300\n", 300), ("", 0)):
+            with self.subTest(ours), mock.patch.object(faasd, "read_text", return_value=ours):
+                self.assertEqual(self.spec()["process"]["oomScoreAdj"], theirs)
+
     def test_safe_by_default(self):
         spec = self.spec()
         self.assertTrue(spec["root"]["readonly"])

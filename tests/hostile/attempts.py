@@ -32,7 +32,7 @@ NUMBERS = {
     "move_mount": 429, "fsopen": 430, "fsconfig": 431, "fsmount": 432, "fspick": 433, "mount_setattr": 442,
     "clone": (56, 220), "clone3": 435, "unshare": (272, 97), "setns": (308, 268),
     "ptrace": (101, 117), "process_vm_readv": (310, 270), "process_vm_writev": (311, 271), "pidfd_getfd": 438,
-    "kcmp": (312, 272), "process_madvise": 440,
+    "kcmp": (312, 272), "seccomp": (317, 277), "process_madvise": 440,
     "add_key": (248, 217), "request_key": (249, 218), "keyctl": (250, 219),
     "bpf": (321, 280), "perf_event_open": (298, 241), "io_uring_setup": 425, "userfaultfd": (323, 282),
     "fanotify_init": (300, 262), "io_setup": (206, 0),
@@ -159,6 +159,7 @@ def clone(flags: int) -> None:
         os._exit(0)
 
 
+attempt("ENOSYS", FILTER, "seccomp")(lambda: syscall("seccomp", 1, 0, 0))
 attempt("ENOSYS", FILTER, "io_setup")(lambda: syscall("io_setup", 1, 0))
 # What is newer than the filter is not there, rather than forbidden: programs then find another way.
 for call in ("landlock_create_ruleset", "cachestat", "map_shadow_stack", "mseal", "listmount", "no such call"):
