@@ -40,7 +40,8 @@ RUN_DIRS: set[Path] = set()                             # of all daemons of this
 HANDLER = Path(__file__).with_name("handler.py")
 RUNTIME = os.environ.get("FAASD_TEST_RUNTIME", "runc")     # the --runtime of every daemon that does not ask for another
 # For anything that must happen at all; no test is about how fast. A machine that is emulated takes ten times as long.
-READY_SECONDS = 30 * int(os.environ.get("FAASD_TEST_PATIENCE", "1"))
+PATIENCE = int(os.environ.get("FAASD_TEST_PATIENCE", "1"))
+READY_SECONDS = 30 * PATIENCE
 
 
 # A network namespace that nobody has set up has no routes; this machine's own has some.
@@ -240,6 +241,8 @@ class Daemon:
         """
         if arguments[0] == "new" and "--warm" not in arguments:
             arguments = (*arguments[:2], "--warm", "0", *arguments[2:])
+        if arguments[0] == "new" and "--start-timeout" not in arguments and PATIENCE > 1:
+            arguments = (*arguments[:2], "--start-timeout", str(10 * PATIENCE), *arguments[2:])
         result = subprocess.run([sys.executable, TOP / "faas", "--socket", self.socket, *arguments],
                                 input=stdin, stdin=subprocess.DEVNULL if stdin is None else None,
                                 capture_output=True, check=False)
