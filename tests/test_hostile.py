@@ -39,8 +39,8 @@ ETH_P_ALL = 3               # linux/if_ether.h
 MEMORY = 32 << 20           # bytes by which the daemon may have grown over all of it
 # What ordinary.py imports beyond the handlers of other tests, and what that imports once it is used.
 MODULES = ("asyncio", "multiprocessing.connection", "multiprocessing.heap", "multiprocessing.pool",
-           "multiprocessing.popen_fork", "multiprocessing.resource_tracker", "multiprocessing.shared_memory",
-           "multiprocessing.synchronize", "platform", "sqlite3", "dataclasses")
+           "multiprocessing.popen_fork", "multiprocessing.queues", "multiprocessing.resource_tracker",
+           "multiprocessing.shared_memory", "multiprocessing.synchronize", "platform", "sqlite3", "dataclasses")
 NODES = {"memory": (1, 1, tarfile.CHRTYPE), "kmsg": (1, 11, tarfile.CHRTYPE), "disk": (8, 0, tarfile.BLKTYPE),
          "fuse": (10, 229, tarfile.CHRTYPE), "tun": (10, 200, tarfile.CHRTYPE), "null": (1, 3, tarfile.CHRTYPE),
          "zero": (1, 5, tarfile.CHRTYPE), "full": (1, 7, tarfile.CHRTYPE), "random": (1, 8, tarfile.CHRTYPE),
