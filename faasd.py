@@ -4357,15 +4357,20 @@ class Container:
     @property
     def may_have_run_out_of_memory(self) -> bool:
         """Whether it, or a container of its function, has run out of memory since it was started."""
-        return self._memory_told or self._host.cgroups.memory_kills(posixpath.dirname(self.cgroup)) > self._killed_before
+        return self._memory_told or self._counted_kills
+
+    @property
+    def _counted_kills(self) -> bool:
+        """Whether the kernel has killed a process of its function for that; only v2 knows of containers that are gone."""
+        return self._host.cgroups.memory_kills(posixpath.dirname(self.cgroup)) > self._killed_before
 
     # -- end --
 
     def _on_exit(self) -> None:
         status = None if self._bundle is None else os.waitstatus_to_exitcode(os.waitpid(self._pid, 0)[1])
         # Nobody but us and the kernel sends SIGKILL to the first process of a container, and its cgroup may be gone.
-        killed = status == 128 + signal.SIGKILL and not self.killed
-        self.out_of_memory = self.look_for_memory() or killed and self.may_have_run_out_of_memory
+        killed = self._counted_kills if status is None else status == 128 + signal.SIGKILL and self.may_have_run_out_of_memory
+        self.out_of_memory = self.look_for_memory() or killed and not self.killed
         self._unwatch()
         self._exited.set_result(status)
         if self._control is not None:

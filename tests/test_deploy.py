@@ -96,7 +96,7 @@ def start(count):
         """Its cgroup may be gone before we can look."""
         source = self.THREADS.replace("WAIT", "0") + "start(130)\n"
         first, *rest = self.refuse("new", "f", "--pids", "64", stdin=support.handler_image(source))
-        self.assertRegex(first, r"exited with status 1 (after it had hit --pids|\(did it hit --pids\?\)) before it")
+        self.assertRegex(first, r"exited with status 1 (after it had hit --pids|\(did it hit --pids\?\)) before it", rest)
 
     def test_a_handler_that_is_refused_threads(self):
         source = self.THREADS.replace("WAIT", "2") + support.HANDLER.read_text().replace("def respond(", "def respond(*_):\n    start(130)\n\n"

@@ -652,6 +652,9 @@ class Systemd:
             stdin=subprocess.DEVNULL, stdout=self._log, stderr=subprocess.STDOUT, preexec_fn=self._enter_cgroups)
         children = Path(f"/proc/{self._process.pid}/task/{self._process.pid}/children")
         self.pid = int(wait_until(lambda: children.read_text().split(), "systemd's process is there")[0])
+        for mount, kind in faasd.read_mounts():         # v2: no process may be beside what has controllers (cgroups(7))
+            if kind == "cgroup2":
+                Path(mount, "cgroup.procs").write_text(str(self._process.pid))
         root = Path(f"/proc/{self.pid}/root")
         self.daemon.socket = root / "run/faasd/faasd.sock"
         self.daemon.run_dir, self.daemon.state_dir = root / "run/faasd", root / "var/lib/faasd"
