@@ -62,7 +62,7 @@ from __future__ import annotations
 
 import sys
 
-# Where Python cannot read this file, before 3.8, its complaint shows the first line that it does not understand: this one.
+# Before 3.8 Python cannot read this file. Its complaint shows the first line that it does not understand: this one.
 if (needs_python_3_11_or_newer := sys.version_info) < (3, 11):
     print("faasd: needs Python 3.11 or newer, and this is", sys.version.split()[0], file=sys.stderr)
     sys.exit(2)
@@ -218,8 +218,8 @@ TCP_FIN_STATES = (4, 9, 11)          # FIN_WAIT1, LAST_ACK, CLOSING: we have clo
 SO_ATTACH_FILTER, SO_LOCK_FILTER = 26, 44   # socket(7); the numbers are those of include/uapi/asm-generic/socket.h
 SO_ATTACH = (SO_ATTACH_FILTER, 50, 51, 52)      # SO_ATTACH_BPF, SO_ATTACH_REUSEPORT_CBPF, SO_ATTACH_REUSEPORT_EBPF
 SO_BIND_TO = (25, 62)               # SO_BINDTODEVICE, SO_BINDTOIFINDEX
-IP_ELSEWHERE = (4, 39, 42, 46)      # IP_OPTIONS, IP_ADD_SOURCE_MEMBERSHIP, MCAST_JOIN_GROUP, MCAST_JOIN_SOURCE_GROUP: those
-                                    # that a TCP socket may set as well (linux/in.h)
+IP_ELSEWHERE = (4, 39, 42, 46)      # IP_OPTIONS, IP_ADD_SOURCE_MEMBERSHIP, MCAST_JOIN_GROUP, MCAST_JOIN_SOURCE_GROUP:
+                                    # those that a TCP socket may set as well (linux/in.h)
 PR_SET_SECCOMP, PR_SET_VMA, PR_SET_PTRACER = 22, 0x53564D41, 0x59616D61     # prctl(2)
 BPF_LOAD_WORD, BPF_LOAD_HALF, BPF_JUMP_EQUAL, BPF_RETURN = 0x20, 0x28, 0x15, 0x06      # linux/bpf_common.h
 BPF_IP_HEADER = 0xFFF0_0000          # SKF_NET_OFF (linux/filter.h): what is loaded from here on is in the IP header
@@ -242,15 +242,15 @@ MAX_LINE = 8 * KIB                  # a longer line of a handler is cut into sev
 MAX_OUTPUT = MIB                    # bytes of log kept of one container's output; the rest is read and dropped
 LINE_OVERHEAD = 48                  # bytes that the log adds to each line
 OUTPUT_CHUNK = 4 * KIB              # bytes of output read at a time
-LOG_DELAY = 0.02                    # seconds in which output gathers before it is read, and lines before they are written
+LOG_DELAY = 0.02                    # seconds in which output gathers before it is read, and lines before writing
 MAX_UNWRITTEN_LINES = 100_000       # of all functions' logs
 MAX_UNWRITTEN_MESSAGES = 10_000     # of our own log, on their way to stderr
 FLUSH_SECONDS = 5.0                 # for those on their way when they are wanted, or when we end
 TAIL_LINES = 20                     # lines of output shown when a deploy fails
 
 # Metrics.
-OUTCOMES = ("answered", "closed", "no-answer", "out-of-memory", "timeout", "start-failed", "queue-full", "queue-timeout",
-            "abandoned", "stopped")
+OUTCOMES = ("answered", "closed", "no-answer", "out-of-memory", "timeout", "start-failed", "queue-full",
+            "queue-timeout", "abandoned", "stopped")
 BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)   # seconds
 RECENT_SAMPLES = 1000               # of which percentiles are made
 LAG_PROBE_SECONDS = 0.1
@@ -2222,8 +2222,9 @@ CLONE_NAMESPACES = 0x7E02_0000          # CLONE_NEWNS, NEWCGROUP, NEWUTS, NEWIPC
 SECCOMP_ARCHITECTURES = {"x86_64": "SCMP_ARCH_X86_64", "aarch64": "SCMP_ARCH_AARCH64", "riscv64": "SCMP_ARCH_RISCV64"}
 
 
-# What programs ask for and take a no for, EPERM; what is in neither list does not exist, ENOSYS. So programs find another
-# way than a call that is newer than this list, and do not take a mount that is forbidden for a kernel that has none.
+# What programs ask for and take a no for, EPERM; what is in neither list does not exist, ENOSYS. So programs find
+# another way than a call that is newer than this list, and do not take a mount that is forbidden for a kernel that
+# has none.
 REFUSED_CALLS = """
     acct add_key adjtimex bpf chroot clock_adjtime clock_adjtime64 clock_settime clock_settime64 delete_module
     fanotify_init finit_module fsconfig fsmount fsopen fspick init_module io_uring_enter io_uring_register
@@ -2444,7 +2445,7 @@ def build_spec(name: str, image: dict, options: Options, rootfs: str, control_so
         "process": {
             "terminal": False, "cwd": process["cwd"], "args": command_line(process, options), "env": env,
             "user": {"uid": process["uid"], "gid": process["gid"], "additionalGids": process["groups"]},
-            # Not what an operator gave us to protect us from the OOM killer; to lower what is higher takes a capability.
+            # Not what an operator gave us against the OOM killer; to lower what is higher takes a capability.
             "oomScoreAdj": max(0, int(read_text(Path("/proc/self/oom_score_adj")) or 0)),
             "noNewPrivileges": True, **({"apparmorProfile": apparmor} if apparmor else {}),
             **({"rlimits": [{"type": "RLIMIT_NOFILE", "soft": soft, "hard": hard}]} if can_set_limits() else {}),
@@ -2485,8 +2486,8 @@ def check_sizes(process: dict, total: int) -> None:
             raise BadRequest(f"{what} has {len(text.encode())} bytes: one may have at most {MAX_ARGUMENT - 1}")
     if total > MAX_CONFIG_SIZE:
         env, args = (sum(len(text.encode()) + 1 for text in process[key]) for key in ("env", "args"))
-        raise BadRequest(f"the environment of {env} bytes and the command of {args} make a config.json of {total} bytes, "
-                         f"over {MAX_CONFIG_SIZE} (MAX_CONFIG_SIZE): put what is large into a file of the image")
+        raise BadRequest(f"the environment of {env} bytes and the command of {args} make a config.json of {total} "
+                         f"bytes, over {MAX_CONFIG_SIZE} (MAX_CONFIG_SIZE): put what is large into a file of the image")
 
 
 class Bundle:
@@ -2521,8 +2522,8 @@ LIMIT_FILES = ("memory.limit_in_bytes", "memory.memsw.limit_in_bytes", "memory.m
                "cpu.cfs_quota_us", "cpu.cfs_period_us", "cpu.max", "pids.max", "devices.list")
 
 
-# What is said of a pid whose process was reaped; EINVAL by pidfd_open of older kernels, such as 6.1, where the pid is still
-# that of a process group or a session.
+# What is said of a pid whose process was reaped; EINVAL by pidfd_open of older kernels, such as 6.1, where the pid is
+# still that of a process group or a session.
 PROCESS_GONE = {errno.ESRCH, errno.ENOENT, errno.EINVAL}
 
 
@@ -2562,7 +2563,7 @@ class Cgroups:
         litter = Path("/sys/fs/cgroup/unified")
         self._litter = litter if version_1 and litter not in self._hierarchies else None
         version_2 = [h for h in self._hierarchies if "memory" in read_text(h / "cgroup.controllers").split()]
-        self._memory = version_2 or [path.parent for path in version_1]         # the hierarchy with the memory controller
+        self._memory = version_2 or [path.parent for path in version_1]         # that with the memory controller
         self.kills_whole = bool(version_2)      # the kernel can be told to, of a container that runs out of memory
 
     def group(self, function: str) -> str:
@@ -2698,8 +2699,8 @@ class Cgroups:
     def reclaim(self, group: str) -> None:
         """Have the kernel drop what is cached for containers of a cgroup, also for those that are gone.
 
-        Blocks. Raises OSError. In a child that can be killed: on v1 the kernel goes on for as long as a container reads as fast. On v2 it takes
-        the bytes to drop, since Linux 5.19, and drops as many as it can.
+        In a child that can be killed: on v1 the kernel goes on for as long as a container reads as fast. On v2 it takes
+        the bytes to drop, since Linux 5.19, and drops as many as it can. Blocks. Raises OSError.
         """
         directory = f"{self._memory[0]}{group}"
         file, value = (("memory.reclaim", Path(f"{directory}/memory.current").read_bytes()) if self.kills_whole else
@@ -2760,7 +2761,7 @@ def read_mounts() -> list[tuple[str, str]]:
 
 
 def run_command(what: str, *argv: str, stdin: str = "") -> str:
-    """Run a short-lived tool to its end and return what it prints. Raises FaasdError, which says what cannot be done."""
+    """Run a short-lived tool to its end and return what it prints. Raises FaasdError, which says what failed."""
     try:
         result = subprocess.run(argv, input=stdin, capture_output=True, text=True, errors="replace",
                                 timeout=COMMAND_TIMEOUT, check=False)
@@ -2810,7 +2811,8 @@ class Runtime:
 
     def version(self) -> str:
         """Return the first line of `runc --version`. Raises FaasdError if it does not run."""
-        return (run_command(f"{self.program} --version failed", self.program, "--version").splitlines() or ["unknown"])[0]
+        printed = run_command(f"{self.program} --version failed", self.program, "--version")
+        return (printed.splitlines() or ["unknown"])[0]
 
     def run_argv(self, bundle: str, container_id: str) -> list[str]:
         """Return the command that runs a container.
@@ -2826,7 +2828,7 @@ class Runtime:
         """Start `runc run` with stdout and stderr on the descriptor output; return its pid. Raises OSError.
 
         posix_spawn takes half the time of subprocess.Popen, and the loop stands still for it. A session of its own:
-        a Ctrl-C on our terminal is not for handlers. Python ignores SIGPIPE, nohup SIGHUP: no program expects to inherit that.
+        a Ctrl-C on our terminal is not for handlers. Python ignores SIGPIPE, nohup SIGHUP: no program expects that.
         """
         return os.posix_spawn(
             self.program, self.run_argv(bundle, container_id), {"PATH": DEFAULT_PATH}, setsid=True,
@@ -2956,8 +2958,8 @@ def ip_json(*arguments: str) -> list[dict]:
     try:
         return json.loads(run_command("cannot look at addresses", "ip", "-j", "-4", *arguments) or "[]")
     except (FaasdError, ValueError) as error:
-        if isinstance(error, FaasdError) and not re.search("option|busybox", str(error), re.IGNORECASE):        # it is busy, not another ip
-            raise
+        if isinstance(error, FaasdError) and not re.search("option|busybox", str(error), re.IGNORECASE):
+            raise                       # it is the right one, and failed
         raise UsageError(f"faasd needs the ip of iproute2, not BusyBox's: apt install iproute2 ({error})") from error
 
 
@@ -3024,10 +3026,11 @@ class Network:
         self._claim = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         self._claim.bind(b"\0" + name)
         self._claim.listen()            # before looking for others: of two that start together, one sees the other
-        claims = re.findall(rb"@(faasd/([0-9./]{1,18})/[0-9a-f]{16})$", Path("/proc/net/unix").read_bytes(), re.MULTILINE)
+        sockets = Path("/proc/net/unix").read_bytes()
+        claims = re.findall(rb"@(faasd/([0-9./]{1,18})/[0-9a-f]{16})$", sockets, re.MULTILINE)
         if len(claims) > MAX_CLAIMS:
-            log.warning("%d sockets look like another faasd's, too many to ask who listens: if there is another on %s, it "
-                        "may stay unseen", len(claims), self.subnet)
+            log.warning("%d sockets look like another faasd's, too many to ask who listens: if there is another on %s, "
+                        "it may stay unseen", len(claims), self.subnet)
         for other, subnet in claims[:MAX_CLAIMS]:
             with contextlib.suppress(ValueError):
                 theirs = ipaddress.IPv4Network(subnet.decode())
@@ -3720,7 +3723,7 @@ class EgressNetworks:
     def _delete_namespace(path: Path) -> None:
         """Take away what keeps a namespace; it ends with the last process in it, which has no link to anybody."""
         if (str(path), "nsfs") in read_mounts():
-            try_command(f"cannot unmount {path}", "umount", "--lazy", str(path))    # a runc that starts may have it open
+            try_command(f"cannot unmount {path}", "umount", "--lazy", str(path))    # a starting runc may have it open
         try:
             path.unlink(missing_ok=True)
         except OSError as error:
@@ -3832,7 +3835,7 @@ class Workers:
         self._results: collections.deque = collections.deque()
         self._told = False                      # the loop is about to deliver results
         self.pending: set[asyncio.Future] = set()
-        self._limits: dict[asyncio.Future, tuple[int, Callable[[], None]]] = {}         # a number of looks; oldest first
+        self._limits: dict[asyncio.Future, tuple[int, Callable[[], None]]] = {}         # in looks; the oldest first
         self._looks = 0
         self._threads = 0
         self._timer: asyncio.TimerHandle | None = None
@@ -3841,7 +3844,8 @@ class Workers:
     def run(self, function: Callable, *arguments, overdue: Callable[[], None] | None = None) -> asyncio.Future:
         """Call function in a thread; overdue, which should end the wait, if that takes longer than EXIT_GRACE.
 
-        That is counted in looks, which are made every STUCK_SECONDS: none while this process is stopped. The descriptors that it works on must stay open until it is done, whatever becomes of the future.
+        That is counted in looks, which are made every STUCK_SECONDS: none while this process is stopped. The
+        descriptors that it works on must stay open until it is done, whatever becomes of the future.
         """
         future = self.loop.create_future()
         self.pending.add(future)
@@ -4008,7 +4012,7 @@ class OutputReader:
     async def finish(self) -> None:
         """Take what is left in the pipe once the container is gone, and close it.
 
-        Even then somebody can hold the lock: another container of its network, to which it has sent the pipe's other end.
+        Even then somebody can hold the lock: another container of its network, to which it has sent the other end.
         """
         if self._reading is not None:           # perhaps from before the last was written
             await asyncio.wait([self._reading], timeout=EXIT_GRACE)
@@ -4034,7 +4038,7 @@ class OutputReader:
 
 # What a program may print that has been refused a process or thread, so that it is worth to ask the kernel.
 REFUSED_PROCESS = re.compile("thread|fork|clone|process|resource", re.IGNORECASE)
-REFUSED_THREAD = re.compile("start new thread|temporarily unavailable|cannot fork", re.IGNORECASE)      # enough by itself
+REFUSED_THREAD = re.compile("start new thread|temporarily unavailable|cannot fork", re.IGNORECASE)      # by itself
 MAX_LOOKS = 100                         # at a container's pids.events: what it prints is its own affair
 
 
@@ -4183,7 +4187,7 @@ class Container:
         A handler may exit and print as it likes, but not write to the runtime's log.
         """
         error = ""
-        with contextlib.suppress(OSError, ValueError, LookupError, TypeError):      # it did not get so far, was cut short
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError):      # it did not get so far
             with open(f"{self._directory}/runtime.log", encoding="utf-8", errors="replace") as file:
                 rest = file.read(MAX_RUNTIME_LOG).lstrip()
             while rest:
@@ -4315,8 +4319,8 @@ class Container:
     def _on_control(self) -> None:
         """Read what the handler says: one byte is READY, anything else is its end.
 
-        Before Linux 6.16 it can send descriptors. To take them from the queue closes them, which can wait for the lock of
-        its pipe, and so can closing the connection: that is done in a thread.
+        Before Linux 6.16 it can send descriptors. To take them from the queue closes them, which can wait for the lock
+        of its pipe, and so can closing the connection: that is done in a thread.
         """
         try:
             data, _, flags, _ = self._control.recvmsg(2, 0, socket.MSG_PEEK)
@@ -4335,8 +4339,8 @@ class Container:
     def _on_memory(self, looks: int = MEMORY_LOOKS) -> None:
         """One process is killed for want of memory: the others might wait for it for ever.
 
-        The event comes before the kernel has chosen a victim and counted it; also where a cgroup above has run out, whose
-        victim may be anybody's; and once more when the cgroup is removed.
+        The event comes before the kernel has chosen a victim and counted it; also where a cgroup above has run out,
+        whose victim may be anybody's; and once more when the cgroup is removed.
         """
         if self._memory < 0:                    # it has exited
             return
@@ -4346,7 +4350,7 @@ class Container:
             self._host.loop.call_later(KILL_RETRY, self._on_memory, looks - 1)
 
     def look_for_memory(self) -> bool:
-        """Return whether a process of the container was killed for want of memory. Not known once the cgroup is gone."""
+        """Return whether a process of the container was killed for want of memory, as far as its cgroup is there."""
         if self._memory >= 0:
             with contextlib.suppress(BlockingIOError):          # nothing new
                 events = os.eventfd_read(self._memory)
@@ -4361,7 +4365,7 @@ class Container:
 
     @property
     def _counted_kills(self) -> bool:
-        """Whether the kernel has killed a process of its function for that; only v2 knows of containers that are gone."""
+        """Whether the kernel has killed a process of its function for that. Only v2 knows it of those that are gone."""
         return self._host.cgroups.memory_kills(posixpath.dirname(self.cgroup)) > self._killed_before
 
     # -- end --
@@ -4369,8 +4373,9 @@ class Container:
     def _on_exit(self) -> None:
         status = None if self._bundle is None else os.waitstatus_to_exitcode(os.waitpid(self._pid, 0)[1])
         # Nobody but us and the kernel sends SIGKILL to the first process of a container, and its cgroup may be gone.
-        killed = self._counted_kills if status is None else status == 128 + signal.SIGKILL and self.may_have_run_out_of_memory
-        self.out_of_memory = self.look_for_memory() or killed and not self.killed
+        suspect = self._counted_kills if status is None else (
+            status == 128 + signal.SIGKILL and self.may_have_run_out_of_memory)
+        self.out_of_memory = self.look_for_memory() or suspect and not self.killed
         self._unwatch()
         self._exited.set_result(status)
         if self._control is not None:
@@ -4525,8 +4530,8 @@ def is_roots(pid: int) -> bool:
     """
     with open(f"/proc/{pid}/status", "rb", buffering=0) as file:        # not by Path: users may have many thousands
         status = file.read(KIB)
-    return b"\nUid:\t0\t" in status and all(os.readlink(f"/proc/{pid}/ns/{kind}") == os.readlink(f"/proc/self/ns/{kind}")
-                                   for kind in ("user", "pid"))
+    return b"\nUid:\t0\t" in status and all(
+        os.readlink(f"/proc/{pid}/ns/{kind}") == os.readlink(f"/proc/self/ns/{kind}") for kind in ("user", "pid"))
 
 
 def start_time(pid: int) -> str:
@@ -4552,10 +4557,10 @@ def socket_object(descriptor: int) -> socket.socket:
 
 
 def read_connections(addresses: Iterable[str]) -> dict[int, tuple[str, str]]:
-    """Return the inodes of the sockets of this network namespace that have one of these addresses, each with it and its peer.
+    """Return the inodes of the sockets of this network namespace on one of these addresses, each with it and its peer.
 
-    What a container connects on its own, in a network of its own, is none of these. Any user can leave a hundred thousand
-    lines more (TIME_WAIT, 06, is the most of them), so no more than a pattern looks at those.
+    What a container connects on its own, in a network of its own, is none of these. Any user can leave a hundred
+    thousand lines more (TIME_WAIT, 06, is the most of them), so no more than a pattern looks at those.
     """
     def decode(number: bytes) -> str:                   # the address as the number that it is in memory
         return socket.inet_ntoa(struct.pack("=I", int(number, 16)))
@@ -4625,8 +4630,9 @@ class DyingCgroups:
     """What the ended containers of one function leave: memory cgroups to which a page of its image is charged.
 
     A handler can leave one each time, and the memory is nobody's. Any image leaves some, for who reads a page first is
-    charged with it; so what is cached is reclaimed only when there are many more than there have been. On v1 they may be
-    somebody else's. So when they stay, which our live containers too can see to, it takes twice as many the next time.
+    charged with it; so what is cached is reclaimed only when there are many more than there have been. On v1 they may
+    be somebody else's. So when they stay, which our live containers too can cause, it takes twice as many the next
+    time.
     """
 
     def __init__(self, cgroups: Cgroups, group: str, workers: Workers):
@@ -4739,15 +4745,16 @@ class ContainerHost:
 
     def _refuse_machine(self, error: str) -> None:
         if error:
-            raise UsageError(f"{self.runtime.name} cannot start a container on this machine: {machine_lack(error)}{error}")
+            raise UsageError(f"{self.runtime.name} cannot start a container on this machine: {machine_lack(error)}"
+                             f"{error}")
 
     async def _try_container(self) -> str:
         """Return why no container works, "" if one does."""
         rootfs = self.containers_dir / secrets.token_hex(6)
         try:
             mounts = lay_out_probe(rootfs)
-            bundle = Bundle("probe", {**PROBE, "first_id": self.ids.first}, Options(), rootfs, self.containers_dir.parent,
-                            self.cgroups, self.apparmor, mounts)
+            bundle = Bundle("probe", {**PROBE, "first_id": self.ids.first}, Options(), rootfs,
+                            self.containers_dir.parent, self.cgroups, self.apparmor, mounts)
             await Container(self, bundle, lambda container_id, line: None).start(PROBE_SECONDS)
         except StartFailed as failure:
             if failure.status == 504:           # a machine that has just booted may be slow, but not for long
@@ -4809,8 +4816,8 @@ class ContainerHost:
             output = os.open(f"/proc/self/fd/{pipe}", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
             stack.callback(os.close, output)
             client, peer = self._client_of(cgroups[container_id], addresses[name], connections)
-            return Survivor(container_id, cgroups[container_id], name, version, pid, os.dup(pidfd), os.dup(output), client,
-                            peer)
+            return Survivor(container_id, cgroups[container_id], name, version, pid, os.dup(pidfd), os.dup(output),
+                            client, peer)
 
     def _kill_runtimes(self, survivors: set[int]) -> None:
         """Kill what a daemon before has started and not noted, or that serves nobody: it could still start a container.
@@ -4877,7 +4884,7 @@ class ContainerHost:
                         yield pidfd, int(number), int(target[1])
 
     async def end_holders(self, port: int) -> bool:
-        """End containers that have taken a port of this machine, or keep us from seeing; return whether there are any."""
+        """End containers that have taken a port of this machine, or may have; return whether there are any."""
         asking = {self.workers.run(self._holds, cgroup, port): (container_id, cgroup)
                   for container_id, cgroup in self.cgroups.containers().items()}
         finished = await self.workers.finished(asking)
@@ -4894,7 +4901,8 @@ class ContainerHost:
     def remove_orphans(self, survivors: Collection[Survivor] = ()) -> None:
         cgroups = self.cgroups.containers()
         left = {*os.listdir(self.containers_dir), *self.runtime.containers(), *cgroups}
-        for container_id in set(filter(CONTAINER_ID.fullmatch, left)) - {survivor.container_id for survivor in survivors}:
+        surviving = {survivor.container_id for survivor in survivors}
+        for container_id in set(filter(CONTAINER_ID.fullmatch, left)) - surviving:
             log.warning("container=%s removing what the daemon before left of it", container_id)
             self._remove_orphan(container_id, cgroups.get(container_id, self.cgroups.path("", container_id)))
         self.cgroups.remove_groups({survivor.function for survivor in survivors})
@@ -5530,8 +5538,8 @@ class FunctionRecord:
         """Return what to_json wrote. Raises KeyError, TypeError."""
         versions = [VersionRecord(entry["version"], entry["deployed"], Options.from_json(entry["options"]))
                     for entry in document["versions"]]
-        return cls(document["name"], document["address"], document["first_id"], document["created"], document["updated"],
-                   versions)
+        return cls(document["name"], document["address"], document["first_id"], document["created"],
+                   document["updated"], versions)
 
     def check(self) -> FunctionRecord:
         """Return self if it can be one of ours. Raises BadRequest, ValueError, TypeError.
@@ -7871,7 +7879,8 @@ class Daemon:
     def _describe(self, function: Function) -> dict:
         document = {**function.describe(), "port": self.settings.port}
         if function.record.address in self._network.missing:
-            document.update(state="broken", error="somebody has taken its address from lo, and faasd cannot put it back")
+            document.update(state="broken", error="somebody has taken its address from lo, and faasd cannot put it "
+                                                  "back")
         return document
 
     async def inspect(self, name: str) -> dict:
@@ -7972,8 +7981,10 @@ def parse_arguments(argv: list[str]) -> Settings:
     """Return the settings of a command line; exits with status 2 and a line on bad usage, as argparse does."""
     parser = argparse.ArgumentParser(prog="faasd.py", description="A serverless runtime for one Linux machine.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--state-dir", type=checked(resolved_path), default="/var/lib/faasd", help="images, registry and logs")
-    parser.add_argument("--run-dir", type=checked(resolved_path), default="/run/faasd", help="control socket and containers")
+    parser.add_argument("--state-dir", type=checked(resolved_path), default="/var/lib/faasd",
+                        help="images, registry and logs")
+    parser.add_argument("--run-dir", type=checked(resolved_path), default="/run/faasd",
+                        help="control socket and containers")
     parser.add_argument("--subnet", type=checked(parse_subnet), default="10.0.0.0/24", metavar="CIDR",
                         help="functions get its addresses, from .10 up")
     parser.add_argument("--port", type=checked(parse_port), default="80", help="the port functions listen on")
@@ -8029,7 +8040,7 @@ def checked(parse: Callable[[str], object]) -> Callable[[str], object]:
 def resolved_path(text: str) -> Path:
     """Return an absolute path without links: runc takes paths relative to the bundle, the mount table has real ones.
 
-    Raises BadRequest for a link of another user's, such as there may be in /tmp: it would have them choose the directory.
+    Raises BadRequest for a link of another user's, such as there may be in /tmp: they would choose the directory.
     """
     path, rest, links = Path("/"), [*reversed(Path(text).absolute().parts[1:])], 0
     while rest:
@@ -8040,7 +8051,8 @@ def resolved_path(text: str) -> Path:
             if stat.S_ISLNK(status.st_mode):
                 links += 1
                 if links > MAX_LINK_HOPS or status.st_uid not in (0, sudo_user()):
-                    raise BadRequest(f"{path} is a link that leads nowhere, or another user's: name the directory itself")
+                    raise BadRequest(f"{path} is a link that leads nowhere, or another user's: name the directory "
+                                     "itself")
                 target = Path(os.readlink("", dir_fd=component))
                 path = Path("/") if target.is_absolute() else path.parent
                 rest += [name for name in reversed(target.parts) if name != "/"]
@@ -8111,7 +8123,7 @@ def read_token(path: Path) -> bytes:
 
 STATE_DIRECTORIES = {"images": 0o711, "logs": 0o700, "tmp": 0o700}     # below STATE_DIR, with their modes
 UNLIMITED = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
-CONTAINER_LIMITS = {            # what the kernel gives the first process, but for core dumps; pids and memory have cgroups
+CONTAINER_LIMITS = {            # what the kernel gives the first process, but for core dumps; the rest has cgroups
     resource.RLIMIT_CORE: (0, 0), resource.RLIMIT_FSIZE: UNLIMITED, resource.RLIMIT_CPU: UNLIMITED,
     resource.RLIMIT_DATA: UNLIMITED, resource.RLIMIT_AS: UNLIMITED, resource.RLIMIT_MEMLOCK: (8 * MIB, 8 * MIB),
     resource.RLIMIT_STACK: (8 * MIB, resource.RLIM_INFINITY), resource.RLIMIT_NICE: (0, 0),
@@ -8133,8 +8145,8 @@ def check_machine(settings: Settings) -> None:
 def machine_warnings() -> Iterator[str]:
     """Yield what of this machine faasd has to do without."""
     if read_text(Path("/proc/sys/kernel/yama/ptrace_scope")).strip() == "3":
-        yield ("kernel.yama.ptrace_scope is 3, so what serves clients over a restart goes on, but we cannot answer in its "
-               "place: boot with a lower one if that matters")
+        yield ("kernel.yama.ptrace_scope is 3, so what serves clients over a restart goes on, but we cannot answer in "
+               "its place: boot with a lower one if that matters")
     cookies = Path("/proc/sys/net/ipv4/tcp_syncookies")
     if not cookies.exists() or cookies.read_text().strip() == "0":
         yield ("SYN cookies are off, so clients that say nothing can keep others from connecting: "
@@ -8161,8 +8173,8 @@ def take_directories(settings: Settings) -> None:
                          f"is mounted noexec: mount -o remount,exec {mount}, or choose another directory")
     taken = [name for name in STATE_DIRECTORIES if os.path.lexists(state / name)]
     if taken and not any((state / name).exists() for name in ("faasd.lock", "registry.json")):
-        raise UsageError(f"--state-dir {state} has a directory {taken[0]} already, and not from faasd, which would empty its "
-                         "own: choose another directory")
+        raise UsageError(f"--state-dir {state} has a directory {taken[0]} already, and not from faasd, which would "
+                         "empty its own: choose another directory")
 
 
 def lay_out(state: Path) -> None:
@@ -8180,7 +8192,7 @@ def lay_out(state: Path) -> None:
 def check_directory(option: str, directory: Path) -> None:
     """Raise UsageError if another user could replace a directory of ours, or put files of their own in it.
 
-    The path is without links, and where one is by now, somebody has just made it. What passes cannot be changed by others.
+    The path is without links: where one is by now, somebody has just made it. What passes cannot be changed by others.
     """
     status = directory.lstat()
     if not stat.S_ISDIR(status.st_mode) or status.st_uid != 0 or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
@@ -8193,8 +8205,8 @@ def check_directory(option: str, directory: Path) -> None:
             raise UsageError(f"{option} {directory}: anybody can rename what is in {parent}: chmod o-w {parent}, or "
                              "choose another directory")
         if not stat.S_ISDIR(mode) or status.st_uid not in (0, sudo_user()):
-            raise UsageError(f"{option} {directory}: {parent} belongs to another user (uid {status.st_uid}), who can rename "
-                             f"what is in it: chown root {parent}, or choose another directory")
+            raise UsageError(f"{option} {directory}: {parent} belongs to another user (uid {status.st_uid}), who can "
+                             f"rename what is in it: chown root {parent}, or choose another directory")
         if not mode & stat.S_IXOTH:
             raise UsageError(f"{option} {directory}: containers run as unprivileged users, and {parent} lets these "
                              f"not pass: chmod o+x {parent}, or choose another directory")
@@ -8230,7 +8242,8 @@ def try_lock(path: Path) -> BinaryIO | None:
     is BlockingIOError if another daemon has it.
     """
     with contextlib.ExitStack() as stack:
-        file = stack.enter_context(open(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600), "ab"))
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        file = stack.enter_context(open(descriptor, "ab"))
         status = os.fstat(file.fileno())
         private = status.st_mode & 0o077 == 0
         try:
@@ -8320,8 +8333,8 @@ def set_limits() -> None:
             resource.setrlimit(kind, limits)
         except ValueError as error:         # a hard limit is lower, which takes CAP_SYS_RESOURCE to raise
             resource.setrlimit(kind, (resource.getrlimit(kind)[1],) * 2)
-            log.warning("containers keep our limit %d of resource %d (getrlimit(2)): %s", resource.getrlimit(kind)[1], kind,
-                        error)
+            log.warning("containers keep our limit %d of resource %d (getrlimit(2)): %s", resource.getrlimit(kind)[1],
+                        kind, error)
 
 
 def open_missing_streams() -> None:
