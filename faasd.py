@@ -32,8 +32,7 @@ Process and threads: one asyncio loop in the main thread owns listeners, contain
 there are no locks around them. What a container, a disk or the reader of our log can keep waiting is left to daemon
 threads (Workers, Writer). The control API is a stdlib http.server on a Unix socket, with --api on a TCP port too,
 one thread a connection, which calls into the loop with run_coroutine_threadsafe. Images are unpacked by a child process
-(`faasd.py unpack …`): it is heavy, must not delay an invocation, and is where hostile bytes are parsed. It is the first
-part of this file; the imports that only the daemon needs come after it.
+(`faasd.py unpack …`): it is heavy, must not delay an invocation, and is where hostile bytes are parsed.
 
 SIGTERM drains and leaves nothing. SIGHUP leaves what serves a client to the next daemon. No container depends on the
 daemon that started it, so after SIGHUP, and after a crash too, the next one finds them, takes duplicates of their
@@ -54,8 +53,21 @@ On disk:
 Trusted: this host, and whoever may open faasd.sock or has the token of --api (that is root on this box). Not trusted:
 images, handlers and clients. Not done here: TLS, HTTP, load balancing, more than one machine.
 
-The sections follow a function's way through the daemon: image archive, layers, process config, OCI bundle, ids,
-network, networks of functions, container, warm pool, function, registry, logs, control API, daemon and main.
+Top to bottom, in the order in which a request meets it:
+    Words                       units, errors, small tools
+    What the user asks for      Options, FunctionRecord, Registry
+    An invocation               Function, Refusal, TcpState
+    The warm pool               Pool, Demand, Starter
+    A container                 Container, OutputReader, Workers
+    What a container is made of Bundle, seccomp, Runtime, Cgroups
+    Its place on this machine   IdRanges, Network, ListenerStore, AddressGuard
+    Networks                    EgressNetworks, for --net egress
+    Where containers live       ContainerHost: the trial container at start, survivors of a restart
+    Logs and metrics            FunctionLog, Statistics
+    Images                      Archive, LayerApplier, resolve_process; they run in the unpacking child
+    Control API                 ControlServer, ControlHandler
+    The daemon                  Daemon: deploy, change, restart, stop
+    The command line            parse_arguments, what must be so at start, main
 """
 
 from __future__ import annotations
@@ -67,15 +79,29 @@ if (needs_python_3_11_or_newer := sys.version_info) < (3, 11):
     print("faasd: needs Python 3.11 or newer, and this is", sys.version.split()[0], file=sys.stderr)
     sys.exit(2)
 
+import argparse
+import asyncio
+import bisect
 import collections
+import concurrent.futures
 import contextlib
 import ctypes
+import enum
 import errno
+import fcntl
+import functools
 import gc
+import grp
 import hashlib
+import hmac
+import http.client
+import http.server
+import io
+import ipaddress
 import itertools
 import json
 import logging
+import math
 import os
 import pickle
 import platform
@@ -83,17 +109,25 @@ import posixpath
 import queue
 import re
 import resource
+import secrets
 import select
+import selectors
 import shutil
 import signal
+import socket
+import socketserver
 import stat
 import struct
 import subprocess
 import tarfile
+import termios
 import threading
+import time
+import urllib.parse
 import zlib
-from collections.abc import Callable, Collection, Generator, Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import AsyncIterator, Callable, Collection, Generator, Iterable, Iterator
+from dataclasses import asdict, dataclass, fields, replace
+from datetime import datetime, timedelta, timezone
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from tarfile import TarInfo
@@ -104,196 +138,24 @@ __version__ = "0.1.0"
 log = logging.getLogger("faasd")
 libc = ctypes.CDLL(None, use_errno=True)        # lets other threads run while it is called
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Constants and errors
-# ---------------------------------------------------------------------------------------------------------------------
-
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 
-# Images. A flag exists where a user may need another value; see parse_arguments.
+# What a flag can change; see parse_arguments. Other limits are beside what they limit.
 MAX_IMAGE_SIZE = 16 * GIB           # bytes of an archive, of its layers uncompressed, of their files (--max-image-size)
 MAX_IMAGE_ENTRIES = 1_000_000       # entries of all layers together (--max-image-entries)
-MAX_ARCHIVE_MEMBERS = 100_000       # members of the outer archive
-MAX_JSON_SIZE = 4 * MIB             # one manifest, index or config; the OCI distribution spec asks for 4 MiB
-MAX_RECORD_SIZE = MIB               # all headers of one tar entry: PAX records, long names, sparse maps
-MAX_DIGITS = 1024                   # in a row, within such headers; no name or number has as many
-MAX_LINK_HOPS = 40                  # symbolic links followed for one path, as the kernel does (path_resolution(7))
-MAX_INDEX_DEPTH = 4                 # OCI indexes inside indexes
-MAX_PATH_DEPTH = 256                # directories above an entry; keeps recursive removal far from its limits
-FREE_STEPS = 100_000                # components of paths looked at, for an image; a new directory counts as …
-STEPS_PER_DIRECTORY = 16            # … so many; and
-STEPS_PER_ENTRY = 128               # … as many more for each entry
-FRAMES_PER_ENTRY = 2                # gzip members or zstd frames, for each of --max-image-entries; estargz has as many
-MAX_NAME_LENGTH = 255               # bytes of one component (NAME_MAX)
-MAX_TAG_LENGTH = 512                # characters; a registry's host, a name of 255 and a tag of 128 (OCI distribution)
-MAX_PATH_LENGTH = 3072              # bytes of a path in an image config: PATH_MAX less what the rootfs is below
-MAX_VOLUMES = 64                    # each is a mount in every container, in memory that is not the container's
-MAX_ACCOUNTS_SIZE = MIB             # /etc/passwd and /etc/group of an image
-GC_THRESHOLD = 100_000              # objects; looking for cycles, of which entries make none, takes a tenth of all time
-UNPACK_ADDRESS_SPACE = GIB          # bytes; RLIMIT_AS of the unpacking child, whatever a parser is talked into
-COPY_CHUNK = 256 * KIB              # bytes read or written at a time
-FIRST_CHUNK = 2 * KIB               # bytes of a compressed frame that are looked at first
-PIPE_SIZE = MIB                     # what a pipe may have at most (pipe(7))
-HASH_AHEAD = 8                      # of these chunks may wait for the thread that hashes them
-SMALL_FILE = 16 * KIB               # bytes; larger files are written where they are read, and …
-LARGE_FILE = MIB                    # … from this size on, go to the disk at once
-SPOOL_BATCH = 64 * KIB              # bytes of headers and small files set down in one go
-
-# Containers.
-CONTROL_SOCKET = "/control.sock"
-MIN_MEMORY = 6 * MIB                # bytes; Docker's minimum too: runc's own init runs inside the limit
-MAX_ARGUMENT = 128 * KIB            # bytes of an argument or variable with its NUL (MAX_ARG_STRLEN, execve(2))
-MAX_CONFIG_SIZE = 256 * KIB         # of a config.json; all containers' lie in one tmpfs
-CPU_PERIOD = 100_000                # microseconds (cgroup cpu controller)
-TMP_SIZE, SHM_SIZE, DEV_SIZE, VOLUME_SIZE = "64m", "64m", "1m", "64m"      # tmpfs(5) size=
-MAX_DESCRIPTORS = 65_536            # RLIMIT_NOFILE of ours
-MAX_OPEN_FILES = (1024, 4096)       # RLIMIT_NOFILE inside, soft and hard: a container serves one client at a time, and
-                                    # much that hangs on a descriptor is the kernel's memory, and nobody's in particular
-CAP_SYS_RESOURCE = 24               # linux/capability.h
-MAX_TERMINALS = 16                  # ptys of one container; all containers of a machine share some 3,000 (pty.max)
-SO_PASSRIGHTS = 83                  # Linux 6.16: whether a Unix socket takes descriptors
-EXIT_GRACE = 1.0                    # seconds a handler has between letting go of its client and being killed
-KILL_RETRY = 0.02                   # seconds between two rounds of killing one container, and …
-MEMORY_LOOKS = 10                   # … between so many looks whether the kernel has, after it said that memory ran out
-MANY_ENDED = 32                     # containers of a function until we look for the memory cgroups that they have left
-MANY_DYING = 64                     # of these more than there were, which are worth losing what is cached of the image
-MOST_DYING = 1024                   # where that did no good
-RECLAIM_SECONDS = 1.0               # on our account, for which a container can read what we reclaim
-KILL_TIMEOUT = 10.0                 # seconds before runc itself is killed and its remains are deleted
-STOP_SECONDS = 20.0                 # until a stop goes on without what should long have ended, and with it each wait
-PROBE_SECONDS = 10.0                # for the container that tells at start whether any can run here
-COMMAND_TIMEOUT = 30.0              # seconds for ip, mount and runc delete
-SYS_PIDFD_GETFD = 438               # the same on every architecture (pidfd_getfd(2), Linux 5.6)
-SYS_FSOPEN = 430                    # likewise; then come fsconfig and fsmount (Linux 5.2)
-SYS_BPF, SYS_UNSHARE = {"x86_64": 321}, {"x86_64": 272}        # 280 and 97 elsewhere
-MAX_RUNTIME_LOG = 64 * KIB          # bytes read of what the runtime has to say about one container
-MAX_REPORTED = 256                  # descriptors of one container that the isolation report names
-MAX_SEARCHED = 10_000               # descriptors of one container among which its client is looked for
-MAX_CLAIMS = 10_000                 # sockets named like a daemon's of which is asked at start who listens
-CONTAINER_ID = re.compile(r"[0-9a-f]{12}")
-
-# Isolation.
-IDS = 65_536                        # user ids, and group ids, that a container has
-NOBODY = 65_534                     # of these, the one for files of users from IDS on (user_namespaces(7))
-FIRST_ID, LAST_ID = 0x7000_0000, 0x7FFE_FFFF    # host ids for them where /etc/subuid has none for us: the ids that are
-                                    # nobody's and that every program can hold (systemd's UIDS-GIDS.md)
-SUBORDINATE_USER = "faasd"          # whose entry in /etc/subuid and /etc/subgid gives us other ids
-APPARMOR_PROFILE = "faasd-default"  # packaging/apparmor-faasd-default
-
-# Warm pool.
-WARM_SECONDS = 300.0                # a function used within these keeps at least one warm container
-RATE_SECONDS = 5.0                  # over which arrivals are averaged
-WARM_HEADROOM = 2.0                 # times as many as come in while one starts
-FIRST_START_SECONDS = 0.05          # taken for the start of a container until some have started
-SURPLUS_SECONDS = 20.0              # how long more containers than asked for may go on waiting
-MAX_WARM_SECONDS = 3600.0           # age at which a container that waits is replaced by a new one
-HEALTHY_SECONDS = 10.0              # a warm container that dies younger counts as a failed start
-FIRST_RETRY_SECONDS, MAX_RETRY_SECONDS = 1.0, 60.0     # between failed starts that nobody waits for
-HEAD_START_SECONDS = 0.002          # for a handler that has just got a client, before the CPUs start its replacement
-START_SLOT_SECONDS = 1.0            # how long a start counts against the starts allowed at a time
 WARM_PER_CPU = 16                   # default of --max-warm, which is no more than …
 WARM_MEMORY = 64 * MIB              # … one for each of these bytes of the machine's memory
-MAX_TRIES = 2                       # hand-overs of a client whose container dies before it has taken it
-
-# Clients.
-DEFER_ACCEPT_SECONDS = 15           # TCP_DEFER_ACCEPT; the kernel rounds up to its SYN-ACK retransmissions (tcp(7))
-FIRST_BYTE_SECONDS = 75             # for what is accepted without data; load balancers keep such ready for 60 s
-MAX_SILENT = 1024                   # such connections of all functions; one more, and the oldest is closed
-MAX_ANSWERING = 1024                # clients that are read while they read our own answer; likewise
-CLIENT_KEEPALIVE = (60, 10, 6)      # TCP_KEEPIDLE, _KEEPINTVL (seconds), _KEEPCNT: 2 min until a vanished host is gone
-SCARCE_QUEUE = 16                   # connections that wait for one function while few descriptors are left
-CONTAINER_DESCRIPTORS = 4           # of ours, while one starts: its socket, both ends of a pipe, a pidfd or eventfd
-SPARE_DESCRIPTORS = 64              # left for ending what runs, and as many more for starting it
-LOW_DESCRIPTORS = 4096              # a limit below is worth a warning: a function may need 4 * 64 + 1024 (its defaults)
-MAX_REQUEST_PEEK = MIB              # bytes of a request that are looked at to see whether it is whole
-DRAIN_SECONDS = 120.0               # for a client to take the rest of its answer from the kernel, without a --timeout
-DRAIN_LOOKS = (0.01, 0.25)          # seconds between two looks whether it has, first and at most
-LINGER_SECONDS = 2.0                # reading what the client still sends after our own 502 or 504
-LINGER_BYTES = 16 * MIB             # of it, at most
-PEEK_BYTES = 256                    # of the request, for the log line
-ACCEPT_BATCH = 64                   # connections accepted before other events get their turn
-ACCEPT_PAUSE = 0.5                  # seconds without accepting when descriptors have run out
-TCP_ESTABLISHED, TCP_CLOSE_WAIT = 1, 8          # include/net/tcp_states.h
-TCP_FIN_STATES = (4, 9, 11)          # FIN_WAIT1, LAST_ACK, CLOSING: we have closed, the FIN is not yet acknowledged
-SO_ATTACH_FILTER, SO_LOCK_FILTER = 26, 44   # socket(7); the numbers are those of include/uapi/asm-generic/socket.h
-SO_ATTACH = (SO_ATTACH_FILTER, 50, 51, 52)      # SO_ATTACH_BPF, SO_ATTACH_REUSEPORT_CBPF, SO_ATTACH_REUSEPORT_EBPF
-SO_BIND_TO = (25, 62)               # SO_BINDTODEVICE, SO_BINDTOIFINDEX
-IP_ELSEWHERE = (4, 39, 42, 46)      # IP_OPTIONS, IP_ADD_SOURCE_MEMBERSHIP, MCAST_JOIN_GROUP, MCAST_JOIN_SOURCE_GROUP:
-                                    # those that a TCP socket may set as well (linux/in.h)
-PR_SET_SECCOMP, PR_SET_VMA, PR_SET_PTRACER = 22, 0x53564D41, 0x59616D61     # prctl(2)
-BPF_LOAD_WORD, BPF_LOAD_HALF, BPF_JUMP_EQUAL, BPF_RETURN = 0x20, 0x28, 0x15, 0x06      # linux/bpf_common.h
-BPF_IP_HEADER = 0xFFF0_0000          # SKF_NET_OFF (linux/filter.h): what is loaded from here on is in the IP header
-SO_NETNS_COOKIE = 71                # Linux 5.14: the number of a socket's network namespace
-BPF_PROG_LOAD, BPF_PROG_ATTACH, BPF_PROG_DETACH = 5, 8, 9              # commands of bpf(2) (linux/bpf.h)
-BPF_PROG_GET_FD_BY_ID, BPF_OBJ_GET_INFO_BY_FD, BPF_PROG_QUERY = 13, 15, 16
-BPF_PROG_TYPE_CGROUP_SOCK_ADDR, BPF_F_ALLOW_MULTI, BPF_CGROUP_MAX_PROGS = 18, 2, 64
-GUARDED_CALLS = (8, 10)             # BPF_CGROUP_INET4_BIND, BPF_CGROUP_INET4_CONNECT
-TCP_CONNECTED = (1, 4, 5, 6, 8, 9, 11)      # those states, FIN_WAIT2 and TIME_WAIT: of a socket that has a peer
-TCP_INFO_ACKED, TCP_INFO_NOTSENT, TCP_INFO_SENT = 120, 144, 200    # offsets in struct tcp_info (linux/tcp.h)
-STUCK_SECONDS = 0.005               # until more threads come in, where all are kept waiting
-MAX_WORKERS = 4096                  # threads that wait; a container can keep a few waiting
-
-# Logs.
-LOG_FILE_SIZE = 8 * MIB             # NAME.log is renamed to NAME.log.1 above this, so a function keeps at most twice it
-MAX_MESSAGE = 600                   # characters of an error message
-MAX_REQUEST = 200                   # characters of a request's first line in our logs
-MAX_WARNINGS, WARNING_SECONDS = 10, 1.0     # of one function's invocations in our own log; the others are counted
-MAX_LINE = 8 * KIB                  # a longer line of a handler is cut into several
-MAX_OUTPUT = MIB                    # bytes of log kept of one container's output; the rest is read and dropped
-LINE_OVERHEAD = 48                  # bytes that the log adds to each line
-OUTPUT_CHUNK = 4 * KIB              # bytes of output read at a time
-LOG_DELAY = 0.02                    # seconds in which output gathers before it is read, and lines before writing
-MAX_UNWRITTEN_LINES = 100_000       # of all functions' logs
-MAX_UNWRITTEN_MESSAGES = 10_000     # of our own log, on their way to stderr
-FLUSH_SECONDS = 5.0                 # for those on their way when they are wanted, or when we end
-TAIL_LINES = 20                     # lines of output shown when a deploy fails
-
-# Metrics.
-OUTCOMES = ("answered", "closed", "no-answer", "out-of-memory", "timeout", "start-failed", "queue-full",
-            "queue-timeout", "abandoned", "stopped")
-BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)   # seconds
-RECENT_SAMPLES = 1000               # of which percentiles are made
-LAG_PROBE_SECONDS = 0.1
-
-# Network.
-ADDRESS_LABEL = "lo:faas"           # how our addresses are told from everybody else's; at most 15 bytes (IFNAMSIZ)
-FIRST_HOST = 10                     # the first function's address is .10
-LISTEN_FDS_START = 3                # the first descriptor that a service manager passes (sd_listen_fds(3))
-NETS = ("none", "egress", "host")   # what --net may be
 # Of RFC 2544's range for tests of network equipment: routed nowhere, and hardly ever anybody's network, unlike 10/8,
 # 172.16/12 and 192.168/16 (LANs, VPNs, Docker), 100.64/10 (carriers, Tailscale) and 169.254/16 (which we block).
 EGRESS_SUBNET = "198.18.0.0/20"
-LINK_PREFIX = "faas"                # the host's ends of veth pairs: faas, 6 digits that tell the run-dir, -, a number
-MAX_LINKS = 9999                    # such numbers, so that a name keeps within 15 bytes (IFNAMSIZ)
-METADATA_NETWORK = "169.254.0.0/16"     # link-local, where clouds hand out credentials
-NETLINK_NETFILTER, NFNLGRP_NFTABLES = 12, 7     # linux/netlink.h, linux/netfilter/nfnetlink.h
-NETLINK_ROUTE, RTMGRP_IPV4_IFADDR, RTM_DELADDR = 0, 0x10, 21    # linux/rtnetlink.h
-ADDRESS_RETRY_SECONDS = 1.0         # between attempts to put an address back on lo
-NFT_DELTABLE = 10 << 8 | 2                      # NFNL_SUBSYS_NFTABLES, NFT_MSG_DELTABLE (linux/netfilter/nf_tables.h)
-RESOLV_CONFS = ("/etc/resolv.conf", "/run/systemd/resolve/resolv.conf")    # the first that names a usable resolver
-
-# Control API.
-MAX_CONNECTIONS = 128               # at a time, of each listener; more are closed at once
 MAX_UPLOADS = 8                     # archives that come in or are being unpacked (--max-uploads)
-MAX_HEADERS_SIZE = 64 * KIB         # bytes of a request's headers; http.server allows as many for its first line
-MAX_HEADERS = 100                   # lines of them; http.server's own limit
-MAX_CHUNK_LINE = KIB                # bytes of the line before a chunk
-MAX_HEADER_SECONDS = 20.0           # from the end of one answer to the end of the next request's headers
-MAX_BODY_SECONDS = 600.0            # between bytes of an archive: `docker save` may take its time before a pipe
-MAX_WRITE_SECONDS = 60.0            # for a client to take a piece of its answer
-RETRY_SECONDS = 5                   # Retry-After of our 503s
-MIN_TOKEN_LENGTH = 16               # characters
-MAX_TOKEN_FILE = 4 * KIB            # bytes
-ARCHIVE_TYPES = ("application/x-tar", "application/octet-stream")
-FORM_TYPES = ("application/x-www-form-urlencoded", "multipart/form-data", "text/plain")     # CORS-safelisted (Fetch)
-UPLOAD_END_SECONDS = 5.0            # how long a stop waits until everybody has their answer
-FOLLOW_SECONDS = 15.0               # how often `logs --follow` looks whether its client is still there
 
-REGISTRY_FORMAT = 3
-DIGEST_PATTERN = re.compile(r"sha256:([0-9a-f]{64})")
-ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64", "armv7l": "arm", "i686": "386",
-                 "ppc64le": "ppc64le", "s390x": "s390x", "riscv64": "riscv64"}      # uname -m → GOARCH
-DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Words: units, errors, and small tools that every part uses
+# ---------------------------------------------------------------------------------------------------------------------
+
+MAX_MESSAGE = 600                   # characters of an error message
 
 
 class FaasdError(Exception):
@@ -360,6 +222,18 @@ def escape_controls(text: str) -> str:
     return "".join(c if c.isprintable() or c == "\t" else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
+def quote(text: str, most: int) -> str:
+    """Return text in quotes, so that nothing in it looks like the end of a field, cut where it has become too long."""
+    escaped = escape_controls(text.replace("\\", "\\\\").replace('"', '\\"'))
+    return f'"{escaped}"' if len(escaped) <= most else f'"{escaped[:most]}…"'
+
+
+def show(path: bytes) -> str:
+    """Return a path of an image for a message, the begin of a long one."""
+    shown = path if len(path) <= MAX_NAME_LENGTH else path[:MAX_NAME_LENGTH] + "…".encode()
+    return escape_controls(shown.decode("utf-8", "backslashreplace"))
+
+
 SIZE_UNITS = {"": 1, "b": 1, "k": KIB, "m": MIB, "g": GIB}
 DURATION_UNITS = {"": 1.0, "ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
 
@@ -383,6 +257,7 @@ parse_count = reader("number", r"(?!0+$)[0-9]{1,12}", "write a whole number from
 parse_amount = reader("number", r"[0-9]{1,12}", "write a whole number from 0 on", lambda match: int(match[0]))
 parse_warm = reader("number", r"[0-9]{1,12}|auto", "write auto, or a whole number from 0 on",
                     lambda match: None if match[0] == "auto" else int(match[0]))
+NETS = ("none", "egress", "host")   # what --net may be
 parse_net = reader("net", "|".join(NETS), "write none, egress or host")
 parse_cpus = reader("number of cpus", r"(?!0+(\.0|\.00[0-9]?)?$)[0-9]{1,4}(\.[0-9]{1,3})?",      # from 0.01 on
                     "write 0.5, 1 or 2", lambda match: float(match[0]))
@@ -390,1499 +265,108 @@ check_name = reader("function name", r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?",     
                     "use 1 to 63 of a-z, 0-9 and '-', not at either end")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Image archive: which layers, which config. Runs in the unpacking child.
-#
-# The outer tar is read, never extracted: names are keys of a dictionary and touch no file system. The rules, their
-# reasons and the CVEs behind them are in UNPACKING.md of the project's contract; the letters below name them.
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-class ArchiveDamaged(ImageError):
-    """The archive itself cannot be read on, whatever is in it."""
-
-    def __init__(self, message: str = "the archive is cut short: did the command before the pipe fail?"):
-        super().__init__(message)
-
-
-class ByteStream:
-    """Bytes that come in pieces, read once and forward, with as much of a file's interface as tarfile wants."""
-
-    cut_short = ArchiveDamaged          # made and raised where data should be and is not
-
-    def __init__(self, pieces: Generator[bytes]):
-        self._pieces = pieces
-        self._piece = memoryview(b"")   # the last one, of which …
-        self._at = 0                    # … so much has been taken
-        self._before = 0                # bytes of all pieces before it
-
-    def take(self, count: int) -> memoryview:
-        """Return between 1 and count bytes without copying them; none at the end."""
-        while self._at == len(self._piece):
-            data = next(self._pieces, None)
-            if data is None:
-                break
-            self._before += self._at
-            self._piece, self._at = memoryview(data), 0
-        taken = self._piece[self._at:self._at + count]
-        self._at += len(taken)
-        return taken
-
-    def take_all(self, count: int) -> Iterator[memoryview]:
-        """Yield the next count bytes in pieces. Raises ImageError if there are fewer."""
-        while count:
-            piece = self.take(min(count, COPY_CHUNK))
-            if not piece:
-                raise self.cut_short()
-            count -= len(piece)
-            yield piece
-
-    def read(self, count: int) -> bytes:
-        """Return count bytes, fewer only at the end."""
-        end = self._at + count
-        if end <= len(self._piece):     # nearly always
-            data = bytes(self._piece[self._at:end])
-            self._at = end
-            return data
-        parts = []
-        while count and (piece := self.take(count)):
-            parts.append(piece)
-            count -= len(piece)
-        return b"".join(parts)
-
-    def seek(self, position: int) -> None:
-        """Read on to position. Raises ImageError if the data ends before it."""
-        at = position - self._before
-        if self._at <= at <= len(self._piece):          # nearly always
-            self._at = at
-            return
-        for _ in self.take_all(max(position - self.tell(), 0)):
-            continue
-
-    def tell(self) -> int:
-        return self._before + self._at
-
-    def drain(self) -> None:
-        """Read to the end."""
-        while self.take(COPY_CHUNK):
-            continue
-
-    def close(self) -> None:
-        """End what the pieces come from."""
-        self._pieces.close()
-
-
-class Entry(NamedTuple):
-    """What the headers of one tar entry say, in the words of tarfile.TarInfo."""
-    name: str
-    type: bytes
-    size: int
-    mode: int
-    uid: int
-    gid: int
-    mtime: int | float
-    linkname: str
-    devmajor: int = 0
-    devminor: int = 0
-    sparse: list[tuple[int, int]] | None = None
-    pax_headers: dict[str, str] = {}        # nobody changes it
-
-    isreg, isdir, issym, islnk = TarInfo.isreg, TarInfo.isdir, TarInfo.issym, TarInfo.islnk
-    isfifo, ischr, isblk = TarInfo.isfifo, TarInfo.ischr, TarInfo.isblk
-
-
-# The header of a file, a link or a directory in ustar or GNU format whose numbers are octal, and that has no prefix.
-PLAIN_HEADER = re.compile(rb"(.{100})([0-7]{7})[\0 ]([0-7]{7})[\0 ]([0-7]{7})[\0 ]([0-7]{11})[\0 ]([0-7]{11})[\0 ]"
-                          rb"([0-7]{6})\0 ([0125])(.{100})ustar(?:\x0000|  \0).{80}\0.{166}", re.DOTALL)
-
-
-def parse_plain_header(block: bytes) -> Entry | None:
-    """Parse what nearly all entries have, in a fifth of tarfile's time; None for all other headers."""
-    match = PLAIN_HEADER.fullmatch(block)
-    if not match:
-        return None
-    name, mode, uid, gid, size, mtime, checksum, kind, target = match.groups()
-    # The lower half of Adler-32 is one more than the sum of all bytes, modulo 65521 (RFC 1950), and far cheaper.
-    total = zlib.adler32(block[:148] + b" " * 8 + block[156:]) & 0xffff
-    if total != (int(checksum, 8) + 1) % 65521:
-        return None
-    path = name.partition(b"\0")[0].decode("utf-8", "surrogateescape")
-    link = target.partition(b"\0")[0].decode("utf-8", "surrogateescape")
-    return Entry(path.rstrip("/") if kind == tarfile.DIRTYPE else path, kind, int(size, 8), int(mode, 8), int(uid, 8),
-                 int(gid, 8), int(mtime, 8), link)
-
-
-class TarReader:
-    """Iterates over the entries of a tar stream, taking tarfile as a parser and nothing else.
-
-    TarFile itself stops silently at a damaged header, keeps every entry in memory, and loops for ever on a negative
-    size (CVE-2025-8194). So the iteration is ours, and TarInfo's fromtarfile, which parses one entry with all its
-    extension headers, is shown this object in the place of a TarFile. Everything it reads comes through read(), which
-    bounds what the headers of one entry may cost whatever the parser is talked into (rules E.4, E.5).
-    """
-
-    encoding, errors = "utf-8", "surrogateescape"       # so that any bytes in a name survive (rule C.5)
-
-    def __init__(self, stream):
-        self.fileobj = self
-        self.offset = 0                 # of the next header; set by the parser
-        self.ended = False              # saw the end-of-archive marker, rather than the end of the data
-        self._stream = stream
-        self._budget = 0
-        self._block = b""               # a header that was read and is to be read again by the parser
-
-    @property
-    def pax_headers(self) -> dict[str, str]:
-        return {}                       # a new one each time: global PAX headers are ignored (rule C.4)
-
-    def read(self, count: int) -> bytes:
-        if self._block:
-            block, self._block = self._block, b""
-            return block
-        if count < 0:
-            raise ImageError("bad tar header: negative size")
-        if count > self._budget:
-            raise LimitExceeded(f"a tar entry's headers are over {MAX_RECORD_SIZE} bytes (MAX_RECORD_SIZE)")
-        self._budget -= count
-        data = self._stream.read(count)
-        # Until Python 3.12.6 the parser's time is quadratic in the length of a run of digits (CVE-2024-6232).
-        if count > tarfile.BLOCKSIZE and max(map(len, re.findall(rb"[0-9]+", data)), default=0) > MAX_DIGITS:
-            raise ImageError(f"bad tar header: a run of over {MAX_DIGITS} digits")
-        return data
-
-    def tell(self) -> int:
-        return self._stream.tell()
-
-    def __iter__(self) -> Iterator[Entry]:
-        while True:
-            self._stream.seek(self.offset)
-            self._block = self._stream.read(tarfile.BLOCKSIZE)
-            entry = parse_plain_header(self._block)
-            if entry:
-                self._block = b""
-                blocks = 1 + (-(-entry.size // tarfile.BLOCKSIZE) if entry.type == tarfile.REGTYPE else 0)
-                self.offset += blocks * tarfile.BLOCKSIZE
-            else:
-                entry = self._parse_header()
-                if entry is None:
-                    return
-            yield entry
-
-    def _parse_header(self) -> Entry | None:
-        """Parse whatever headers the next entry has; None at the end."""
-        self._budget = MAX_RECORD_SIZE
-        at = self.offset
-        try:
-            info = TarInfo.fromtarfile(self)
-        except tarfile.EOFHeaderError:
-            self.ended = True
-            return None
-        except tarfile.EmptyHeaderError:
-            return None
-        except tarfile.TruncatedHeaderError:
-            raise ImageError("the tar stream is cut short in the middle of a header") from None
-        except (tarfile.TarError, ValueError, IndexError, OverflowError, RecursionError) as error:
-            raise ImageError(f"bad tar header at byte {at}: {error}") from None
-        if info.size < 0 or self.offset < self.tell():      # either would lead back, and round for ever
-            raise ImageError(f"bad tar header at byte {at}: negative size")
-        return Entry(*(getattr(info, field) for field in Entry._fields))
-
-
-def looks_like_layer(head: bytes) -> bool:
-    """Tell by a member's first block whether it is a tar, or compressed and then certainly no JSON document."""
-    if find_decompressor(head) or other_compression(head):
-        return True
+def read_text(path: str | Path) -> str:
+    """Return a file's text, "" if it cannot be read."""
     try:
-        TarInfo.frombuf(head, TarReader.encoding, TarReader.errors)
-    except (tarfile.TarError, ValueError):
+        return Path(path).read_text(errors="replace")
+    except OSError:
+        return ""
+
+
+def write_anew(path: Path, text: str) -> None:
+    """Put a file at path as a whole: containers that have the one before keep it."""
+    new = path.with_name(path.name + ".new")
+    new.write_text(text)
+    new.chmod(0o644)
+    new.rename(path)
+
+
+COMMAND_TIMEOUT = 30.0              # seconds for ip, mount and runc delete
+
+
+def run_command(what: str, *argv: str, stdin: str = "") -> str:
+    """Run a short-lived tool to its end and return what it prints. Raises FaasdError, which says what failed."""
+    try:
+        result = subprocess.run(argv, input=stdin, capture_output=True, text=True, errors="replace",
+                                timeout=COMMAND_TIMEOUT, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise FaasdError(f"{what}: cannot run {argv[0]}: {error}") from error
+    if result.returncode != 0:
+        said = result.stderr.strip() or f"{argv[0]} exited with status {result.returncode}"
+        raise FaasdError(f"{what}: {said.splitlines()[0]}")
+    return result.stdout
+
+
+def try_command(what: str, *argv: str) -> bool:
+    """Run a tool of which failure is logged; return whether it succeeded."""
+    try:
+        run_command(what, *argv)
+    except FaasdError as error:
+        log.warning("%s", error)
         return False
     return True
 
 
-@dataclass
-class Member:
-    """A member of an archive, read: as a layer if it looks like one, else as a document if it is small enough."""
-    size: int
-    offset: int | None = None               # of a document in the spool
-    layer: StagedLayer | None = None
+def system_call(number: int, *arguments: int | bytes) -> int:
+    """Make a system call that Python has no name for, with numbers and pointers to bytes. Raises OSError."""
+    words = [ctypes.c_char_p(word) if isinstance(word, bytes) else ctypes.c_long(word) for word in arguments]
+    return succeeded(libc.syscall(ctypes.c_long(number), *words))
 
 
-class Archive:
-    """The members of an image archive by name, read from a stream, which comes but once.
-
-    Which of them are layers, and in which order they apply, is not known before manifest.json or index.json has come,
-    which are usually last. So whatever could be a layer is staged.
-    """
-
-    def __init__(self, stream: ByteStream, staging: Staging):
-        self._staging = staging
-        self._members: dict[str, Member] = {}
-        self._links: dict[str, str] = {}        # docker before 25 writes repeated layers as symbolic links (F.1)
-        self._top: set[str] = set()             # first components, to recognise what is not an image
-        self._read(stream)
-
-    def _read(self, stream: ByteStream) -> None:
-        reader = TarReader(stream)
-        count = 0
-        for count, entry in enumerate(reader, 1):
-            if count > MAX_ARCHIVE_MEMBERS:
-                raise LimitExceeded(f"the archive has over {MAX_ARCHIVE_MEMBERS} members (MAX_ARCHIVE_MEMBERS)")
-            name = self._normalise(entry.name)
-            self._top.add(name.split("/")[0])
-            if entry.isreg() and entry.sparse is None:
-                self._members[name] = self._read_member(entry.size, stream)
-            elif entry.issym() or entry.islnk():
-                base = posixpath.dirname(name) if entry.issym() else ""
-                self._links[name] = self._normalise(posixpath.join(base, entry.linkname))
-        self.complete = reader.ended
-        if count == 0:
-            raise ImageError("the archive is empty: did the command before the pipe fail?")
-        stream.drain()
-
-    def _read_member(self, size: int, stream: ByteStream) -> Member:
-        pieces = stream.take_all(size)
-        head = b""
-        while len(head) < min(size, tarfile.BLOCKSIZE):
-            head += next(pieces)
-        pieces = itertools.chain([head], pieces)
-        if size > MAX_JSON_SIZE or looks_like_layer(head[:tarfile.BLOCKSIZE]):
-            return Member(size, layer=self._staging.stage_layer(pieces))
-        return Member(size, offset=self._staging.write(pieces))
-
-    @staticmethod
-    def _normalise(name: str) -> str:
-        return posixpath.normpath(name).lstrip("/")
-
-    def find(self, name: str) -> Member | None:
-        """Return the member of that name, following links among them; None if there is none."""
-        name = self._normalise(name)
-        for _ in range(MAX_LINK_HOPS):
-            if name in self._members:
-                return self._members[name]
-            if name not in self._links:
-                return None
-            name = self._links[name]
-        raise ImageError(f"the archive's member {name!r} is a link to itself")
-
-    def _get(self, name: str) -> Member:
-        member = self.find(name)
-        if member is None:
-            raise ImageError(f"the archive lacks {name!r}" + ("" if self.complete else ": it is cut short"))
-        return member
-
-    def layer(self, name: str) -> StagedLayer:
-        """Return a member as a layer; if it is none, applying it tells. Raises ImageError if it is missing."""
-        member = self._get(name)
-        if member.layer is None:
-            member.layer = self._staging.stage_layer(iter([self._staging.read(member.offset, member.size)]))
-        return member.layer
-
-    def read_document(self, name: str) -> bytes:
-        """Return the bytes of a small member, checked against the digest in its name where it has one (E.2)."""
-        member = self._get(name)
-        if member.size > MAX_JSON_SIZE:
-            raise LimitExceeded(f"{name!r} has {member.size} bytes, over {MAX_JSON_SIZE} (MAX_JSON_SIZE)")
-        if member.offset is None:
-            raise ImageError(f"{name!r} is not valid JSON: it looks like a layer")
-        data = self._staging.read(member.offset, member.size)
-        match = re.search(r"(?:^|/)([0-9a-f]{64})(?:\.json)?$", name)
-        if match and hashlib.sha256(data).hexdigest() != match[1]:
-            raise ImageError(f"{name!r} is damaged: its content does not match its digest")
-        return data
-
-    def looks_like_root_filesystem(self) -> bool:
-        return len(self._top & {"bin", "etc", "usr", "lib", "var", "dev", "proc"}) >= 3
+def succeeded(result: int) -> int:
+    """Return what a function of libc has returned, unless it has failed. Raises OSError."""
+    if result < 0:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    return result
 
 
-@dataclass(frozen=True)
-class Layer:
-    """One layer to apply: which member, and what its bytes must hash to."""
-    member: str
-    diff_id: str                    # sha256 hex of the uncompressed tar
-    blob_digest: str | None         # sha256 hex of the member as it is, where the format names it
-
-
-@dataclass(frozen=True)
-class Image:
-    """What was chosen from an archive."""
-    digest: str                     # sha256 hex of the config: the same for every archive format
-    tag: str
-    config: dict
-    layers: list[Layer]
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """One image that the archive offers."""
-    tags: tuple[str, ...]
-    config: str                     # member name
-    layers: tuple[str, ...]         # member names
-
-    @property
-    def label(self) -> str:
-        return self.tags[0] if self.tags else posixpath.basename(self.config)[:12]
-
-
-def parse_json(data: bytes, kind: type, what: str):
-    """Return a JSON document of that type, else raise ImageError."""
+@contextlib.contextmanager
+def opened(path: str | Path, flags: int, directory: int | None = None) -> Iterator[int]:
+    """Open a file, by no link at its end, for as long as the block takes. Raises OSError."""
+    descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
     try:
-        document = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise ImageError(f"{what} is not valid JSON: {error}") from None
-    if not isinstance(document, kind):
-        raise ImageError(f"{what} is not a JSON {'list' if kind is list else 'object'}")
-    return document
+        yield descriptor
+    finally:
+        os.close(descriptor)
 
 
-def take(document: dict, key: str, kind: type, what: str):
-    """Return document[key], or an empty kind() where it is null or absent (G.1); ImageError if it is another type."""
-    value = document.get(key)
-    if value is None:
-        return kind()
-    if not isinstance(value, kind):
-        raise ImageError(f"{what}: {key!r} is not a {kind.__name__}")
-    return value
-
-
-def take_strings(document: dict, key: str, what: str) -> list[str]:
-    """Return document[key] as a list of strings that a process can be given."""
-    values = take(document, key, list, what)
-    if not all(isinstance(value, str) for value in values):
-        raise ImageError(f"{what}: {key!r} is not a list of strings")
-    for value in values:
-        encode_text(value, f"{what}: {key!r}")
-    return values
-
-
-def encode_text(text: str, what: str) -> bytes:
-    """Return a string of a JSON document as UTF-8. Raises ImageError for one that no system call takes."""
+@contextlib.contextmanager
+def opened_process(pid: int) -> Iterator[int]:
+    """Have a pidfd for as long as the block takes. Raises OSError."""
+    pidfd = os.pidfd_open(pid)
     try:
-        data = text.encode()
-    except UnicodeEncodeError:          # JSON can write half a surrogate pair
-        raise ImageError(f"{what} is not valid Unicode") from None
-    if b"\0" in data:
-        raise ImageError(f"{what} has a NUL byte")
-    return data
+        yield pidfd
+    finally:
+        os.close(pidfd)
 
 
-def blob_name(descriptor: dict) -> str:
-    """Return the member that holds a descriptor's content (OCI image-layout.md)."""
-    match = DIGEST_PATTERN.fullmatch(take(descriptor, "digest", str, "a descriptor"))
-    if not match:
-        raise ImageError("a descriptor's digest is not sha256:…; other algorithms are not supported")
-    return f"blobs/sha256/{match[1]}"
+def read_mountinfo(path: str = "/proc/self/mountinfo") -> Iterator[tuple[list[str], list[str]]]:
+    """Yield the fields of each mount (proc_pid_mountinfo(5)), before and after the dash, in order of mounting.
 
-
-def docker_candidates(archive: Archive) -> list[Candidate]:
-    """Return the images of a docker-archive's manifest.json."""
-    entries = parse_json(archive.read_document("manifest.json"), list, "manifest.json")
-    candidates = []
-    for entry in entries:
-        if not isinstance(entry, dict):
-            raise ImageError("manifest.json: an entry is not an object")
-        candidates.append(Candidate(tags=tuple(take_strings(entry, "RepoTags", "manifest.json")),
-                                    config=take(entry, "Config", str, "manifest.json"),
-                                    layers=tuple(take_strings(entry, "Layers", "manifest.json"))))
-    return candidates
-
-
-class OciIndex:
-    """Finds the images for this machine in an OCI layout, through nested indexes."""
-
-    def __init__(self, archive: Archive, architecture: str):
-        self._archive = archive
-        self._architecture = architecture
-        self._found: dict[str, list[Candidate]] = {}    # by member: one document may be listed under several tags
-        self._others: list[str] = []                    # platforms passed over, for the error message
-
-    def candidates(self) -> list[Candidate]:
-        found = []
-        for descriptor in self._wanted("index.json"):
-            tags = self._tags(descriptor)
-            found += [replace(candidate, tags=tags) for candidate in self._resolve(blob_name(descriptor), 1)]
-        if not found and self._others:
-            raise ImageError(f"the image is for {', '.join(dict.fromkeys(self._others))}; "
-                             f"this machine is linux/{self._architecture}")
-        return found
-
-    def _resolve(self, member: str, depth: int) -> list[Candidate]:
-        """Return what a manifest, or the best entry of an index, stands for."""
-        if member in self._found:
-            return self._found[member]
-        document = self._document(member)
-        if "manifests" in document:
-            if depth > MAX_INDEX_DEPTH:                 # also how an index that contains itself ends
-                raise ImageError(f"OCI indexes are nested deeper than {MAX_INDEX_DEPTH} (MAX_INDEX_DEPTH)")
-            # It lists one image for several platforms: the first that fits is the best (image-index.md).
-            nested = (self._resolve(blob_name(d), depth + 1) for d in self._wanted(member))
-            found = next(filter(None, nested), [])
-        else:
-            layers = take(document, "layers", list, member)
-            if not all(isinstance(layer, dict) for layer in layers):
-                raise ImageError(f"{member}: a layer is not an object")
-            found = [Candidate(tags=(), config=blob_name(take(document, "config", dict, member)),
-                               layers=tuple(blob_name(layer) for layer in layers))]
-        self._found[member] = found
-        return found
-
-    def _document(self, member: str) -> dict:
-        document = parse_json(self._archive.read_document(member), dict, member)
-        if "manifests" in document and ("layers" in document or "config" in document):
-            raise ImageError(f"{member} is both an index and a manifest (CVE-2021-41190)")
-        if "fsLayers" in document:
-            raise ImageError(f"{member} is a schema 1 manifest; save the image with a newer tool")
-        return document
-
-    def _wanted(self, member: str) -> Iterator[dict]:
-        """Yield the descriptors of an index that may be for this machine."""
-        for descriptor in take(self._document(member), "manifests", list, member):
-            if not isinstance(descriptor, dict):
-                raise ImageError(f"{member}: an entry is not an object")
-            platform_ = take(descriptor, "platform", dict, "a descriptor")
-            name = f"{platform_.get('os')}/{platform_.get('architecture')}"
-            # Without a platform the config will tell; unknown/unknown are attestations (docker buildx).
-            if not platform_ or name == f"linux/{self._architecture}":
-                yield descriptor
-            elif name != "unknown/unknown":
-                self._others.append(name)
-
-    @staticmethod
-    def _tags(descriptor: dict) -> tuple[str, ...]:
-        annotations = take(descriptor, "annotations", dict, "a descriptor")
-        names = (annotations.get("io.containerd.image.name"), annotations.get("org.opencontainers.image.ref.name"))
-        return tuple(name for name in names if isinstance(name, str))
-
-
-def tag_matches(tag: str, wanted: str) -> bool:
-    """Tell whether a user who writes wanted may mean tag: `app` fits `app:latest` and `localhost/app:latest`."""
-    return any(tag == name or tag.endswith("/" + name) for name in (wanted, wanted + ":latest"))
-
-
-def list_tags(candidates: list[Candidate]) -> str:
-    return ", ".join(sorted({tag for candidate in candidates for tag in candidate.tags or (candidate.label,)}))
-
-
-def choose_candidate(candidates: list[Candidate], tag: str) -> Candidate:
-    """Return the one image meant, else raise an ImageError that lists the choice (F.3)."""
-    if not candidates:
-        raise ImageError("the archive holds no image")
-    fitting = [c for c in candidates if not tag or any(tag_matches(t, tag) for t in c.tags)]
-    if not fitting:
-        raise ImageError(f"no image is tagged {tag!r}: the archive has {list_tags(candidates)}")
-    if len({(c.config, c.layers) for c in fitting}) > 1:
-        raise ImageError(f"the archive holds several images, choose one with --tag: {list_tags(fitting)}")
-    return fitting[0]
-
-
-def choose_image(archive: Archive, tag: str, architecture: str) -> Image:
-    """Return the image to unpack from an archive: docker-archive first, then OCI layout (rules F)."""
-    if archive.find("manifest.json"):
-        candidates = docker_candidates(archive)
-    elif archive.find("index.json"):
-        candidates = OciIndex(archive, architecture).candidates()
-    elif archive.looks_like_root_filesystem():
-        raise ImageError("this is a bare file system, not an image: use `docker save`, not `docker export`")
-    elif not archive.complete:
-        raise ArchiveDamaged
-    else:
-        raise ImageError("this tar holds no image: neither manifest.json nor index.json; use `docker save`")
-    chosen = choose_candidate(candidates, tag)
-    if not archive.complete:
-        raise ArchiveDamaged
-    data = archive.read_document(chosen.config)
-    config = parse_json(data, dict, "the image config")
-    check_platform(config, architecture)
-    tag = tag or (chosen.tags[0] if chosen.tags else "")
-    if len(tag) > MAX_TAG_LENGTH:
-        raise ImageError(f"the image's tag is over {MAX_TAG_LENGTH} characters: {tag[:MAX_NAME_LENGTH]}…")
-    return Image(digest=hashlib.sha256(data).hexdigest(), tag=tag, config=config, layers=pair_layers(chosen, config))
-
-
-def check_platform(config: dict, architecture: str) -> None:
-    """Raise ImageError if the image was built for another machine."""
-    system = take(config, "os", str, "the image config") or "linux"
-    machine = take(config, "architecture", str, "the image config") or architecture
-    if (system, machine) != ("linux", architecture):
-        raise ImageError(f"the image is for {system}/{machine}; this machine is linux/{architecture}")
-
-
-def pair_layers(chosen: Candidate, config: dict) -> list[Layer]:
-    """Return the layers with the digests that the config promises for them (E.3)."""
-    diff_ids = take_strings(take(config, "rootfs", dict, "the image config"), "diff_ids", "the image config")
-    if len(diff_ids) != len(chosen.layers):
-        raise ImageError(f"the image lists {len(chosen.layers)} layers but {len(diff_ids)} diff_ids; "
-                         "save it again (docker 25.0.0 wrote such archives)")
-    layers = []
-    for member, diff_id in zip(chosen.layers, diff_ids, strict=True):
-        match = DIGEST_PATTERN.fullmatch(diff_id)
-        if not match:
-            raise ImageError(f"diff_id {diff_id!r} is not sha256:…; other algorithms are not supported")
-        blob = re.fullmatch(r"(?:\./)?blobs/sha256/([0-9a-f]{64})", member)
-        layers.append(Layer(member, match[1], blob[1] if blob else None))
-    return layers
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Layers: decompress, verify, apply. Runs in the unpacking child.
-# ---------------------------------------------------------------------------------------------------------------------
-
-# How compressed streams begin (RFC 1952, 8878). A zstd stream may begin with frames that are to be skipped.
-GZIP_MAGIC = re.compile(rb"\x1f\x8b")
-ZSTD_MAGIC = re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18")
-OTHER_MAGIC = re.compile(rb"(?P<xz>\xfd7zXZ\0)|(?P<bzip2>BZh[1-9](?:1AY&SY|\x17rE8P\x90))|(?P<lzip>LZIP\x01)|"
-                         rb"(?P<lz4>[\x02\x04][\x21\x22][\x4c\x4d]\x18)|(?P<lzma>\x5d\0\0(?:[^\0]\0|\0[^\0]))")
-MAGIC_SIZE = 16                         # bytes in which all of these are
-PADDING = re.compile(rb"\0*")
-
-
-def gunzip(compressed: Iterator[bytes], budget: Budget) -> Iterator[bytes]:
-    return decompress_frames(compressed, "gzip", lambda: zlib.decompressobj(wbits=31), zlib.error, budget)
-
-
-def unzstd(compressed: Iterator[bytes], budget: Budget) -> Iterator[bytes]:
-    try:
-        from compression import zstd
-    except ImportError:                 # before Python 3.14
-        return unzstd_by_program(compressed)
-    return decompress_frames(compressed, "zstd", zstd.ZstdDecompressor, zstd.ZstdError, budget)
-
-
-def decompress_frames(compressed: Iterator[bytes], what: str, begin: Callable, failure: type[Exception],
-                      budget: Budget) -> Iterator[bytes]:
-    """Decompress any number of gzip members or zstd frames, in pieces of bounded size (E.1)."""
-    frame, size = None, 0
-    for data in compressed:
-        at = 0
-        while True:
-            if frame is None:
-                if what == "gzip":      # gzip(1) ignores padding between members too
-                    at = PADDING.match(data, at).end()
-                if at == len(data):
-                    break
-                budget.spend_frame()
-                frame, size = begin(), FIRST_CHUNK
-            hungry = getattr(frame, "needs_input", True)        # zstd keeps what it was given, zlib returns it
-            given = memoryview(data)[at:at + size] if hungry else b""
-            if hungry and not given:
-                break
-            try:
-                piece = frame.decompress(given, COPY_CHUNK)
-            except failure as error:
-                raise ImageError(f"{what} data in the archive is damaged: {error}") from None
-            if piece:
-                yield piece
-            at += len(given) - len(frame.unused_data if frame.eof else getattr(frame, "unconsumed_tail", b""))
-            # What a frame leaves over is copied, so a short one is given little.
-            frame, size = None if frame.eof else frame, min(2 * size, COPY_CHUNK)
-    if frame is not None:
-        raise ImageError(f"{what} data in the archive is cut short")
-
-
-def unzstd_by_program(compressed: Iterator[bytes]) -> Iterator[bytes]:
-    """Decompress zstd with the `zstd` program, fed by a thread."""
-    program = shutil.which("zstd")
-    if program is None:
-        raise ImageError("a layer is compressed with zstd and this machine has no zstd program: "
-                         "install it (apt install zstd), or save the image with gzip layers")
-    failure: list[Exception] = []
-
-    def feed(pipe) -> None:
-        try:
-            with pipe:
-                for data in compressed:
-                    pipe.write(data)
-        except (OSError, FaasdError) as error:  # zstd went away, and its exit status says more; or the data ends
-            failure.append(error)
-
-    with subprocess.Popen([program, "-dcq"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                          stderr=subprocess.DEVNULL) as child:
-        feeder = threading.Thread(target=feed, args=(child.stdin,))
-        feeder.start()
-        try:
-            while data := child.stdout.read(COPY_CHUNK):
-                yield data
-        except BaseException:
-            child.kill()
-            raise
-        finally:
-            feeder.join()
-    for error in failure:
-        if isinstance(error, FaasdError):
-            raise error
-    if child.returncode != 0 or failure:
-        raise ImageError("zstd data in the archive is damaged or cut short")
-
-
-def find_decompressor(head: bytes) -> Callable[[Iterator[bytes], Budget], Iterator[bytes]] | None:
-    """Tell by its first bytes how a stream is compressed; media types and names lie (E.1)."""
-    if GZIP_MAGIC.match(head):
-        return gunzip
-    return unzstd if ZSTD_MAGIC.match(head) else None
-
-
-def other_compression(head: bytes) -> str:
-    """Return the name of a compression that image formats do not have, "" if it is none."""
-    match = OTHER_MAGIC.match(head)
-    return match.lastgroup if match else ""
-
-
-class Budget:
-    """What one image may still use (E.4)."""
-
-    def __init__(self, max_size: int, max_entries: int):
-        self._max_size, self._max_entries = max_size, max_entries
-        self.written = 0                # bytes of files, with the holes of sparse ones
-        self.read = 0                   # bytes of layers after decompression
-        self.entries = 0
-        self._frames = 0                # gzip members and zstd frames
-        self._steps = 0                 # components of paths that were looked at, and what costs as much
-
-    def spend_written(self, count: int) -> None:
-        self.written += count
-        self._check_size(self.written)
-
-    def spend_read(self, count: int) -> None:
-        self.read += count
-        self._check_size(self.read)
-
-    def _check_size(self, size: int) -> None:
-        if size > self._max_size:
-            raise LimitExceeded(f"the unpacked image is over {self._max_size} bytes (--max-image-size)")
-
-    def spend_entry(self) -> None:
-        self.entries += 1
-        if self.entries > self._max_entries:
-            raise LimitExceeded(f"the image has over {self._max_entries} files (--max-image-entries)")
-
-    def spend_frame(self) -> None:
-        self._frames += 1
-        if self._frames > FRAMES_PER_ENTRY * self._max_entries:
-            raise LimitExceeded(f"the image is compressed in over {FRAMES_PER_ENTRY * self._max_entries} pieces "
-                                "(FRAMES_PER_ENTRY × --max-image-entries)")
-
-    def spend_steps(self, count: int = 1) -> None:
-        self._steps += count
-        if self._steps > FREE_STEPS + STEPS_PER_ENTRY * self.entries:
-            raise LimitExceeded("the image's paths lead through too many links and directories (STEPS_PER_ENTRY)")
-
-
-class Sha256Thread:
-    """SHA-256 in a thread of its own: it lets go of the GIL, and unpacking takes a sixth longer without it."""
-
-    def __init__(self) -> None:
-        self._hash = hashlib.sha256()
-        self._pieces: queue.Queue[bytes | None] = queue.Queue(HASH_AHEAD)
-        self._thread = threading.Thread(target=self._work, daemon=True)     # an error elsewhere ends the process
-        self._thread.start()
-
-    def _work(self) -> None:
-        while (data := self._pieces.get()) is not None:
-            self._hash.update(data)
-
-    def update(self, data: bytes) -> None:
-        self._pieces.put(data)
-
-    def hexdigest(self) -> str:
-        """Return the digest; no update may come after it."""
-        if self._thread.is_alive():
-            self._pieces.put(None)
-            self._thread.join()
-        return self._hash.hexdigest()
-
-
-class LayerStream(ByteStream):
-    """The uncompressed bytes of one layer, hashed on both sides of the decompression."""
-
-    @staticmethod
-    def cut_short() -> ImageError:
-        return ImageError("a layer is cut short in the middle of a file")
-
-    def __init__(self, head: bytes, rest: Iterator[bytes], budget: Budget):
-        self._diff_hash = self._blob_hash = Sha256Thread()      # of the same bytes, unless they are compressed
-        self._budget = budget
-        self._source = itertools.chain([head], rest)
-        decompress = find_decompressor(head)
-        if decompress:
-            self._blob_hash = Sha256Thread()
-            self._source = decompress(self._hashed(self._source), budget)
-        super().__init__(self._counted())
-
-    def _hashed(self, pieces: Iterator[bytes]) -> Iterator[bytes]:
-        for data in pieces:
-            self._blob_hash.update(data)
-            yield data
-
-    def _counted(self) -> Iterator[bytes]:
-        for data in self._source:
-            self._diff_hash.update(data)
-            self._budget.spend_read(len(data))
-            yield data
-
-    def close(self) -> None:
-        """End the decompression, the program that does it, and the hashing."""
-        if self._blob_hash is not self._diff_hash:
-            self._source.close()
-        self.digests()
-
-    def digests(self) -> tuple[str, str]:
-        """Return the SHA-256 of all that was read, uncompressed and as it came."""
-        return self._diff_hash.hexdigest(), self._blob_hash.hexdigest()
-
-
-@dataclass
-class StagedLayer:
-    """A layer whose digests are known and whose entries wait to be applied."""
-    offset: int                     # of its batches of entries in the spool
-    end: int = 0
-    diff_id: str = ""               # sha256 hex of the uncompressed tar, and …
-    blob_digest: str = ""           # … of the member as it is
-    error: ImageError | None = None # what is wrong with it behind the last of these entries
-
-    def verify(self, layer: Layer) -> None:
-        """Compare the digests with those that a layer should have. Raises ImageError (E.2)."""
-        if layer.blob_digest and self.blob_digest != layer.blob_digest:
-            raise ImageError(f"layer {layer.member} is damaged: its content does not match its digest")
-        if self.diff_id != layer.diff_id:
-            raise ImageError(f"layer {layer.member} is damaged: its content does not match diff_id "
-                             f"sha256:{layer.diff_id[:12]}…")
-
-
-class Staging:
-    """Where an archive's content waits until it is known what it is for.
-
-    The data of large files is written to files of their own, with numbers for names, which are renamed to where they
-    belong when their layer is applied: they are most of an image, and are written once. All else goes one after the
-    other into one file, the spool: headers with the data of small files, and documents.
+    The kernel escapes space, tab, newline and backslash. A user who may mount (FUSE) and an image with volumes choose
+    the rest of a name, of which Python takes a lot for the end of a line or of a word, or for no text at all.
     """
+    for line in Path(path).read_bytes().split(b"\n")[:-1]:
+        before, _, after = os.fsdecode(line).partition(" - ")
+        yield ([re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), field) for field in before.split(" ")],
+               after.split(" "))
 
-    def __init__(self, directory: Path, budget: Budget):
-        self._directory = os.fsencode(directory)
-        self._budget = budget                   # of all that could be a layer
-        self._numbers = itertools.count()
-        self._spool = (directory / "spool").open("w+b")
 
-    def close(self) -> None:
-        self._spool.close()
+def read_mounts() -> list[tuple[str, str]]:
+    """Return mount point and file system type of every mount, in order of mounting."""
+    return [(before[4], after[0]) for before, after in read_mountinfo()]
 
-    def path(self, number: int) -> bytes:
-        """Return the host's name of a staged file."""
-        return b"%s/%d" % (self._directory, number)
 
-    def write(self, pieces: Iterable[bytes]) -> int:
-        """Put a document into the spool; return its offset."""
-        offset = self._spool.tell()
-        self._spool.writelines(pieces)
-        return offset
+def timestamp() -> str:
+    """Return the time for people and machines: RFC 3339, UTC, milliseconds."""
+    second, nanoseconds = divmod(time.time_ns(), 1_000_000_000)
+    return f"{format_second(second)}.{nanoseconds // 1_000_000:03}Z"
 
-    def read(self, offset: int, size: int) -> bytes:
-        self._spool.seek(offset)
-        data = self._spool.read(size)
-        self._spool.seek(0, os.SEEK_END)
-        return data
 
-    def stage_layer(self, pieces: Iterator[bytes]) -> StagedLayer:
-        """Read a layer to its end, or as far as it can be read. Raises FaasdError for what is not its own fault."""
-        staged = StagedLayer(self._spool.tell())
-        head = next(pieces, b"")
-        with contextlib.closing(LayerStream(head, pieces, self._budget)) as stream:
-            try:
-                if name := other_compression(head):
-                    raise ImageError(f"a layer is compressed with {name}, which no image format has: "
-                                     "save it again with gzip or zstd")
-                self._stage_entries(stream)
-                stream.drain()
-                staged.diff_id, staged.blob_digest = stream.digests()
-            except ArchiveDamaged:
-                raise
-            except ImageError as error:
-                staged.error = error            # which only counts if the layer is wanted
-        staged.end = self._spool.tell()
-        return staged
-
-    def _stage_entries(self, stream: LayerStream) -> None:
-        batch, size = [], 0
-        try:
-            for entry in TarReader(stream):
-                self._budget.spend_entry()
-                content = self._stage_content(entry, stream) if entry.isreg() else None
-                batch.append((tuple(entry), content))
-                size += tarfile.BLOCKSIZE + (len(content) if isinstance(content, bytes) else 0)
-                if size > SPOOL_BATCH:
-                    pickle.dump(batch, self._spool)
-                    batch, size = [], 0
-        finally:
-            pickle.dump(batch, self._spool)     # what came before an error counts
-
-    def _stage_content(self, entry: Entry, stream: LayerStream) -> bytes | int:
-        """Return a small file's data, or the number under which a large one is staged, one with attributes too."""
-        if entry.size <= SMALL_FILE and entry.sparse is None and not has_xattrs(entry):
-            data = stream.read(entry.size)
-            if len(data) < entry.size:
-                raise stream.cut_short()
-            return data
-        self._budget.spend_written(entry.size)
-        number = next(self._numbers)
-        try:
-            descriptor = os.open(self.path(number), NEW_FILE_FLAGS, 0o600)
-            try:
-                write_content(entry, stream, descriptor)
-            finally:
-                os.close(descriptor)
-        except OSError as error:
-            raise unpack_error(os.fsencode(entry.name), error) from None
-        return number
-
-    def entries(self, staged: StagedLayer) -> Iterator[tuple[Entry, bytes | int | None]]:
-        """Yield a layer's entries with the content of files. Raises ImageError where it could not be read on."""
-        self._spool.seek(staged.offset)
-        while self._spool.tell() < staged.end:
-            for values, content in pickle.load(self._spool):
-                yield Entry(*values), content
-        if staged.error:
-            raise staged.error
-
-
-def write_content(entry: Entry, stream: LayerStream, descriptor: int) -> None:
-    """Write a file's pieces where they belong; the holes of a sparse one stay holes."""
-    for offset, count in [(0, entry.size)] if entry.sparse is None else entry.sparse:
-        if offset < 0 or count < 0 or offset + count > entry.size:
-            raise ImageError(f"{entry.name!r} has a bad sparse map")
-        os.lseek(descriptor, offset, os.SEEK_SET)
-        for piece in stream.take_all(count):
-            write_all(descriptor, piece)
-    os.ftruncate(descriptor, entry.size)
-    if entry.size >= LARGE_FILE:
-        # The disk can begin with it: in the end, a deploy waits for the disk. For small files it is no gain.
-        libc.sync_file_range(descriptor, ctypes.c_int64(0), ctypes.c_int64(0), SYNC_FILE_RANGE_WRITE)
-
-
-SYNC_FILE_RANGE_WRITE = 2               # sync_file_range(2)
-
-# Errors that are not the image's.
-HOST_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EMFILE, errno.ENFILE, errno.ENOMEM}
-NEW_FILE_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-
-
-def unpack_error(path: bytes, error: OSError) -> FaasdError:
-    """Return what to raise for a path that the kernel refused to make."""
-    if error.errno in HOST_FAULTS:
-        return storage_error(error, "unpacking the image")
-    return ImageError(f"cannot unpack {show(path)}: {error.strerror}")
-
-
-def write_all(descriptor: int, data: memoryview) -> None:
-    while data:
-        data = data[os.write(descriptor, data):]
-
-
-class Missing(Exception):
-    """A path does not lead to a directory."""
-
-
-class Rootfs:
-    """A directory as the root of an image: paths in it are resolved as if chrooted, links and all (rules A).
-
-    Paths are bytes, start with a slash and have no trailing one; the root itself is b"". Nobody else writes here (it
-    lies below a 0700 directory), so what was looked at cannot change before it is used.
-    """
-
-    def __init__(self, path: str | Path, first_id: int, budget: Budget):
-        """first_id is the host id that the image's root is: everything that is made belongs to it unless said."""
-        self.path = os.fsencode(path)
-        self.first_id = first_id
-        self._budget = budget
-        self._resolved: dict[bytes, bytes] = {}         # directory as named → as it really is
-        self.followed: list[bytes] = []                 # links on the way to what was found last
-        self.made: set[bytes] = set()                   # directories that we made, of which none was removed since
-
-    def host(self, path: bytes) -> bytes:
-        """Return the host's name of a resolved path."""
-        return self.path + path
-
-    def make_directory(self, path: bytes) -> bytes:
-        """Return the real path of a directory, made 0755 root:root with its parents where it is missing (A.6)."""
-        real = self._resolved.get(path)
-        if real is None:
-            real = self._resolved[path] = self._walk(path, self.place_directory)
-        return real
-
-    def require_directory(self, path: bytes, what: str) -> bytes:
-        """Return the real path of a directory, made where nothing is. Raises ImageError for a file, as Docker does."""
-        def make(here: bytes) -> None:
-            if self.kind(here):
-                raise ImageError(f"{what}: {show(here)} of the image is not a directory")
-            self.place_directory(here)
-        return self._walk(path, make)
-
-    def find_directory(self, path: bytes) -> bytes:
-        """Return the real path of a directory. Raises Missing."""
-        return self._walk(path, self._refuse)
-
-    def _walk(self, path: bytes, repair: Callable[[bytes], None]) -> bytes:
-        """Follow path from the root; repair is called where something else than a directory is in the way."""
-        real, hops, self.followed = b"", 0, []
-        ahead = path.split(b"/")[::-1]
-        while ahead:
-            name = ahead.pop()
-            if name in (b"", b"."):
-                continue
-            if name == b"..":
-                real = real.rpartition(b"/")[0]         # of the root: the root, as in a chroot
-                continue
-            here = real + b"/" + name
-            self._budget.spend_steps()
-            kind = self.kind(here)
-            if kind == stat.S_IFLNK:
-                hops += 1
-                if hops > MAX_LINK_HOPS:
-                    raise ImageError(f"too many symbolic links in {show(path)} (MAX_LINK_HOPS)")
-                self.followed.append(here)
-                target = os.readlink(self.host(here))
-                if target.startswith(b"/"):
-                    real = b""
-                ahead += target.split(b"/")[::-1]
-                continue
-            if kind != stat.S_IFDIR:
-                repair(here)
-            real = here
-            if real.count(b"/") > MAX_PATH_DEPTH:       # links lead deeper than a name tells
-                raise ImageError(f"a path in the image is over {MAX_PATH_DEPTH} directories deep (MAX_PATH_DEPTH)")
-        return real
-
-    def is_directory(self, path: bytes) -> bool:
-        """Tell whether a path that was real once still is: no component of it has become a link since."""
-        real = b""
-        for name in path.split(b"/")[1:]:               # from the top, for what is below a link is not ours to look at
-            real += b"/" + name
-            self._budget.spend_steps()
-            if self.kind(real) != stat.S_IFDIR:
-                return False
-        return True
-
-    def kind(self, path: bytes) -> int:
-        """Return the file type (S_IFMT) of the last component itself, 0 if there is none."""
-        try:
-            return stat.S_IFMT(os.lstat(self.host(path)).st_mode)
-        except FileNotFoundError:
-            return 0
-
-    def place_directory(self, path: bytes) -> None:
-        """Put a new directory, 0755 root:root, in the place of whatever is there."""
-        self.remove(path)
-        self._budget.spend_steps(STEPS_PER_DIRECTORY)   # nobody counts those that an entry only implies
-        self.made.add(path)
-        os.mkdir(self.host(path))
-        os.chown(self.host(path), self.first_id, self.first_id)
-        os.chmod(self.host(path), 0o755)                # whatever the umask is
-
-    @staticmethod
-    def _refuse(path: bytes) -> None:
-        raise Missing(path)
-
-    def remove(self, path: bytes) -> None:
-        """Remove whatever is there, with all below it and without following a link; nothing there is fine."""
-        kind = self.kind(path)
-        if kind in (stat.S_IFDIR, stat.S_IFLNK):
-            self._resolved.clear()
-            self.made.clear()
-        if kind == stat.S_IFDIR:
-            shutil.rmtree(self.host(path))
-        elif kind:
-            os.unlink(self.host(path))
-
-    def make_real_directory(self, path: bytes) -> None:
-        """Make path and all its parents plain directories, putting them in the place of links and files (H.1)."""
-        real = b""
-        for name in path.split(b"/")[1:]:
-            real += b"/" + name
-            if self.kind(real) != stat.S_IFDIR:
-                self.place_directory(real)
-
-    def read_file(self, path: bytes, limit: int) -> bytes:
-        """Return the content of a small regular file, b"" if there is none; never follows a final link (G.3)."""
-        directory, _, name = path.rpartition(b"/")
-        try:
-            real = self.find_directory(directory) + b"/" + name
-        except Missing:
-            return b""
-        if self.kind(real) != stat.S_IFREG:
-            return b""
-        with open(self.host(real), "rb") as file:
-            data = file.read(limit + 1)
-        if len(data) > limit:
-            raise LimitExceeded(f"{show(path)} of the image is over {limit} bytes (MAX_ACCOUNTS_SIZE)")
-        return data
-
-    def write_file(self, path: bytes, data: bytes) -> None:
-        """Put a plain 0644 file at path, in the place of whatever is there."""
-        directory, _, name = path.rpartition(b"/")
-        real = self.make_directory(directory) + b"/" + name
-        self.remove(real)
-        descriptor = os.open(self.host(real), os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o644)
-        with open(descriptor, "wb") as file:
-            file.write(data)
-            os.fchown(file.fileno(), self.first_id, self.first_id)
-            os.fchmod(file.fileno(), 0o644)
-
-
-def show(path: bytes) -> str:
-    """Return a path of an image for a message, the begin of a long one."""
-    shown = path if len(path) <= MAX_NAME_LENGTH else path[:MAX_NAME_LENGTH] + "…".encode()
-    return escape_controls(shown.decode("utf-8", "backslashreplace"))
-
-
-XATTR_RECORD = "SCHILY.xattr."           # + name: how PAX headers carry extended attributes
-SELINUX_XATTR = "security.selinux"      # labels are the host's affair
-EARLIEST_TIME, LATEST_TIME = -1 << 31, (1 << 34) - 1    # what ext4 can hold, in seconds since 1970
-
-
-ACL_XATTRS = ("system.posix_acl_access", "system.posix_acl_default")
-ACL_VERSION, ACL_USER, ACL_GROUP = 2, 0x02, 0x08        # linux/posix_acl_xattr.h, linux/posix_acl.h
-
-
-def shift_acl(value: bytes, first_id: int) -> bytes:
-    """Return a POSIX access list (struct posix_acl_xattr) with the image's ids moved to where first_id is their root's.
-
-    Raises ValueError for what is none.
-    """
-    if value[:4] != struct.pack("<I", ACL_VERSION) or len(value) % 8 != 4:
-        raise ValueError("its access list is malformed")
-    return value[:4] + b"".join(
-        struct.pack("<HHI", tag, permissions, host_id(number, first_id) if tag in (ACL_USER, ACL_GROUP) else number)
-        for tag, permissions, number in struct.iter_unpack("<HHI", value[4:]))
-
-
-def host_id(number: int, first_id: int) -> int:
-    """Return the host's id for an image's: containers have none from IDS on."""
-    return first_id + (number if number < IDS else NOBODY)
-
-
-class Losses:
-    """What an image has and its containers will not, counted for a line of warning of each kind."""
-
-    def __init__(self) -> None:
-        self._found: dict[str, list] = {}       # text, with {count} → how often, and the name of the first
-        self.pipes: set[bytes] = set()          # where one was left out
-
-    def note(self, text: str, name: str) -> None:
-        self._found.setdefault(text, [0, name])[0] += 1
-
-    def lines(self) -> list[str]:
-        return [f"{text.format(count=count)} (first: {show(os.fsencode(name))})"
-                for text, (count, name) in self._found.items()]
-
-
-class LayerApplier:
-    """Applies one layer's entries to a rootfs (rules A to D)."""
-
-    def __init__(self, rootfs: Rootfs, budget: Budget, staging: Staging, losses: Losses, again: bool = False):
-        self._rootfs = rootfs
-        self._budget = budget
-        self._staging = staging
-        self._losses = losses
-        self._place = shutil.copyfile if again else os.rename   # what is staged, if the layer applies again later
-        self._own: set[bytes] = set()                   # paths of this layer and their parents: no whiteout hides them
-        self._directory_times: dict[bytes, int] = {}    # set at the end, when nothing writes into them any more
-
-    def apply(self, staged: StagedLayer) -> None:
-        """Apply all entries of a layer."""
-        for entry, content in self._staging.entries(staged):
-            self._budget.spend_entry()
-            name = entry.name.encode("utf-8", "surrogateescape")
-            try:
-                self._apply_entry(entry, self._clean(entry, name), content)
-            except OSError as error:
-                raise unpack_error(name, error) from None
-            except (OverflowError, ValueError) as error:        # a number that no system call takes
-                raise ImageError(f"cannot unpack {show(name)}: {error}") from None
-        for path, mtime in self._directory_times.items():
-            # A parent may have become a link to the host meanwhile, and utime would follow it there.
-            if self._rootfs.is_directory(path):
-                os.utime(self._rootfs.host(path), ns=(mtime, mtime))
-
-    @staticmethod
-    def _clean(entry: Entry, name: bytes) -> bytes:
-        """Return an entry's path, clamped to the root and checked (A.1, A.5)."""
-        if b"\0" in name or (not name and not entry.isdir()):
-            raise ImageError("a layer's entry has an empty name or one with a NUL byte")
-        path = b"/" + name.strip(b"/")
-        if b"//" in path or b"/." in path:              # otherwise it is normal already, and most are
-            path = posixpath.normpath(path)
-        path = path.rstrip(b"/")
-        if path.count(b"/") > MAX_PATH_DEPTH + 1:
-            raise ImageError(f"a path in the image is over {MAX_PATH_DEPTH} directories deep (MAX_PATH_DEPTH)")
-        if len(path) > MAX_NAME_LENGTH and any(len(component) > MAX_NAME_LENGTH for component in path.split(b"/")):
-            raise ImageError(f"a name in the image is over {MAX_NAME_LENGTH} bytes: {show(name)}")
-        return path
-
-    def _apply_entry(self, entry: Entry, path: bytes, content: bytes | int | None) -> None:
-        directory, _, name = path.rpartition(b"/")
-        if b"/.wh." in path:
-            self._apply_whiteout(directory, name, path)
-            return
-        if not path:
-            if not entry.isdir():
-                raise ImageError("the image's root is not a directory (CVE-2021-29136)")
-            self._set_metadata(b"", entry)
-            return
-        real = self._rootfs.make_directory(directory) + b"/" + name
-        self._create(entry, real, content)
-        self._claim(real)
-
-    def _claim(self, path: bytes) -> None:
-        while path not in self._own:
-            self._own.add(path)
-            path = path.rpartition(b"/")[0]
-
-    # -- whiteouts --
-
-    def _apply_whiteout(self, directory: bytes, name: bytes, path: bytes) -> None:
-        if path.startswith(b"/.wh..wh.") and path != b"/.wh..wh..opq":
-            return                                      # bookkeeping of aufs at the root (B.4)
-        if b"/.wh." in directory:
-            raise ImageError(f"{show(path)}: a whiteout cannot be a directory")
-        hidden = name.removeprefix(b".wh.")
-        opaque = hidden == b".wh..opq"
-        if not opaque and (hidden in (b"", b".", b"..") or hidden.startswith(b".wh.")):
-            raise ImageError(f"bad whiteout {show(directory)}/.wh.{show(hidden)}")
-        try:
-            real = self._rootfs.find_directory(directory)
-        except Missing:
-            return
-        if opaque:
-            self._hide_lower_children(real)
-        elif real + b"/" + hidden in self._own:         # same layer has it too: only what lies below is hidden (B.2)
-            self._hide_lower_children(real + b"/" + hidden)
-        else:
-            self._rootfs.remove(real + b"/" + hidden)
-
-    def _hide_lower_children(self, path: bytes) -> None:
-        if self._rootfs.kind(path) != stat.S_IFDIR:
-            return
-        for name in os.listdir(self._rootfs.host(path)):
-            self._budget.spend_steps()                  # as often as a layer says that it is opaque
-            child = path + b"/" + name
-            if child in self._own:
-                self._hide_lower_children(child)
-            else:
-                self._rootfs.remove(child)
-
-    # -- objects --
-
-    def _create(self, entry: Entry, path: bytes, content: bytes | int | None) -> None:
-        if entry.isreg():
-            self._create_file(entry, path, content)
-        elif entry.islnk():
-            self._create_hardlink(entry, path)
-        elif entry.isdir():
-            if self._rootfs.kind(path) != stat.S_IFDIR:
-                self._rootfs.place_directory(path)
-            self._set_metadata(path, entry)
-        elif entry.isfifo():            # all containers of the function would share it: a way from one to the other
-            self._rootfs.remove(path)
-            self._leave_out_pipe(path)
-        else:
-            self._rootfs.remove(path)
-            self._create_special(entry, path)
-            self._set_metadata(path, entry)
-
-    def _leave_out_pipe(self, path: bytes) -> None:
-        self._losses.pipes.add(path)
-        self._losses.note("{count} named pipes are left out: containers of a function would share them",
-                          os.fsdecode(path))
-
-    def _create_special(self, entry: Entry, path: bytes) -> None:
-        host = self._rootfs.host(path)
-        if entry.issym():
-            os.symlink(entry.linkname.encode("utf-8", "surrogateescape"), host)     # verbatim (A.3)
-        elif entry.ischr() or entry.isblk():
-            kind = stat.S_IFCHR if entry.ischr() else stat.S_IFBLK
-            os.mknod(host, kind | 0o600, os.makedev(entry.devmajor, entry.devminor))
-        else:
-            raise ImageError(f"{show(path)} is of the unknown tar type {entry.type!r}")
-
-    def _create_hardlink(self, entry: Entry, path: bytes) -> None:
-        """Link to a file of this or a lower layer; the entry's own metadata counts for nothing (C.3)."""
-        target = posixpath.normpath(b"/" + entry.linkname.encode("utf-8", "surrogateescape").lstrip(b"/"))
-        directory, _, name = target.rpartition(b"/")
-        kind = stat.S_IFDIR if not name else 0          # the root itself
-        with contextlib.suppress(Missing):
-            real = self._rootfs.find_directory(directory) + b"/" + name
-            kind = self._rootfs.kind(real)
-            if kind == 0 and real in self._losses.pipes:
-                self._rootfs.remove(path)
-                self._leave_out_pipe(path)
-                return
-        if kind in (0, stat.S_IFDIR):
-            raise ImageError(f"hard link {show(path)} points to {show(target)}, "
-                             f"which {'is a directory' if kind else 'does not exist'}")
-        if real == path or real.startswith(path + b"/"):
-            raise ImageError(f"hard link {show(path)} points to itself")
-        self._rootfs.remove(path)
-        os.link(self._rootfs.host(real), self._rootfs.host(path), follow_symlinks=False)
-
-    def _create_file(self, entry: Entry, path: bytes, content: bytes | int) -> None:
-        """Make a new file of its data, or of a staged one. What is there is removed, not written through (C.1, C.2)."""
-        self._budget.spend_written(entry.size)
-        if not self._is_free(path):
-            self._rootfs.remove(path)
-        if isinstance(content, int):
-            self._place(self._staging.path(content), self._rootfs.host(path))
-            self._set_metadata(path, entry)
-            return
-        descriptor = os.open(self._rootfs.host(path), NEW_FILE_FLAGS, 0o600)
-        try:
-            write_all(descriptor, memoryview(content))
-            os.chown(descriptor, *self._owner(entry))   # in the order that _set_metadata gives reasons for
-            os.chmod(descriptor, entry.mode & 0o7777)
-            mtime = modification_time(entry)
-            os.utime(descriptor, ns=(mtime, mtime))
-        finally:
-            os.close(descriptor)
-
-    def _is_free(self, path: bytes) -> bool:
-        """Tell without asking the kernel that nothing is at path, which is so for most files of most layers."""
-        made = self._rootfs.made
-        return path.rpartition(b"/")[0] in made and path not in made and path not in self._own
-
-    # -- metadata --
-
-    def _set_metadata(self, path: bytes, entry: Entry) -> None:
-        """Set owner, extended attributes, mode, time, in this order: chown clears setuid and capabilities (D.1)."""
-        host = self._rootfs.host(path)
-        os.chown(host, *self._owner(entry), follow_symlinks=False)
-        self._set_xattrs(host, entry)
-        if not entry.issym():
-            os.chmod(host, entry.mode & 0o7777)
-        mtime = modification_time(entry)
-        if entry.isdir():
-            self._directory_times[path] = mtime
-        else:
-            os.utime(host, ns=(mtime, mtime), follow_symlinks=False)
-
-    def _owner(self, entry: Entry) -> tuple[int, int]:
-        """Return the host ids of an entry's owner: the image's, moved into the function's range."""
-        if min(entry.uid, entry.gid) < 0:
-            raise ImageError(f"{entry.name!r} has a bad owner {entry.uid}:{entry.gid}")
-        if max(entry.uid, entry.gid) >= IDS:
-            self._losses.note(f"{{count}} files are of users or groups from {IDS} on, which containers do not have, "
-                              f"and now of {NOBODY}", entry.name)
-        return host_id(entry.uid, self._rootfs.first_id), host_id(entry.gid, self._rootfs.first_id)
-
-    def _set_xattrs(self, host: bytes, entry: Entry) -> None:
-        if entry.isdir():                               # a directory over a directory takes nothing over (D.3)
-            for name in os.listxattr(host, follow_symlinks=False):
-                if name != SELINUX_XATTR:               # the host's own label
-                    os.removexattr(host, name, follow_symlinks=False)
-        for key, value in entry.pax_headers.items():
-            name = key.removeprefix(XATTR_RECORD)
-            if name in (key, SELINUX_XATTR):
-                continue
-            if name.startswith("user.") and not (entry.isreg() or entry.isdir()):
-                continue                                # xattr(7): only files and directories carry them
-            data = value.encode("utf-8", "surrogateescape")
-            if name in ACL_XATTRS:
-                data = shift_acl(data, self._rootfs.first_id)
-            try:
-                os.setxattr(host, name, data, follow_symlinks=False)
-            except OSError as error:
-                if error.errno == errno.ENOSPC and os.statvfs(self._rootfs.path).f_bavail > len(value):
-                    raise ImageError(f"cannot unpack {entry.name}: extended attribute {name} is too large for this "
-                                     "machine's file system") from None     # ENOSPC says that too (setxattr(2))
-                if error.errno != errno.ENOTSUP:
-                    raise
-                self._losses.note("{count} extended attributes are lost: the state directory's file system has none "
-                                  "of the kind", entry.name)
-
-
-def has_xattrs(entry: Entry) -> bool:
-    return bool(entry.pax_headers) and any(key.startswith(XATTR_RECORD) for key in entry.pax_headers)
-
-
-def modification_time(entry: Entry) -> int:
-    """Return an entry's mtime in nanoseconds, exact where a PAX record has it, within what a file system can hold."""
-    text = entry.pax_headers.get("mtime")
-    if not text and isinstance(entry.mtime, int):
-        return min(max(entry.mtime, EARLIEST_TIME), LATEST_TIME) * 1_000_000_000
-    try:
-        seconds = Decimal(text or entry.mtime)
-    except (InvalidOperation, ValueError):
-        seconds = Decimal(0)
-    if not seconds.is_finite():
-        seconds = Decimal(0)
-    return int(min(max(seconds, Decimal(EARLIEST_TIME)), Decimal(LATEST_TIME)) * 1_000_000_000)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Process config: what an image says about the process to run. Runs in the unpacking child.
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Account:
-    """Who a process runs as."""
-    uid: int
-    gid: int
-    groups: list[int]
-    home: str
-
-
-def is_id(text: str) -> bool:
-    return re.fullmatch("[0-9]{1,10}", text) is not None and int(text) < IDS
-
-
-def account_lines(data: bytes, fields: int) -> Iterator[list[str]]:
-    """Yield the fields of each usable line of passwd(5) or group(5)."""
-    for line in data.decode("utf-8", "replace").split("\n"):
-        parts = line.split(":")
-        if len(parts) >= fields and is_id(parts[2]) and "\0" not in line:
-            yield parts
-
-
-def parse_id(text: str, what: str) -> int | None:
-    """Return text as a uid or gid, None if it is a name. Raises ImageError for a number no id can be."""
-    if not re.fullmatch("[0-9]+", text):
-        return None
-    if not is_id(text):
-        raise ImageError(f"the image's {what} {text[:12]} is too large: containers have the ids 0 to {IDS - 1}")
-    return int(text)
-
-
-def resolve_user(user: str, passwd: bytes, group: bytes) -> Account:
-    """Return the account that an image's User means (G.3).
-
-    user is "", "name", "uid", "name:group", "uid:gid" or mixed; passwd and group are the image's own files. An explicit
-    group brings no supplementary groups, as in Docker. Raises ImageError for a name that is in neither file.
-    """
-    name, _, group_name = user.partition(":")
-    name = name or "0"
-    uid = parse_id(name, "user")
-    account = None
-    for line in account_lines(passwd, 6):
-        if line[0] == name if uid is None else int(line[2]) == uid:
-            account = line
-            break
-    if account is None and uid is None:
-        raise ImageError(f"the image's user {name!r} is not in its /etc/passwd, or has an id from {IDS} on")
-    uid = int(account[2]) if account else uid
-    home = (account[5] if account else "") or "/"
-    groups = list(account_lines(group, 3))
-    if group_name:
-        gid = parse_id(group_name, "group")
-        if gid is None:
-            gid = next((int(line[2]) for line in groups if line[0] == group_name), None)
-        if gid is None:
-            raise ImageError(f"the image's group {group_name!r} is not in its /etc/group, or has an id from {IDS} on")
-        return Account(uid, gid, [], home)
-    if account is None:
-        return Account(uid, 0, [], home)
-    own = parse_id(account[3], "group") or 0
-    members = [int(line[2]) for line in groups if len(line) > 3 and account[0] in line[3].split(",")]
-    return Account(uid, own, sorted(set(members) - {own}), home)
-
-
-def with_default(env: list[str], key: str, value: str) -> list[str]:
-    """Return env with KEY=value appended where KEY is not set (G.2)."""
-    return env if any(entry.startswith(key + "=") for entry in env) else [*env, f"{key}={value}"]
-
-
-def config_path(text: str, what: str) -> bytes:
-    """Return a path of an image config, normalised, without a slash at its end: b"" is the root. Raises ImageError."""
-    path = encode_text(text, what)
-    if not path.startswith(b"/"):
-        raise ImageError(f"{what} {text!r} is not an absolute path")
-    path = b"/" + posixpath.normpath(path).lstrip(b"/")
-    if len(path) > MAX_PATH_LENGTH or any(len(component) > MAX_NAME_LENGTH for component in path.split(b"/")):
-        raise ImageError(f"{what} is too long")
-    return path.rstrip(b"/")
-
-
-def prepare_working_directory(rootfs: Rootfs, text: str) -> str:
-    """Make an image's WorkingDir, as Docker does, and return it. Raises ImageError (G.2)."""
-    path = config_path(text or "/", "the image's WorkingDir")
-    real = rootfs.require_directory(path, "the image's WorkingDir")
-    for seen in (path, real, *rootfs.followed):             # as it is written, where links lead, and by which
-        if reserved := reserved_target(os.fsdecode(seen)):
-            raise ImageError(f"the image's WorkingDir {text!r} lies in {reserved}, where a container has other things "
-                             "than the image (CVE-2024-21626)")
-    return path.decode() or "/"
-
-
-RESERVED_TARGETS = ("/dev", "/proc", "/sys", CONTROL_SOCKET)       # mounted in every container
-
-
-def reserved_target(path: str) -> str | None:
-    """Return the mount of ours that a path of an image lies in, if any."""
-    return next((target for target in RESERVED_TARGETS if path == target or path.startswith(target + "/")), None)
-
-
-def prepare_volumes(rootfs: Rootfs, paths: Collection[str]) -> list[dict]:
-    """Make the directories of an image's volumes and return what their tmpfs should look like (G.4)."""
-    if len(paths) > MAX_VOLUMES:
-        raise LimitExceeded(f"the image has {len(paths)} volumes: {MAX_VOLUMES} are allowed (MAX_VOLUMES)")
-    volumes = {}
-    for path in paths:
-        what = "the image's volume"
-        real = os.fsdecode(rootfs.require_directory(config_path("/" + path, what), what))
-        if real in ("", "/tmp") or reserved_target(real):
-            if real == "/tmp":                          # is one already
-                continue
-            raise ImageError(f"the image's volume {path!r} is in the way of faasd's own mounts")
-        host = rootfs.host(os.fsencode(real))
-        status = os.stat(host)
-        volumes[real] = {"path": real, "mode": stat.S_IMODE(status.st_mode), "uid": status.st_uid - rootfs.first_id,
-                         "gid": status.st_gid - rootfs.first_id, "copy_up": bool(os.listdir(host))}
-    return [volumes[path] for path in sorted(volumes)]      # a parent is mounted before what lies in it
-
-
-def prepare_resolv_conf(rootfs: Rootfs) -> str:
-    """Make sure that there is a plain file to mount a function's resolv.conf on; return its real path (H.1)."""
-    real = rootfs.make_directory(b"/etc") + b"/resolv.conf"
-    if rootfs.kind(real) != stat.S_IFREG:
-        rootfs.write_file(real, b"")
-    return os.fsdecode(real)
-
-
-HOSTS = b"127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n"
-
-
-def prepare_mount_targets(rootfs: Rootfs) -> None:
-    """Put real directories where every container gets a mount, and a plain file for its control socket.
-
-    An image with a symbolic link there made runc touch the host (CVE-2026-41579, rule H.1), and a target that runc
-    has to make itself is written into a rootfs that other containers share.
-    """
-    for target in (b"/dev", b"/proc", b"/sys", b"/tmp"):
-        rootfs.make_real_directory(target)
-    os.chmod(rootfs.host(b"/tmp"), 0o1777)      # runc 1.1 gives a tmpfs the mode of the directory below it
-    rootfs.write_file(os.fsencode(CONTROL_SOCKET), b"")
-    if not rootfs.read_file(b"/etc/hosts", MAX_ACCOUNTS_SIZE).strip():      # Docker gives every container one
-        rootfs.write_file(b"/etc/hosts", HOSTS)
-
-
-def resolve_process(config: dict, rootfs: Rootfs) -> dict:
-    """Return what an image config says about its process, with users and volumes looked up in the rootfs (rules G)."""
-    settings = take(config, "config", dict, "the image config")
-    what = "the image config"
-    account = resolve_user(take(settings, "User", str, what),
-                           rootfs.read_file(b"/etc/passwd", MAX_ACCOUNTS_SIZE),
-                           rootfs.read_file(b"/etc/group", MAX_ACCOUNTS_SIZE))
-    cwd = prepare_working_directory(rootfs, take(settings, "WorkingDir", str, what))
-    env = [entry for entry in take_strings(settings, "Env", what) if "=" in entry]     # runc refuses one without
-    env = with_default(with_default(env, "PATH", DEFAULT_PATH), "HOME", account.home)
-    return {
-        "entrypoint": take_strings(settings, "Entrypoint", what), "cmd": take_strings(settings, "Cmd", what),
-        "env": env, "cwd": cwd, "uid": account.uid, "gid": account.gid, "groups": account.groups,
-        "volumes": prepare_volumes(rootfs, take(settings, "Volumes", dict, what)),
-        "resolv_conf": prepare_resolv_conf(rootfs),
-        "labels": take(settings, "Labels", dict, what), "stop_signal": take(settings, "StopSignal", str, what),
-        "exposed_ports": sorted(take(settings, "ExposedPorts", dict, what)),
-    }
-
-
-def host_architecture() -> str:
-    """Return this machine's architecture in the words of image configs (GOARCH)."""
-    return ARCHITECTURES.get(platform.machine(), platform.machine())
+@functools.lru_cache(maxsize=1)
+def format_second(second: int) -> str:
+    """Return a Unix time as RFC 3339 has it; the same one many times, for a line of the log each."""
+    return datetime.fromtimestamp(second, timezone.utc).strftime("%Y-%m-%dT%H:%M:%S")
 
 
 def is_readable(sock: socket.socket | int, seconds: float) -> bool:
@@ -1892,189 +376,29 @@ def is_readable(sock: socket.socket | int, seconds: float) -> bool:
     return bool(poll.poll(max(seconds, 0) * 1000))
 
 
-def receive(descriptor: int) -> Iterator[bytes]:
-    """Yield what comes on a client's connection, which does not block; its end is one too early. Raises FaasdError."""
-    while is_readable(descriptor, MAX_BODY_SECONDS):
-        try:
-            data = os.read(descriptor, COPY_CHUNK)
-        except ConnectionError:
-            data = b""
-        if not data:
-            raise BadRequest("the upload was cut short")
-        yield data
-    raise FaasdError(f"the upload stood still for {MAX_BODY_SECONDS:g} s", status=408)
+def write_all(descriptor: int, data: memoryview) -> None:
+    while data:
+        data = data[os.write(descriptor, data):]
 
 
-def request_body(stream: ByteStream, length: str, limit: int) -> Iterator[memoryview]:
-    """Yield the body of a request, of a length or "chunked" (RFC 9112, section 7). Raises BadRequest, LimitExceeded."""
-    size = 0
-    for count in chunk_sizes(stream) if length == "chunked" else [int(length)]:
-        size += count
-        if size > limit:
-            raise LimitExceeded(f"the archive is over {limit} bytes (--max-image-size)")
-        yield from stream.take_all(count)
+async def to_the_end(coroutine):
+    """Run a coroutine and return its result, even if our task is cancelled meanwhile: half of it would be worse."""
+    task = asyncio.ensure_future(coroutine)
+    while not task.done():
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.wait([task])
+    return task.result()
 
 
-def chunk_sizes(stream: ByteStream) -> Iterator[int]:
-    """Yield how many bytes the next chunk has, to be read before it goes on. Raises BadRequest."""
-    broken = BadRequest("the request's chunked encoding is broken")
-    size = None
-    while size != 0:
-        line = b""
-        while len(line) < MAX_CHUNK_LINE and not line.endswith(b"\n"):
-            line += stream.read(1)
-        match = re.fullmatch(rb"([0-9a-fA-F]{1,15})(;[^\r\n]*)?\r?\n", line)
-        if not match:
-            raise broken
-        if size := int(match[1], 16):
-            yield size
-        # Behind the last one trailers may come. Nobody reads them: the connection ends with its upload.
-        if stream.read(2) != b"\r\n" and size:
-            raise broken
-
-
-def read_archive(pieces: Iterator[bytes], budget: Budget) -> ByteStream:
-    """Return the tar that comes in pieces, which may be compressed: `docker load` takes that too."""
-    head = b""
-    while len(head) < MAGIC_SIZE and (data := next(pieces, b"")):
-        head += data
-    if name := other_compression(head):
-        raise ImageError(f"the archive is compressed with {name}: decompress it first, "
-                         f"{name} -dc FILE | faas new NAME")
-    whole = (piece for part in ([head], pieces) for piece in part)
-    decompress = find_decompressor(head)
-    return ByteStream(inflate(decompress(whole, budget), budget) if decompress else whole)
-
-
-def inflate(decompressed: Iterator[bytes], budget: Budget) -> Iterator[bytes]:
-    """Count the bytes of a compressed archive."""
-    with contextlib.closing(decompressed) as pieces:
-        try:
-            for data in pieces:
-                budget.spend_read(len(data))
-                yield data
-        except ImageError as error:
-            raise ArchiveDamaged(str(error)) from None
-
-
-def unpack_image(pieces: Iterator[bytes], directory: Path, tag: str, max_size: int, max_entries: int,
-                 first_id: int) -> dict:
-    """Unpack the image archive that comes in pieces to directory/rootfs; return what directory/image.json then says.
-
-    directory must not exist yet, and nobody but root may be able to reach it. first_id is the host id of the image's
-    root. On any error what is there is left half done, for the caller to remove.
-    Raises FaasdError.
-    """
-    try:
-        rootfs_path, staging_path = directory / "rootfs", directory / "staging"
-        for path, mode in (directory, 0o711), (rootfs_path, 0o755), (staging_path, 0o700):
-            path.mkdir()
-            path.chmod(mode)
-        os.chown(rootfs_path, first_id, first_id)
-        budget = Budget(max_size, max_entries)
-        with contextlib.closing(Staging(staging_path, Budget(max_size, max_entries))) as staging, \
-                contextlib.closing(read_archive(pieces, Budget(max_size, max_entries))) as stream:
-            archive = Archive(stream, staging)
-            image = choose_image(archive, tag, host_architecture())
-            losses = apply_layers(image.layers, archive, staging, lambda: Rootfs(rootfs_path, first_id, budget), budget)
-            rootfs = Rootfs(rootfs_path, first_id, budget)
-            try:
-                process = resolve_process(image.config, rootfs)
-                prepare_mount_targets(rootfs)
-            except OSError as error:            # of the target of a link, say, which may be any text
-                path = os.fsencode(error.filename or "").removeprefix(rootfs.path)
-                raise unpack_error(path, error) from None
-        shutil.rmtree(staging_path)
-        document = {"digest": f"sha256:{image.digest}", "version": image.digest[:12], "tag": image.tag,
-                    "first_id": first_id, "size": budget.written, "entries": budget.entries, "process": process,
-                    "warnings": losses.lines()}
-        (directory / "image.json").write_text(json.dumps(document, indent=1))
-        return document
-    except OSError as error:
-        raise storage_error(error, "unpacking the image") from error
-
-
-def apply_layers(layers: list[Layer], archive: Archive, staging: Staging, open_rootfs: Callable[[], Rootfs],
-                 budget: Budget) -> Losses:
-    """Apply an image's layers, the lowest first; return what of them is lost."""
-    losses = Losses()
-    staged = [archive.layer(layer.member) for layer in layers]
-    uses = collections.Counter(map(id, staged))         # one that is listed twice is applied twice (E.3)
-    for layer, found in zip(layers, staged, strict=True):
-        uses[id(found)] -= 1
-        # A rootfs of its own for each layer: what one has resolved, the next may change.
-        LayerApplier(open_rootfs(), budget, staging, losses, again=uses[id(found)] > 0).apply(found)
-        found.verify(layer)
-    return losses
-
-
-PR_SET_PDEATHSIG = 1                    # prctl(2)
-
-
-def unpack_main(arguments: list[str]) -> int:
-    """Run `faasd.py unpack DIRECTORY TAG MAX_SIZE MAX_ENTRIES FIRST_ID LENGTH`, the daemon's child; print JSON.
-
-    Its standard input is the client's connection, behind the head of a request whose body is the archive.
-    """
-    directory, tag, *numbers, length = arguments
-    libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)        # when the daemon dies: not to unpack for nobody
-    os.nice(10)                         # invocations come first
-    os.umask(0o022)
-    gc.set_threshold(GC_THRESHOLD)
-    resource.setrlimit(resource.RLIMIT_AS, (UNPACK_ADDRESS_SPACE, UNPACK_ADDRESS_SPACE))
-    try:
-        archive = request_body(ByteStream(receive(0)), length, int(numbers[0]))
-        document = unpack_image(archive, Path(directory), tag, *map(int, numbers))
-    except FaasdError as error:
-        print(json.dumps({"error": str(error), "status": error.status}))
-        return 1
-    except MemoryError:
-        print(json.dumps({"error": "the image's archive needs too much memory to read (UNPACK_ADDRESS_SPACE)",
-                          "status": LimitExceeded.status}))
-        return 1
-    print(json.dumps(document))
-    return 0
-
-
-if __name__ == "__main__" and sys.argv[1:2] == ["unpack"]:
-    # All below is the daemon's: without it and its imports, the child starts in two thirds of the time.
-    exit_status = unpack_main(sys.argv[2:])
-    sys.stdout.flush()
-    os._exit(exit_status)               # to take the interpreter apart takes 30 ms
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What the daemon needs besides
-# ---------------------------------------------------------------------------------------------------------------------
-
-import argparse
-import asyncio
-import bisect
-import concurrent.futures
-import enum
-import fcntl
-import functools
-import grp
-import hmac
-import http.client
-import http.server
-import io
-import ipaddress
-import math
-import secrets
-import selectors
-import socket
-import socketserver
-import termios
-import time
-import urllib.parse
-from collections.abc import AsyncIterator
-from dataclasses import asdict, fields
-from datetime import datetime, timedelta, timezone
+async def as_task(coroutine) -> asyncio.Task:
+    return asyncio.ensure_future(coroutine)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# OCI bundle: from an image and options to config.json, and the runtime that reads it
+# What the user asks for: options, functions, and the registry that keeps them
 # ---------------------------------------------------------------------------------------------------------------------
+
+MIN_MEMORY = 6 * MIB                # bytes; Docker's minimum too: runc's own init runs inside the limit
 
 
 @dataclass(frozen=True)
@@ -2170,3351 +494,6 @@ def merge_env(base: Iterable[str], overrides: Iterable[str]) -> list[str]:
     return merged
 
 
-# What Docker masks and what it makes read-only: kernel interfaces that are not namespaced.
-MASKED_PATHS = ["/proc/acpi", "/proc/asound", "/proc/interrupts", "/proc/kcore", "/proc/keys", "/proc/latency_stats",
-                "/proc/sched_debug", "/proc/scsi", "/proc/timer_list", "/proc/timer_stats",
-                "/sys/devices/virtual/powercap", "/sys/firmware"]
-READONLY_PATHS = ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"]
-NAMESPACES = ["pid", "mount", "ipc", "uts", "cgroup"]    # besides those of its network and of the function's users
-
-# What a handler may ask of the kernel, in the spirit of Docker's profile: what programs in Python, Node, Go, Java, Ruby
-# or C need to compute, to talk and to use the files they are given. Everything else is EPERM: mounts, namespaces,
-# modules, keys, tracing, bpf, perf, io_uring, userfaultfd, clocks, and what has not been invented yet. In groups, as
-# the man pages have them; names of another architecture's are passed over.
-ALLOWED_CALLS = """
-    access chdir chmod chown close close_range copy_file_range creat dup dup2 dup3 faccessat faccessat2 fadvise64
-    fallocate fchdir fchmod fchmodat fchmodat2 fchown fchownat fdatasync fgetxattr flistxattr flock fremovexattr
-    fsetxattr fstat fstatfs fsync ftruncate futimesat getcwd getdents getdents64 getxattr inotify_add_watch
-    inotify_init inotify_init1 inotify_rm_watch ioctl lchown lgetxattr link linkat listxattr llistxattr lremovexattr
-    lseek lsetxattr lstat memfd_create mkdir mkdirat mknod mknodat newfstatat open openat openat2 pread64 preadv preadv2
-    pwrite64 pwritev pwritev2 read readahead readlink readlinkat readv removexattr rename renameat renameat2 rmdir
-    sendfile setxattr splice stat statfs statx symlink symlinkat sync sync_file_range sync_file_range2 syncfs tee
-    truncate umask unlink unlinkat utime utimensat utimes vmsplice write writev
-
-    brk madvise mincore mlock mlock2 mlockall mmap mprotect mremap msync munlock munlockall munmap pkey_alloc
-    pkey_free pkey_mprotect
-
-    alarm arch_prctl capget capset execve execveat exit exit_group fork getcpu getegid geteuid getgid getgroups
-    getitimer getpgid getpgrp getpid getppid getpriority getrandom getresgid getresuid getrlimit getrusage getsid
-    gettid getuid ioprio_get ioprio_set kill pidfd_open pidfd_send_signal prlimit64 restart_syscall
-    riscv_flush_icache rt_sigaction rt_sigpending rt_sigprocmask rt_sigqueueinfo rt_sigreturn rt_sigsuspend
-    rt_sigtimedwait rt_tgsigqueueinfo setfsgid setfsuid setgid setgroups setitimer setpgid setpriority setregid
-    setresgid setresuid setreuid setrlimit setsid setuid sigaltstack sysinfo tgkill times tkill uname vfork wait4 waitid
-
-    futex futex_requeue futex_wait futex_waitv futex_wake get_robust_list membarrier rseq sched_get_priority_max
-    sched_get_priority_min sched_getaffinity sched_getattr sched_getparam sched_getscheduler sched_rr_get_interval
-    sched_setaffinity sched_setparam sched_yield set_robust_list set_tid_address
-
-    clock_getres clock_gettime clock_nanosleep gettimeofday nanosleep time timer_create timer_delete timer_getoverrun
-    timer_gettime timer_settime timerfd_create timerfd_gettime timerfd_settime
-
-    accept accept4 bind connect getpeername getsockname getsockopt listen recvfrom recvmmsg recvmsg 
-    shutdown 
-
-    epoll_create epoll_create1 epoll_ctl epoll_pwait epoll_pwait2 epoll_wait eventfd eventfd2 pause pipe pipe2 poll
-    ppoll pselect6 select signalfd signalfd4
-
-    mq_getsetattr mq_notify mq_open mq_timedreceive mq_timedsend mq_unlink msgctl msgget msgrcv msgsnd semctl semget
-    semop semtimedop shmat shmctl shmdt shmget
-""".split()
-CLONE_NEWCGROUP = 0x0200_0000
-CLONE_NAMESPACES = 0x7E02_0000          # CLONE_NEWNS, NEWCGROUP, NEWUTS, NEWIPC, NEWUSER, NEWPID, NEWNET (clone(2))
-SECCOMP_ARCHITECTURES = {"x86_64": "SCMP_ARCH_X86_64", "aarch64": "SCMP_ARCH_AARCH64", "riscv64": "SCMP_ARCH_RISCV64"}
-
-
-# What programs ask for and take a no for, EPERM; what is in neither list does not exist, ENOSYS. So programs find
-# another way than a call that is newer than this list, and do not take a mount that is forbidden for a kernel that
-# has none.
-REFUSED_CALLS = """
-    acct add_key adjtimex bpf chroot clock_adjtime clock_adjtime64 clock_settime clock_settime64 delete_module
-    fanotify_init finit_module fsconfig fsmount fsopen fspick init_module io_uring_enter io_uring_register
-    io_uring_setup ioperm iopl kcmp kexec_file_load kexec_load keyctl mbind modify_ldt mount mount_setattr move_mount
-    move_pages name_to_handle_at nfsservctl open_by_handle_at open_tree perf_event_open personality pidfd_getfd
-    pivot_root process_madvise process_vm_readv process_vm_writev ptrace quotactl quotactl_fd reboot request_key
-    sched_setattr setdomainname sethostname setns settimeofday swapoff swapon syslog umount umount2 unshare uselib
-    userfaultfd vhangup
-""".split()
-
-
-EVERY_BIT = (1 << 64) - 1
-
-
-def compare(index: int, value: int, mask: int = EVERY_BIT) -> dict:
-    return {"index": index, "value": mask, "valueTwo": value, "op": "SCMP_CMP_MASKED_EQ"}
-
-
-def all_but(index: int, numbers: Collection[int], bits: int) -> list[dict]:
-    """Return conditions of which one holds for each number of so many bits but these.
-
-    The kernel looks at 32 bits of most arguments, but seccomp compares 64, so that "not equal" would let a number pass
-    that has others set.
-    """
-    def within(first: int, bit: int) -> list[dict]:         # the numbers from first on that differ below this bit
-        if not any(number >> bit == first >> bit for number in numbers):
-            return [compare(index, first, EVERY_BIT >> bit << bit)]
-        return within(first, bit - 1) + within(first + (1 << bit - 1), bit - 1) if bit else []
-    return within(0, bits)
-
-
-def allow(name: str, *conditions: dict) -> dict:
-    return {"names": [name], "action": "SCMP_ACT_ALLOW", "args": list(conditions)}
-
-
-def refuse(name: str, *conditions: dict, error: int = errno.EPERM) -> dict:
-    return {"names": [name], "action": "SCMP_ACT_ERRNO", "errnoRet": error, "args": list(conditions)}
-
-
-def socket_rules() -> Iterator[dict]:
-    """Yield the rules for making sockets: local ones, TCP, UDP, and the one of netlink that getifaddrs(3) asks.
-
-    Others need a module of the kernel, or let a container fill the kernel's memory without its own being charged.
-    """
-    def above(index: int, number: int) -> dict:
-        return {"index": index, "value": number, "op": "SCMP_CMP_GT"}
-    families = (socket.AF_UNIX, socket.AF_INET, socket.AF_INET6, socket.AF_NETLINK)
-    yield from (refuse("socket", condition) for condition in [*all_but(0, families, 4), above(0, socket.AF_NETLINK)])
-    yield from (allow(name, compare(0, socket.AF_UNIX)) for name in ("socket", "socketpair"))
-    yield allow("socket", compare(0, socket.AF_NETLINK), compare(2, 0))
-    yield refuse("socket", compare(0, socket.AF_NETLINK), above(2, 0))
-    internet = compare(0, socket.AF_INET, EVERY_BIT - (socket.AF_INET ^ socket.AF_INET6))       # either: a bit apart
-    for kind, protocol in ((socket.SOCK_STREAM, socket.IPPROTO_TCP), (socket.SOCK_DGRAM, socket.IPPROTO_UDP)):
-        plain = compare(1, kind, EVERY_BIT - socket.SOCK_NONBLOCK - socket.SOCK_CLOEXEC)
-        yield from (allow("socket", internet, plain, compare(2, number)) for number in (0, protocol))
-        yield from (refuse("socket", internet, plain, other, error=errno.EPROTONOSUPPORT)
-                    for other in (compare(2, socket.IPPROTO_ICMP), above(2, socket.IPPROTO_UDP)))
-    yield refuse("socket", internet, compare(1, socket.SOCK_RAW, EVERY_BIT - socket.SOCK_CLOEXEC))
-
-
-def option_rules() -> Iterator[dict]:
-    """Yield the rules for options of sockets, for fcntl, prctl and scheduling.
-
-    SO_LINGER only seems to be set: with it, close(2) waits until the peer has taken everything, and the last to close a
-    client's socket is often faasd. Filters of sockets and of seccomp take from what the machine has for all of them
-    (net.core.bpf_jit_limit); to those who would confine themselves, the kernel has no seccomp (EINVAL). A lease on a
-    file of the image would hold up every other container of the function, and F_NOTIFY tells what they do. Threads of
-    no weight can hold a lock for ever while others have the CPU. A client's socket, which is the host's, must not be
-    bound to another device, where its bytes would go out, be routed elsewhere, or have the host join a multicast group.
-    """
-    level, ip_level = compare(1, socket.SOL_SOCKET), compare(1, socket.IPPROTO_IP)
-    yield refuse("setsockopt", level, compare(2, socket.SO_LINGER), error=0)
-    refused = [(level, [*SO_ATTACH, *SO_BIND_TO], [socket.SO_LINGER]), (ip_level, IP_ELSEWHERE, [])]
-    for condition, numbers, others in refused:
-        yield from (refuse("setsockopt", condition, compare(2, number)) for number in numbers)
-        yield from (allow("setsockopt", condition, number) for number in all_but(2, [*numbers, *others], 8))
-    yield from (allow("setsockopt", condition) for condition in all_but(1, [socket.IPPROTO_IP, socket.SOL_SOCKET], 9))
-    yield from (refuse("fcntl", compare(1, number)) for number in (fcntl.F_SETLEASE, fcntl.F_NOTIFY))
-    yield from (allow("fcntl", condition) for condition in all_but(1, [fcntl.F_SETLEASE, fcntl.F_NOTIFY], 11))
-    yield refuse("prctl", compare(0, PR_SET_SECCOMP), error=errno.EINVAL)
-    yield from (allow("prctl", condition) for condition in all_but(0, [PR_SET_SECCOMP], 7))
-    yield from (allow("prctl", compare(0, number)) for number in (PR_SET_VMA, PR_SET_PTRACER))
-    yield allow("sched_setscheduler", compare(1, os.SCHED_OTHER, 7))
-    yield from (refuse("sched_setscheduler", compare(1, bit, bit)) for bit in (1, 2, 4))
-
-
-def seccomp_profile(machine: str) -> dict | None:
-    """Return the seccomp filter of every container (runtime-spec config-linux.md), None for a machine without one.
-
-    For the machine's native system calls only: those of 32-bit programs end the process, and the filter takes a third
-    of the time to load. clone3 has its flags where no filter can look, so it is said not to exist, and C libraries use
-    clone.
-    """
-    if machine not in SECCOMP_ARCHITECTURES:
-        return None
-    return {
-        "defaultAction": "SCMP_ACT_ERRNO", "defaultErrnoRet": errno.ENOSYS,
-        "architectures": [SECCOMP_ARCHITECTURES[machine]],
-        "syscalls": [
-            {"names": ALLOWED_CALLS, "action": "SCMP_ACT_ALLOW"},
-            {"names": REFUSED_CALLS, "action": "SCMP_ACT_ERRNO", "errnoRet": errno.EPERM},
-            allow("clone", compare(0, 0, CLONE_NAMESPACES)),
-            *(refuse("clone", compare(0, 1 << bit, 1 << bit)) for bit in range(32) if CLONE_NAMESPACES >> bit & 1),
-            # TCP Fast Open sends before there is a connection; said to be switched off.
-            *(rule for name, flags in (("sendto", 3), ("sendmsg", 2), ("sendmmsg", 3)) for rule in (
-                allow(name, compare(flags, 0, socket.MSG_FASTOPEN)),
-                refuse(name, compare(flags, socket.MSG_FASTOPEN, socket.MSG_FASTOPEN), error=errno.EOPNOTSUPP))),
-            *socket_rules(), *option_rules(),
-        ],
-    }
-
-
-def apparmor_profile() -> str:
-    """Return the AppArmor profile for containers, "" where the kernel has no AppArmor or the profile is not loaded."""
-    with contextlib.suppress(FileNotFoundError):
-        loaded = Path("/sys/kernel/security/apparmor/profiles").read_text()
-        if re.search(rf"^{re.escape(APPARMOR_PROFILE)} \(", loaded, re.MULTILINE):
-            return APPARMOR_PROFILE
-        log.warning("AppArmor profile %s is not loaded, so containers run without: apparmor_parser -r "
-                    "packaging/apparmor-%s", APPARMOR_PROFILE, APPARMOR_PROFILE)
-    return ""
-
-
-def tmpfs_mount(destination: str, size: str, *options: str) -> dict:
-    return {"destination": destination, "type": "tmpfs", "source": "tmpfs",
-            "options": ["nosuid", "nodev", f"size={size}", *options]}
-
-
-def namespace_path(run_dir: Path, name: str) -> Path:
-    """Return where the network namespace of a function with net egress is kept."""
-    return run_dir / "net" / name
-
-
-def resolv_conf_path(run_dir: Path, net: str) -> Path:
-    """Return the resolv.conf of functions with net egress or host."""
-    return run_dir / f"resolv.conf.{net}"
-
-
-def network_mounts(net: str, process: dict, run_dir: Path) -> list[dict]:
-    """Return what a container finds of its network at /sys and in resolv.conf.
-
-    The kernel gives a container sysfs only with a network namespace that its own user namespace made. One that joins
-    another gets an empty /sys: the host's, bound there, would show the host's interfaces.
-    """
-    if net == "none":
-        return [{"destination": "/sys", "type": "sysfs", "source": "sysfs",
-                 "options": ["nosuid", "noexec", "nodev", "ro"]}]
-    return [tmpfs_mount("/sys", "4k", "noexec", "ro", "mode=555"),
-            {"destination": process["resolv_conf"], "type": "bind", "source": str(resolv_conf_path(run_dir, net)),
-             "options": ["bind", "ro", "nosuid", "nodev", "noexec"]}]
-
-
-def network_namespace(net: str, name: str, run_dir: Path) -> list[dict]:
-    """Return the entry of linux.namespaces; the host's network is none."""
-    return {"none": [{"type": "network"}],
-            "egress": [{"type": "network", "path": str(namespace_path(run_dir, name))}],
-            "host": []}[net]
-
-
-def bundle_mounts(volumes: list[dict], control_socket: str) -> list[dict]:
-    """Return the mounts of every container, whatever its network.
-
-    /dev must be a mount: without one runc writes device nodes into the rootfs, which other containers share.
-    """
-    mounts = [
-        {"destination": "/proc", "type": "proc", "source": "proc", "options": ["nosuid", "noexec", "nodev"]},
-        {"destination": "/dev", "type": "tmpfs", "source": "tmpfs",
-         "options": ["nosuid", "noexec", "strictatime", "mode=755", f"size={DEV_SIZE}"]},
-        {"destination": "/dev/pts", "type": "devpts", "source": "devpts",
-         "options": ["nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620", "gid=5",
-                     f"max={MAX_TERMINALS}"]},
-        tmpfs_mount("/dev/shm", SHM_SIZE, "noexec", "mode=1777"),
-        {"destination": "/dev/mqueue", "type": "mqueue", "source": "mqueue", "options": ["nosuid", "noexec", "nodev"]},
-        tmpfs_mount("/tmp", TMP_SIZE, "mode=1777"),
-    ]
-    for volume in volumes:
-        mounts.append(tmpfs_mount(volume["path"], VOLUME_SIZE, f"mode={volume['mode']:o}", f"uid={volume['uid']}",
-                                  f"gid={volume['gid']}", *(["tmpcopyup"] if volume["copy_up"] else [])))
-    mounts.append({"destination": CONTROL_SOCKET, "type": "bind", "source": control_socket,
-                   "options": ["bind", "nosuid", "nodev", "noexec"]})
-    return mounts
-
-
-def command_line(process: dict, options: Options) -> list[str]:
-    """Return argv: the image's Entrypoint and the user's command or the image's Cmd (G.1). Raises ImageError."""
-    arguments = [*process["entrypoint"], *(options.cmd or process["cmd"])]
-    if not arguments:
-        raise ImageError("the image names no command to run: give one after `--`")
-    return arguments
-
-
-def can_set_limits() -> bool:
-    """Whether the runtime may set limits in a function's user namespace: with CAP_SYS_RESOURCE (capabilities(7))."""
-    effective = re.search(r"^CapEff:\s*(\w+)$", Path("/proc/self/status").read_text(), re.MULTILINE)
-    return bool(int(effective[1], 16) >> CAP_SYS_RESOURCE & 1)
-
-
-def build_spec(name: str, image: dict, options: Options, rootfs: str, control_socket: str, cgroup: str,
-               container_id: str, limit_swap: bool, run_dir: Path, apparmor: str = "",
-               user_namespace: str = "", unified: dict[str, str] | None = None) -> dict:
-    """Return the OCI runtime configuration (runtime-spec config.md) of a function's container.
-
-    image is the content of image.json; rootfs, control_socket and cgroup are paths, cgroup below the cgroup mounts;
-    apparmor is the name of a profile that is loaded, or empty; user_namespace the path of one to join, or empty for a
-    new one; unified are files of cgroup v2 to write.
-    """
-    process = image["process"]
-    env = merge_env(process["env"], [*options.env, f"FAAS_FUNCTION={name}", f"FAAS_VERSION={image['version']}",
-                                     f"FAAS_CONTAINER_ID={container_id}"])
-    ids = [{"containerID": 0, "hostID": image["first_id"], "size": IDS}]
-    seccomp = seccomp_profile(platform.machine())
-    soft, hard = MAX_OPEN_FILES
-    memory = {"limit": options.memory, **({"swap": options.memory} if limit_swap else {})}
-    return {
-        "ociVersion": "1.0.2",
-        "hostname": name,
-        "root": {"path": rootfs, "readonly": True},
-        "process": {
-            "terminal": False, "cwd": process["cwd"], "args": command_line(process, options), "env": env,
-            "user": {"uid": process["uid"], "gid": process["gid"], "additionalGids": process["groups"]},
-            # Not what an operator gave us against the OOM killer; to lower what is higher takes a capability.
-            "oomScoreAdj": max(0, int(read_text(Path("/proc/self/oom_score_adj")) or 0)),
-            "noNewPrivileges": True, **({"apparmorProfile": apparmor} if apparmor else {}),
-            **({"rlimits": [{"type": "RLIMIT_NOFILE", "soft": soft, "hard": hard}]} if can_set_limits() else {}),
-            "capabilities": {kind: [] for kind in
-                             ("bounding", "effective", "inheritable", "permitted", "ambient")},
-        },
-        "mounts": [*bundle_mounts(process["volumes"], control_socket),
-                   *network_mounts(options.net, process, run_dir)],
-        "linux": {
-            "namespaces": [*({"type": kind} for kind in NAMESPACES), *network_namespace(options.net, name, run_dir),
-                           {"type": "user", **({"path": user_namespace} if user_namespace else {})}],
-            "uidMappings": ids, "gidMappings": ids,
-            **({"seccomp": seccomp} if seccomp else {}),
-            "cgroupsPath": cgroup,
-            "maskedPaths": [path for path in MASKED_PATHS if options.net == "none" or not path.startswith("/sys/")],
-            "readonlyPaths": READONLY_PATHS,
-            "resources": {
-                "devices": [{"allow": False, "access": "rwm"}],     # runc adds null, zero, tty and their like
-                "memory": memory,
-                "cpu": {"quota": int(options.cpus * CPU_PERIOD), "period": CPU_PERIOD},
-                "pids": {"limit": options.pids},
-                **({"unified": unified} if unified else {}),
-            },
-        },
-    }
-
-
-def check_sizes(process: dict, total: int) -> None:
-    """Raise BadRequest for a process that execve(2) would refuse, or a config.json that would fill RUN_DIR.
-
-    total is the size of all of config.json, of which each container has one. In a smaller one there is no room for more
-    variables and arguments than execve takes, which is 2 MiB.
-    """
-    named = [*(("the command's argument", text) for text in process["args"]),
-             *((f"the variable {text.partition('=')[0][:MAX_NAME_LENGTH]}", text) for text in process["env"])]
-    for what, text in named:
-        if len(text.encode()) >= MAX_ARGUMENT:
-            raise BadRequest(f"{what} has {len(text.encode())} bytes: one may have at most {MAX_ARGUMENT - 1}")
-    if total > MAX_CONFIG_SIZE:
-        env, args = (sum(len(text.encode()) + 1 for text in process[key]) for key in ("env", "args"))
-        raise BadRequest(f"the environment of {env} bytes and the command of {args} make a config.json of {total} "
-                         f"bytes, over {MAX_CONFIG_SIZE} (MAX_CONFIG_SIZE): put what is large into a file of the image")
-
-
-class Bundle:
-    """A function's config.json, rendered once; for each container its id and the user namespace are filled in."""
-
-    def __init__(self, name: str, image: dict, options: Options, rootfs: Path, run_dir: Path, cgroups: Cgroups,
-                 apparmor: str = "", mounts: Iterable[dict] = ()):
-        """mounts are what the rootfs itself is made of, where it is no unpacked image."""
-        self.name, self.version = name, image["version"]
-        self.first_id: int = image["first_id"]          # host id of the containers' root
-        # runc joins a user namespace first, and from there no network that the host has made.
-        self.joins_user_namespace = options.net != "egress"
-        self._mark = f"@{secrets.token_hex(16)}@"       # stands for the id; nothing a user writes contains it
-        self._namespace_mark = f"@{secrets.token_hex(16)}@"
-        spec = build_spec(name, image, options, str(rootfs), str(run_dir / "containers" / self._mark / "control.sock"),
-                          cgroups.path(name, self._mark), self._mark, cgroups.can_limit_swap, run_dir, apparmor,
-                          self._namespace_mark, {"memory.oom.group": "1"} if cgroups.kills_whole else None)
-        spec["mounts"][:0] = mounts
-        self._template = json.dumps(spec)
-        check_sizes(spec["process"], len(self._template))
-
-    def render(self, container_id: str, user_namespace: str = "") -> bytes:
-        """user_namespace is the path of the one to join, or empty for a new one."""
-        text = self._template.replace(self._mark, container_id)
-        if user_namespace:
-            return text.replace(self._namespace_mark, user_namespace).encode()
-        return text.replace(f', "path": "{self._namespace_mark}"', "").encode()
-
-
-# Of cgroup v1 and v2 (kernel documentation, admin-guide/cgroup-v1 and cgroup-v2.rst).
-LIMIT_FILES = ("memory.limit_in_bytes", "memory.memsw.limit_in_bytes", "memory.max", "memory.swap.max",
-               "cpu.cfs_quota_us", "cpu.cfs_period_us", "cpu.max", "pids.max", "devices.list")
-
-
-# What is said of a pid whose process was reaped; EINVAL by pidfd_open of older kernels, such as 6.1, where the pid is
-# still that of a process group or a session.
-PROCESS_GONE = {errno.ESRCH, errno.ENOENT, errno.EINVAL}
-
-
-def run_dir_mark(run_dir: Path) -> str:
-    """Return what is in the names of things that all daemons of a machine have in one place: it tells run-dirs apart.
-
-    That is the file system it is on, and its path there. Its path alone would not do: another mount namespace can have
-    another directory there. Nor would its inode: what is left running must be found when the directory was made anew.
-    """
-    there = next(path for path in (run_dir, *run_dir.parents) if path.is_dir())
-    with opened(there, os.O_PATH | os.O_DIRECTORY) as directory:
-        device = os.fstat(directory).st_dev
-        mount = re.search(r"^mnt_id:\t([0-9]+)", Path(f"/proc/self/fdinfo/{directory}").read_text(), re.MULTILINE)[1]
-    # In a chroot that is no mount, the mount's own root cannot be seen.
-    top, point = next((fields[3:5] for fields, _ in read_mountinfo() if fields[0] == mount), ("/", "/"))
-    path = os.path.normpath(f"{top}/{os.path.relpath(run_dir, point)}")
-    return hashlib.sha256(f"{device}:{path}".encode(errors="surrogateescape")).hexdigest()[:6]
-
-
-class Cgroups:
-    """The cgroups of this daemon's containers: PARENT/function-NAME/ID in every hierarchy, of v1 and v2.
-
-    The parent is ours alone and named after the run-dir, so that containers are not nested in the cgroup faasd itself
-    happens to run in, and two daemons do not meet. The runtime removes a container's cgroup, but the kernel keeps what
-    it has of a memory cgroup, up to a megabyte, for as long as one page of a file is charged to it. What is left of one
-    function's we reclaim from the cgroup above them (DyingCgroups).
-    """
-
-    def __init__(self, run_dir: Path):
-        self.parent = f"/faasd{str(run_dir).replace('/', '-')}-{run_dir_mark(run_dir)}"
-        mounts = dict(read_mounts())            # a later mount hides an earlier one
-        self._hierarchies = [Path(mount) for mount, kind in mounts.items() if kind in ("cgroup", "cgroup2")]
-        # runc fails on a swap limit where a v1 kernel does not account for swap; on v2 it copes by itself.
-        version_1 = [h / "memory.limit_in_bytes" for h in self._hierarchies if (h / "memory.limit_in_bytes").exists()]
-        self.can_limit_swap = all(path.with_name("memory.memsw.limit_in_bytes").exists() for path in version_1)
-        # crun takes cgroup v1 for a hybrid with v2, and where no v2 is mounted it leaves plain files.
-        litter = Path("/sys/fs/cgroup/unified")
-        self._litter = litter if version_1 and litter not in self._hierarchies else None
-        version_2 = [h for h in self._hierarchies if "memory" in read_text(h / "cgroup.controllers").split()]
-        self._memory = version_2 or [path.parent for path in version_1]         # that with the memory controller
-        self.kills_whole = bool(version_2)      # the kernel can be told to, of a container that runs out of memory
-
-    def group(self, function: str) -> str:
-        """Return the path of the cgroup of all of a function's containers; it looks like no container's."""
-        return f"{self.parent}/function-{function}"
-
-    def path(self, function: str, container_id: str) -> str:
-        """Return the cgroupsPath of a container, which is what the other methods know it by."""
-        return f"{self.group(function)}/{container_id}"
-
-    def _directories(self, path: str) -> list[Path]:
-        # Asked at the end of every container, and a machine may have a dozen of v1: so not by Path.is_dir().
-        return [Path(f"{h}{path}") for h in self._hierarchies if os.path.isdir(f"{h}{path}")]
-
-    def _parents(self) -> list[Path]:
-        """Return what there is of the parent; what is left of a container may be crun's litter alone."""
-        return self._directories(self.parent) + ([self._litter / self.parent[1:]] if self._litter else [])
-
-    def exists(self, path: str) -> bool:
-        return bool(self._directories(path)) or self._litter is not None and (self._litter / path[1:]).exists()
-
-    def containers(self) -> dict[str, str]:
-        """Return the paths of all containers that have a cgroup, by their ids. An older daemon has made PARENT/ID."""
-        return {directory.name: f"{self.parent}/{directory.relative_to(parent)}"
-                for parent in self._parents() for pattern in ("*/", "function-*/*/")
-                for directory in parent.glob(pattern) if CONTAINER_ID.fullmatch(directory.name)}
-
-    def remove_groups(self, but: Collection[str] = ()) -> None:
-        """Remove the cgroups of functions, which have no container any more, but for some functions'."""
-        groups = {path.name for parent in self._parents() for path in parent.glob("function-*/")}
-        for name in groups - {f"function-{function}" for function in but}:
-            self.remove(f"{self.parent}/{name}")
-
-    def processes(self, path: str) -> set[int]:
-        """Return the pids in a container's cgroups."""
-        pids: set[int] = set()
-        for directory in self._directories(path):
-            with contextlib.suppress(FileNotFoundError, OSError):       # runc may be removing it just now
-                pids.update(map(int, (directory / "cgroup.procs").read_text().split()))
-        return pids - {0}                       # a process that our pid namespace does not see
-
-    def watch_memory(self, path: str) -> int:
-        """Return an eventfd that tells when a container may have run out of memory; -1 where nobody needs to be told.
-
-        Of cgroup v1: kernel documentation, admin-guide/cgroup-v1/memory.rst. Raises OSError.
-        """
-        if self.kills_whole:
-            return -1
-        directory = self._memory[0] / path[1:]
-        event = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        try:
-            with open(directory / "memory.oom_control", "rb") as file:
-                (directory / "cgroup.event_control").write_text(f"{event} {file.fileno()}")
-        except OSError:
-            os.close(event)
-            raise
-        return event
-
-    def memory_kills(self, path: str) -> int:
-        """Return how many processes of a container the kernel has killed for want of memory; 0 once its cgroup is gone.
-
-        Of a function's cgroup on v2: of all its containers, those that are gone included.
-        """
-        file = Path(f"{self._memory[0]}{path}/{'memory.events' if self.kills_whole else 'memory.oom_control'}")
-        found = re.search(r"^oom_kill (\d+)", read_text(file), re.MULTILINE)
-        return int(found[1]) if found else 0
-
-    def refused_processes(self, path: str) -> bool:
-        """Whether a container was refused a process or thread."""
-        return any(re.search("^max [1-9]", read_text(directory / "pids.events"), re.MULTILINE)
-                   for directory in self._directories(path))
-
-    def limits(self, path: str) -> dict[str, str]:
-        """Return the limits that a container has, by the names of the files that hold them."""
-        directories = self._directories(path)
-        return {name: " ".join((directory / name).read_text().split())
-                for name in LIMIT_FILES for directory in directories if (directory / name).exists()}
-
-    def members(self, path: str) -> Iterator[tuple[int, int]]:
-        """Yield pid and pidfd of each process of a container. What fails is logged: callers try again or do without.
-
-        The pid may have been taken over since we read it, but the descriptor holds one process fast.
-        """
-        for pid in self.processes(path):
-            try:
-                with opened_process(pid) as pidfd:
-                    if path in Path(f"/proc/{pid}/cgroup").read_text():
-                        yield pid, pidfd
-            except OSError as error:
-                self._complain(path, pid, error)
-
-    def kill(self, path: str) -> None:
-        """Send SIGKILL to every process of a container. What fails is logged: callers try again while there are any.
-
-        At once, where the kernel can (cgroup v2, Linux 5.14), else one after the other. Blocks.
-        """
-        for directory in self._directories(path):
-            with contextlib.suppress(OSError):          # no such file; or runc is removing the directory
-                (directory / "cgroup.kill").write_text("1")
-        for pid, pidfd in self.members(path):
-            try:
-                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-            except OSError as error:
-                self._complain(path, pid, error)
-
-    @staticmethod
-    def _complain(path: str, pid: int, error: OSError) -> None:
-        if error.errno not in PROCESS_GONE:
-            log.warning("container=%s cannot kill its process %d: %s", path.rpartition("/")[2], pid, error.strerror)
-
-    def remove(self, path: str) -> None:
-        """Remove a cgroup directory in every hierarchy if it is empty."""
-        if self._litter:
-            shutil.rmtree(self._litter / path[1:], ignore_errors=True)
-        for directory in self._directories(path):
-            try:
-                directory.rmdir()
-            except OSError as error:
-                if error.errno != errno.ENOENT:
-                    log.warning("cannot remove cgroup %s: %s", directory, error.strerror)
-
-    def dying(self, group: str) -> int:
-        """Return how many memory cgroups there are below one that were removed. Raises OSError.
-
-        v1 tells only how many there are on this machine: more than it has directories.
-        """
-        if self.kills_whole:
-            text = Path(f"{self._memory[0]}{group}/cgroup.stat").read_text()
-            return int(re.search(r"^nr_dying_descendants (\d+)", text, re.MULTILINE)[1])
-        number = re.search(r"^memory\t\d+\t(\d+)", Path("/proc/cgroups").read_text(), re.MULTILINE)[1]
-        return int(number) - sum(1 for _ in os.walk(self._memory[0]))
-
-    def reclaim(self, group: str) -> None:
-        """Have the kernel drop what is cached for containers of a cgroup, also for those that are gone.
-
-        In a child that can be killed: on v1 the kernel goes on for as long as a container reads as fast. On v2 it takes
-        the bytes to drop, since Linux 5.19, and drops as many as it can. Blocks. Raises OSError.
-        """
-        directory = f"{self._memory[0]}{group}"
-        file, value = (("memory.reclaim", Path(f"{directory}/memory.current").read_bytes()) if self.kills_whole else
-                       ("memory.force_empty", b"0"))
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            subprocess.run(["tee", f"{directory}/{file}"], input=value, timeout=RECLAIM_SECONDS,
-                           stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False)
-
-
-def system_call(number: int, *arguments: int | bytes) -> int:
-    """Make a system call that Python has no name for, with numbers and pointers to bytes. Raises OSError."""
-    words = [ctypes.c_char_p(word) if isinstance(word, bytes) else ctypes.c_long(word) for word in arguments]
-    return succeeded(libc.syscall(ctypes.c_long(number), *words))
-
-
-def succeeded(result: int) -> int:
-    """Return what a function of libc has returned, unless it has failed. Raises OSError."""
-    if result < 0:
-        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
-    return result
-
-
-@contextlib.contextmanager
-def opened(path: str | Path, flags: int, directory: int | None = None) -> Iterator[int]:
-    """Open a file, by no link at its end, for as long as the block takes. Raises OSError."""
-    descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
-    try:
-        yield descriptor
-    finally:
-        os.close(descriptor)
-
-
-@contextlib.contextmanager
-def opened_process(pid: int) -> Iterator[int]:
-    """Have a pidfd for as long as the block takes. Raises OSError."""
-    pidfd = os.pidfd_open(pid)
-    try:
-        yield pidfd
-    finally:
-        os.close(pidfd)
-
-
-def read_mountinfo(path: str = "/proc/self/mountinfo") -> Iterator[tuple[list[str], list[str]]]:
-    """Yield the fields of each mount (proc_pid_mountinfo(5)), before and after the dash, in order of mounting.
-
-    The kernel escapes space, tab, newline and backslash. A user who may mount (FUSE) and an image with volumes choose
-    the rest of a name, of which Python takes a lot for the end of a line or of a word, or for no text at all.
-    """
-    for line in Path(path).read_bytes().split(b"\n")[:-1]:
-        before, _, after = os.fsdecode(line).partition(" - ")
-        yield ([re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), field) for field in before.split(" ")],
-               after.split(" "))
-
-
-def read_mounts() -> list[tuple[str, str]]:
-    """Return mount point and file system type of every mount, in order of mounting."""
-    return [(before[4], after[0]) for before, after in read_mountinfo()]
-
-
-def run_command(what: str, *argv: str, stdin: str = "") -> str:
-    """Run a short-lived tool to its end and return what it prints. Raises FaasdError, which says what failed."""
-    try:
-        result = subprocess.run(argv, input=stdin, capture_output=True, text=True, errors="replace",
-                                timeout=COMMAND_TIMEOUT, check=False)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise FaasdError(f"{what}: cannot run {argv[0]}: {error}") from error
-    if result.returncode != 0:
-        said = result.stderr.strip() or f"{argv[0]} exited with status {result.returncode}"
-        raise FaasdError(f"{what}: {said.splitlines()[0]}")
-    return result.stdout
-
-
-def try_command(what: str, *argv: str) -> bool:
-    """Run a tool of which failure is logged; return whether it succeeded."""
-    try:
-        run_command(what, *argv)
-    except FaasdError as error:
-        log.warning("%s", error)
-        return False
-    return True
-
-
-def runc_warning(version: str) -> str | None:
-    """Return what to tell the user about this runc's known holes, None for a runc without (H.2).
-
-    version is what `runc --version` prints first, such as "runc version 1.1.5+ds1".
-    """
-    match = re.match(r"runc version ([0-9]+)\.([0-9]+)\.([0-9]+)", version)
-    if not match:
-        return None
-    number = tuple(map(int, match.groups()))
-    if number < (1, 1, 12):
-        holes = "leaked descriptors (CVE-2024-21626), masked paths and console (CVE-2025-31133, -52565, -52881)"
-    elif number < (1, 2, 8) or (1, 3, 0) <= number < (1, 3, 3):
-        holes = "masked paths and console (CVE-2025-31133, -52565, -52881)"
-    else:
-        return None
-    return (f"{version} is older than the release that fixed {holes}; "
-            "distributions backport such fixes, so check your package's changelog")
-
-
-class Runtime:
-    """The OCI runtime program and its state directory."""
-
-    def __init__(self, program: str, root: Path):
-        self.program, self.root = program, root
-        self.name = Path(program).name
-
-    def version(self) -> str:
-        """Return the first line of `runc --version`. Raises FaasdError if it does not run."""
-        printed = run_command(f"{self.program} --version failed", self.program, "--version")
-        return (printed.splitlines() or ["unknown"])[0]
-
-    def run_argv(self, bundle: str, container_id: str) -> list[str]:
-        """Return the command that runs a container.
-
-        A session keyring for each would limit a function to 200 containers: so many keys may a user have that is not
-        root (kernel.keys.maxkeys). Where the seccomp filter leaves no call that could use one, none is needed.
-        """
-        keyring = ["--no-new-keyring"] if platform.machine() in SECCOMP_ARCHITECTURES else []
-        return [self.program, "--root", str(self.root), "--log", f"{bundle}/runtime.log", "--log-format", "json", "run",
-                *keyring, "--bundle", bundle, container_id]
-
-    def spawn(self, bundle: str, container_id: str, output: int) -> int:
-        """Start `runc run` with stdout and stderr on the descriptor output; return its pid. Raises OSError.
-
-        posix_spawn takes half the time of subprocess.Popen, and the loop stands still for it. A session of its own:
-        a Ctrl-C on our terminal is not for handlers. Python ignores SIGPIPE, nohup SIGHUP: no program expects that.
-        """
-        return os.posix_spawn(
-            self.program, self.run_argv(bundle, container_id), {"PATH": DEFAULT_PATH}, setsid=True,
-            setsigdef=signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP},
-            file_actions=[(os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
-                          (os.POSIX_SPAWN_DUP2, output, 1), (os.POSIX_SPAWN_DUP2, output, 2)])
-
-    def containers(self) -> set[str]:
-        """Return the ids that the runtime keeps state for."""
-        return {path.name for path in self.root.glob("[!.]*")}      # crun has its .cache there
-
-    def has_state(self, container_id: str) -> bool:
-        return (self.root / container_id).exists()
-
-    def delete(self, container_id: str) -> None:
-        """Remove a container by force. Blocks; failure is logged, for the caller removes what is left by hand."""
-        try_command(f"container={container_id} {self.program} delete", self.program, "--root", str(self.root), "delete",
-                    "--force", container_id)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Ids: each function's own range of the host's user and group ids
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def subordinate_ids(path: Path) -> range | None:
-    """Return the ids that a file such as /etc/subuid gives us (subuid(5)), None if it has no entry for us."""
-    with contextlib.suppress(FileNotFoundError):
-        for line in path.read_text().splitlines():
-            match = re.fullmatch(rf"{SUBORDINATE_USER}:([0-9]{{1,10}}):([0-9]{{1,10}})", line.strip())
-            if match:
-                return range(int(match[1]), int(match[1]) + int(match[2]))
-    return None
-
-
-def find_host_ids(directory: Path = Path("/etc")) -> range:
-    """Return the host ids that containers may have. Raises UsageError for entries that cannot be meant."""
-    users, groups = subordinate_ids(directory / "subuid"), subordinate_ids(directory / "subgid")
-    if users is None and groups is None:
-        return range(FIRST_ID, LAST_ID + 1)
-    if users != groups:
-        raise UsageError(f"{directory}/subuid and subgid differ for {SUBORDINATE_USER}: make them the same, or remove "
-                         "both")
-    if len(users) < IDS or users.start < IDS or users.stop > 1 << 32:
-        raise UsageError(f"{directory}/subuid gives {SUBORDINATE_USER} {len(users)} ids from {users.start}: each "
-                         f"function needs {IDS}, so give a multiple of that, from {IDS} on")
-    return users
-
-
-class IdRanges:
-    """Which function has which host ids: IDS of them from a first one on, so that no two functions share a user.
-
-    A function keeps its range for as long as it exists, because its files on disk belong to these ids.
-    """
-
-    def __init__(self, ids: range):
-        self._ids = ids
-        self.first = ids.start
-        self._taken: set[int] = set()
-        self._namespaces: dict[int, int] = {}   # user namespaces with the ids of a range: first id → descriptor
-        self._making = asyncio.Lock()
-        self.can_make = True                    # and the runtime joins what we make: see ContainerHost.probe
-
-    def take(self) -> int:
-        """Return the first id of a free range, which is taken from now on. Raises Conflict when there is none."""
-        for first in range(self._ids.start, self._ids.stop - IDS + 1, IDS):
-            if all(abs(first - other) >= IDS for other in self._taken):
-                self._taken.add(first)
-                return first
-        raise Conflict(f"all {len(self._ids) // IDS} ranges of user ids are taken: remove a function, or give "
-                       f"{SUBORDINATE_USER} more in /etc/subuid and /etc/subgid")
-
-    def claim(self, first: int) -> None:
-        """Take a range that a function has had all along."""
-        self._taken.add(first)
-
-    def release(self, first: int) -> None:
-        self._taken.discard(first)
-        if first in self._namespaces:
-            os.close(self._namespaces.pop(first))
-
-    async def user_namespace(self, first: int) -> str:
-        """Return the path of the user namespace of a range, made at first use; "" if only runc can make one here."""
-        async with self._making:
-            if not self.can_make:
-                return ""
-            if first not in self._namespaces:
-                try:
-                    self._namespaces[first] = await asyncio.to_thread(make_user_namespace, first)
-                except (OSError, FaasdError) as error:
-                    self.can_make = isinstance(error, OSError)         # out of descriptors or processes, for now
-                    log.warning("user=%d cannot make a user namespace, so runc makes one for each container, and all "
-                                "functions share what root may take of inotify, queues and timers: %s", first, error)
-                    return ""
-        # runc from 1.1.11 on looks up which ids a namespace has. For a path that begins with /proc/PID it takes those
-        # of that process, which are ours, says "non-matching mapping", and gives the container's stdout to our root.
-        # For any other path it asks the namespace itself.
-        return f"//proc/{os.getpid()}/fd/{self._namespaces[first]}"
-
-
-def make_user_namespace(first: int) -> int:
-    """Return a descriptor of a user namespace with the ids from first on, made by the first of them. Blocks.
-
-    The kernel charges what it counts by user, such as inotify instances, message queues and timers, to a container's
-    user, and once more to the user who made the namespace. runc would make it as root: then one function could take all
-    that is there for every function and for root's own programs. Raises OSError, FaasdError.
-    """
-    with subprocess.Popen(["unshare", "--user", "cat"], cwd="/", bufsize=0, user=first, group=first, extra_groups=[],
-                          stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        with process.stdin as stdin:            # its end is cat's
-            with contextlib.suppress(BrokenPipeError):      # unshare has failed, and says why
-                stdin.write(b".")
-            if not process.stdout.read(1):      # from cat, so that it has been made
-                raise FaasdError(process.stderr.read().decode(errors="replace").strip())
-            for kind in ("uid_map", "gid_map"):
-                Path(f"/proc/{process.pid}/{kind}").write_text(f"0 {first} {IDS}\n")
-            return os.open(f"/proc/{process.pid}/ns/user", os.O_RDONLY | os.O_CLOEXEC)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Network: addresses on lo, and listeners on them
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def ip_json(*arguments: str) -> list[dict]:
-    """Return what `ip -j` prints for a query. Raises FaasdError."""
-    try:
-        return json.loads(run_command("cannot look at addresses", "ip", "-j", "-4", *arguments) or "[]")
-    except (FaasdError, ValueError) as error:
-        if isinstance(error, FaasdError) and not re.search("option|busybox", str(error), re.IGNORECASE):
-            raise                       # it is the right one, and failed
-        raise UsageError(f"faasd needs the ip of iproute2, not BusyBox's: apt install iproute2 ({error})") from error
-
-
-def find_user(subnet: ipaddress.IPv4Network, is_ours: Callable[[str, str], bool]) -> str | None:
-    """Return to whom a part of subnet is assigned or routed, None if to nobody.
-
-    is_ours tells by interface and label (of an address) what does not count. Raises FaasdError.
-    """
-    for link in ip_json("addr", "show"):
-        for address in link.get("addr_info", []):
-            network = ipaddress.ip_network(f"{address['local']}/{address['prefixlen']}", strict=False)
-            if network.overlaps(subnet) and not is_ours(link["ifname"], address.get("label", "")):
-                return f"{network} is assigned to {link['ifname']}"
-    for route in ip_json("route", "show", "table", "all"):
-        if route.get("type", "unicast") == "unicast" and route["dst"] != "default":
-            network = ipaddress.ip_network(route["dst"], strict=False)
-            # Shorter than /8 is a default route in pieces, as VPNs set it (0.0.0.0/1 and 128.0.0.0/1).
-            if network.prefixlen >= 8 and network.overlaps(subnet) and not is_ours(route.get("dev", ""), ""):
-                return f"{network} is routed to {route.get('dev', route.get('gateway', 'elsewhere'))}"
-    return None
-
-
-def is_roots_listener(name: bytes) -> bool:
-    """Whether root listens on a Unix socket (SO_PEERCRED in unix(7)). One that answers nobody is taken for nobody's."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as probe:
-        try:
-            probe.connect(name)
-        except OSError:
-            return False
-        return UCRED.unpack(probe.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, UCRED.size))[1] == 0
-
-
-class Network:
-    """Addresses of one subnet on `lo`, one for each function.
-
-    Each is a /32: a /24 on lo would swallow the user's LAN. The label tells them from everybody else's.
-    """
-
-    def __init__(self, subnet: ipaddress.IPv4Network):
-        self.subnet = subnet
-        self._claim: socket.socket | None = None
-        self._added: set[str] = set()
-        self.missing: set[str] = set()          # of these, those that somebody has taken from lo
-        self._lingering: set[str] = set()       # not wanted any more, but `ip` failed to take them away
-        self._lock = threading.Lock()           # held to change lo
-
-    def claim(self) -> None:
-        """Make sure that the subnet is nobody else's. Raises UsageError."""
-        loopback = next((link for link in ip_json("addr", "show") if link.get("ifname") == "lo"), {})
-        if "UP" not in loopback.get("flags", []):
-            raise UsageError("the loopback interface is down: ip link set lo up")
-        user = find_user(self.subnet, lambda interface, label: label == ADDRESS_LABEL)
-        if user:
-            self._refuse(user)
-        self._claim_from_daemons()
-
-    def _claim_from_daemons(self) -> None:
-        """Listen on an abstract Unix socket named after the subnet: those are per network namespace, as addresses are.
-
-        Anybody can make one, of any name. So each of ours ends in a number that nobody can have taken, and of the
-        others' only those count of which the kernel says that root listens there.
-        """
-        name = f"faasd/{self.subnet}/{secrets.token_hex(8)}".encode()
-        self._claim = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-        self._claim.bind(b"\0" + name)
-        self._claim.listen()            # before looking for others: of two that start together, one sees the other
-        sockets = Path("/proc/net/unix").read_bytes()
-        claims = re.findall(rb"@(faasd/([0-9./]{1,18})/[0-9a-f]{16})$", sockets, re.MULTILINE)
-        if len(claims) > MAX_CLAIMS:
-            log.warning("%d sockets look like another faasd's, too many to ask who listens: if there is another on %s, "
-                        "it may stay unseen", len(claims), self.subnet)
-        for other, subnet in claims[:MAX_CLAIMS]:
-            with contextlib.suppress(ValueError):
-                theirs = ipaddress.IPv4Network(subnet.decode())
-                if other != name and theirs.overlaps(self.subnet) and is_roots_listener(b"\0" + other):
-                    self._refuse(f"another faasd uses {theirs}")
-
-    def greet(self, workers: Workers) -> None:
-        """From now on, close the connections of daemons that want to know who listens: too many, and they get none.
-
-        In a thread: whoever closes a Unix socket may have to close what handlers left in theirs (before Linux 6.10).
-        """
-        def accept() -> None:
-            try:
-                workers.run(self._claim.accept()[0].close)
-            except BlockingIOError:
-                return
-            except OSError as error:    # out of descriptors: trying again at once would spin
-                log.error("cannot tell others that %s is ours: %s", self.subnet, error.strerror)
-                workers.loop.remove_reader(self._claim)
-        workers.loop.add_reader(self._claim, accept)
-
-    def _refuse(self, reason: str) -> None:
-        raise UsageError(f"subnet {self.subnet} is in use: {reason}; choose another with --subnet")
-
-    def has(self, address: str) -> bool:
-        return ipaddress.ip_address(address) in self.subnet
-
-    def lowest_free(self, taken: Iterable[str]) -> str:
-        """Return the lowest address from .10 up that no function has. Raises Conflict when there is none."""
-        used = set(taken)
-        first = int(self.subnet.network_address) + FIRST_HOST
-        for number in range(first, int(self.subnet.broadcast_address)):
-            address = str(ipaddress.IPv4Address(number))
-            if address not in used:
-                return address
-        raise Conflict(f"subnet {self.subnet} has no free address: remove a function, or start with a larger --subnet")
-
-    def add(self, address: str) -> None:
-        """Put a function's address on lo, where it may be already. Raises FaasdError."""
-        with self._lock:
-            self._put(address)
-            self._added.add(address)
-            self._lingering.discard(address)
-
-    def _put(self, address: str) -> None:
-        run_command(f"cannot add {address} to lo", "ip", "addr", "replace", f"{address}/32", "dev", "lo", "label",
-                    ADDRESS_LABEL)
-        self.missing.discard(address)
-
-    def restore(self) -> bool:
-        """Put back the addresses that somebody has taken from lo; return whether they are there. Failure is logged."""
-        with self._lock:
-            try:
-                there = {entry["local"] for link in ip_json("addr", "show", "dev", "lo")
-                         for entry in link.get("addr_info", [])}
-            except FaasdError as error:
-                log.error("%s", error)
-                return False
-            self.missing = self._added - there
-            for address in sorted(self.missing):
-                log.warning("somebody has taken %s from lo: putting it back", address)
-                try:
-                    self._put(address)
-                except FaasdError as error:     # the others may be luckier
-                    log.error("%s", error)
-            return not self.missing
-
-    def remove(self, address: str) -> None:
-        """Take an address that we added from lo; failure is logged, and the next removal tries again."""
-        with self._lock:
-            if address in self._added:
-                self._added.discard(address)
-                self._lingering.add(address)
-            self._lingering = {address for address in self._lingering if not self._delete(address)}
-
-    def remove_all(self) -> None:
-        for address in list(self._added):
-            self.remove(address)
-
-    def remove_stale(self, known: set[str]) -> None:
-        """Take addresses from lo that we have not added: with our label, and of our subnet or a function's.
-
-        For when all functions are back. Those of a function stay on lo all along: connections run on them.
-        """
-        for link in ip_json("addr", "show", "dev", "lo"):
-            for entry in link.get("addr_info", []):
-                ours = entry["local"] in known or ipaddress.ip_address(entry["local"]) in self.subnet
-                if entry.get("label") == ADDRESS_LABEL and ours and entry["local"] not in self._added:
-                    log.warning("removing address %s that the daemon before left", entry["local"])
-                    self._delete(entry["local"])
-
-    @staticmethod
-    def _delete(address: str) -> bool:
-        """Take an address from lo; return whether that could be done. Failure is logged."""
-        return try_command(f"cannot remove {address} from lo", "ip", "addr", "del", f"{address}/32", "dev", "lo",
-                           "label", ADDRESS_LABEL)
-
-
-def notice_vanished_clients(listener: socket.socket) -> None:
-    """Have the kernel probe the idle connections of a listener (tcp(7)); they inherit what is set here."""
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for option, value in zip((socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT), CLIENT_KEEPALIVE):
-        listener.setsockopt(socket.IPPROTO_TCP, option, value)
-
-
-def open_listener(address: str, port: int) -> socket.socket:
-    """Return a non-blocking listening socket. Raises Conflict if the port is taken, FaasdError otherwise.
-
-    TCP_DEFER_ACCEPT: the kernel shows us a connection when its first data is there, so that a client that sends
-    nothing costs no container (tcp(7)).
-    """
-    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, DEFER_ACCEPT_SECONDS)
-        notice_vanished_clients(listener)
-        listener.bind((address, port))
-        keep_to_address(listener)
-        listener.listen(int(Path("/proc/sys/net/core/somaxconn").read_text()))
-    except OSError as error:
-        listener.close()
-        if error.errno == errno.EADDRINUSE:
-            raise Conflict(f"port {port} on {address} is taken by another program, perhaps one that listens on every "
-                           "address: stop it, or start faasd with another --port") from None
-        raise FaasdError(f"cannot listen on {address}:{port}: {error.strerror}") from None
-    listener.setblocking(False)
-    return listener
-
-
-def notify_service_manager(state: str, *descriptors: int) -> None:
-    """Tell systemd of a change, such as "READY=1" (sd_notify(3)); without systemd there is nobody to tell."""
-    address = os.environ.get("NOTIFY_SOCKET")
-    if address:
-        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack(f"{len(descriptors)}i", *descriptors))]
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
-            sock.settimeout(FLUSH_SECONDS)      # it may be stuck, and we serve
-            try:
-                sock.connect(address.replace("@", "\0", 1) if address[0] == "@" else address)
-                sock.sendmsg([state.encode()], rights if descriptors else [])
-            except OSError as error:
-                log.warning("cannot notify the service manager: %s", error)
-
-
-def inherited_descriptors() -> dict[int, str]:
-    """Return the descriptors that the service manager has passed to us, with their names (sd_listen_fds(3))."""
-    count, names, pid = (os.environ.pop(name, "") for name in ("LISTEN_FDS", "LISTEN_FDNAMES", "LISTEN_PID"))
-    if pid != str(os.getpid()):                 # they were meant for somebody else
-        return {}
-    numbers = range(LISTEN_FDS_START, LISTEN_FDS_START + int(count))
-    return dict(zip(numbers, itertools.chain(names.split(":"), itertools.repeat("unknown"))))
-
-
-class ListenerStore:
-    """Opens listening sockets, which the service manager keeps while no daemon runs: nobody is refused meanwhile.
-
-    This is systemd's file descriptor store (FileDescriptorStoreMax= in the unit). A socket goes there when it is made,
-    comes back when the service is restarted, and is recognised by what it is bound to. Where nobody keeps sockets,
-    they are only opened.
-    """
-
-    def __init__(self) -> None:
-        self._kept: dict[tuple[str, int], socket.socket] = {}
-        for descriptor, name in inherited_descriptors().items():
-            os.set_inheritable(descriptor, False)
-            listener = listener_of(descriptor)
-            if listener is not None:
-                self._kept[listener.getsockname()] = listener
-            else:
-                log.warning("a descriptor %r of the service manager is no listening socket", name)
-                os.close(descriptor)
-                notify_service_manager(f"FDSTOREREMOVE=1\nFDNAME={name}")
-
-    def open(self, address: str, port: int) -> socket.socket:
-        """Return a listening socket: the one that was kept, or a new one. Raises as open_listener does."""
-        listener = self._kept.pop((address, port), None)
-        if listener is not None:
-            listener.setblocking(False)
-            return listener
-        listener = open_listener(address, port)
-        notify_service_manager(f"FDSTORE=1\nFDNAME={address}-{port}", listener.fileno())
-        return listener
-
-    def forget(self, address: str, port: int) -> None:
-        """Have a socket kept no longer."""
-        notify_service_manager(f"FDSTOREREMOVE=1\nFDNAME={address}-{port}")
-
-    def forget_unclaimed(self) -> None:
-        """Close the sockets that were kept, but have not been opened."""
-        while self._kept:
-            (address, port), listener = self._kept.popitem()
-            log.warning("closing the listening socket of %s:%d, which no function has any more", address, port)
-            refuse_connections(listener)
-            self.forget(address, port)
-
-
-def listener_of(descriptor: int) -> socket.socket | None:
-    """Return the socket of a descriptor, None if it does not listen for IPv4 connections."""
-    try:
-        listener = socket.socket(fileno=descriptor)
-    except OSError:                             # no socket
-        return None
-    if listener.family == socket.AF_INET and listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
-        return listener
-    listener.detach()
-    return None
-
-
-def refuse_connections(listener: socket.socket) -> None:
-    """Close a listening socket even if others, such as the service manager, have descriptors of it."""
-    listener.shutdown(socket.SHUT_RD)
-    listener.close()
-
-
-def keep_to_address(listener: socket.socket) -> None:
-    """Have a listening socket and all that it accepts receive nothing but what is sent to its address and port.
-
-    A handler gets a socket of the host's network. connect(2) can dissolve its connection, and then it could go anywhere
-    that the host can, or listen. Its new port would not be this one, so that it would hear nothing. The filter is
-    inherited by what is accepted, costs an invocation nothing, and is locked: no handler can take it off.
-    """
-    address, port = listener.getsockname()
-    program = b"".join(struct.pack("HBBI", *instruction) for instruction in (
-        (BPF_LOAD_HALF, 0, 0, 2),                                       # destination port, in the TCP header
-        (BPF_JUMP_EQUAL, 0, 3, port),
-        (BPF_LOAD_WORD, 0, 0, BPF_IP_HEADER + 16),                      # destination address
-        (BPF_JUMP_EQUAL, 0, 1, int(ipaddress.IPv4Address(address))),
-        (BPF_RETURN, 0, 0, 0xFFFF_FFFF),                                # all of the packet
-        (BPF_RETURN, 0, 0, 0)))                                         # none
-    code = ctypes.create_string_buffer(program, len(program))
-    fprog = struct.pack("HP", len(program) // 8, ctypes.addressof(code))           # struct sock_fprog
-    listener.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, fprog)
-    listener.setsockopt(socket.SOL_SOCKET, SO_LOCK_FILTER, 1)
-
-
-def mount_cgroup2() -> int:
-    """Return a descriptor of the part of cgroup v2 that we are in, mounted nowhere. Raises OSError.
-
-    To be called in a thread of its own: a mount made from the machine's own cgroup namespace would set the options of
-    all mounts of cgroup v2 anew (nsdelegate, memory_recursiveprot).
-    """
-    system_call(SYS_UNSHARE.get(platform.machine(), 97), CLONE_NEWCGROUP)
-    context = system_call(SYS_FSOPEN, b"cgroup2", 1)                    # FSOPEN_CLOEXEC
-    try:
-        system_call(SYS_FSOPEN + 1, context, 6, 0, 0, 0)                # fsconfig: FSCONFIG_CMD_CREATE
-        return system_call(SYS_FSOPEN + 2, context, 1, 0)               # fsmount: FSMOUNT_CLOEXEC
-    finally:
-        os.close(context)
-
-
-@contextlib.contextmanager
-def top_cgroup() -> Iterator[int]:
-    """Open the top of cgroup v2, also where it is mounted nowhere that we see. Raises OSError."""
-    tops = [mount for mount, kind in read_mounts() if kind == "cgroup2"]
-    with concurrent.futures.ThreadPoolExecutor(1) as executor:
-        descriptor = os.open(tops[0], os.O_RDONLY) if tops else executor.submit(mount_cgroup2).result()
-    try:
-        yield descriptor
-    finally:
-        os.close(descriptor)
-
-
-def bpf(command: int, layout: str, *values: int | bytes) -> int:
-    """Make a call of bpf(2), its union bpf_attr laid out as in linux/bpf.h. Raises OSError."""
-    size = struct.calcsize(layout)
-    attributes = ctypes.create_string_buffer(struct.pack(layout, *values), size)
-    return system_call(SYS_BPF.get(platform.machine(), 280), command, ctypes.addressof(attributes), size)
-
-
-class AddressGuard:
-    """Has the kernel refuse to connect or to bind a socket that has a function's address already (EPERM).
-
-    A handler is given a socket of the host's network. Once connect(2) has dissolved its connection, it could go
-    wherever the host can. But whatever a handler does, it keeps the address that its listener was bound to, and nobody
-    else binds one of these and then connects. So two BPF programs on cgroup v2 know it by that, and by our network
-    namespace. They are at the top of the hierarchy, where they see the sockets of a daemon that ran in another cgroup,
-    too. They stay if we die, as containers do, and the next daemon knows them by their name.
-    """
-
-    def __init__(self, run_dir: Path, subnet: ipaddress.IPv4Network):
-        self._name = f"faasd_{run_dir_mark(run_dir)}".encode()
-        self._subnet = subnet
-
-    def attach(self) -> None:
-        """Guard the addresses of the subnet; take away what the daemon before has left. Raises OSError."""
-        with top_cgroup() as cgroup:
-            for kind in GUARDED_CALLS:
-                program = self._load(kind)
-                try:
-                    bpf(BPF_PROG_ATTACH, "5I", cgroup, program, kind, BPF_F_ALLOW_MULTI, 0)
-                    self._detach(cgroup, kind, but=self._describe(program)[0])
-                finally:
-                    os.close(program)
-
-    def detach(self) -> None:
-        """Take away what attach() has left. Raises OSError."""
-        with top_cgroup() as cgroup:
-            for kind in GUARDED_CALLS:
-                self._detach(cgroup, kind)
-
-    def _detach(self, cgroup: int, kind: int, but: int = 0) -> None:
-        """Take away all programs of our name but the one of this id."""
-        ids = (ctypes.c_uint32 * BPF_CGROUP_MAX_PROGS)()
-        bpf(BPF_PROG_QUERY, "4IQ2I", cgroup, kind, 0, 0, ctypes.addressof(ids), len(ids), 0)
-        for number in filter(None, ids):
-            with contextlib.suppress(FileNotFoundError):        # another daemon has just taken its own away
-                program = bpf(BPF_PROG_GET_FD_BY_ID, "3I", number, 0, 0)
-                try:
-                    if self._describe(program)[1] == self._name and number != but:
-                        bpf(BPF_PROG_DETACH, "5I", cgroup, program, kind, 0, 0)
-                finally:
-                    os.close(program)
-
-    @staticmethod
-    def _describe(program: int) -> tuple[int, bytes]:
-        """Return id and name of a program (struct bpf_prog_info)."""
-        info = ctypes.create_string_buffer(80)
-        bpf(BPF_OBJ_GET_INFO_BY_FD, "2IQ", program, len(info), ctypes.addressof(info))
-        return struct.unpack_from("I", info, 4)[0], struct.unpack_from("16s", info, 64)[0].rstrip(b"\0")
-
-    def _load(self, kind: int) -> int:
-        """Return a descriptor of the program for one kind of call."""
-        with socket.socket(socket.AF_UNIX) as ours:
-            cookie, = struct.unpack("Q", ours.getsockopt(socket.SOL_SOCKET, SO_NETNS_COOKIE, 8))
-        mask, network = (struct.unpack("=I", address.packed)[0]         # in the order of bytes that packets have
-                         for address in (self._subnet.netmask, self._subnet.network_address))
-        program = b"".join(struct.pack("=BBhI", *instruction) for instruction in (     # code, registers, jump, number
-            (0xBF, 0x16, 0, 0),                                         # r6 = context
-            (0x85, 0x00, 0, 122),                                       # r0 = bpf_get_netns_cookie(context)
-            (0x18, 0x01, 0, cookie & 0xFFFF_FFFF), (0, 0, 0, cookie >> 32),             # r1 = ours
-            (0x5D, 0x10, 6, 0),                                         # is another: to the end
-            (0x79, 0x61, 64, 0), (0x61, 0x11, 24, 0),                   # r1 = context->sk->src_ip4
-            (0x54, 0x01, 0, mask), (0x56, 0x01, 2, network),            # not of the subnet: to the end
-            (0xB7, 0x00, 0, 0), (0x95, 0x00, 0, 0),                     # return 0: refused
-            (0xB7, 0x00, 0, 1), (0x95, 0x00, 0, 0)))                    # return 1
-        text, licence = ctypes.create_string_buffer(program), ctypes.create_string_buffer(b"MIT")
-        return bpf(BPF_PROG_LOAD, "2I2Q2IQ2I16s2I", BPF_PROG_TYPE_CGROUP_SOCK_ADDR, len(program) // 8,
-                   ctypes.addressof(text), ctypes.addressof(licence), 0, 0, 0, 0, 0, self._name, 0, kind)
-
-
-@dataclass(frozen=True)
-class TcpState:
-    """What the kernel knows of a client's connection. To ask takes the socket's lock: see Workers."""
-    state: int
-    received: int       # bytes
-    sent: int           # bytes handed to the kernel for sending, whether or not they have left
-    unacknowledged: int = 0     # of these
-    unread: int = 0     # bytes of the client's that nobody has read; asked for only if a reset could cost it something
-
-    @classmethod
-    def of(cls, client: socket.socket) -> TcpState:
-        buffer, size = ctypes.create_string_buffer(256), ctypes.c_uint(256)
-        # Not client.getsockopt, which keeps all threads waiting with its own.
-        if libc.getsockopt(client.fileno(), socket.IPPROTO_TCP, socket.TCP_INFO, buffer, ctypes.byref(size)):
-            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
-        state = buffer.raw[0]
-        acknowledged, received = struct.unpack_from("QQ", buffer, TCP_INFO_ACKED)
-        sent, sent_again = struct.unpack_from("QQ", buffer, TCP_INFO_SENT)
-        sent -= sent_again
-        if state not in TCP_CONNECTED:                  # what it says of unsent data means nothing then
-            return cls(state, received, sent)
-        waiting, = struct.unpack_from("I", buffer, TCP_INFO_NOTSENT)
-        if waiting and state in TCP_FIN_STATES:
-            waiting -= 1                                # the FIN takes a sequence number, and goes last
-        unacknowledged = max(0, sent + waiting - acknowledged)
-        unread = unacknowledged and struct.unpack("i", fcntl.ioctl(client.fileno(), termios.FIONREAD, bytes(4)))[0]
-        return cls(state, received, sent + waiting, unacknowledged, unread)
-
-    @property
-    def is_open(self) -> bool:
-        """Whether there is a client, and nobody has told it that the answer is over."""
-        return self.state in (TCP_ESTABLISHED, TCP_CLOSE_WAIT)
-
-    @property
-    def can_answer(self) -> bool:
-        """Whether nothing was said to the client yet and it still can be."""
-        return self.sent == 0 and self.is_open
-
-
-def reset_connection(client: socket.socket) -> None:
-    """Have a client's connection end in a reset, whoever else has a descriptor of it; what is unsent is dropped."""
-    libc.connect(client.fileno(), bytes(16), 16)        # AF_UNSPEC: connect(2)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Networks of functions with --net egress
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def fit_resolv_conf(texts: Iterable[str]) -> tuple[str, list[str]]:
-    """Return a resolv.conf for a network namespace of its own, and the resolvers in it.
-
-    It is made from the first of texts that names a resolver which can be reached from there: one with an IPv4 address
-    that is not loopback, as those of stubs on the host are (127.0.0.53). Empty if there is none.
-    """
-    for text in texts:
-        lines, resolvers = [], []
-        for words in filter(None, map(str.split, text.splitlines())):
-            if words[0] in ("search", "domain", "options"):
-                lines.append(" ".join(words))
-            elif words[0] == "nameserver" and len(words) > 1 and is_reachable(words[1]):
-                lines.append(" ".join(words[:2]))
-                resolvers.append(words[1])
-        if resolvers:
-            return "\n".join(lines) + "\n", resolvers
-    return "", []
-
-
-def is_reachable(resolver: str) -> bool:
-    """Tell whether text is an IPv4 address that means the same in every network namespace."""
-    try:
-        address = ipaddress.IPv4Address(resolver)
-    except ValueError:
-        return False
-    return not (address.is_loopback or address.is_unspecified or address.is_multicast)
-
-
-def read_text(path: str | Path) -> str:
-    """Return a file's text, "" if it cannot be read."""
-    try:
-        return Path(path).read_text(errors="replace")
-    except OSError:
-        return ""
-
-
-def write_anew(path: Path, text: str) -> None:
-    """Put a file at path as a whole: containers that have the one before keep it."""
-    new = path.with_name(path.name + ".new")
-    new.write_text(text)
-    new.chmod(0o644)
-    new.rename(path)
-
-
-# What egress means. Our own table, and only packets of our own links: others' rules are not ours to touch. Replaced as
-# a whole, in one transaction, so there is no moment without.
-#   prerouting   a function speaks IPv4 from its own address on its own link, whatever its namespace might make up.
-#   input        to this machine itself: only the functions' public addresses, and resolvers that happen to be here.
-#   forward      to everybody else, but not to other functions' links, to cloud metadata, or to what other rules here
-#                redirect, as Docker does to publish ports on the host's addresses. Nobody opens connections to a
-#                function's link.
-# Refused at once, TCP by a reset: ICMP errors are rate-limited, and a program should not wait for nothing.
-EGRESS_RULES = """\
-add table inet {table}
-delete table inet {table}
-table inet {table} {{
-    set functions {{
-        type ifname . ipv4_addr
-        {functions}
-    }}
-    set resolvers {{
-        type ipv4_addr
-        {resolvers}
-    }}
-    chain prerouting {{
-        type filter hook prerouting priority raw; policy accept;
-        iifname "{prefix}*" meta nfproto ipv6 drop
-        iifname "{prefix}*" iifname . ip saddr != @functions drop
-    }}
-    chain input {{
-        type filter hook input priority filter; policy accept;
-        iifname != "{prefix}*" accept
-        ct state vmap {{ established : accept, related : accept, invalid : drop }}
-        ip daddr @resolvers meta l4proto {{ tcp, udp }} th dport 53 accept
-        ip daddr {public} tcp dport {port} accept
-        goto refuse
-    }}
-    chain forward {{
-        type filter hook forward priority filter; policy accept;
-        iifname != "{prefix}*" oifname != "{prefix}*" accept
-        ct state vmap {{ established : accept, related : accept, invalid : drop }}
-        oifname "{prefix}*" goto refuse
-        ip daddr @resolvers meta l4proto {{ tcp, udp }} th dport 53 accept
-        ip daddr {metadata} goto refuse
-        ct status dnat goto refuse
-    }}
-    chain postrouting {{
-        type nat hook postrouting priority srcnat; policy accept;
-        ip saddr {subnet} oifname != "{prefix}*" masquerade
-    }}
-    chain refuse {{
-        meta l4proto tcp reject with tcp reset
-        reject with icmpx type admin-prohibited
-    }}
-}}
-"""
-
-
-class EgressNetworks:
-    """The networks of functions with `--net egress`: each a namespace, a veth pair to the host, a part in our rules.
-
-        container            the function's namespace         host
-        joins it by path     eth0 ADDRESS/32 <-- veth pair --> faas3f9a1c-7 GATEWAY/32 --> rules, masquerade --> outside
-
-    A namespace is kept by a bind mount at RUN_DIR/net/NAME. All links have the same gateway address, and each function
-    an address that goes by the number of its link: so there is nothing to write down, and a link that bears its
-    function's name (as its alias, which is set last) is whole. Methods block, and must not run at the same time.
-    """
-
-    def __init__(self, run_dir: Path, subnet: ipaddress.IPv4Network, public: ipaddress.IPv4Network, port: int):
-        mark = run_dir_mark(run_dir)
-        self.table = f"faasd_{mark}"
-        self._run_dir, self._directory = run_dir, namespace_path(run_dir, "x").parent
-        self._subnet, self._public, self._port = subnet, public, port
-        self._gateway = str(subnet[1])
-        self._prefix = f"{LINK_PREFIX}{mark}-"
-        self._numbers: dict[str, int] = {}      # function → number of its link
-
-    def has(self, name: str) -> bool:
-        return name in self._numbers
-
-    def provide(self, name: str) -> None:
-        """Make a function's network if it has none yet. Raises FaasdError; then it has what it had.
-
-        What all share is renewed in any case: the machine's resolvers may have changed.
-        """
-        self._check_machine()
-        if name in self._numbers:
-            self._load_rules()
-            return
-        if not self._numbers:
-            self._warn_of_firewalls()
-        self._numbers[name] = self._free_number()
-        try:
-            self._directory.mkdir(mode=0o700, exist_ok=True)
-            self._load_rules()          # before the link: a packet from a link that they do not know is dropped
-            self._make(name, self._numbers[name])
-        except BaseException as error:
-            self.remove(name)
-            if isinstance(error, OSError):
-                raise storage_error(error, f"making {namespace_path(self._run_dir, name)}") from error
-            raise
-
-    def remove(self, *names: str) -> None:
-        """Remove functions' networks; what cannot be removed is logged."""
-        ours = [name for name in names if name in self._numbers]
-        for name in ours:
-            self._delete_link(self._link(self._numbers.pop(name)))
-            self._delete_namespace(namespace_path(self._run_dir, name))
-        if ours:
-            self._settle()
-
-    def remove_all(self) -> None:
-        self.remove(*self._numbers)
-
-    def recover(self, wanted: set[str]) -> None:
-        """Take over the networks that a killed daemon left of functions that want one, and remove all others."""
-        mounted = {Path(mount) for mount, kind in read_mounts() if kind == "nsfs"}
-        links = self._links()
-        for number, name in links.items():
-            if name in wanted and namespace_path(self._run_dir, name) in mounted and self._fits(number):
-                self._numbers[name] = number
-            else:
-                self._delete_link(self._link(number))
-        for path in self._directory.iterdir() if self._directory.is_dir() else ():
-            if path.name not in self._numbers:
-                log.warning("removing the network of %s that a killed daemon left", path.name)
-                self._delete_namespace(path)
-        if links or self._directory.is_dir():
-            self._settle()
-
-    def _links(self) -> dict[int, str]:
-        """Return our links: number → function, or "" for one that is not whole, or of another subnet."""
-        gateways = {link["ifname"] for link in ip_json("addr", "show")
-                    if any(entry.get("local") == self._gateway for entry in link["addr_info"])}
-        links = {}
-        for link in ip_json("link", "show"):
-            match = re.fullmatch(re.escape(self._prefix) + "([0-9]+)", link["ifname"])
-            if match:
-                links[int(match[1])] = link.get("ifalias", "") if link["ifname"] in gateways else ""
-        return links
-
-    # -- what must be so for any of them to work --
-
-    def _check_machine(self) -> None:
-        if shutil.which("nft") is None:
-            raise Conflict("net egress needs the nft program: apt install nftables")
-        user = find_user(self._subnet, lambda interface, label: interface.startswith(self._prefix))
-        if not user and self._subnet.overlaps(self._public):
-            user = f"functions listen on {self._public}"
-        if user:
-            raise Conflict(f"net egress: {self._subnet} is in use: {user}; start faasd with another --egress-subnet")
-        # Answers come in by another interface than ours, so that one must forward. "all" is net.ipv4.ip_forward.
-        forwarding = [path for path in Path("/proc/sys/net/ipv4/conf").glob("*/forwarding")
-                      if path.parent.name not in ("lo", "default") and not path.parent.name.startswith(LINK_PREFIX)]
-        if not any(read_text(path).strip() == "1" for path in forwarding):
-            raise Conflict("net egress needs a machine that forwards packets, which this one does not: sysctl -w "
-                           "net.ipv4.ip_forward=1, or net.ipv4.conf.X.forwarding=1 for the interface X that leads out")
-
-    def _warn_of_firewalls(self) -> None:
-        """Say so if another firewall drops what we would forward: an accept in our table cannot overrule it."""
-        listed = json.loads(run_command("cannot list the chains of nftables", "nft", "-j", "list", "chains") or "{}")
-        chains = [item["chain"] for item in listed.get("nftables", []) if "chain" in item]
-        for chain in chains:
-            if (chain.get("hook"), chain.get("policy")) == ("forward", "drop") and chain["family"] in ("ip", "inet"):
-                log.warning("chain %s of nftables table %s %s drops what it does not know: have it accept packets from "
-                            "and to %s*, or net egress leads nowhere", chain["name"], chain["family"], chain["table"],
-                            LINK_PREFIX)
-
-    # -- what they share --
-
-    def _load_rules(self) -> None:
-        text, resolvers = fit_resolv_conf(map(read_text, RESOLV_CONFS))
-        if not resolvers:
-            log.warning("net egress: no resolver with an IPv4 address other than loopback in %s: functions cannot look "
-                        "up names", " or ".join(RESOLV_CONFS))
-        pairs = [f'"{self._link(number)}" . {self._address(number)}' for number in self._numbers.values()]
-        self._nft(EGRESS_RULES.format(
-            table=self.table, prefix=self._prefix, subnet=self._subnet, public=self._public, port=self._port,
-            metadata=METADATA_NETWORK, functions=self._elements(pairs), resolvers=self._elements(resolvers)))
-        try:
-            write_anew(resolv_conf_path(self._run_dir, "egress"), text)
-        except OSError as error:
-            raise storage_error(error, "writing resolv.conf") from error
-
-    def restore_rules(self) -> None:
-        """Load the rules again if somebody has flushed them; failure is logged."""
-        if self._numbers and not try_command(f"somebody deleted nftables table inet {self.table}: loading the rules of "
-                                             "net egress again", "nft", "list", "table", "inet", self.table):
-            self._settle()
-
-    def _settle(self) -> None:
-        """Make what they share fit those there are; failure is logged."""
-        try:
-            if self._numbers:
-                self._load_rules()
-            else:
-                self._dismantle()
-        except FaasdError as error:
-            log.error("%s", error)
-
-    @staticmethod
-    def _elements(items: Iterable[str]) -> str:
-        text = ", ".join(dict.fromkeys(items))
-        return f"elements = {{ {text} }}" if text else ""       # an empty list is a syntax error
-
-    def _dismantle(self) -> None:
-        resolv_conf_path(self._run_dir, "egress").unlink(missing_ok=True)
-        if shutil.which("nft"):
-            self._nft(f"add table inet {self.table}\ndelete table inet {self.table}\n")
-        with contextlib.suppress(OSError):      # there is none, or not all could be removed from it
-            self._directory.rmdir()             # last: who finds it after a crash, does this again
-
-    def _nft(self, script: str) -> None:
-        run_command("nft cannot load the rules of net egress", "nft", "-f", "-", stdin=script)
-
-    # -- one of them --
-
-    def _link(self, number: int) -> str:
-        return f"{self._prefix}{number}"
-
-    def _address(self, number: int) -> str:
-        return str(self._subnet[1 + number])
-
-    def _fits(self, number: int) -> bool:
-        return 1 <= number <= min(MAX_LINKS, self._subnet.num_addresses - 3)     # less network, gateway, broadcast
-
-    def _free_number(self) -> int:
-        number = next(n for n in itertools.count(1) if n not in self._numbers.values())
-        if not self._fits(number):
-            raise Conflict(f"net egress: {self._subnet} has no free address: start faasd with a larger --egress-subnet")
-        return number
-
-    def _make(self, name: str, number: int) -> None:
-        link, address, namespace = self._link(number), self._address(number), namespace_path(self._run_dir, name)
-        namespace.touch(mode=0o600)
-        self._run("unshare", f"--net={namespace}", "ip", "link", "set", "lo", "up")
-        self._run("ip", "link", "add", link, "type", "veth", "peer", "name", "eth0", "netns", str(namespace))
-        self._run("ip", "-batch", "-", stdin="\n".join([
-            *self._without_ipv6(link), f"addr add {self._gateway}/32 dev {link}", f"link set {link} up",
-            f"route add {address}/32 dev {link}"]))
-        try:
-            Path(f"/proc/sys/net/ipv4/conf/{link}/forwarding").write_text("1")
-        except OSError as error:
-            raise FaasdError(f"cannot have {link} forward packets: {error.strerror}") from error
-        self._run("nsenter", f"--net={namespace}", "ip", "-batch", "-", stdin="\n".join([
-            *self._without_ipv6("eth0"), f"addr add {address}/32 dev eth0", "link set eth0 up",
-            f"route add {self._gateway}/32 dev eth0", f"route add default via {self._gateway}"]))
-        self._run("ip", "link", "set", link, "alias", name)
-
-    @staticmethod
-    def _without_ipv6(link: str) -> list[str]:
-        """Return what keeps a link without an IPv6 address, where the kernel has IPv6."""
-        return [f"link set {link} addrgenmode none"] if Path("/proc/sys/net/ipv6/conf").is_dir() else []
-
-    @staticmethod
-    def _delete_link(link: str) -> None:
-        if link in (name for _, name in socket.if_nameindex()):
-            try_command(f"cannot remove {link}", "ip", "link", "del", link)
-
-    @staticmethod
-    def _delete_namespace(path: Path) -> None:
-        """Take away what keeps a namespace; it ends with the last process in it, which has no link to anybody."""
-        if (str(path), "nsfs") in read_mounts():
-            try_command(f"cannot unmount {path}", "umount", "--lazy", str(path))    # a starting runc may have it open
-        try:
-            path.unlink(missing_ok=True)
-        except OSError as error:
-            log.warning("cannot remove %s: %s", path, error.strerror)
-
-    def _run(self, *argv: str, stdin: str = "") -> None:
-        run_command(f"cannot make a network for net egress: {argv[0]}", *argv, stdin=stdin)
-
-
-class NetlinkWatch:
-    """Calls back when the kernel tells of one kind of change (netlink(7)), so that nothing polls. Lives on the loop.
-
-    Firewalls that are reloaded flush everybody's tables (`nft flush ruleset` in Debian's nftables.conf), and a function
-    must not meet the host's services from then on. Network managers flush addresses that are not theirs. No program can
-    send us such a message in the kernel's place.
-    """
-
-    def __init__(self, protocol: int, groups: int, kind: int, mark: bytes, on_change: Callable[[], None]):
-        """kind is the type of a message that counts, if mark is in it."""
-        self._address, self._protocol = (0, groups), protocol
-        self._kind, self._mark = kind, mark
-        self._on_change = on_change
-        self._loop = asyncio.get_running_loop()
-        self._socket: socket.socket | None = None
-
-    def open(self) -> None:
-        """Watch from now on. Raises FaasdError."""
-        if self._socket is not None:
-            return
-        try:
-            self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_NONBLOCK, self._protocol)
-            self._socket.bind(self._address)
-        except OSError as error:
-            self.close()
-            raise FaasdError(f"cannot watch addresses, or the rules of net egress: {error.strerror}") from error
-        self._loop.add_reader(self._socket, self._on_message)
-
-    def close(self) -> None:
-        if self._socket is not None:
-            self._loop.remove_reader(self._socket)
-            self._socket.close()
-            self._socket = None
-
-    def _on_message(self) -> None:
-        try:
-            data = self._socket.recv(COPY_CHUNK)
-        except BlockingIOError:
-            return
-        except OSError as error:                # ENOBUFS: there were more messages than the kernel keeps for us
-            log.info("missed messages of the kernel: %s", error.strerror)
-            self._on_change()
-            return
-        while len(data) >= 16:                  # struct nlmsghdr
-            length, kind = struct.unpack_from("=IH", data)
-            if kind == self._kind and self._mark in data[:length]:
-                self._on_change()
-            data = data[max(16, length + 3 & ~3):]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Container: one runc run, one control connection, one invocation
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-class StartFailed(Exception):
-    """A container did not become ready; str() says why, output are the last lines it printed.
-
-    status is what its client is answered: 502 and 504 tell of the handler, 503 of a machine that may recover.
-    """
-
-    def __init__(self, reason: str, output: Iterable[str], status: int):
-        super().__init__(reason)
-        self.output = list(output)
-        self.status = status
-
-
-class RuntimeFailed(StartFailed):
-    """The runtime made no container: its handler never ran."""
-
-
-def describe_exit(status: int | None) -> str:
-    """Return an exit status in words. runc reports death by a signal as 128 + its number, as a shell does."""
-    if status is None:
-        return "ended"
-    if status > 128:
-        try:
-            name = signal.Signals(status - 128).name
-        except ValueError:
-            name = f"signal {status - 128}"
-        return f"was killed by {name}" + (" (out of memory?)" if name == "SIGKILL" else "")
-    if status < 0:
-        return f"vanished with runc, killed by signal {-status}"
-    return f"exited with status {status}"
-
-
-class Workers:
-    """Makes system calls that a container can keep waiting, in daemon threads: the loop must not wait, nor our end.
-
-    A handler can hold the lock of its client's socket or of its output's pipe for as long as it likes, in a write that
-    sleeps in page faults while others of its container take all the CPU it may have. Nothing ends the wait of another
-    who wants the lock, not even SIGKILL, but the end of the container. So one call that does not come back must hold up
-    nobody. Yet most do at once, and a thread for each would cost more than they: more come in only while all are kept
-    waiting. Only calls that let go of Python's lock will do.
-    """
-
-    def __init__(self, loop: asyncio.AbstractEventLoop):
-        self.loop = loop
-        self._calls: queue.SimpleQueue = queue.SimpleQueue()        # None ends a thread
-        self._results: collections.deque = collections.deque()
-        self._told = False                      # the loop is about to deliver results
-        self.pending: set[asyncio.Future] = set()
-        self._limits: dict[asyncio.Future, tuple[int, Callable[[], None]]] = {}         # in looks; the oldest first
-        self._looks = 0
-        self._threads = 0
-        self._timer: asyncio.TimerHandle | None = None
-        self._start(1)
-
-    def run(self, function: Callable, *arguments, overdue: Callable[[], None] | None = None) -> asyncio.Future:
-        """Call function in a thread; overdue, which should end the wait, if that takes longer than EXIT_GRACE.
-
-        That is counted in looks, which are made every STUCK_SECONDS: none while this process is stopped. The
-        descriptors that it works on must stay open until it is done, whatever becomes of the future.
-        """
-        future = self.loop.create_future()
-        self.pending.add(future)
-        if overdue:
-            self._limits[future] = self._looks + int(EXIT_GRACE / STUCK_SECONDS), overdue
-        self._calls.put((future, function, arguments))
-        if self._timer is None:
-            self._timer = self.loop.call_later(STUCK_SECONDS, self._look)
-        return future
-
-    def _start(self, threads: int) -> None:
-        with contextlib.suppress(RuntimeError):         # there is none to be had: the next look tries again
-            for _ in range(threads):
-                threading.Thread(target=self._work, name="worker", daemon=True).start()
-                self._threads += 1
-
-    def _work(self) -> None:
-        while call := self._calls.get():
-            future, function, arguments = call
-            try:
-                outcome = function(*arguments)
-            except Exception as error:          # for whoever asked
-                outcome = error
-            self._results.append((future, outcome))
-            if not self._told:
-                self._told = True
-                with contextlib.suppress(RuntimeError):         # the loop is closed
-                    self.loop.call_soon_threadsafe(self._deliver)
-
-    def _deliver(self) -> None:
-        self._told = False
-        while self._results:
-            future, outcome = self._results.popleft()
-            self.pending.discard(future)
-            self._limits.pop(future, None)
-            if future.cancelled():
-                continue
-            if isinstance(outcome, Exception):
-                future.set_exception(outcome)
-            else:
-                future.set_result(outcome)
-        spare = self._threads - len(self.pending) - 1
-        if spare > 0 and self._calls.empty():
-            self._threads -= spare
-            for _ in range(spare):
-                self._calls.put(None)
-
-    def _look(self) -> None:
-        """Bring in threads if all are kept waiting, and tell of calls that are overdue."""
-        self._timer = None
-        self._looks += 1
-        for future, (last, overdue) in list(self._limits.items()):
-            if self._looks < last:
-                break
-            del self._limits[future]
-            overdue()
-        queued = self._calls.qsize()
-        if queued and self._threads <= len(self.pending) - len(self._results) - queued:
-            self._start(min(queued, max(1, self._threads), MAX_WORKERS - self._threads))
-        if queued or self._limits:              # else there is nothing to wake up for
-            self._timer = self.loop.call_later(STUCK_SECONDS, self._look)
-
-    @staticmethod
-    async def finished(futures: Collection[asyncio.Future]) -> set[asyncio.Future]:
-        """Return those that are done once all are, or none more came back for EXIT_GRACE."""
-        done, pending = set(), set(futures)
-        while pending:
-            came, pending = await asyncio.wait(pending, timeout=EXIT_GRACE, return_when=asyncio.FIRST_COMPLETED)
-            if not came:
-                break
-            done |= came
-        return done
-
-
-class OutputReader:
-    """Reads a container's stdout and stderr from a pipe, line by line, for as long as anybody holds its other end.
-
-    Whoever writes to a pipe holds its lock, and can hold it for long: while what it writes is fetched from a disk, or
-    when its CPU time is used up. So workers read, now and then, until the container is gone.
-    """
-
-    def __init__(self, workers: Workers, descriptor: int, write_line: Callable[[str], None]):
-        """descriptor is a non-blocking one; write_line is called by any thread."""
-        self._workers = workers
-        self._descriptor = descriptor
-        self._write_line = write_line
-        self._partial = b""
-        self._room = MAX_OUTPUT
-        self._pause_at = MAX_OUTPUT - OUTPUT_CHUNK      # of room
-        self._reading: asyncio.Future | None = None
-        self._closed = False
-        self._loop = asyncio.get_running_loop()
-        self._ended: asyncio.Future[None] = self._loop.create_future()
-        self.tail: collections.deque[str] = collections.deque(maxlen=TAIL_LINES)
-        self._watch()
-
-    def _watch(self) -> None:
-        if not self._closed:
-            self._loop.add_reader(self._descriptor, self._start_reading)
-
-    def _start_reading(self) -> None:
-        self._loop.remove_reader(self._descriptor)
-        self._reading = self._workers.run(self._read)
-        self._reading.add_done_callback(self._on_read)
-
-    def _on_read(self, reading: asyncio.Future) -> None:
-        self._reading = None
-        over = not reading.exception() and reading.result()
-        if over or self._closed:
-            self._end()
-        elif self._room > self._pause_at and not reading.exception():
-            self._watch()
-        else:                                   # it prints much: so that each read finds much
-            self._pause_at = self._room - OUTPUT_CHUNK
-            self._loop.call_later(LOG_DELAY, self._watch)
-
-    def _read(self) -> bool:
-        """Take what is there; return whether that was the last.
-
-        A handler may write without end, and need not even copy what it writes (vmsplice(2)): it must not wait for a
-        full pipe, nor fill the log, nor cost us a copy, or much at all, where the log takes no more.
-        """
-        rest = PIPE_SIZE
-        with contextlib.suppress(BlockingIOError):
-            while rest > 0 and self._room > 0:
-                size = self._take(os.read(self._descriptor, OUTPUT_CHUNK))
-                if size == 0:
-                    return True
-                rest -= size
-            while self._room <= 0 and not self._closed:
-                with open(os.devnull, "wb") as null:
-                    if not os.splice(self._descriptor, null.fileno(), PIPE_SIZE, flags=os.SPLICE_F_NONBLOCK):
-                        return True
-                time.sleep(LOG_DELAY)
-        return False
-
-    def _take(self, data: bytes) -> int:
-        """Log what was read; return its size."""
-        *lines, self._partial = (self._partial + data).split(b"\n")
-        while len(self._partial) >= MAX_LINE:
-            lines.append(self._partial[:MAX_LINE])
-            self._partial = self._partial[MAX_LINE:]
-        for line in lines:
-            for start in range(0, max(len(line), 1), MAX_LINE):
-                self._emit(line[start:start + MAX_LINE])
-        if self._room <= 0:
-            self._emit_partial()
-            with contextlib.suppress(OSError):          # so that it is large enough to be emptied now and then
-                fcntl.fcntl(self._descriptor, fcntl.F_SETPIPE_SZ, PIPE_SIZE)
-            self._write_line(f"(output over {MAX_OUTPUT} bytes is dropped)")
-        return len(data)
-
-    def _emit(self, line: bytes) -> None:
-        self._room -= len(line) + LINE_OVERHEAD         # many short lines cost as much as a few long ones
-        text = escape_controls(line.decode("utf-8", "backslashreplace").removesuffix("\r"))
-        self.tail.append(text)
-        self._write_line(text)
-
-    def _emit_partial(self) -> None:
-        if self._partial:
-            self._emit(self._partial)
-            self._partial = b""
-
-    async def finish(self) -> None:
-        """Take what is left in the pipe once the container is gone, and close it.
-
-        Even then somebody can hold the lock: another container of its network, to which it has sent the other end.
-        """
-        if self._reading is not None:           # perhaps from before the last was written
-            await asyncio.wait([self._reading], timeout=EXIT_GRACE)
-        if self._reading is None and not self._closed:
-            self._start_reading()
-        await self.close()
-
-    async def close(self) -> bool:
-        """Read no more: what is still in the pipe is for the next reader. Return whether it is closed soon."""
-        if not self._closed:
-            self._closed = True
-            self._loop.remove_reader(self._descriptor)
-            if self._reading is None:
-                self._end()
-        await asyncio.wait([self._ended], timeout=EXIT_GRACE)
-        return self._ended.done()
-
-    def _end(self) -> None:
-        self._closed = True
-        self._emit_partial()
-        self._workers.run(os.close, self._descriptor).add_done_callback(lambda _: self._ended.set_result(None))
-
-
-# What a program may print that has been refused a process or thread, so that it is worth to ask the kernel.
-REFUSED_PROCESS = re.compile("thread|fork|clone|process|resource", re.IGNORECASE)
-REFUSED_THREAD = re.compile("start new thread|temporarily unavailable|cannot fork", re.IGNORECASE)      # by itself
-MAX_LOOKS = 100                         # at a container's pids.events: what it prints is its own affair
-
-
-class Release(enum.Enum):
-    """How a handler let go of a client, as its control connection tells; or why we do not wait for that."""
-    READY = "it could take another client"
-    GONE = "it closed the connection, exited, or broke the protocol"
-    UNTAKEN = "it closed the connection without having taken the client"
-    OVERDUE = "it did not finish in time"
-    STOPPED = "faasd is stopping, or the function is being removed"
-    LEFT = "it is the next daemon's"
-
-
-class Descriptors:
-    """Whether there are descriptors enough: first clients that wait go without, then those that come, then starts.
-
-    What is left after that is for ending what runs: without one, no container could be killed. The kernel gives the
-    lowest number that is free, so a high one tells how many are taken.
-    """
-
-    def __init__(self) -> None:
-        self.limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-        self._spare = min(SPARE_DESCRIPTORS, self.limit // 16)
-        self._probe = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
-
-    def are_scarce(self, latest: int) -> bool:
-        """Whether the latest descriptor says that three quarters are taken."""
-        return latest >= self.limit * 3 // 4
-
-    def check_client(self) -> None:
-        """Raise OSError if no connection should be accepted."""
-        latest = os.dup(self._probe)            # asked for every connection, so no more is done than must be
-        os.close(latest)
-        self._check(latest, 2 * self._spare)
-
-    def check_start(self) -> None:
-        """Raise OSError if no container should be started."""
-        with contextlib.ExitStack() as stack:
-            for _ in range(CONTAINER_DESCRIPTORS):
-                latest = os.dup(self._probe)
-                stack.callback(os.close, latest)
-        self._check(latest, self._spare)
-
-    def _check(self, latest: int, spare: int) -> None:
-        if latest >= self.limit - spare:
-            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
-
-
-class Container:
-    """One container from spawn to the last trace. Lives on the loop's thread.
-
-    start() returns once its handler is ready. From then on `said` is the future of its next Release: it comes when the
-    handler says something on its control connection or is gone. There is a new one after each READY.
-    """
-
-    def __init__(self, host: ContainerHost, bundle: Bundle | None, write_line: Callable[[str, str], None],
-                 survivor: Survivor | None = None):
-        """bundle is what to start; None for a container that runs already: see adopt."""
-        self.id = survivor.container_id if survivor else secrets.token_hex(6)
-        self.cgroup = survivor.cgroup if survivor else host.cgroups.path(bundle.name, self.id)
-        self._function = survivor.function if survivor else bundle.name
-        self.write_line = write_line                    # (container id, a line of its output)
-        self.said: asyncio.Future[Release] = host.loop.create_future()
-        self.served = 0                                 # clients handed over
-        self.killed = False                             # by us
-        self._hit_pids = ""                             # what to say of that, as far as was seen …
-        self._looks = MAX_LOOKS                         # … in so many looks, which are left
-        self.out_of_memory = False                      # it, or one of its processes, was killed for that
-        self.ready_at = 0.0                             # loop time of the connect
-        self.start_seconds = 0.0                        # from the spawn to the connect
-        self._host = host
-        self._bundle = bundle
-        self._directory = f"{host.containers_dir}/{self.id}"
-        self._listener: socket.socket | None = None     # until the handler connects: it may connect once
-        self._control: socket.socket | None = None      # from then on
-        self._output: OutputReader | None = None
-        self._pid = 0                                   # of runc run
-        self._pidfd = -1
-        self._memory = -1                               # tells when it may have run out of memory
-        self._memory_told = False                       # that it may have
-        self._killed_before = 0                         # of its function's processes, for want of memory
-        self._killing: asyncio.Task | None = None       # held, for the loop does not
-        self._connected: asyncio.Future[None] = host.loop.create_future()
-        self._exited: asyncio.Future[int | None] = host.loop.create_future()
-
-    @classmethod
-    def adopt(cls, host: ContainerHost, survivor: Survivor, write_line: Callable[[str, str], None]) -> Container:
-        """Return a container that the daemon before has started, and that serves a client.
-
-        Its control connection ended with that daemon, and the handler meets the end of file when it is done. So the one
-        release that comes is GONE, at the end of runc, which is no child of ours: its exit status stays unknown.
-        """
-        container = cls(host, None, write_line, survivor)
-        container._output = OutputReader(host.workers, survivor.output,
-                                         lambda text: container.write_line(container.id, text))
-        container._pid, container._pidfd = survivor.pid, survivor.pidfd
-        host.loop.add_reader(container._pidfd, container._on_exit)
-        container._watch_memory()
-        container._killed_before = host.cgroups.memory_kills(posixpath.dirname(container.cgroup))
-        return container
-
-    # -- start --
-
-    async def start(self, timeout: float) -> None:
-        """Start the container and return when its handler has connected; timeout is in seconds.
-
-        Raises StartFailed when it exits or the time is over; then nothing of it is left.
-        """
-        joins = self._bundle.joins_user_namespace
-        user_namespace = await self._host.ids.user_namespace(self._bundle.first_id) if joins else ""
-        begin = self._host.loop.time()
-        try:
-            self._host.descriptors.check_start()
-            self._spawn(user_namespace)
-        except OSError as error:
-            await self.finish(0)
-            raise StartFailed(f"cannot start a container: {error.strerror or error}", [], 503) from error
-        try:
-            await asyncio.wait([self._connected, self._exited], timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
-        except asyncio.CancelledError:
-            await to_the_end(self.finish(0))
-            raise
-        if self._connected.done():
-            self.ready_at = self._host.loop.time()
-            self.start_seconds = self.ready_at - begin
-            return
-        timed_out = not self._exited.done()
-        out_of_memory = self.look_for_memory()
-        error = self._runtime_error()
-        status = await self.finish(0)
-        tail = self._output.tail
-        if error and not timed_out:
-            if error not in "\n".join(tail):            # crun prints it to its log alone
-                self.write_line(self.id, escape_controls(error))
-                tail.append(escape_controls(error))
-            raise RuntimeFailed(f"{self._host.runtime.name} could not make the container", tail, 502)
-        if out_of_memory:
-            raise StartFailed(f"the handler ran out of memory before it connected to {CONTROL_SOCKET}", tail, 502)
-        if timed_out:
-            raise StartFailed(f"the handler did not connect to {CONTROL_SOCKET} within {timeout:g} s", tail, 504)
-        raise StartFailed(f"the handler {self.describe_end(status)} before it connected to {CONTROL_SOCKET}", tail, 502)
-
-    def _runtime_error(self) -> str:
-        """Return what the runtime says kept it from making the container, "" if the handler has been run.
-
-        A handler may exit and print as it likes, but not write to the runtime's log.
-        """
-        error = ""
-        with contextlib.suppress(OSError, ValueError, LookupError, TypeError):      # it did not get so far
-            with open(f"{self._directory}/runtime.log", encoding="utf-8", errors="replace") as file:
-                rest = file.read(MAX_RUNTIME_LOG).lstrip()
-            while rest:
-                entry, end = json.JSONDecoder().raw_decode(rest)        # crun's take several lines
-                rest = rest[end:].lstrip()
-                error = entry["msg"] if entry["level"] in ("error", "fatal") else error
-        return error
-
-    def _spawn(self, user_namespace: str) -> None:
-        self._killed_before = self._host.cgroups.memory_kills(posixpath.dirname(self.cgroup))
-        os.mkdir(self._directory, 0o710)
-        os.chown(self._directory, 0, self._bundle.first_id)     # runc mounts control.sock as the container's root
-        with open(f"{self._directory}/config.json", "xb") as file:
-            file.write(self._bundle.render(self.id, user_namespace))
-        self._listener = self._listen()
-        self._host.loop.add_reader(self._listener, self._on_connect)
-        self._output = OutputReader(self._host.workers, self._make_output(), self._on_output)
-        # Open for reading as well: should we die, what the handler prints still has a reader, itself. It waits when
-        # the pipe is full, until the next daemon reads on, rather than die of SIGPIPE.
-        writing = os.open(f"{self._directory}/output", os.O_RDWR)
-        try:
-            self._pid = self._host.runtime.spawn(self._directory, self.id, writing)
-        finally:
-            os.close(writing)
-        try:
-            # All that the next daemon will believe of this container. A link is one call, and never half written.
-            os.symlink(f"{self._pid} {start_time(self._pid)} {self._bundle.name} {self._bundle.version}",
-                       f"{self._directory}/note")
-            self._pidfd = os.pidfd_open(self._pid)
-        except OSError:                 # out of descriptors: what cannot be watched must not run
-            os.kill(self._pid, signal.SIGKILL)
-            os.waitpid(self._pid, 0)
-            self._pid = 0
-            raise
-        self._host.loop.add_reader(self._pidfd, self._on_exit)
-
-    def _on_output(self, text: str) -> None:
-        self.write_line(self.id, text)
-        if self._looks and REFUSED_PROCESS.search(text):        # now: once it has exited, its cgroups go at once
-            self._looks -= 1
-            if self._host.cgroups.refused_processes(self.cgroup):
-                self._looks, self._hit_pids = 0, " after it had hit --pids"
-                self.write_line(self.id, "(it has hit --pids: a process or thread was refused)")
-            elif REFUSED_THREAD.search(text) and not self._host.cgroups.exists(self.cgroup):
-                self._hit_pids = " (did it hit --pids?)"
-
-    def describe_end(self, status: int | None) -> str:
-        """Return how it ended, with that exit status, in words."""
-        return describe_exit(status) + self._hit_pids
-
-    def _make_output(self) -> int:
-        """Make the pipe for the container's output, with a name by which the next daemon finds it; return its end."""
-        path = f"{self._directory}/output"
-        os.mkfifo(path)
-        os.chmod(path, 0o666)           # the image's user may open /dev/stdout; others do not reach the directory
-        return os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-
-    def _listen(self) -> socket.socket:
-        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        path = f"{self._directory}/control.sock"
-        with contextlib.suppress(OSError):              # ENOPROTOOPT: before Linux 6.16
-            listener.setsockopt(socket.SOL_SOCKET, SO_PASSRIGHTS, 0)     # what a handler sends would be ours to close
-        listener.bind(path)
-        os.chmod(path, 0o666)           # the image's user connects; on the host the directory keeps others out
-        listener.listen(1)
-        listener.setblocking(False)
-        return listener
-
-    def _on_connect(self) -> None:
-        try:
-            self._control, _ = self._listener.accept()
-        except BlockingIOError:
-            return
-        except OSError as error:        # out of descriptors; trying again at once would spin
-            log.error("container=%s cannot accept its handler: %s", self.id, error.strerror)
-            self._close_listener()
-            return
-        self._listener.shutdown(socket.SHUT_RD)         # who connects again is refused
-        self._close_listener()
-        self._control.setblocking(False)
-        self._host.loop.add_reader(self._control, self._on_control)
-        # A handler may send out-of-band data, which keeps the connection readable, and no MSG_PEEK shows it.
-        self._control.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
-        self._watch_memory()
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(f"{self._directory}/config.json")         # the room is for those that start
-        self._connected.set_result(None)
-
-    def _watch_memory(self) -> None:
-        with contextlib.suppress(OSError):              # it has ended already
-            self._memory = self._host.cgroups.watch_memory(self.cgroup)
-            if self._memory >= 0:
-                self._host.loop.add_reader(self._memory, self._on_memory)
-
-    # -- work --
-
-    def hand_over(self, client: socket.socket) -> bool:
-        """Send the client's socket to the handler; return whether somebody was there to take it."""
-        if self._control is None:       # it connected and let go at once
-            return False
-        try:
-            self._control.sendmsg([b"\0"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("i", client.fileno()))])
-        except OSError as error:        # EPIPE, ECONNRESET: it is gone; ETOOMANYREFS: the kernel takes no more
-            log.info("container=%s cannot be handed a client: %s", self.id, error.strerror)
-            return False
-        self.served += 1
-        self.said = self._host.loop.create_future()
-        return True
-
-    @property
-    def is_connected(self) -> bool:
-        return self._control is not None
-
-    def listen(self) -> asyncio.Future[Release]:
-        """Return the future of what it says while it has no client."""
-        self.said = self._host.loop.create_future()
-        return self.said
-
-    def say(self, release: Release) -> None:
-        if not self.said.done():
-            self.said.set_result(release)
-
-    def end_wait(self, release: Release) -> None:
-        """Have nobody wait for the handler any longer, unless it has let go: that may have come before our turn."""
-        if self._control is not None:
-            self._on_control()
-        self.say(release)
-
-    def _on_control(self) -> None:
-        """Read what the handler says: one byte is READY, anything else is its end.
-
-        Before Linux 6.16 it can send descriptors. To take them from the queue closes them, which can wait for the lock
-        of its pipe, and so can closing the connection: that is done in a thread.
-        """
-        try:
-            data, _, flags, _ = self._control.recvmsg(2, 0, socket.MSG_PEEK)
-            release = Release.GONE
-            if len(data) == 1 and not flags & socket.MSG_CTRUNC:        # a descriptor is with it
-                self._control.recv(1)
-                release = Release.READY
-        except BlockingIOError:
-            return
-        except ConnectionResetError:    # it closed the connection with our message still unread in it
-            release = Release.UNTAKEN
-        if release != Release.READY or self.said.done():        # done: it talks out of turn
-            self._close_control()
-        self.say(release)
-
-    def _on_memory(self, looks: int = MEMORY_LOOKS) -> None:
-        """One process is killed for want of memory: the others might wait for it for ever.
-
-        The event comes before the kernel has chosen a victim and counted it; also where a cgroup above has run out,
-        whose victim may be anybody's; and once more when the cgroup is removed.
-        """
-        if self._memory < 0:                    # it has exited
-            return
-        if self.look_for_memory():
-            self.kill()
-        elif looks:
-            self._host.loop.call_later(KILL_RETRY, self._on_memory, looks - 1)
-
-    def look_for_memory(self) -> bool:
-        """Return whether a process of the container was killed for want of memory, as far as its cgroup is there."""
-        if self._memory >= 0:
-            with contextlib.suppress(BlockingIOError):          # nothing new
-                events = os.eventfd_read(self._memory)
-                self._memory_told = self._memory_told or events > 1 or self._host.cgroups.exists(self.cgroup)
-        self.out_of_memory = self.out_of_memory or self._host.cgroups.memory_kills(self.cgroup) > 0
-        return self.out_of_memory
-
-    @property
-    def may_have_run_out_of_memory(self) -> bool:
-        """Whether it, or a container of its function, has run out of memory since it was started."""
-        return self._memory_told or self._counted_kills
-
-    @property
-    def _counted_kills(self) -> bool:
-        """Whether the kernel has killed a process of its function for that. Only v2 knows it of those that are gone."""
-        return self._host.cgroups.memory_kills(posixpath.dirname(self.cgroup)) > self._killed_before
-
-    # -- end --
-
-    def _on_exit(self) -> None:
-        status = None if self._bundle is None else os.waitstatus_to_exitcode(os.waitpid(self._pid, 0)[1])
-        # Nobody but us and the kernel sends SIGKILL to the first process of a container, and its cgroup may be gone.
-        suspect = self._counted_kills if status is None else (
-            status == 128 + signal.SIGKILL and self.may_have_run_out_of_memory)
-        self.out_of_memory = self.look_for_memory() or suspect and not self.killed
-        self._unwatch()
-        self._exited.set_result(status)
-        if self._control is not None:
-            self._on_control()          # UNTAKEN is worth knowing
-        if self._control is not None or self._bundle is None:       # somebody outside has it, or runc alone was killed
-            self._close_control()
-            self.say(Release.GONE)
-
-    def _unwatch(self) -> None:
-        for descriptor in (self._pidfd, self._memory):
-            if descriptor >= 0:
-                self._host.loop.remove_reader(descriptor)
-                os.close(descriptor)
-        self._pidfd = self._memory = -1
-
-    def _drop(self, ours: socket.socket | None) -> None:
-        """Stop watching a socket and close it, in a thread: see _on_control."""
-        if ours is not None:
-            self._host.loop.remove_reader(ours)
-            self._host.workers.run(ours.close)
-
-    def _close_control(self) -> None:
-        self._drop(self._control)
-        self._control = None
-
-    def _close_listener(self) -> None:
-        self._drop(self._listener)
-        self._listener = None
-
-    async def leave(self) -> None:
-        """Let go of the container while its handler serves a client: the next daemon will adopt it.
-
-        But not if it holds the lock of its output's pipe: our end, as a process, waits for that.
-        """
-        if self._exited.done():                 # just now
-            await self.finish(0)
-            return
-        self._unwatch()
-        self._close_control()
-        if not await self._output.close():
-            log.warning("container=%s does not let go of its output: ending it", self.id)
-            await self._host.killers.run(self._host.cgroups.kill, self.cgroup)
-
-    async def finish(self, grace: float) -> int | None:
-        """Wait grace seconds for the container to exit, kill it if it does not, remove all of it.
-
-        Returns the exit status of runc run, which is the handler's, or 128 + the signal that ended it; None for that
-        of an adopted container.
-        """
-        self._close_control()
-        if self._pid:
-            if grace and not self._exited.done():
-                await asyncio.wait([self._exited], timeout=grace)
-            await self._kill()
-        if self._host.runtime.has_state(self.id) or self._host.cgroups.exists(self.cgroup):     # runc was killed
-            await self._host.workers.run(self._host.remove_remains, self.id, self.cgroup)
-        self._close_listener()
-        if self._output is not None:
-            await self._output.finish()
-        self._remove_directory()
-        self._host.count_ended(self._function)
-        return self._exited.result() if self._exited.done() else -signal.SIGKILL
-
-    def kill(self) -> None:
-        """Kill the container in the background; finish() is still to come."""
-        self._killing = self._host.loop.create_task(self._kill())
-
-    async def _kill(self) -> None:
-        """Kill every process of the container until runc, which waits for the first of them, is done."""
-        deadline = time.monotonic() + KILL_TIMEOUT
-        self.killed = self.killed or not self._exited.done()
-        while not self._exited.done() and time.monotonic() < deadline:
-            # Again and again: while it starts it may have no process yet. It may have thousands.
-            with contextlib.suppress(OSError):
-                await self._host.killers.run(self._host.cgroups.kill, self.cgroup)
-            await asyncio.wait([self._exited], timeout=KILL_RETRY)
-        if not self._exited.done():
-            log.error("container=%s runc does not end, killing it", self.id)
-            if self._pidfd >= 0:                # else it was left to the next daemon
-                signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
-                await self._exited
-
-    def _remove_directory(self) -> None:
-        try:
-            for name in ("config.json", "control.sock", "output", "note", "runtime.log"):
-                with contextlib.suppress(FileNotFoundError):        # it was never made
-                    os.unlink(f"{self._directory}/{name}")
-            with contextlib.suppress(FileNotFoundError):
-                os.rmdir(self._directory)
-        except OSError as error:
-            log.warning("container=%s cannot remove %s: %s", self.id, self._directory, error.strerror)
-
-
-def inspect_process(pid: int) -> dict:
-    """Return how a process is isolated, read from /proc (proc(5)), for people to see. Raises OSError if it is gone.
-
-    Not what we asked for, but what the kernel says there is.
-    """
-    process = Path(f"/proc/{pid}")
-    # Its name is its own choice, and need not be UTF-8.
-    lines = (process / "status").read_text(errors="replace").split("\n")
-    status = dict(line.split(":\t", 1) for line in lines if ":\t" in line)
-    namespaces = {entry.name: os.readlink(entry) for entry in (process / "ns").iterdir() if "_for_" not in entry.name}
-    try:
-        profile = (process / "attr/current").read_text().strip("\n\0")
-    except OSError:                     # EINVAL: the kernel has no security module that keeps one
-        profile = ""
-    return {
-        "namespaces": {kind: "own" if os.readlink(f"/proc/self/ns/{kind}") != name else "the host's"
-                       for kind, name in sorted(namespaces.items())},
-        "host_ids": [int(status[key].split()[0]) for key in ("Uid", "Gid")],
-        "uid_map": " ".join((process / "uid_map").read_text().split()),
-        "gid_map": " ".join((process / "gid_map").read_text().split()),
-        "capabilities": {key.lower(): status[key] for key in ("CapEff", "CapPrm", "CapInh", "CapBnd", "CapAmb")},
-        "no_new_privs": status["NoNewPrivs"] == "1",
-        "seccomp": {"0": "none", "1": "strict", "2": "filter"}[status["Seccomp"]],
-        "apparmor": profile,
-        "mounts": [{"target": before[4], "type": after[0], "options": before[5]}
-                   for before, after in read_mountinfo(f"{process}/mountinfo")],
-        "interfaces": [line.partition(":")[0].strip() for line in (process / "net/dev").read_text().splitlines()[2:]],
-        "rlimits": {line[:25].strip(): line[26:].split()[0] for line in
-                    (process / "limits").read_text().splitlines()[1:]},
-        "descriptors": sorted(os.readlink(entry)[:MAX_NAME_LENGTH] for entry in
-                              itertools.islice((process / "fd").iterdir(), MAX_REPORTED)),
-    }
-
-
-@dataclass(frozen=True)
-class Survivor:
-    """A container that serves a client since before this daemon was started."""
-    container_id: str
-    cgroup: str
-    function: str
-    version: str
-    pid: int                    # of runc run
-    pidfd: int
-    output: int                 # the reading end of its output
-    client: socket.socket       # our duplicate
-    peer: str                   # the client's address
-
-    def close(self) -> None:
-        """Let go of it. Blocks."""
-        os.close(self.pidfd)
-        os.close(self.output)
-        self.client.close()
-
-
-def is_roots(pid: int) -> bool:
-    """Whether a process is root's, in the user and pid namespaces that we are in. Raises OSError if it is gone.
-
-    Its real user: a setuid program has the user's who runs it.
-    """
-    with open(f"/proc/{pid}/status", "rb", buffering=0) as file:        # not by Path: users may have many thousands
-        status = file.read(KIB)
-    return b"\nUid:\t0\t" in status and all(
-        os.readlink(f"/proc/{pid}/ns/{kind}") == os.readlink(f"/proc/self/ns/{kind}") for kind in ("user", "pid"))
-
-
-def start_time(pid: int) -> str:
-    """Return when a process started, as proc_pid_stat(5) has it: with its pid it names one process since the boot."""
-    return Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[19].decode()
-
-
-def duplicate_descriptor(pidfd: int, number: int) -> int:
-    """Return a duplicate of another process's descriptor. Raises OSError."""
-    return system_call(SYS_PIDFD_GETFD, pidfd, number, 0)
-
-
-def socket_object(descriptor: int) -> socket.socket:
-    """Return an object for a descriptor of a TCP socket, which becomes the object's.
-
-    Given a descriptor, Python asks for its address, and the kernel for that waits for the socket's lock. A handler can
-    hold that for as long as it lives, and Python would wait with all its threads.
-    """
-    held = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-    os.dup2(descriptor, held.fileno(), inheritable=False)
-    os.close(descriptor)
-    return held
-
-
-def read_connections(addresses: Iterable[str]) -> dict[int, tuple[str, str]]:
-    """Return the inodes of the sockets of this network namespace on one of these addresses, each with it and its peer.
-
-    What a container connects on its own, in a network of its own, is none of these. Any user can leave a hundred
-    thousand lines more (TIME_WAIT, 06, is the most of them), so no more than a pattern looks at those.
-    """
-    def decode(number: bytes) -> str:                   # the address as the number that it is in memory
-        return socket.inet_ntoa(struct.pack("=I", int(number, 16)))
-    ours = "|".join("%08X" % struct.unpack("=I", socket.inet_aton(address)) for address in addresses)
-    line = rf"^ *[0-9]+: ({ours}):.{{4}} (.{{8}}):(?!0000)(.{{4}}) (?!06)..(?: +[^ ]+){{5}} +([0-9]+)"
-    return {int(inode): (decode(host), f"{decode(peer)}:{int(port, 16)}") for host, peer, port, inode in
-            re.findall(line.encode(), Path("/proc/net/tcp").read_bytes(), re.MULTILINE) if ours}
-
-
-def has_port(pidfd: int, number: int, port: int) -> bool:
-    """Whether a process's descriptor is a socket on a port of this network namespace. Blocks: see socket_object."""
-    with contextlib.suppress(OSError):          # it is gone
-        with socket_object(duplicate_descriptor(pidfd, number)) as candidate, socket.socket() as ours:
-            return (candidate.getsockopt(socket.SOL_SOCKET, SO_NETNS_COOKIE, 8) ==
-                    ours.getsockopt(socket.SOL_SOCKET, SO_NETNS_COOKIE, 8) and candidate.getsockname()[1:2] == (port,))
-    return False
-
-
-# What a probe of the machine runs, in the place of a handler: it opens its stdout as a program may that logs to a file.
-PROBE = {"version": "", "process": {"env": [f"PATH={DEFAULT_PATH}"], "entrypoint": ["sh"], "cmd": ["-c", "echo works "
-         ">/dev/stdout"], "cwd": "/", "uid": 0, "gid": 0, "groups": [], "volumes": []}}
-PROBE_DIRECTORIES = re.compile(r"bin|lib.*|usr|nix|gnu")            # of the host, which programs need
-
-
-def lay_out_probe(rootfs: Path) -> list[dict]:
-    """Make a rootfs in which the host's programs run; return the mounts that it takes. Raises OSError."""
-    mounts = []
-    for name in ("dev", "proc", "sys", "tmp"):
-        (rootfs / name).mkdir(parents=True)
-    (rootfs / CONTROL_SOCKET[1:]).touch()
-    for entry in filter(lambda entry: PROBE_DIRECTORIES.fullmatch(entry.name), Path("/").iterdir()):
-        if entry.is_symlink():
-            (rootfs / entry.name).symlink_to(os.readlink(entry))
-        elif entry.is_dir():
-            (rootfs / entry.name).mkdir()
-            # Not read-only: that takes a remount, which may fail where no function would. Nothing in there is its own.
-            mounts.append({"destination": str(entry), "type": "bind", "source": str(entry), "options": ["rbind"]})
-    return mounts
-
-
-def check_controllers() -> None:
-    """Raise UsageError where a limit cannot be set. crun would not notice: it writes limits to plain files then."""
-    there: set[str] = set()
-    for before, after in read_mountinfo():
-        if after[0] == "cgroup":
-            there.update(after[2].split(","))
-        elif after[0] == "cgroup2":
-            there.update(read_text(Path(before[4]) / "cgroup.controllers").split())
-    for controller in ("memory", "pids", "cpu"):
-        if controller not in there:
-            raise UsageError(f"this machine cannot limit what containers use of {controller}: boot the kernel with "
-                             f"cgroup_enable={controller}, or mount the {controller} controller of cgroups")
-
-
-def machine_lack(error: str) -> str:
-    """Return the mend for a machine on which no container starts; error is what the runtime says."""
-    mounts = read_mounts()
-    version_1, version_2 = ({mount for mount, kind in mounts if kind == name} for name in ("cgroup", "cgroup2"))
-    if read_text("/proc/sys/user/max_user_namespaces").strip() == "0":
-        return "user namespaces are switched off, sysctl user.max_user_namespaces=15000 switches them on: "
-    if version_1 and version_2 and "cgroup" in error:
-        return f"it has cgroups of v1 and of v2, umount {' '.join(version_2)} or choose another --runtime: "
-    return ""
-
-
-class DyingCgroups:
-    """What the ended containers of one function leave: memory cgroups to which a page of its image is charged.
-
-    A handler can leave one each time, and the memory is nobody's. Any image leaves some, for who reads a page first is
-    charged with it; so what is cached is reclaimed only when there are many more than there have been. On v1 they may
-    be somebody else's. So when they stay, which our live containers too can cause, it takes twice as many the next
-    time.
-    """
-
-    def __init__(self, cgroups: Cgroups, group: str, workers: Workers):
-        self._cgroups = cgroups
-        self._group = group
-        self._workers = workers
-        self._ended = 0                         # containers since the last look
-        self._fewest: int | None = None         # dying that we have seen since we reclaimed
-        self._before: float = math.inf          # that there were then
-        self._many = MANY_DYING
-        self._task: asyncio.Task | None = None  # held, for the loop does not
-
-    def count(self) -> None:
-        self._ended += 1
-        if self._ended == MANY_ENDED:           # more end while we look
-            self._task = self._workers.loop.create_task(self._look())
-
-    async def _look(self) -> None:
-        try:
-            if self.are_many(await self._workers.run(self._cgroups.dying, self._group)):
-                log.info("%s: reclaiming what ended containers keep", self._group)
-                await self._workers.run(self._cgroups.reclaim, self._group)
-        except OSError as error:                # the function was removed, or there is no thread to be had
-            log.info("%s: cannot reclaim: %s", self._group, error)
-        finally:
-            self._ended = 0
-
-    def are_many(self, dying: int) -> bool:
-        """Whether it is time to reclaim; it is taken to be done then."""
-        if self._fewest is None:
-            in_vain = dying > self._before - self._many / 2
-            self._many = min(2 * self._many, MOST_DYING) if in_vain else MANY_DYING
-            self._fewest = dying
-        self._fewest = min(self._fewest, dying)
-        if dying - self._fewest < self._many:
-            return False
-        self._before, self._fewest = dying, None
-        return True
-
-
-class ContainerHost:
-    """Where this daemon's containers live: directories, runtime and cgroups, and what to do about their remains."""
-
-    def __init__(self, run_dir: Path, images_dir: Path, runtime: Runtime, ids: IdRanges):
-        self.containers_dir = run_dir / "containers"
-        self.rootfs_dir = run_dir / "rootfs"
-        self._images_dir = images_dir
-        self.ids = ids
-        self.runtime = runtime
-        self.cgroups = Cgroups(run_dir)
-        self.apparmor = apparmor_profile()
-        self.descriptors = Descriptors()
-        self.loop = asyncio.get_running_loop()
-        self.workers = Workers(self.loop)
-        self.killers = Workers(self.loop)       # others, for to kill a container ends the wait of those
-        self._dying: dict[str, DyingCgroups] = {}
-
-    async def prepare(self, addresses: dict[str, str]) -> list[Survivor]:
-        """Make RUN_DIR/containers, on a tmpfs, and clear what the daemon before left there.
-
-        Returns the containers that serve clients; addresses are the functions'. Raises FaasdError.
-        """
-        self.containers_dir.mkdir(mode=0o711, exist_ok=True)
-        if self._file_system_type(self.containers_dir) != "tmpfs":
-            run_command(f"cannot mount a tmpfs on {self.containers_dir}", "mount", "-t", "tmpfs", "-o",
-                        "mode=0711,nosuid,nodev,noexec,size=64m", "faasd", str(self.containers_dir))
-        self.containers_dir.chmod(0o711)
-        self._show_images()
-        survivors = await self._find_survivors(addresses)
-        await self.workers.run(self.remove_orphans, survivors)
-        return survivors
-
-    def _show_images(self) -> None:
-        """Mount the images where containers take their root from: without their devices and setuid bits.
-
-        A runtime allows some devices by itself, runc 1.1 even /dev/net/tun, and knows no flags for the root. Elsewhere
-        than they are, because nothing can be renamed from one mount into another.
-        """
-        what = f"cannot mount the images on {self.rootfs_dir}"
-        if str(self.rootfs_dir) in dict(read_mounts()):         # the daemon before us may have had another --state-dir
-            try_command(what, "umount", "--lazy", str(self.rootfs_dir))
-        self.rootfs_dir.mkdir(exist_ok=True)
-        noexec = ",noexec" if os.statvfs(self._images_dir).f_flag & os.ST_NOEXEC else ""
-        run_command(what, "mount", "-o", f"bind,nodev,nosuid{noexec}", str(self._images_dir), str(self.rootfs_dir))
-        if not os.statvfs(self.rootfs_dir).f_flag & os.ST_NODEV:
-            raise UsageError(f"{what} without their devices: faasd needs the mount of util-linux")
-
-    def rootfs(self, image: Path) -> Path:
-        """Return the root of the containers of an image that lies in STATE_DIR/images."""
-        return self.rootfs_dir / image.relative_to(self._images_dir) / "rootfs"
-
-    async def probe(self) -> None:
-        """Start a container as functions have them, to learn whether the runtime joins a user namespace.
-
-        Raises UsageError if it starts none. What is left of one when we are killed goes as any container does.
-        """
-        check_controllers()
-        error = await self._try_container()
-        if error and self.ids.can_make:
-            joining, self.ids.can_make = error, False
-            error = await self._try_container()
-            if not error:
-                log.warning("%s joins no user namespace, so it makes one for each container, and all functions share "
-                            "what root may take of inotify, queues and timers: %s", self.runtime.name, joining)
-        self._refuse_machine(error)
-
-    async def check(self) -> None:
-        """Raise UsageError if no container starts any more."""
-        self._refuse_machine(await self._try_container())
-
-    def _refuse_machine(self, error: str) -> None:
-        if error:
-            raise UsageError(f"{self.runtime.name} cannot start a container on this machine: {machine_lack(error)}"
-                             f"{error}")
-
-    async def _try_container(self) -> str:
-        """Return why no container works, "" if one does."""
-        rootfs = self.containers_dir / secrets.token_hex(6)
-        try:
-            mounts = lay_out_probe(rootfs)
-            bundle = Bundle("probe", {**PROBE, "first_id": self.ids.first}, Options(), rootfs,
-                            self.containers_dir.parent, self.cgroups, self.apparmor, mounts)
-            await Container(self, bundle, lambda container_id, line: None).start(PROBE_SECONDS)
-        except StartFailed as failure:
-            if failure.status == 504:           # a machine that has just booted may be slow, but not for long
-                log.warning("%s has not started a container within %g s: going on without knowing what it can do",
-                            self.runtime.name, PROBE_SECONDS)
-                return ""
-            return "" if "works" in failure.output else " ".join([str(failure), *failure.output])
-        except OSError as error:
-            raise storage_error(error, f"making a container in {rootfs}") from error
-        finally:
-            shutil.rmtree(rootfs, ignore_errors=True)
-        raise AssertionError("nothing in a probe connects")
-
-    @staticmethod
-    def _file_system_type(path: Path) -> str:
-        kinds = {mount: kind for mount, kind in read_mounts()}      # a later mount hides an earlier one
-        return next(kinds[str(p)] for p in [path, *path.parents] if str(p) in kinds)
-
-    async def _find_survivors(self, addresses: dict[str, str]) -> list[Survivor]:
-        """Return the containers that serve clients, and kill what else of ours the runtime runs.
-
-        Nothing but what a daemon has noted, in a directory where only root can write, makes a survivor. Nor is one that
-        keeps us waiting.
-        """
-        connections, cgroups, survivors = read_connections(addresses.values()), self.cgroups.containers(), []
-        looking = {self.workers.run(self._survivor, container_id, cgroups, addresses, connections): container_id
-                   for container_id in filter(CONTAINER_ID.fullmatch, os.listdir(self.containers_dir))}
-        finished = await self.workers.finished(looking)
-        for future, container_id in looking.items():
-            if future not in finished:
-                log.warning("container=%s cannot be taken over, because it keeps its output locked", container_id)
-                future.add_done_callback(lambda late: late.exception() or self.workers.run(late.result().close))
-            elif future.exception():
-                log.debug("container=%s does not go on: %r", container_id, future.exception())
-            else:
-                survivors.append(future.result())
-                log.info("function=%s container=%s serves a client and goes on", survivors[-1].function, container_id)
-        self._kill_runtimes({survivor.pid for survivor in survivors})
-        return survivors
-
-    def _survivor(self, container_id: str, cgroups: dict[str, str], addresses: dict[str, str],
-                  connections: dict[int, tuple[str, str]]) -> Survivor:
-        """Return a container if it serves a client of a function that there is. Raises OSError, ValueError, KeyError.
-
-        The process's file does not matter: pid and start time name the process, and the runtime may have been upgraded.
-        Blocks: to open a pipe takes its lock, and to duplicate a descriptor may wait for the end of an execve(2).
-        """
-        with contextlib.ExitStack() as stack:
-            directory = stack.enter_context(opened(self.containers_dir / container_id, os.O_PATH | os.O_DIRECTORY))
-            number, started, name, version = os.readlink("note", dir_fd=directory).split(" ")
-            pid = int(number)
-            pidfd = stack.enter_context(opened_process(pid))
-            if not is_roots(pid) or start_time(pid) != started:
-                raise ProcessLookupError(errno.ESRCH, "its runtime has ended")
-            signal.pidfd_send_signal(pidfd, 0)          # it is there still, so what was read was read of it
-            pipe = stack.enter_context(opened("output", os.O_PATH, directory))          # so far nothing is opened
-            if not stat.S_ISFIFO(os.fstat(pipe).st_mode):
-                raise ValueError("its output is no pipe of ours")
-            output = os.open(f"/proc/self/fd/{pipe}", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-            stack.callback(os.close, output)
-            client, peer = self._client_of(cgroups[container_id], addresses[name], connections)
-            return Survivor(container_id, cgroups[container_id], name, version, pid, os.dup(pidfd), os.dup(output),
-                            client, peer)
-
-    def _kill_runtimes(self, survivors: set[int]) -> None:
-        """Kill what a daemon before has started and not noted, or that serves nobody: it could still start a container.
-
-        No daemon is there to start more, and one that is missed here finds no config.json.
-        """
-        for pid in set(map(int, filter(str.isdigit, os.listdir("/proc")))) - survivors:
-            with contextlib.suppress(OSError), opened_process(pid) as pidfd:       # OSError: it has ended
-                if self._is_our_runtime(pid):
-                    log.warning("killing orphaned %s, pid %d", self.runtime.program, pid)
-                    signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-
-    def _is_our_runtime(self, pid: int) -> bool:
-        """Whether a process is a runtime that a daemon of this run-dir has started. Raises OSError if it is gone.
-
-        Anybody can choose a command line, so it counts only for a process of root's, and is read only then: reading it
-        waits for the process's memory, which a user may have put where it never comes. The same path can be another
-        daemon's directory in another mount namespace. A runtime that copies itself, or that a script starts, is another
-        file than --runtime; but what it prints goes to a pipe of ours.
-        """
-        if not is_roots(pid):
-            return False
-        argv = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-        containers = os.stat(self.containers_dir.parent)
-        if (argv[1:3] != [b"--root", os.fsencode(self.runtime.root)]
-                or not os.path.samestat(os.stat(f"/proc/{pid}/root{self.containers_dir.parent}"), containers)):
-            return False
-        program = os.readlink(f"/proc/{pid}/exe").removesuffix(" (deleted)")           # it was upgraded
-        output = os.stat(f"/proc/{pid}/fd/1")
-        return (program == os.path.realpath(self.runtime.program)
-                or stat.S_ISFIFO(output.st_mode) and output.st_dev == os.stat(self.containers_dir).st_dev)
-
-    def _client_of(self, cgroup: str, address: str,
-                   connections: dict[int, tuple[str, str]]) -> tuple[socket.socket, str]:
-        """Return a duplicate of a container's socket that is connected to a client of address, and who that is.
-
-        Where the kernel gives us none, a socket without a connection stands for it. Raises KeyError if it has none.
-        """
-        for pidfd, number, inode in self._sockets_of(cgroup):
-            host, peer = connections.get(inode, ("", ""))
-            if host == address:
-                try:
-                    duplicate = duplicate_descriptor(pidfd, number)
-                except PermissionError:         # see machine_warnings
-                    return socket.socket(), peer
-                except OSError:                 # it is gone
-                    continue
-                if os.fstat(duplicate).st_ino == inode:     # else the handler has put another file there
-                    return socket_object(duplicate), peer
-                os.close(duplicate)
-        raise KeyError(address)
-
-    def _sockets_of(self, cgroup: str) -> Iterator[tuple[int, int, int]]:
-        """Yield a pidfd, the number and the inode of each socket that a container's processes have."""
-        searched = 0
-        for pid, pidfd in self.cgroups.members(cgroup):
-            with contextlib.suppress(FileNotFoundError, ProcessLookupError):    # closed, or its process is gone
-                for number in os.listdir(f"/proc/{pid}/fd"):
-                    searched += 1
-                    if searched > MAX_SEARCHED:
-                        return
-                    target = re.fullmatch(r"socket:\[([0-9]+)\]", os.readlink(f"/proc/{pid}/fd/{number}"))
-                    if target:
-                        yield pidfd, int(number), int(target[1])
-
-    async def end_holders(self, port: int) -> bool:
-        """End containers that have taken a port of this machine, or may have; return whether there are any."""
-        asking = {self.workers.run(self._holds, cgroup, port): (container_id, cgroup)
-                  for container_id, cgroup in self.cgroups.containers().items()}
-        finished = await self.workers.finished(asking)
-        holders = [container for future, container in asking.items()
-                   if future not in finished or future.exception() or future.result()]
-        for container_id, _ in holders:
-            log.warning("container=%s has taken port %d, which is ours: ending it", container_id, port)
-        await self.workers.finished([self.workers.run(self._kill_all, cgroup) for _, cgroup in holders])
-        return bool(holders)
-
-    def _holds(self, cgroup: str, port: int) -> bool:
-        return any(has_port(pidfd, number, port) for pidfd, number, _ in self._sockets_of(cgroup))
-
-    def remove_orphans(self, survivors: Collection[Survivor] = ()) -> None:
-        cgroups = self.cgroups.containers()
-        left = {*os.listdir(self.containers_dir), *self.runtime.containers(), *cgroups}
-        surviving = {survivor.container_id for survivor in survivors}
-        for container_id in set(filter(CONTAINER_ID.fullmatch, left)) - surviving:
-            log.warning("container=%s removing what the daemon before left of it", container_id)
-            self._remove_orphan(container_id, cgroups.get(container_id, self.cgroups.path("", container_id)))
-        self.cgroups.remove_groups({survivor.function for survivor in survivors})
-
-    def _remove_orphan(self, container_id: str, cgroup: str) -> None:
-        self.remove_remains(container_id, cgroup)
-        shutil.rmtree(self.containers_dir / container_id, ignore_errors=True)
-
-    def end_survivor(self, survivor: Survivor) -> None:
-        """End a container that nobody adopts. Blocks."""
-        log.warning("function=%s container=%s cannot go on: its function is broken", survivor.function,
-                    survivor.container_id)
-        with contextlib.suppress(ProcessLookupError):
-            signal.pidfd_send_signal(survivor.pidfd, signal.SIGKILL)
-        self._remove_orphan(survivor.container_id, survivor.cgroup)
-        reset_connection(survivor.client)       # half an answer must not look whole
-        survivor.close()
-
-    def inspect(self, container: Container) -> dict:
-        """Return how a running container is isolated. Blocks. Raises Conflict if it ends meanwhile."""
-        try:
-            for pid in self.cgroups.processes(container.cgroup):
-                if re.search(r"^NSpid:.*\t1$", read_text(f"/proc/{pid}/status"), re.MULTILINE):
-                    return {"container": container.id, **inspect_process(pid),
-                            "limits": self.cgroups.limits(container.cgroup)}
-        except OSError as error:
-            log.info("container=%s inspecting it: %s", container.id, error)
-        raise Conflict("the container that was looked at has ended meanwhile: try again")
-
-    def remove_remains(self, container_id: str, cgroup: str) -> None:
-        """Remove a container without the runc that ran it. Blocks; what cannot be removed is logged."""
-        self._kill_all(cgroup)
-        if self.runtime.has_state(container_id):
-            self.runtime.delete(container_id)
-        self.cgroups.remove(cgroup)
-
-    def _kill_all(self, cgroup: str) -> None:
-        deadline = time.monotonic() + KILL_TIMEOUT
-        while self.cgroups.processes(cgroup) and time.monotonic() < deadline:
-            self.cgroups.kill(cgroup)
-            time.sleep(KILL_RETRY)
-
-    def count_ended(self, function: str) -> None:
-        """Count a container that is gone, and reclaim what all too many have left."""
-        if function not in self._dying:
-            self._dying[function] = DyingCgroups(self.cgroups, self.cgroups.group(function), self.workers)
-        self._dying[function].count()
-
-    def forget(self, function: str) -> None:
-        """Remove what all containers of a function had in common, once none is left. Blocks."""
-        self._dying.pop(function, None)
-        self.cgroups.remove(self.cgroups.group(function))
-
-    def dismantle(self) -> None:
-        """Remove what prepare made, once no container is left. Blocks."""
-        self.cgroups.remove(self.cgroups.parent)
-        for mount in {str(self.containers_dir), str(self.rootfs_dir)} & set(dict(read_mounts())):
-            try_command(f"cannot unmount {mount}", "umount", mount)
-        shutil.rmtree(self.runtime.root / ".cache", ignore_errors=True)         # crun's, of seccomp filters
-        for directory in (self.containers_dir, self.rootfs_dir, self.runtime.root):
-            try:
-                directory.rmdir()
-            except OSError as error:
-                if error.errno != errno.ENOENT:
-                    log.warning("cannot remove %s: %s", directory, error.strerror)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Warm pool: containers that are there before their client
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-class ArrivalRate:
-    """Arrivals a second, each counting for less the longer ago it was: an exponential average over RATE_SECONDS."""
-
-    def __init__(self) -> None:
-        self._rate = 0.0
-        self._time = 0.0                # loop time of the last arrival
-
-    def add(self, now: float) -> None:
-        self._rate = self.at(now) + 1 / RATE_SECONDS
-        self._time = now
-
-    def at(self, now: float) -> float:
-        return self._rate * math.exp((self._time - now) / RATE_SECONDS)
-
-    def seconds_until(self, rate: float, now: float) -> float:
-        """Return how long it takes to fall to a rate that is over 0 if nobody comes."""
-        return RATE_SECONDS * math.log(self.at(now) / rate)
-
-
-class Average:
-    """A moving average of durations: each new one moves it by a tenth of the difference."""
-
-    def __init__(self, first: float):
-        self.seconds = first
-
-    def add(self, seconds: float) -> None:
-        self.seconds += (seconds - self.seconds) / 10
-
-
-class Demand:
-    """What a function's traffic asks for: how many containers should be there for clients that have not come yet."""
-
-    def __init__(self) -> None:
-        self.rate = ArrivalRate()
-        self.last_used = -math.inf              # loop time
-        self.start = Average(FIRST_START_SECONDS)       # from spawn to connect
-        self.run = Average(0.0)                         # from hand-over to release
-
-    def arrived(self, now: float) -> None:
-        self.rate.add(now)
-        self.last_used = now
-
-    def _seconds_taken(self, reused: bool) -> float:
-        """Return for how long a client takes a container away: until it is back, or until another one has started."""
-        return self.run.seconds if reused else self.start.seconds
-
-    def target(self, now: float, reused: bool) -> int:
-        """Return 0 for a function nobody used for long, else 1 and those taken away at this rate, with headroom."""
-        if now - self.last_used >= WARM_SECONDS:
-            return 0
-        return 1 + int(WARM_HEADROOM * self.rate.at(now) * self._seconds_taken(reused))
-
-    def next_change(self, now: float, reused: bool) -> float:
-        """Return the loop time at which target() falls next if nobody comes."""
-        more = self.target(now, reused) - 1
-        if more < 0:
-            return math.inf
-        if more == 0:
-            return self.last_used + WARM_SECONDS
-        return now + self.rate.seconds_until(more / (WARM_HEADROOM * self._seconds_taken(reused)), now)
-
-    @property
-    def patience(self) -> float:
-        """How many seconds a client should rather wait for a container to come back than have another one started."""
-        return 2 * self.start.seconds if self.run.seconds < self.start.seconds else 0.0
-
-
-async def to_the_end(coroutine):
-    """Run a coroutine and return its result, even if our task is cancelled meanwhile: half of it would be worse."""
-    task = asyncio.ensure_future(coroutine)
-    while not task.done():
-        with contextlib.suppress(asyncio.CancelledError):
-            await asyncio.wait([task])
-    return task.result()
-
-
-class Starter:
-    """Starts containers for all pools: a few at a time, because more only makes each of them slower.
-
-    There are two lines, of pools whose clients wait and of pools that start ahead of theirs. The lines alternate, and
-    within a line pools come in turn. One slot is for pools that have no start under way. So a flood on one function
-    does not keep another from starting at once, be it for a client or to replace a warm container it has used.
-    """
-
-    def __init__(self, slots: int, loop: asyncio.AbstractEventLoop):
-        """slots is how many starts there may be at a time, the one that is kept for others not counted."""
-        self._free = slots + 1
-        self._loop = loop
-        self._now: dict[Pool, None] = {}        # the next one first
-        self._ahead: dict[Pool, None] = {}
-        self._timer: asyncio.TimerHandle | None = None
-        # The one whose turn it is first, with how a pool tells that it still needs one.
-        self._lines = [(self._now, Pool.lacks_now), (self._ahead, Pool.lacks_ahead)]
-        self._tasks: set[asyncio.Task] = set()
-
-    def need_now(self, pool: Pool) -> None:
-        self._now.setdefault(pool)
-        self.fill()
-
-    def need_ahead(self, pool: Pool) -> None:
-        """Start a container for the pool in a moment: not before the one that was just taken has got to its answer."""
-        self._ahead.setdefault(pool)
-        if self._timer is None:
-            self._timer = self._loop.call_later(HEAD_START_SECONDS, self._fill_later)
-
-    def _fill_later(self) -> None:
-        self._timer = None
-        self.fill()
-
-    def fill(self) -> None:
-        while self._free > 0 and (pool := self._next()):
-            self._free -= 1
-            task = self._loop.create_task(self._hold_slot(pool.start()))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
-
-    def _next(self) -> Pool | None:
-        for line, lacks in self._lines:
-            for pool in list(line):
-                if self._free == 1 and pool.starting:
-                    continue                    # the last slot is for others
-                del line[pool]
-                if lacks(pool):
-                    line[pool] = None           # at the end: it may need another, but others have their turn first
-                    self._lines = [entry for entry in self._lines if entry[0] is not line] + [(line, lacks)]
-                    return pool
-        return None
-
-    async def _hold_slot(self, start: asyncio.Task) -> None:
-        """Keep a slot taken while a container starts. One that takes long sleeps more than it computes."""
-        await asyncio.wait([start], timeout=START_SLOT_SECONDS)
-        self._free += 1
-        self.fill()
-
-
-class WarmLimit:
-    """How many containers may be warm in all pools together: a share for each pool when they are scarce."""
-
-    def __init__(self, most: int):
-        self.most = most
-        self.idle = 0                           # how many wait; each pool counts its own
-        self._pools: set[Pool] = set()
-        self._refused: set[Pool] = set()
-
-    def add(self, pool: Pool) -> None:
-        self._pools.add(pool)
-
-    def remove(self, pool: Pool) -> None:
-        self._pools.discard(pool)
-        self._refused.discard(pool)
-
-    def make_room(self, pool: Pool) -> bool:
-        """Return whether pool may have one more. Where all places are taken, another pool may have to give one up.
-
-        The coldest of those over their share gives, then the coldest of all; none gives to a pool colder than itself,
-        and what a user asked for with a number is not taken away.
-        """
-        if sum(other.ahead for other in self._pools) < self.most:
-            return True
-        share = max(1, self.most // sum(1 for other in self._pools if other.ahead or other is pool))
-        giver = self._giver(share, pool)
-        entitled = pool.options.warm is not None or pool.ahead < share
-        if giver and entitled and (giver.ahead > share or giver.last_used <= pool.last_used):
-            giver.give_up_one()
-            return True
-        self._refused.add(pool)
-        return False
-
-    def _giver(self, share: int, but: Pool | None = None) -> Pool | None:
-        return min((pool for pool in self._pools if pool is not but and pool.idle and pool.options.warm is None),
-                   key=lambda pool: (pool.ahead <= share, pool.last_used), default=None)
-
-    def trim(self) -> None:
-        """End what is too much: containers may come to wait that were not made for it, after a reuse for one."""
-        while self.idle > self.most and (giver := self._giver(self.most // len(self._pools))):
-            giver.give_up_one()
-
-    def freed(self) -> None:
-        """Let pools that were refused try again."""
-        refused, self._refused = self._refused, set()
-        for pool in refused:
-            pool.reconcile()
-
-
-class Pool:
-    """The containers of one version: those that wait for a client, those on their way, and what is left of others.
-
-    reconcile() brings what is to what should be, like gunicorn's arbiter: a start under way for each client that
-    waits, and ahead of them as many warm containers as the options or the traffic ask for. It is called whenever one
-    of these may have changed, and by a timer that is set for the next moment at which time alone changes something.
-    """
-
-    def __init__(self, function: Function, version: Version, services: Services):
-        self.version = version
-        self.options = version.options
-        self.idle: list[Container] = []         # the one that has waited longest first
-        self.starting = 0
-        self.empty = asyncio.Event()            # closed, and no container is left
-        self._function = function
-        self._services = services
-        self._loop = services.host.loop
-        self._alive: set[Container] = set()
-        self._starts: set[asyncio.Task] = set()
-        self._endings: set[asyncio.Task] = set()
-        self._timer: asyncio.TimerHandle | None = None
-        self._closed = False
-        self._failures = 0                      # in a row, of containers that nobody waited for
-        self._retry_at = -math.inf              # loop time; until then none are made ahead
-        services.limit.add(self)
-
-    # -- what should be --
-
-    @property
-    def last_used(self) -> float:
-        return self._function.demand.last_used
-
-    @property
-    def ahead(self) -> int:
-        """How many containers there are, or will be in a moment, for clients that have not come yet."""
-        return len(self.idle) + max(0, self.starting - self._function.wanted)
-
-    @property
-    def returning(self) -> int:
-        """How many containers serve somebody now, and can serve others afterwards."""
-        return self._function.in_flight if self.options.reuse > 1 else 0
-
-    def target(self, now: float) -> int:
-        """Return how many should be there for clients that have not come yet."""
-        if self._function.draining:
-            return 0
-        wanted = self.options.warm
-        if wanted is None:
-            wanted = self._function.demand.target(now, self.options.reuse > 1)
-        return max(0, min(wanted, self.options.concurrency) - self.returning)
-
-    def lacks_now(self) -> bool:
-        return not self._closed and self._function.wanted > self.starting
-
-    def lacks_ahead(self) -> bool:
-        now = self._loop.time()
-        if self._closed or now < self._retry_at:
-            return False
-        fresh = sum(1 for container in self.idle if now - container.ready_at < MAX_WARM_SECONDS)
-        started = max(0, self.starting - self._function.wanted)
-        return fresh + started < self.target(now) and self._services.limit.make_room(self)
-
-    def reconcile(self) -> None:
-        """Start what is missing, end what is too much, and set the timer for when to look again."""
-        if self._closed:
-            return
-        now = self._loop.time()
-        self._end_surplus(now)
-        if self._function.wanted > self.starting:
-            self._services.starter.need_now(self)
-        elif self.ahead < self.target(now) or (self.idle and now - self.idle[0].ready_at >= MAX_WARM_SECONDS):
-            self._services.starter.need_ahead(self)
-        self._set_timer(now)
-
-    def _end_surplus(self, now: float) -> None:
-        """End containers that nobody asks for any more, after a while in which somebody might."""
-        target = self.target(now)
-        lasting = (self.options.warm is None or self.options.reuse > 1) and not self._function.draining
-        keep = SURPLUS_SECONDS if lasting else 0.0
-        before = len(self.idle)
-        while len(self.idle) > target:
-            oldest = self.idle[0]
-            if now - oldest.idle_since < keep and now - oldest.ready_at < MAX_WARM_SECONDS:
-                break
-            self.give_up_one()
-        if len(self.idle) < before:
-            self._services.limit.freed()
-
-    def _set_timer(self, now: float) -> None:
-        moments = [math.inf]
-        if self._retry_at > now:
-            moments.append(self._retry_at)
-        if self.options.warm is None and not self._function.draining:
-            moments.append(self._function.demand.next_change(now, self.options.reuse > 1))
-        if self._function.patient_until > now:
-            moments.append(self._function.patient_until)
-        if self.idle:
-            oldest = self.idle[0]
-            moments.append(max(oldest.ready_at + MAX_WARM_SECONDS, now + 1))
-            if len(self.idle) > self.target(now):
-                moments.append(oldest.idle_since + SURPLUS_SECONDS)
-        moment = min(moments)
-        # Later than needed is a mistake, earlier only a wake-up: a busy pool would otherwise set one for each client.
-        if self._timer and self._timer.when() > now and self._timer.when() <= moment:
-            return
-        if self._timer:
-            self._timer.cancel()
-        self._timer = None if moment == math.inf else self._loop.call_at(moment + 0.001, self.reconcile)
-
-    # -- containers --
-
-    def start(self) -> asyncio.Task:
-        """Start one container."""
-        self.starting += 1
-        container = Container(self._services.host, self.version.bundle, self._function.log.write_output)
-        self._alive.add(container)
-        task = self._loop.create_task(container.start(self.options.start_timeout))
-        self._starts.add(task)
-        task.add_done_callback(functools.partial(self._on_started, container))
-        return task
-
-    def _on_started(self, container: Container, task: asyncio.Task) -> None:
-        """A start is over: the container is ready, or nothing of it is left."""
-        self.starting -= 1
-        self._starts.discard(task)
-        failure = None if task.cancelled() else task.exception()
-        if task.cancelled() or failure:
-            self._remove(container)
-        else:
-            self._function.demand.start.add(container.start_seconds)
-            self.put(container)
-        if isinstance(failure, StartFailed):
-            self.failed(failure)
-        elif failure:
-            log.error("function=%s a start failed inside faasd", self._function.record.name, exc_info=failure)
-
-    def failed(self, failure: StartFailed) -> None:
-        """Tell the client that waits longest; where there is none, try again after a while that grows."""
-        if self._closed:
-            return                              # clients wait for the next version's
-        if not self._function.refuse_first(failure):
-            self._back_off(str(failure))
-        self.reconcile()
-
-    def _back_off(self, reason: str) -> None:
-        self._failures += 1
-        delay = min(FIRST_RETRY_SECONDS * 2 ** (self._failures - 1), MAX_RETRY_SECONDS)
-        self._retry_at = self._loop.time() + delay
-        log.warning("function=%s a warm container was lost, next one in %g s: %s", self._function.record.name, delay,
-                    reason)
-
-    def adopt(self, container: Container) -> None:
-        """Take a container that was started elsewhere, to prove a deploy."""
-        self.hold(container)
-        container.write_line = self._function.log.write_output
-        self.put(container)
-
-    def hold(self, container: Container) -> None:
-        """Take a container that serves somebody already."""
-        self._alive.add(container)
-
-    async def leave(self, container: Container) -> None:
-        """Leave a container that serves somebody to the next daemon."""
-        await container.leave()
-        self._remove(container)
-
-    def put(self, container: Container) -> None:
-        """Take a container that could serve somebody."""
-        if self._closed or not container.is_connected:
-            self.dismiss(container)
-            if not container.served:
-                self.failed(StartFailed(f"the handler let go of {CONTROL_SOCKET} before it had a client", [], 502))
-            return
-        container.idle_since = self._loop.time()
-        container.listen().add_done_callback(functools.partial(self._lost, container))
-        self.idle.append(container)
-        self._services.limit.idle += 1
-        self._function.dispatch()
-        self._services.limit.trim()
-
-    def take(self) -> Container | None:
-        """Return the container that has waited shortest, whose memory is the warmest; None if there is none."""
-        if not self.idle:
-            return None
-        self._failures = 0
-        self._services.limit.idle -= 1
-        return self.idle.pop()
-
-    def _lost(self, container: Container, said: asyncio.Future[Release]) -> None:
-        """A container that waited for a client is gone, or talks out of turn."""
-        if container not in self.idle:
-            return
-        self.idle.remove(container)
-        self._services.limit.idle -= 1
-        self.dismiss(container)
-        if self._loop.time() - container.ready_at < HEALTHY_SECONDS:
-            self._back_off(f"container {container.id}: {said.result().value}")
-        self.reconcile()
-
-    def give_up_one(self) -> None:
-        """End the container that has waited longest."""
-        self._services.limit.idle -= 1
-        self.dismiss(self.idle.pop(0))
-
-    def dismiss(self, container: Container) -> None:
-        """End a container in the background. End of file tells its handler that there is no more work."""
-        task = self._loop.create_task(self.end(container, EXIT_GRACE))
-        self._endings.add(task)
-        task.add_done_callback(self._endings.discard)
-
-    async def end(self, container: Container, grace: float) -> int | None:
-        """End a container, return its exit status; grace as in Container.finish."""
-        try:
-            return await container.finish(grace)
-        finally:
-            self._remove(container)
-
-    def _remove(self, container: Container) -> None:
-        self._alive.discard(container)
-        if self._closed and not self._alive:
-            self.empty.set()
-
-    def close(self) -> None:
-        """End all containers that serve nobody, at once; `empty` tells when those that do are gone too."""
-        if self._closed:
-            return
-        self._closed = True
-        self._services.limit.remove(self)
-        if self._timer:
-            self._timer.cancel()
-        for start in self._starts:
-            start.cancel()
-        while self.idle:
-            self.give_up_one()
-        if not self._alive and not self.starting:
-            self.empty.set()
-        self._services.limit.freed()
-
-
-class HangupWatch:
-    """Tells when a client that waits hangs up.
-
-    A reader of the loop cannot: the request that nobody has read yet keeps the socket readable. So there is an epoll
-    descriptor on which only the end of the connection counts, and a thread that waits for that. Not the loop: to put
-    something into an epoll that is in another takes a lock of all the machine's, which a handler can hold for long.
-    """
-
-    def __init__(self, loop: asyncio.AbstractEventLoop):
-        self._epoll = select.epoll()
-        self._callbacks: dict[int, Callable[[int], None]] = {}
-        self._loop = loop
-        self._handled = threading.Event()
-        threading.Thread(target=self._wait, daemon=True).start()
-
-    def watch(self, client: socket.socket, callback: Callable[[int], None]) -> None:
-        """Call callback with epoll's events when the client has closed, or half closed, its connection."""
-        self._epoll.register(client, select.EPOLLRDHUP)
-        self._callbacks[client.fileno()] = callback
-
-    def allow_half_close(self, client: socket.socket) -> None:
-        """Call back only when the client resets its connection, which epoll always tells."""
-        self._epoll.modify(client, 0)
-
-    def forget(self, client: socket.socket) -> None:
-        if self._callbacks.pop(client.fileno(), None):
-            self._epoll.unregister(client)
-
-    def _wait(self) -> None:
-        poll = select.poll()
-        poll.register(self._epoll, select.POLLIN)
-        with contextlib.suppress(RuntimeError):         # the loop is closed
-            while poll.poll():
-                self._handled.clear()
-                self._loop.call_soon_threadsafe(self._notify)
-                self._handled.wait()            # else it would be told again and again
-
-    def _notify(self) -> None:
-        try:
-            for descriptor, events in self._epoll.poll(0):
-                callback = self._callbacks.get(descriptor)
-                if callback:                    # else a callback just before this one has ended the wait
-                    callback(events)
-        finally:
-            self._handled.set()
-
-
-class Crowd:
-    """A bounded set of clients of which we wait to hear. One too many, and the wait for another is abandoned.
-
-    What clients may take of ours by doing nothing is bounded so, and a newcomer still has its chance. The one to go is
-    the oldest of the address that has most, so that one stranger with many connections takes none from others.
-    """
-
-    def __init__(self, most: int):
-        self._most = most
-        self._count = 0
-        self._members: dict[str, dict[asyncio.Future[bool], None]] = {}     # by address; of each the oldest first
-
-    async def hear(self, client: socket.socket, peer: str, seconds: float) -> bool:
-        """Return whether a client sends something, or closes, in time; peer is its address and port."""
-        loop = asyncio.get_running_loop()
-        heard: asyncio.Future[bool] = loop.create_future()
-        loop.add_reader(client, self._settle, heard, True)
-        timer = loop.call_later(seconds, self._settle, heard, False)
-        source = peer.partition(":")[0]
-        self._members.setdefault(source, {})[heard] = None
-        self._count += 1
-        if self._count > self._most:
-            largest = max(self._members.values(), key=len)
-            self._settle(next((member for member in largest if not member.done()), heard), False)
-        try:
-            return await heard
-        finally:
-            timer.cancel()
-            loop.remove_reader(client)
-            self._count -= 1
-            del self._members[source][heard]
-            if not self._members[source]:
-                del self._members[source]
-
-    @staticmethod
-    def _settle(heard: asyncio.Future[bool], result: bool) -> None:
-        if not heard.done():
-            heard.set_result(result)
-
-
-@dataclass(frozen=True)
-class Services:
-    """What all functions share."""
-    host: ContainerHost
-    starter: Starter
-    limit: WarmLimit
-    hangups: HangupWatch
-    silent: Crowd               # clients that were accepted and have said nothing yet
-    answering: Crowd            # clients that get an answer of our own
-    lag: LoopLag
-    logs: LogWriter
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Function: an address, the version it runs, and its invocations
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def timestamp() -> str:
-    """Return the time for people and machines: RFC 3339, UTC, milliseconds."""
-    second, nanoseconds = divmod(time.time_ns(), 1_000_000_000)
-    return f"{format_second(second)}.{nanoseconds // 1_000_000:03}Z"
-
-
-@functools.lru_cache(maxsize=1)
-def format_second(second: int) -> str:
-    """Return a Unix time as RFC 3339 has it; the same one many times, for a line of the log each."""
-    return datetime.fromtimestamp(second, timezone.utc).strftime("%Y-%m-%dT%H:%M:%S")
-
-
 @dataclass
 class VersionRecord:
     """What the registry keeps of an image that a function runs, or ran and can be rolled back to."""
@@ -5576,6 +555,84 @@ class FunctionRecord:
         return self.versions[0].options
 
 
+REGISTRY_FORMAT = 3
+
+
+class Registry:
+    """STATE_DIR/registry.json: every change replaces the file as a whole, so that it is never half written."""
+
+    def __init__(self, path: Path):
+        self._path, self._new = path, path.with_name(f".{path.name}.new")
+
+    def load(self) -> list[FunctionRecord]:
+        """Return the functions. Raises FaasdError if the file is damaged or newer; it is never overwritten."""
+        try:
+            document = json.loads(self._path.read_text())
+            if document["format"] != REGISTRY_FORMAT:
+                raise FaasdError(f"{self._path} has format {document['format']!r}, this faasd knows "
+                                 f"{REGISTRY_FORMAT}: use the faasd that wrote it")
+            return self._check([FunctionRecord.from_json(entry).check() for entry in document["functions"]])
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            raise FaasdError(f"cannot read {self._path}: {error.strerror}") from error
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError, BadRequest) as error:
+            damage = f"no {error}" if isinstance(error, KeyError) else error
+            raise FaasdError(f"{self._path} is damaged ({damage}): restore it from a backup, or move it away to start "
+                             "without functions, which removes their images") from error
+
+    @staticmethod
+    def _check(records: list[FunctionRecord]) -> list[FunctionRecord]:
+        """Return the records if they get along with each other. Raises ValueError."""
+        for what in ("name", "address", "first_id"):
+            counts = collections.Counter(getattr(record, what) for record in records)
+            for value, count in counts.items():
+                if count > 1:
+                    raise ValueError(f"{count} functions have the {what} {value}")
+        return records
+
+    def save(self, records: Iterable[FunctionRecord]) -> None:
+        """Write the functions to disk, for good. Raises FaasdError; the file is then as it was."""
+        document = {"format": REGISTRY_FORMAT, "functions": [record.to_json() for record in records]}
+        try:
+            # Only for root: options have environment variables, which may be secrets.
+            with open(os.open(self._new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+                json.dump(document, file, indent=1)
+                file.flush()
+                os.fsync(file.fileno())
+            self._new.rename(self._path)
+        except OSError as error:
+            with contextlib.suppress(OSError):      # whatever is there does not get better by our trying
+                self._new.unlink()
+            raise storage_error(error, "writing the registry") from None
+        sync_rename(self._path)
+
+    def clear(self) -> None:
+        """Remove what a daemon that was killed had begun to write. Raises OSError."""
+        self._new.unlink(missing_ok=True)
+
+
+def sync_rename(path: Path) -> None:
+    """Have a file's new name on the disk too. Failure is logged: to say that nothing was written would be wrong."""
+    try:
+        with opened(path.parent, os.O_RDONLY) as directory:
+            os.fsync(directory)
+    except OSError as error:
+        log.error("%s is written, but may be an older one after a power loss: %s", path, error.strerror)
+
+
+def sync_file_system(path: Path) -> None:
+    """Return when all that was written to the file system of path is on its disk. Blocks. Raises FaasdError.
+
+    syncfs(2), because an image is thousands of files: to fsync one after the other takes ten times as long and more.
+    """
+    try:
+        with opened(path, os.O_RDONLY) as descriptor:
+            succeeded(libc.syncfs(descriptor))
+    except OSError as error:
+        raise storage_error(error, "writing the image to disk") from None
+
+
 class Version:
     """An image with the options it runs under: what a deploy makes, and the next one replaces."""
 
@@ -5586,6 +643,52 @@ class Version:
         self.command = command_line(image["process"], options)
         self.bundle = Bundle(name, image, options, host.rootfs(directory), host.containers_dir.parent, host.cgroups,
                              host.apparmor)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# An invocation: from accept to the end of the connection
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Release(enum.Enum):
+    """How a handler let go of a client, as its control connection tells; or why we do not wait for that."""
+    READY = "it could take another client"
+    GONE = "it closed the connection, exited, or broke the protocol"
+    UNTAKEN = "it closed the connection without having taken the client"
+    OVERDUE = "it did not finish in time"
+    STOPPED = "faasd is stopping, or the function is being removed"
+    LEFT = "it is the next daemon's"
+
+
+class Refusal(Exception):
+    """An invocation ends without a handler's answer: what faasd says instead, with a status, and how it is counted."""
+
+    def __init__(self, outcome: str, status: int = 0, reason: str = ""):
+        """status 0: there is nobody to tell."""
+        super().__init__(reason)
+        self.outcome, self.status, self.reason = outcome, status, reason
+
+
+# Why we end a container that serves a client.
+OUT_OF_MEMORY = "out-of-memory", 502, "the handler ran out of memory"
+CUTS = {Release.OVERDUE: ("timeout", 504, "the handler did not finish in time"),
+        Release.STOPPED: ("stopped", 503, Release.STOPPED.value)}
+
+
+@dataclass(frozen=True)
+class Services:
+    """What all functions share."""
+    host: ContainerHost
+    starter: Starter
+    limit: WarmLimit
+    hangups: HangupWatch
+    silent: Crowd               # clients that were accepted and have said nothing yet
+    answering: Crowd            # clients that get an answer of our own
+    lag: LoopLag
+    logs: LogWriter
+
+
+MAX_REQUEST = 200                   # characters of a request's first line in our logs
 
 
 @dataclass(eq=False, slots=True)
@@ -5637,101 +740,15 @@ class Invocation:
         return " ".join(parts)
 
 
-def quote(text: str, most: int) -> str:
-    """Return text in quotes, so that nothing in it looks like the end of a field, cut where it has become too long."""
-    escaped = escape_controls(text.replace("\\", "\\\\").replace('"', '\\"'))
-    return f'"{escaped}"' if len(escaped) <= most else f'"{escaped[:most]}…"'
-
-
-class Warnings:
-    """What is said of a function's invocations in our own log: so little that no client can fill a disk with it."""
-
-    def __init__(self, name: str, loop: asyncio.AbstractEventLoop):
-        self._name, self._loop = name, loop
-        self._count = 0                         # within WARNING_SECONDS
-
-    def add(self, container_id: str, line: str) -> None:
-        if self._count == 0:
-            self._loop.call_later(WARNING_SECONDS, self._sum_up)
-        self._count += 1
-        if self._count <= MAX_WARNINGS:
-            log.warning("function=%s container=%s %s", self._name, container_id, line)
-
-    def _sum_up(self) -> None:
-        if self._count > MAX_WARNINGS:
-            log.warning("function=%s %d more such lines are in its own log only", self._name,
-                        self._count - MAX_WARNINGS)
-        self._count = 0
-
-
-class Refusal(Exception):
-    """An invocation ends without a handler's answer: what faasd says instead, with a status, and how it is counted."""
-
-    def __init__(self, outcome: str, status: int = 0, reason: str = ""):
-        """status 0: there is nobody to tell."""
-        super().__init__(reason)
-        self.outcome, self.status, self.reason = outcome, status, reason
-
-
-# Why we end a container that serves a client.
-OUT_OF_MEMORY = "out-of-memory", 502, "the handler ran out of memory"
-CUTS = {Release.OVERDUE: ("timeout", 504, "the handler did not finish in time"),
-        Release.STOPPED: ("stopped", 503, Release.STOPPED.value)}
-
-
-def answer(status: int, line: str) -> bytes:
-    """Return an answer to give in the place of a handler's."""
-    body = f"faasd: {line}\n".encode()
-    retry = "Retry-After: 1\r\n" if status == 503 else ""
-    head = (f"HTTP/1.1 {status} {http.HTTPStatus(status).phrase}\r\nContent-Type: text/plain; charset=utf-8\r\n"
-            f"Content-Length: {len(body)}\r\n{retry}Connection: close\r\n\r\n").encode()
-    return head + body
-
-
-def peek(client: socket.socket) -> bytes:
-    """Return the first bytes of a request without taking them; b"" from a client that has left without a word.
-
-    Raises BlockingIOError if there is nothing yet.
-    """
-    try:
-        return client.recv(PEEK_BYTES, socket.MSG_PEEK | socket.MSG_DONTWAIT)
-    except BlockingIOError:
-        raise
-    except OSError:                             # reset
-        return b""
-
-
-def is_whole(client: socket.socket) -> bool:
-    """Whether a client that has closed its direction, and that no handler has, sent a whole HTTP/1 request before.
-
-    What is not HTTP/1 counts as whole: we cannot tell.
-    """
-    try:
-        there, = struct.unpack("i", fcntl.ioctl(client, termios.FIONREAD, bytes(4)))
-        data = client.recv(min(there, MAX_REQUEST_PEEK) or 1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
-    except OSError:                             # reset
-        return False
-    if not re.match(rb"[A-Z]+ [^ \r\n]+ HTTP/1\.[01]\r?\n", data):
-        return bool(data) and not re.fullmatch(rb"(GET|HEAD|POST|PUT|PATCH|DELETE|OPTIONS|TRACE|CONNECT) [^\n]*", data)
-    end = re.search(rb"\r?\n\r?\n", data)
-    if not end:
-        return False
-    head = data[:end.start()]
-    if re.search(rb"(?i)\ntransfer-encoding:[^\n]*chunked", head):
-        # No expression for all of it, chunk, trailer and end: a client could have us search for minutes.
-        return there > len(data) or (data.endswith((b"\n\r\n", b"\n\n"))
-                                     and bool(re.search(rb"\n0+\r?\n", data[end.end() - 1:])))
-    length = re.search(rb"(?i)\ncontent-length:[ \t]*([0-9]{1,18})", head)
-    return there >= end.end() + (int(length[1]) if length else 0)
-
-
-def was_reset(client: socket.socket) -> bool:
-    """Whether a connection that no handler has yet was reset: it has no peer any more. Cheaper to ask than TcpState."""
-    try:
-        client.getpeername()
-        return False
-    except OSError:                             # ENOTCONN
-        return True
+MAX_TRIES = 2                       # hand-overs of a client whose container dies before it has taken it
+FIRST_BYTE_SECONDS = 75             # for what is accepted without data; load balancers keep such ready for 60 s
+SCARCE_QUEUE = 16                   # connections that wait for one function while few descriptors are left
+DRAIN_SECONDS = 120.0               # for a client to take the rest of its answer from the kernel, without a --timeout
+DRAIN_LOOKS = (0.01, 0.25)          # seconds between two looks whether it has, first and at most
+LINGER_SECONDS = 2.0                # reading what the client still sends after our own 502 or 504
+LINGER_BYTES = 16 * MIB             # of it, at most
+ACCEPT_BATCH = 64                   # connections accepted before other events get their turn
+ACCEPT_PAUSE = 0.5                  # seconds without accepting when descriptors have run out
 
 
 class Function:
@@ -6286,84 +1303,3438 @@ class Function:
                 "size": version.image["size"]}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Registry: what survives a restart
-# ---------------------------------------------------------------------------------------------------------------------
+def answer(status: int, line: str) -> bytes:
+    """Return an answer to give in the place of a handler's."""
+    body = f"faasd: {line}\n".encode()
+    retry = "Retry-After: 1\r\n" if status == 503 else ""
+    head = (f"HTTP/1.1 {status} {http.HTTPStatus(status).phrase}\r\nContent-Type: text/plain; charset=utf-8\r\n"
+            f"Content-Length: {len(body)}\r\n{retry}Connection: close\r\n\r\n").encode()
+    return head + body
 
 
-def sync_file_system(path: Path) -> None:
-    """Return when all that was written to the file system of path is on its disk. Blocks. Raises FaasdError.
+PEEK_BYTES = 256                    # of the request, for the log line
 
-    syncfs(2), because an image is thousands of files: to fsync one after the other takes ten times as long and more.
+
+def peek(client: socket.socket) -> bytes:
+    """Return the first bytes of a request without taking them; b"" from a client that has left without a word.
+
+    Raises BlockingIOError if there is nothing yet.
     """
     try:
-        with opened(path, os.O_RDONLY) as descriptor:
-            succeeded(libc.syncfs(descriptor))
-    except OSError as error:
-        raise storage_error(error, "writing the image to disk") from None
+        return client.recv(PEEK_BYTES, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+    except BlockingIOError:
+        raise
+    except OSError:                             # reset
+        return b""
 
 
-class Registry:
-    """STATE_DIR/registry.json: every change replaces the file as a whole, so that it is never half written."""
+MAX_REQUEST_PEEK = MIB              # bytes of a request that are looked at to see whether it is whole
 
-    def __init__(self, path: Path):
-        self._path, self._new = path, path.with_name(f".{path.name}.new")
 
-    def load(self) -> list[FunctionRecord]:
-        """Return the functions. Raises FaasdError if the file is damaged or newer; it is never overwritten."""
+def is_whole(client: socket.socket) -> bool:
+    """Whether a client that has closed its direction, and that no handler has, sent a whole HTTP/1 request before.
+
+    What is not HTTP/1 counts as whole: we cannot tell.
+    """
+    try:
+        there, = struct.unpack("i", fcntl.ioctl(client, termios.FIONREAD, bytes(4)))
+        data = client.recv(min(there, MAX_REQUEST_PEEK) or 1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+    except OSError:                             # reset
+        return False
+    if not re.match(rb"[A-Z]+ [^ \r\n]+ HTTP/1\.[01]\r?\n", data):
+        return bool(data) and not re.fullmatch(rb"(GET|HEAD|POST|PUT|PATCH|DELETE|OPTIONS|TRACE|CONNECT) [^\n]*", data)
+    end = re.search(rb"\r?\n\r?\n", data)
+    if not end:
+        return False
+    head = data[:end.start()]
+    if re.search(rb"(?i)\ntransfer-encoding:[^\n]*chunked", head):
+        # No expression for all of it, chunk, trailer and end: a client could have us search for minutes.
+        return there > len(data) or (data.endswith((b"\n\r\n", b"\n\n"))
+                                     and bool(re.search(rb"\n0+\r?\n", data[end.end() - 1:])))
+    length = re.search(rb"(?i)\ncontent-length:[ \t]*([0-9]{1,18})", head)
+    return there >= end.end() + (int(length[1]) if length else 0)
+
+
+def was_reset(client: socket.socket) -> bool:
+    """Whether a connection that no handler has yet was reset: it has no peer any more. Cheaper to ask than TcpState."""
+    try:
+        client.getpeername()
+        return False
+    except OSError:                             # ENOTCONN
+        return True
+
+
+TCP_ESTABLISHED, TCP_CLOSE_WAIT = 1, 8          # include/net/tcp_states.h
+TCP_FIN_STATES = (4, 9, 11)          # FIN_WAIT1, LAST_ACK, CLOSING: we have closed, the FIN is not yet acknowledged
+TCP_CONNECTED = (1, 4, 5, 6, 8, 9, 11)      # those states, FIN_WAIT2 and TIME_WAIT: of a socket that has a peer
+TCP_INFO_ACKED, TCP_INFO_NOTSENT, TCP_INFO_SENT = 120, 144, 200    # offsets in struct tcp_info (linux/tcp.h)
+
+
+@dataclass(frozen=True)
+class TcpState:
+    """What the kernel knows of a client's connection. To ask takes the socket's lock: see Workers."""
+    state: int
+    received: int       # bytes
+    sent: int           # bytes handed to the kernel for sending, whether or not they have left
+    unacknowledged: int = 0     # of these
+    unread: int = 0     # bytes of the client's that nobody has read; asked for only if a reset could cost it something
+
+    @classmethod
+    def of(cls, client: socket.socket) -> TcpState:
+        buffer, size = ctypes.create_string_buffer(256), ctypes.c_uint(256)
+        # Not client.getsockopt, which keeps all threads waiting with its own.
+        if libc.getsockopt(client.fileno(), socket.IPPROTO_TCP, socket.TCP_INFO, buffer, ctypes.byref(size)):
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+        state = buffer.raw[0]
+        acknowledged, received = struct.unpack_from("QQ", buffer, TCP_INFO_ACKED)
+        sent, sent_again = struct.unpack_from("QQ", buffer, TCP_INFO_SENT)
+        sent -= sent_again
+        if state not in TCP_CONNECTED:                  # what it says of unsent data means nothing then
+            return cls(state, received, sent)
+        waiting, = struct.unpack_from("I", buffer, TCP_INFO_NOTSENT)
+        if waiting and state in TCP_FIN_STATES:
+            waiting -= 1                                # the FIN takes a sequence number, and goes last
+        unacknowledged = max(0, sent + waiting - acknowledged)
+        unread = unacknowledged and struct.unpack("i", fcntl.ioctl(client.fileno(), termios.FIONREAD, bytes(4)))[0]
+        return cls(state, received, sent + waiting, unacknowledged, unread)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether there is a client, and nobody has told it that the answer is over."""
+        return self.state in (TCP_ESTABLISHED, TCP_CLOSE_WAIT)
+
+    @property
+    def can_answer(self) -> bool:
+        """Whether nothing was said to the client yet and it still can be."""
+        return self.sent == 0 and self.is_open
+
+
+def reset_connection(client: socket.socket) -> None:
+    """Have a client's connection end in a reset, whoever else has a descriptor of it; what is unsent is dropped."""
+    libc.connect(client.fileno(), bytes(16), 16)        # AF_UNSPEC: connect(2)
+
+
+MAX_WARNINGS, WARNING_SECONDS = 10, 1.0     # of one function's invocations in our own log; the others are counted
+
+
+class Warnings:
+    """What is said of a function's invocations in our own log: so little that no client can fill a disk with it."""
+
+    def __init__(self, name: str, loop: asyncio.AbstractEventLoop):
+        self._name, self._loop = name, loop
+        self._count = 0                         # within WARNING_SECONDS
+
+    def add(self, container_id: str, line: str) -> None:
+        if self._count == 0:
+            self._loop.call_later(WARNING_SECONDS, self._sum_up)
+        self._count += 1
+        if self._count <= MAX_WARNINGS:
+            log.warning("function=%s container=%s %s", self._name, container_id, line)
+
+    def _sum_up(self) -> None:
+        if self._count > MAX_WARNINGS:
+            log.warning("function=%s %d more such lines are in its own log only", self._name,
+                        self._count - MAX_WARNINGS)
+        self._count = 0
+
+
+class HangupWatch:
+    """Tells when a client that waits hangs up.
+
+    A reader of the loop cannot: the request that nobody has read yet keeps the socket readable. So there is an epoll
+    descriptor on which only the end of the connection counts, and a thread that waits for that. Not the loop: to put
+    something into an epoll that is in another takes a lock of all the machine's, which a handler can hold for long.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop):
+        self._epoll = select.epoll()
+        self._callbacks: dict[int, Callable[[int], None]] = {}
+        self._loop = loop
+        self._handled = threading.Event()
+        threading.Thread(target=self._wait, daemon=True).start()
+
+    def watch(self, client: socket.socket, callback: Callable[[int], None]) -> None:
+        """Call callback with epoll's events when the client has closed, or half closed, its connection."""
+        self._epoll.register(client, select.EPOLLRDHUP)
+        self._callbacks[client.fileno()] = callback
+
+    def allow_half_close(self, client: socket.socket) -> None:
+        """Call back only when the client resets its connection, which epoll always tells."""
+        self._epoll.modify(client, 0)
+
+    def forget(self, client: socket.socket) -> None:
+        if self._callbacks.pop(client.fileno(), None):
+            self._epoll.unregister(client)
+
+    def _wait(self) -> None:
+        poll = select.poll()
+        poll.register(self._epoll, select.POLLIN)
+        with contextlib.suppress(RuntimeError):         # the loop is closed
+            while poll.poll():
+                self._handled.clear()
+                self._loop.call_soon_threadsafe(self._notify)
+                self._handled.wait()            # else it would be told again and again
+
+    def _notify(self) -> None:
         try:
-            document = json.loads(self._path.read_text())
-            if document["format"] != REGISTRY_FORMAT:
-                raise FaasdError(f"{self._path} has format {document['format']!r}, this faasd knows "
-                                 f"{REGISTRY_FORMAT}: use the faasd that wrote it")
-            return self._check([FunctionRecord.from_json(entry).check() for entry in document["functions"]])
-        except FileNotFoundError:
-            return []
-        except OSError as error:
-            raise FaasdError(f"cannot read {self._path}: {error.strerror}") from error
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError, BadRequest) as error:
-            damage = f"no {error}" if isinstance(error, KeyError) else error
-            raise FaasdError(f"{self._path} is damaged ({damage}): restore it from a backup, or move it away to start "
-                             "without functions, which removes their images") from error
+            for descriptor, events in self._epoll.poll(0):
+                callback = self._callbacks.get(descriptor)
+                if callback:                    # else a callback just before this one has ended the wait
+                    callback(events)
+        finally:
+            self._handled.set()
+
+
+class Crowd:
+    """A bounded set of clients of which we wait to hear. One too many, and the wait for another is abandoned.
+
+    What clients may take of ours by doing nothing is bounded so, and a newcomer still has its chance. The one to go is
+    the oldest of the address that has most, so that one stranger with many connections takes none from others.
+    """
+
+    def __init__(self, most: int):
+        self._most = most
+        self._count = 0
+        self._members: dict[str, dict[asyncio.Future[bool], None]] = {}     # by address; of each the oldest first
+
+    async def hear(self, client: socket.socket, peer: str, seconds: float) -> bool:
+        """Return whether a client sends something, or closes, in time; peer is its address and port."""
+        loop = asyncio.get_running_loop()
+        heard: asyncio.Future[bool] = loop.create_future()
+        loop.add_reader(client, self._settle, heard, True)
+        timer = loop.call_later(seconds, self._settle, heard, False)
+        source = peer.partition(":")[0]
+        self._members.setdefault(source, {})[heard] = None
+        self._count += 1
+        if self._count > self._most:
+            largest = max(self._members.values(), key=len)
+            self._settle(next((member for member in largest if not member.done()), heard), False)
+        try:
+            return await heard
+        finally:
+            timer.cancel()
+            loop.remove_reader(client)
+            self._count -= 1
+            del self._members[source][heard]
+            if not self._members[source]:
+                del self._members[source]
 
     @staticmethod
-    def _check(records: list[FunctionRecord]) -> list[FunctionRecord]:
-        """Return the records if they get along with each other. Raises ValueError."""
-        for what in ("name", "address", "first_id"):
-            counts = collections.Counter(getattr(record, what) for record in records)
-            for value, count in counts.items():
-                if count > 1:
-                    raise ValueError(f"{count} functions have the {what} {value}")
-        return records
+    def _settle(heard: asyncio.Future[bool], result: bool) -> None:
+        if not heard.done():
+            heard.set_result(result)
 
-    def save(self, records: Iterable[FunctionRecord]) -> None:
-        """Write the functions to disk, for good. Raises FaasdError; the file is then as it was."""
-        document = {"format": REGISTRY_FORMAT, "functions": [record.to_json() for record in records]}
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The warm pool: containers that are there before their client
+# ---------------------------------------------------------------------------------------------------------------------
+
+SURPLUS_SECONDS = 20.0              # how long more containers than asked for may go on waiting
+MAX_WARM_SECONDS = 3600.0           # age at which a container that waits is replaced by a new one
+HEALTHY_SECONDS = 10.0              # a warm container that dies younger counts as a failed start
+FIRST_RETRY_SECONDS, MAX_RETRY_SECONDS = 1.0, 60.0     # between failed starts that nobody waits for
+
+
+class Pool:
+    """The containers of one version: those that wait for a client, those on their way, and what is left of others.
+
+    reconcile() brings what is to what should be, like gunicorn's arbiter: a start under way for each client that
+    waits, and ahead of them as many warm containers as the options or the traffic ask for. It is called whenever one
+    of these may have changed, and by a timer that is set for the next moment at which time alone changes something.
+    """
+
+    def __init__(self, function: Function, version: Version, services: Services):
+        self.version = version
+        self.options = version.options
+        self.idle: list[Container] = []         # the one that has waited longest first
+        self.starting = 0
+        self.empty = asyncio.Event()            # closed, and no container is left
+        self._function = function
+        self._services = services
+        self._loop = services.host.loop
+        self._alive: set[Container] = set()
+        self._starts: set[asyncio.Task] = set()
+        self._endings: set[asyncio.Task] = set()
+        self._timer: asyncio.TimerHandle | None = None
+        self._closed = False
+        self._failures = 0                      # in a row, of containers that nobody waited for
+        self._retry_at = -math.inf              # loop time; until then none are made ahead
+        services.limit.add(self)
+
+    # -- what should be --
+
+    @property
+    def last_used(self) -> float:
+        return self._function.demand.last_used
+
+    @property
+    def ahead(self) -> int:
+        """How many containers there are, or will be in a moment, for clients that have not come yet."""
+        return len(self.idle) + max(0, self.starting - self._function.wanted)
+
+    @property
+    def returning(self) -> int:
+        """How many containers serve somebody now, and can serve others afterwards."""
+        return self._function.in_flight if self.options.reuse > 1 else 0
+
+    def target(self, now: float) -> int:
+        """Return how many should be there for clients that have not come yet."""
+        if self._function.draining:
+            return 0
+        wanted = self.options.warm
+        if wanted is None:
+            wanted = self._function.demand.target(now, self.options.reuse > 1)
+        return max(0, min(wanted, self.options.concurrency) - self.returning)
+
+    def lacks_now(self) -> bool:
+        return not self._closed and self._function.wanted > self.starting
+
+    def lacks_ahead(self) -> bool:
+        now = self._loop.time()
+        if self._closed or now < self._retry_at:
+            return False
+        fresh = sum(1 for container in self.idle if now - container.ready_at < MAX_WARM_SECONDS)
+        started = max(0, self.starting - self._function.wanted)
+        return fresh + started < self.target(now) and self._services.limit.make_room(self)
+
+    def reconcile(self) -> None:
+        """Start what is missing, end what is too much, and set the timer for when to look again."""
+        if self._closed:
+            return
+        now = self._loop.time()
+        self._end_surplus(now)
+        if self._function.wanted > self.starting:
+            self._services.starter.need_now(self)
+        elif self.ahead < self.target(now) or (self.idle and now - self.idle[0].ready_at >= MAX_WARM_SECONDS):
+            self._services.starter.need_ahead(self)
+        self._set_timer(now)
+
+    def _end_surplus(self, now: float) -> None:
+        """End containers that nobody asks for any more, after a while in which somebody might."""
+        target = self.target(now)
+        lasting = (self.options.warm is None or self.options.reuse > 1) and not self._function.draining
+        keep = SURPLUS_SECONDS if lasting else 0.0
+        before = len(self.idle)
+        while len(self.idle) > target:
+            oldest = self.idle[0]
+            if now - oldest.idle_since < keep and now - oldest.ready_at < MAX_WARM_SECONDS:
+                break
+            self.give_up_one()
+        if len(self.idle) < before:
+            self._services.limit.freed()
+
+    def _set_timer(self, now: float) -> None:
+        moments = [math.inf]
+        if self._retry_at > now:
+            moments.append(self._retry_at)
+        if self.options.warm is None and not self._function.draining:
+            moments.append(self._function.demand.next_change(now, self.options.reuse > 1))
+        if self._function.patient_until > now:
+            moments.append(self._function.patient_until)
+        if self.idle:
+            oldest = self.idle[0]
+            moments.append(max(oldest.ready_at + MAX_WARM_SECONDS, now + 1))
+            if len(self.idle) > self.target(now):
+                moments.append(oldest.idle_since + SURPLUS_SECONDS)
+        moment = min(moments)
+        # Later than needed is a mistake, earlier only a wake-up: a busy pool would otherwise set one for each client.
+        if self._timer and self._timer.when() > now and self._timer.when() <= moment:
+            return
+        if self._timer:
+            self._timer.cancel()
+        self._timer = None if moment == math.inf else self._loop.call_at(moment + 0.001, self.reconcile)
+
+    # -- containers --
+
+    def start(self) -> asyncio.Task:
+        """Start one container."""
+        self.starting += 1
+        container = Container(self._services.host, self.version.bundle, self._function.log.write_output)
+        self._alive.add(container)
+        task = self._loop.create_task(container.start(self.options.start_timeout))
+        self._starts.add(task)
+        task.add_done_callback(functools.partial(self._on_started, container))
+        return task
+
+    def _on_started(self, container: Container, task: asyncio.Task) -> None:
+        """A start is over: the container is ready, or nothing of it is left."""
+        self.starting -= 1
+        self._starts.discard(task)
+        failure = None if task.cancelled() else task.exception()
+        if task.cancelled() or failure:
+            self._remove(container)
+        else:
+            self._function.demand.start.add(container.start_seconds)
+            self.put(container)
+        if isinstance(failure, StartFailed):
+            self.failed(failure)
+        elif failure:
+            log.error("function=%s a start failed inside faasd", self._function.record.name, exc_info=failure)
+
+    def failed(self, failure: StartFailed) -> None:
+        """Tell the client that waits longest; where there is none, try again after a while that grows."""
+        if self._closed:
+            return                              # clients wait for the next version's
+        if not self._function.refuse_first(failure):
+            self._back_off(str(failure))
+        self.reconcile()
+
+    def _back_off(self, reason: str) -> None:
+        self._failures += 1
+        delay = min(FIRST_RETRY_SECONDS * 2 ** (self._failures - 1), MAX_RETRY_SECONDS)
+        self._retry_at = self._loop.time() + delay
+        log.warning("function=%s a warm container was lost, next one in %g s: %s", self._function.record.name, delay,
+                    reason)
+
+    def adopt(self, container: Container) -> None:
+        """Take a container that was started elsewhere, to prove a deploy."""
+        self.hold(container)
+        container.write_line = self._function.log.write_output
+        self.put(container)
+
+    def hold(self, container: Container) -> None:
+        """Take a container that serves somebody already."""
+        self._alive.add(container)
+
+    async def leave(self, container: Container) -> None:
+        """Leave a container that serves somebody to the next daemon."""
+        await container.leave()
+        self._remove(container)
+
+    def put(self, container: Container) -> None:
+        """Take a container that could serve somebody."""
+        if self._closed or not container.is_connected:
+            self.dismiss(container)
+            if not container.served:
+                self.failed(StartFailed(f"the handler let go of {CONTROL_SOCKET} before it had a client", [], 502))
+            return
+        container.idle_since = self._loop.time()
+        container.listen().add_done_callback(functools.partial(self._lost, container))
+        self.idle.append(container)
+        self._services.limit.idle += 1
+        self._function.dispatch()
+        self._services.limit.trim()
+
+    def take(self) -> Container | None:
+        """Return the container that has waited shortest, whose memory is the warmest; None if there is none."""
+        if not self.idle:
+            return None
+        self._failures = 0
+        self._services.limit.idle -= 1
+        return self.idle.pop()
+
+    def _lost(self, container: Container, said: asyncio.Future[Release]) -> None:
+        """A container that waited for a client is gone, or talks out of turn."""
+        if container not in self.idle:
+            return
+        self.idle.remove(container)
+        self._services.limit.idle -= 1
+        self.dismiss(container)
+        if self._loop.time() - container.ready_at < HEALTHY_SECONDS:
+            self._back_off(f"container {container.id}: {said.result().value}")
+        self.reconcile()
+
+    def give_up_one(self) -> None:
+        """End the container that has waited longest."""
+        self._services.limit.idle -= 1
+        self.dismiss(self.idle.pop(0))
+
+    def dismiss(self, container: Container) -> None:
+        """End a container in the background. End of file tells its handler that there is no more work."""
+        task = self._loop.create_task(self.end(container, EXIT_GRACE))
+        self._endings.add(task)
+        task.add_done_callback(self._endings.discard)
+
+    async def end(self, container: Container, grace: float) -> int | None:
+        """End a container, return its exit status; grace as in Container.finish."""
         try:
-            # Only for root: options have environment variables, which may be secrets.
-            with open(os.open(self._new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
-                json.dump(document, file, indent=1)
-                file.flush()
-                os.fsync(file.fileno())
-            self._new.rename(self._path)
+            return await container.finish(grace)
+        finally:
+            self._remove(container)
+
+    def _remove(self, container: Container) -> None:
+        self._alive.discard(container)
+        if self._closed and not self._alive:
+            self.empty.set()
+
+    def close(self) -> None:
+        """End all containers that serve nobody, at once; `empty` tells when those that do are gone too."""
+        if self._closed:
+            return
+        self._closed = True
+        self._services.limit.remove(self)
+        if self._timer:
+            self._timer.cancel()
+        for start in self._starts:
+            start.cancel()
+        while self.idle:
+            self.give_up_one()
+        if not self._alive and not self.starting:
+            self.empty.set()
+        self._services.limit.freed()
+
+
+WARM_SECONDS = 300.0                # a function used within these keeps at least one warm container
+WARM_HEADROOM = 2.0                 # times as many as come in while one starts
+FIRST_START_SECONDS = 0.05          # taken for the start of a container until some have started
+
+
+class Demand:
+    """What a function's traffic asks for: how many containers should be there for clients that have not come yet."""
+
+    def __init__(self) -> None:
+        self.rate = ArrivalRate()
+        self.last_used = -math.inf              # loop time
+        self.start = Average(FIRST_START_SECONDS)       # from spawn to connect
+        self.run = Average(0.0)                         # from hand-over to release
+
+    def arrived(self, now: float) -> None:
+        self.rate.add(now)
+        self.last_used = now
+
+    def _seconds_taken(self, reused: bool) -> float:
+        """Return for how long a client takes a container away: until it is back, or until another one has started."""
+        return self.run.seconds if reused else self.start.seconds
+
+    def target(self, now: float, reused: bool) -> int:
+        """Return 0 for a function nobody used for long, else 1 and those taken away at this rate, with headroom."""
+        if now - self.last_used >= WARM_SECONDS:
+            return 0
+        return 1 + int(WARM_HEADROOM * self.rate.at(now) * self._seconds_taken(reused))
+
+    def next_change(self, now: float, reused: bool) -> float:
+        """Return the loop time at which target() falls next if nobody comes."""
+        more = self.target(now, reused) - 1
+        if more < 0:
+            return math.inf
+        if more == 0:
+            return self.last_used + WARM_SECONDS
+        return now + self.rate.seconds_until(more / (WARM_HEADROOM * self._seconds_taken(reused)), now)
+
+    @property
+    def patience(self) -> float:
+        """How many seconds a client should rather wait for a container to come back than have another one started."""
+        return 2 * self.start.seconds if self.run.seconds < self.start.seconds else 0.0
+
+
+RATE_SECONDS = 5.0                  # over which arrivals are averaged
+
+
+class ArrivalRate:
+    """Arrivals a second, each counting for less the longer ago it was: an exponential average over RATE_SECONDS."""
+
+    def __init__(self) -> None:
+        self._rate = 0.0
+        self._time = 0.0                # loop time of the last arrival
+
+    def add(self, now: float) -> None:
+        self._rate = self.at(now) + 1 / RATE_SECONDS
+        self._time = now
+
+    def at(self, now: float) -> float:
+        return self._rate * math.exp((self._time - now) / RATE_SECONDS)
+
+    def seconds_until(self, rate: float, now: float) -> float:
+        """Return how long it takes to fall to a rate that is over 0 if nobody comes."""
+        return RATE_SECONDS * math.log(self.at(now) / rate)
+
+
+class Average:
+    """A moving average of durations: each new one moves it by a tenth of the difference."""
+
+    def __init__(self, first: float):
+        self.seconds = first
+
+    def add(self, seconds: float) -> None:
+        self.seconds += (seconds - self.seconds) / 10
+
+
+HEAD_START_SECONDS = 0.002          # for a handler that has just got a client, before the CPUs start its replacement
+START_SLOT_SECONDS = 1.0            # how long a start counts against the starts allowed at a time
+
+
+class Starter:
+    """Starts containers for all pools: a few at a time, because more only makes each of them slower.
+
+    There are two lines, of pools whose clients wait and of pools that start ahead of theirs. The lines alternate, and
+    within a line pools come in turn. One slot is for pools that have no start under way. So a flood on one function
+    does not keep another from starting at once, be it for a client or to replace a warm container it has used.
+    """
+
+    def __init__(self, slots: int, loop: asyncio.AbstractEventLoop):
+        """slots is how many starts there may be at a time, the one that is kept for others not counted."""
+        self._free = slots + 1
+        self._loop = loop
+        self._now: dict[Pool, None] = {}        # the next one first
+        self._ahead: dict[Pool, None] = {}
+        self._timer: asyncio.TimerHandle | None = None
+        # The one whose turn it is first, with how a pool tells that it still needs one.
+        self._lines = [(self._now, Pool.lacks_now), (self._ahead, Pool.lacks_ahead)]
+        self._tasks: set[asyncio.Task] = set()
+
+    def need_now(self, pool: Pool) -> None:
+        self._now.setdefault(pool)
+        self.fill()
+
+    def need_ahead(self, pool: Pool) -> None:
+        """Start a container for the pool in a moment: not before the one that was just taken has got to its answer."""
+        self._ahead.setdefault(pool)
+        if self._timer is None:
+            self._timer = self._loop.call_later(HEAD_START_SECONDS, self._fill_later)
+
+    def _fill_later(self) -> None:
+        self._timer = None
+        self.fill()
+
+    def fill(self) -> None:
+        while self._free > 0 and (pool := self._next()):
+            self._free -= 1
+            task = self._loop.create_task(self._hold_slot(pool.start()))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    def _next(self) -> Pool | None:
+        for line, lacks in self._lines:
+            for pool in list(line):
+                if self._free == 1 and pool.starting:
+                    continue                    # the last slot is for others
+                del line[pool]
+                if lacks(pool):
+                    line[pool] = None           # at the end: it may need another, but others have their turn first
+                    self._lines = [entry for entry in self._lines if entry[0] is not line] + [(line, lacks)]
+                    return pool
+        return None
+
+    async def _hold_slot(self, start: asyncio.Task) -> None:
+        """Keep a slot taken while a container starts. One that takes long sleeps more than it computes."""
+        await asyncio.wait([start], timeout=START_SLOT_SECONDS)
+        self._free += 1
+        self.fill()
+
+
+class WarmLimit:
+    """How many containers may be warm in all pools together: a share for each pool when they are scarce."""
+
+    def __init__(self, most: int):
+        self.most = most
+        self.idle = 0                           # how many wait; each pool counts its own
+        self._pools: set[Pool] = set()
+        self._refused: set[Pool] = set()
+
+    def add(self, pool: Pool) -> None:
+        self._pools.add(pool)
+
+    def remove(self, pool: Pool) -> None:
+        self._pools.discard(pool)
+        self._refused.discard(pool)
+
+    def make_room(self, pool: Pool) -> bool:
+        """Return whether pool may have one more. Where all places are taken, another pool may have to give one up.
+
+        The coldest of those over their share gives, then the coldest of all; none gives to a pool colder than itself,
+        and what a user asked for with a number is not taken away.
+        """
+        if sum(other.ahead for other in self._pools) < self.most:
+            return True
+        share = max(1, self.most // sum(1 for other in self._pools if other.ahead or other is pool))
+        giver = self._giver(share, pool)
+        entitled = pool.options.warm is not None or pool.ahead < share
+        if giver and entitled and (giver.ahead > share or giver.last_used <= pool.last_used):
+            giver.give_up_one()
+            return True
+        self._refused.add(pool)
+        return False
+
+    def _giver(self, share: int, but: Pool | None = None) -> Pool | None:
+        return min((pool for pool in self._pools if pool is not but and pool.idle and pool.options.warm is None),
+                   key=lambda pool: (pool.ahead <= share, pool.last_used), default=None)
+
+    def trim(self) -> None:
+        """End what is too much: containers may come to wait that were not made for it, after a reuse for one."""
+        while self.idle > self.most and (giver := self._giver(self.most // len(self._pools))):
+            giver.give_up_one()
+
+    def freed(self) -> None:
+        """Let pools that were refused try again."""
+        refused, self._refused = self._refused, set()
+        for pool in refused:
+            pool.reconcile()
+
+
+CONTAINER_DESCRIPTORS = 4           # of ours, while one starts: its socket, both ends of a pipe, a pidfd or eventfd
+SPARE_DESCRIPTORS = 64              # left for ending what runs, and as many more for starting it
+
+
+class Descriptors:
+    """Whether there are descriptors enough: first clients that wait go without, then those that come, then starts.
+
+    What is left after that is for ending what runs: without one, no container could be killed. The kernel gives the
+    lowest number that is free, so a high one tells how many are taken.
+    """
+
+    def __init__(self) -> None:
+        self.limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        self._spare = min(SPARE_DESCRIPTORS, self.limit // 16)
+        self._probe = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+
+    def are_scarce(self, latest: int) -> bool:
+        """Whether the latest descriptor says that three quarters are taken."""
+        return latest >= self.limit * 3 // 4
+
+    def check_client(self) -> None:
+        """Raise OSError if no connection should be accepted."""
+        latest = os.dup(self._probe)            # asked for every connection, so no more is done than must be
+        os.close(latest)
+        self._check(latest, 2 * self._spare)
+
+    def check_start(self) -> None:
+        """Raise OSError if no container should be started."""
+        with contextlib.ExitStack() as stack:
+            for _ in range(CONTAINER_DESCRIPTORS):
+                latest = os.dup(self._probe)
+                stack.callback(os.close, latest)
+        self._check(latest, self._spare)
+
+    def _check(self, latest: int, spare: int) -> None:
+        if latest >= self.limit - spare:
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A container: one run of the runtime, one control connection, its output, its end
+# ---------------------------------------------------------------------------------------------------------------------
+
+CONTAINER_ID = re.compile(r"[0-9a-f]{12}")
+
+
+class StartFailed(Exception):
+    """A container did not become ready; str() says why, output are the last lines it printed.
+
+    status is what its client is answered: 502 and 504 tell of the handler, 503 of a machine that may recover.
+    """
+
+    def __init__(self, reason: str, output: Iterable[str], status: int):
+        super().__init__(reason)
+        self.output = list(output)
+        self.status = status
+
+
+class RuntimeFailed(StartFailed):
+    """The runtime made no container: its handler never ran."""
+
+
+# What a program may print that has been refused a process or thread, so that it is worth to ask the kernel.
+REFUSED_PROCESS = re.compile("thread|fork|clone|process|resource", re.IGNORECASE)
+REFUSED_THREAD = re.compile("start new thread|temporarily unavailable|cannot fork", re.IGNORECASE)      # by itself
+MAX_LOOKS = 100                         # at a container's pids.events: what it prints is its own affair
+CONTROL_SOCKET = "/control.sock"
+SO_PASSRIGHTS = 83                  # Linux 6.16: whether a Unix socket takes descriptors
+KILL_RETRY = 0.02                   # seconds between two rounds of killing one container, and …
+MEMORY_LOOKS = 10                   # … between so many looks whether the kernel has, after it said that memory ran out
+KILL_TIMEOUT = 10.0                 # seconds before runc itself is killed and its remains are deleted
+MAX_RUNTIME_LOG = 64 * KIB          # bytes read of what the runtime has to say about one container
+
+
+class Container:
+    """One container from spawn to the last trace. Lives on the loop's thread.
+
+    start() returns once its handler is ready. From then on `said` is the future of its next Release: it comes when the
+    handler says something on its control connection or is gone. There is a new one after each READY.
+    """
+
+    def __init__(self, host: ContainerHost, bundle: Bundle | None, write_line: Callable[[str, str], None],
+                 survivor: Survivor | None = None):
+        """bundle is what to start; None for a container that runs already: see adopt."""
+        self.id = survivor.container_id if survivor else secrets.token_hex(6)
+        self.cgroup = survivor.cgroup if survivor else host.cgroups.path(bundle.name, self.id)
+        self._function = survivor.function if survivor else bundle.name
+        self.write_line = write_line                    # (container id, a line of its output)
+        self.said: asyncio.Future[Release] = host.loop.create_future()
+        self.served = 0                                 # clients handed over
+        self.killed = False                             # by us
+        self._hit_pids = ""                             # what to say of that, as far as was seen …
+        self._looks = MAX_LOOKS                         # … in so many looks, which are left
+        self.out_of_memory = False                      # it, or one of its processes, was killed for that
+        self.ready_at = 0.0                             # loop time of the connect
+        self.start_seconds = 0.0                        # from the spawn to the connect
+        self._host = host
+        self._bundle = bundle
+        self._directory = f"{host.containers_dir}/{self.id}"
+        self._listener: socket.socket | None = None     # until the handler connects: it may connect once
+        self._control: socket.socket | None = None      # from then on
+        self._output: OutputReader | None = None
+        self._pid = 0                                   # of runc run
+        self._pidfd = -1
+        self._memory = -1                               # tells when it may have run out of memory
+        self._memory_told = False                       # that it may have
+        self._killed_before = 0                         # of its function's processes, for want of memory
+        self._killing: asyncio.Task | None = None       # held, for the loop does not
+        self._connected: asyncio.Future[None] = host.loop.create_future()
+        self._exited: asyncio.Future[int | None] = host.loop.create_future()
+
+    @classmethod
+    def adopt(cls, host: ContainerHost, survivor: Survivor, write_line: Callable[[str, str], None]) -> Container:
+        """Return a container that the daemon before has started, and that serves a client.
+
+        Its control connection ended with that daemon, and the handler meets the end of file when it is done. So the one
+        release that comes is GONE, at the end of runc, which is no child of ours: its exit status stays unknown.
+        """
+        container = cls(host, None, write_line, survivor)
+        container._output = OutputReader(host.workers, survivor.output,
+                                         lambda text: container.write_line(container.id, text))
+        container._pid, container._pidfd = survivor.pid, survivor.pidfd
+        host.loop.add_reader(container._pidfd, container._on_exit)
+        container._watch_memory()
+        container._killed_before = host.cgroups.memory_kills(posixpath.dirname(container.cgroup))
+        return container
+
+    # -- start --
+
+    async def start(self, timeout: float) -> None:
+        """Start the container and return when its handler has connected; timeout is in seconds.
+
+        Raises StartFailed when it exits or the time is over; then nothing of it is left.
+        """
+        joins = self._bundle.joins_user_namespace
+        user_namespace = await self._host.ids.user_namespace(self._bundle.first_id) if joins else ""
+        begin = self._host.loop.time()
+        try:
+            self._host.descriptors.check_start()
+            self._spawn(user_namespace)
         except OSError as error:
-            with contextlib.suppress(OSError):      # whatever is there does not get better by our trying
-                self._new.unlink()
-            raise storage_error(error, "writing the registry") from None
-        sync_rename(self._path)
+            await self.finish(0)
+            raise StartFailed(f"cannot start a container: {error.strerror or error}", [], 503) from error
+        try:
+            await asyncio.wait([self._connected, self._exited], timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+        except asyncio.CancelledError:
+            await to_the_end(self.finish(0))
+            raise
+        if self._connected.done():
+            self.ready_at = self._host.loop.time()
+            self.start_seconds = self.ready_at - begin
+            return
+        timed_out = not self._exited.done()
+        out_of_memory = self.look_for_memory()
+        error = self._runtime_error()
+        status = await self.finish(0)
+        tail = self._output.tail
+        if error and not timed_out:
+            if error not in "\n".join(tail):            # crun prints it to its log alone
+                self.write_line(self.id, escape_controls(error))
+                tail.append(escape_controls(error))
+            raise RuntimeFailed(f"{self._host.runtime.name} could not make the container", tail, 502)
+        if out_of_memory:
+            raise StartFailed(f"the handler ran out of memory before it connected to {CONTROL_SOCKET}", tail, 502)
+        if timed_out:
+            raise StartFailed(f"the handler did not connect to {CONTROL_SOCKET} within {timeout:g} s", tail, 504)
+        raise StartFailed(f"the handler {self.describe_end(status)} before it connected to {CONTROL_SOCKET}", tail, 502)
 
-    def clear(self) -> None:
-        """Remove what a daemon that was killed had begun to write. Raises OSError."""
-        self._new.unlink(missing_ok=True)
+    def _runtime_error(self) -> str:
+        """Return what the runtime says kept it from making the container, "" if the handler has been run.
+
+        A handler may exit and print as it likes, but not write to the runtime's log.
+        """
+        error = ""
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError):      # it did not get so far
+            with open(f"{self._directory}/runtime.log", encoding="utf-8", errors="replace") as file:
+                rest = file.read(MAX_RUNTIME_LOG).lstrip()
+            while rest:
+                entry, end = json.JSONDecoder().raw_decode(rest)        # crun's take several lines
+                rest = rest[end:].lstrip()
+                error = entry["msg"] if entry["level"] in ("error", "fatal") else error
+        return error
+
+    def _spawn(self, user_namespace: str) -> None:
+        self._killed_before = self._host.cgroups.memory_kills(posixpath.dirname(self.cgroup))
+        os.mkdir(self._directory, 0o710)
+        os.chown(self._directory, 0, self._bundle.first_id)     # runc mounts control.sock as the container's root
+        with open(f"{self._directory}/config.json", "xb") as file:
+            file.write(self._bundle.render(self.id, user_namespace))
+        self._listener = self._listen()
+        self._host.loop.add_reader(self._listener, self._on_connect)
+        self._output = OutputReader(self._host.workers, self._make_output(), self._on_output)
+        # Open for reading as well: should we die, what the handler prints still has a reader, itself. It waits when
+        # the pipe is full, until the next daemon reads on, rather than die of SIGPIPE.
+        writing = os.open(f"{self._directory}/output", os.O_RDWR)
+        try:
+            self._pid = self._host.runtime.spawn(self._directory, self.id, writing)
+        finally:
+            os.close(writing)
+        try:
+            # All that the next daemon will believe of this container. A link is one call, and never half written.
+            os.symlink(f"{self._pid} {start_time(self._pid)} {self._bundle.name} {self._bundle.version}",
+                       f"{self._directory}/note")
+            self._pidfd = os.pidfd_open(self._pid)
+        except OSError:                 # out of descriptors: what cannot be watched must not run
+            os.kill(self._pid, signal.SIGKILL)
+            os.waitpid(self._pid, 0)
+            self._pid = 0
+            raise
+        self._host.loop.add_reader(self._pidfd, self._on_exit)
+
+    def _on_output(self, text: str) -> None:
+        self.write_line(self.id, text)
+        if self._looks and REFUSED_PROCESS.search(text):        # now: once it has exited, its cgroups go at once
+            self._looks -= 1
+            if self._host.cgroups.refused_processes(self.cgroup):
+                self._looks, self._hit_pids = 0, " after it had hit --pids"
+                self.write_line(self.id, "(it has hit --pids: a process or thread was refused)")
+            elif REFUSED_THREAD.search(text) and not self._host.cgroups.exists(self.cgroup):
+                self._hit_pids = " (did it hit --pids?)"
+
+    def describe_end(self, status: int | None) -> str:
+        """Return how it ended, with that exit status, in words."""
+        return describe_exit(status) + self._hit_pids
+
+    def _make_output(self) -> int:
+        """Make the pipe for the container's output, with a name by which the next daemon finds it; return its end."""
+        path = f"{self._directory}/output"
+        os.mkfifo(path)
+        os.chmod(path, 0o666)           # the image's user may open /dev/stdout; others do not reach the directory
+        return os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+
+    def _listen(self) -> socket.socket:
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        path = f"{self._directory}/control.sock"
+        with contextlib.suppress(OSError):              # ENOPROTOOPT: before Linux 6.16
+            listener.setsockopt(socket.SOL_SOCKET, SO_PASSRIGHTS, 0)     # what a handler sends would be ours to close
+        listener.bind(path)
+        os.chmod(path, 0o666)           # the image's user connects; on the host the directory keeps others out
+        listener.listen(1)
+        listener.setblocking(False)
+        return listener
+
+    def _on_connect(self) -> None:
+        try:
+            self._control, _ = self._listener.accept()
+        except BlockingIOError:
+            return
+        except OSError as error:        # out of descriptors; trying again at once would spin
+            log.error("container=%s cannot accept its handler: %s", self.id, error.strerror)
+            self._close_listener()
+            return
+        self._listener.shutdown(socket.SHUT_RD)         # who connects again is refused
+        self._close_listener()
+        self._control.setblocking(False)
+        self._host.loop.add_reader(self._control, self._on_control)
+        # A handler may send out-of-band data, which keeps the connection readable, and no MSG_PEEK shows it.
+        self._control.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
+        self._watch_memory()
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(f"{self._directory}/config.json")         # the room is for those that start
+        self._connected.set_result(None)
+
+    def _watch_memory(self) -> None:
+        with contextlib.suppress(OSError):              # it has ended already
+            self._memory = self._host.cgroups.watch_memory(self.cgroup)
+            if self._memory >= 0:
+                self._host.loop.add_reader(self._memory, self._on_memory)
+
+    # -- work --
+
+    def hand_over(self, client: socket.socket) -> bool:
+        """Send the client's socket to the handler; return whether somebody was there to take it."""
+        if self._control is None:       # it connected and let go at once
+            return False
+        try:
+            self._control.sendmsg([b"\0"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("i", client.fileno()))])
+        except OSError as error:        # EPIPE, ECONNRESET: it is gone; ETOOMANYREFS: the kernel takes no more
+            log.info("container=%s cannot be handed a client: %s", self.id, error.strerror)
+            return False
+        self.served += 1
+        self.said = self._host.loop.create_future()
+        return True
+
+    @property
+    def is_connected(self) -> bool:
+        return self._control is not None
+
+    def listen(self) -> asyncio.Future[Release]:
+        """Return the future of what it says while it has no client."""
+        self.said = self._host.loop.create_future()
+        return self.said
+
+    def say(self, release: Release) -> None:
+        if not self.said.done():
+            self.said.set_result(release)
+
+    def end_wait(self, release: Release) -> None:
+        """Have nobody wait for the handler any longer, unless it has let go: that may have come before our turn."""
+        if self._control is not None:
+            self._on_control()
+        self.say(release)
+
+    def _on_control(self) -> None:
+        """Read what the handler says: one byte is READY, anything else is its end.
+
+        Before Linux 6.16 it can send descriptors. To take them from the queue closes them, which can wait for the lock
+        of its pipe, and so can closing the connection: that is done in a thread.
+        """
+        try:
+            data, _, flags, _ = self._control.recvmsg(2, 0, socket.MSG_PEEK)
+            release = Release.GONE
+            if len(data) == 1 and not flags & socket.MSG_CTRUNC:        # a descriptor is with it
+                self._control.recv(1)
+                release = Release.READY
+        except BlockingIOError:
+            return
+        except ConnectionResetError:    # it closed the connection with our message still unread in it
+            release = Release.UNTAKEN
+        if release != Release.READY or self.said.done():        # done: it talks out of turn
+            self._close_control()
+        self.say(release)
+
+    def _on_memory(self, looks: int = MEMORY_LOOKS) -> None:
+        """One process is killed for want of memory: the others might wait for it for ever.
+
+        The event comes before the kernel has chosen a victim and counted it; also where a cgroup above has run out,
+        whose victim may be anybody's; and once more when the cgroup is removed.
+        """
+        if self._memory < 0:                    # it has exited
+            return
+        if self.look_for_memory():
+            self.kill()
+        elif looks:
+            self._host.loop.call_later(KILL_RETRY, self._on_memory, looks - 1)
+
+    def look_for_memory(self) -> bool:
+        """Return whether a process of the container was killed for want of memory, as far as its cgroup is there."""
+        if self._memory >= 0:
+            with contextlib.suppress(BlockingIOError):          # nothing new
+                events = os.eventfd_read(self._memory)
+                self._memory_told = self._memory_told or events > 1 or self._host.cgroups.exists(self.cgroup)
+        self.out_of_memory = self.out_of_memory or self._host.cgroups.memory_kills(self.cgroup) > 0
+        return self.out_of_memory
+
+    @property
+    def may_have_run_out_of_memory(self) -> bool:
+        """Whether it, or a container of its function, has run out of memory since it was started."""
+        return self._memory_told or self._counted_kills
+
+    @property
+    def _counted_kills(self) -> bool:
+        """Whether the kernel has killed a process of its function for that. Only v2 knows it of those that are gone."""
+        return self._host.cgroups.memory_kills(posixpath.dirname(self.cgroup)) > self._killed_before
+
+    # -- end --
+
+    def _on_exit(self) -> None:
+        status = None if self._bundle is None else os.waitstatus_to_exitcode(os.waitpid(self._pid, 0)[1])
+        # Nobody but us and the kernel sends SIGKILL to the first process of a container, and its cgroup may be gone.
+        suspect = self._counted_kills if status is None else (
+            status == 128 + signal.SIGKILL and self.may_have_run_out_of_memory)
+        self.out_of_memory = self.look_for_memory() or suspect and not self.killed
+        self._unwatch()
+        self._exited.set_result(status)
+        if self._control is not None:
+            self._on_control()          # UNTAKEN is worth knowing
+        if self._control is not None or self._bundle is None:       # somebody outside has it, or runc alone was killed
+            self._close_control()
+            self.say(Release.GONE)
+
+    def _unwatch(self) -> None:
+        for descriptor in (self._pidfd, self._memory):
+            if descriptor >= 0:
+                self._host.loop.remove_reader(descriptor)
+                os.close(descriptor)
+        self._pidfd = self._memory = -1
+
+    def _drop(self, ours: socket.socket | None) -> None:
+        """Stop watching a socket and close it, in a thread: see _on_control."""
+        if ours is not None:
+            self._host.loop.remove_reader(ours)
+            self._host.workers.run(ours.close)
+
+    def _close_control(self) -> None:
+        self._drop(self._control)
+        self._control = None
+
+    def _close_listener(self) -> None:
+        self._drop(self._listener)
+        self._listener = None
+
+    async def leave(self) -> None:
+        """Let go of the container while its handler serves a client: the next daemon will adopt it.
+
+        But not if it holds the lock of its output's pipe: our end, as a process, waits for that.
+        """
+        if self._exited.done():                 # just now
+            await self.finish(0)
+            return
+        self._unwatch()
+        self._close_control()
+        if not await self._output.close():
+            log.warning("container=%s does not let go of its output: ending it", self.id)
+            await self._host.killers.run(self._host.cgroups.kill, self.cgroup)
+
+    async def finish(self, grace: float) -> int | None:
+        """Wait grace seconds for the container to exit, kill it if it does not, remove all of it.
+
+        Returns the exit status of runc run, which is the handler's, or 128 + the signal that ended it; None for that
+        of an adopted container.
+        """
+        self._close_control()
+        if self._pid:
+            if grace and not self._exited.done():
+                await asyncio.wait([self._exited], timeout=grace)
+            await self._kill()
+        if self._host.runtime.has_state(self.id) or self._host.cgroups.exists(self.cgroup):     # runc was killed
+            await self._host.workers.run(self._host.remove_remains, self.id, self.cgroup)
+        self._close_listener()
+        if self._output is not None:
+            await self._output.finish()
+        self._remove_directory()
+        self._host.count_ended(self._function)
+        return self._exited.result() if self._exited.done() else -signal.SIGKILL
+
+    def kill(self) -> None:
+        """Kill the container in the background; finish() is still to come."""
+        self._killing = self._host.loop.create_task(self._kill())
+
+    async def _kill(self) -> None:
+        """Kill every process of the container until runc, which waits for the first of them, is done."""
+        deadline = time.monotonic() + KILL_TIMEOUT
+        self.killed = self.killed or not self._exited.done()
+        while not self._exited.done() and time.monotonic() < deadline:
+            # Again and again: while it starts it may have no process yet. It may have thousands.
+            with contextlib.suppress(OSError):
+                await self._host.killers.run(self._host.cgroups.kill, self.cgroup)
+            await asyncio.wait([self._exited], timeout=KILL_RETRY)
+        if not self._exited.done():
+            log.error("container=%s runc does not end, killing it", self.id)
+            if self._pidfd >= 0:                # else it was left to the next daemon
+                signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+                await self._exited
+
+    def _remove_directory(self) -> None:
+        try:
+            for name in ("config.json", "control.sock", "output", "note", "runtime.log"):
+                with contextlib.suppress(FileNotFoundError):        # it was never made
+                    os.unlink(f"{self._directory}/{name}")
+            with contextlib.suppress(FileNotFoundError):
+                os.rmdir(self._directory)
+        except OSError as error:
+            log.warning("container=%s cannot remove %s: %s", self.id, self._directory, error.strerror)
 
 
-def sync_rename(path: Path) -> None:
-    """Have a file's new name on the disk too. Failure is logged: to say that nothing was written would be wrong."""
+def describe_exit(status: int | None) -> str:
+    """Return an exit status in words. runc reports death by a signal as 128 + its number, as a shell does."""
+    if status is None:
+        return "ended"
+    if status > 128:
+        try:
+            name = signal.Signals(status - 128).name
+        except ValueError:
+            name = f"signal {status - 128}"
+        return f"was killed by {name}" + (" (out of memory?)" if name == "SIGKILL" else "")
+    if status < 0:
+        return f"vanished with runc, killed by signal {-status}"
+    return f"exited with status {status}"
+
+
+PIPE_SIZE = MIB                     # what a pipe may have at most (pipe(7))
+EXIT_GRACE = 1.0                    # seconds a handler has between letting go of its client and being killed
+MAX_LINE = 8 * KIB                  # a longer line of a handler is cut into several
+MAX_OUTPUT = MIB                    # bytes of log kept of one container's output; the rest is read and dropped
+LINE_OVERHEAD = 48                  # bytes that the log adds to each line
+OUTPUT_CHUNK = 4 * KIB              # bytes of output read at a time
+LOG_DELAY = 0.02                    # seconds in which output gathers before it is read, and lines before writing
+TAIL_LINES = 20                     # lines of output shown when a deploy fails
+
+
+class OutputReader:
+    """Reads a container's stdout and stderr from a pipe, line by line, for as long as anybody holds its other end.
+
+    Whoever writes to a pipe holds its lock, and can hold it for long: while what it writes is fetched from a disk, or
+    when its CPU time is used up. So workers read, now and then, until the container is gone.
+    """
+
+    def __init__(self, workers: Workers, descriptor: int, write_line: Callable[[str], None]):
+        """descriptor is a non-blocking one; write_line is called by any thread."""
+        self._workers = workers
+        self._descriptor = descriptor
+        self._write_line = write_line
+        self._partial = b""
+        self._room = MAX_OUTPUT
+        self._pause_at = MAX_OUTPUT - OUTPUT_CHUNK      # of room
+        self._reading: asyncio.Future | None = None
+        self._closed = False
+        self._loop = asyncio.get_running_loop()
+        self._ended: asyncio.Future[None] = self._loop.create_future()
+        self.tail: collections.deque[str] = collections.deque(maxlen=TAIL_LINES)
+        self._watch()
+
+    def _watch(self) -> None:
+        if not self._closed:
+            self._loop.add_reader(self._descriptor, self._start_reading)
+
+    def _start_reading(self) -> None:
+        self._loop.remove_reader(self._descriptor)
+        self._reading = self._workers.run(self._read)
+        self._reading.add_done_callback(self._on_read)
+
+    def _on_read(self, reading: asyncio.Future) -> None:
+        self._reading = None
+        over = not reading.exception() and reading.result()
+        if over or self._closed:
+            self._end()
+        elif self._room > self._pause_at and not reading.exception():
+            self._watch()
+        else:                                   # it prints much: so that each read finds much
+            self._pause_at = self._room - OUTPUT_CHUNK
+            self._loop.call_later(LOG_DELAY, self._watch)
+
+    def _read(self) -> bool:
+        """Take what is there; return whether that was the last.
+
+        A handler may write without end, and need not even copy what it writes (vmsplice(2)): it must not wait for a
+        full pipe, nor fill the log, nor cost us a copy, or much at all, where the log takes no more.
+        """
+        rest = PIPE_SIZE
+        with contextlib.suppress(BlockingIOError):
+            while rest > 0 and self._room > 0:
+                size = self._take(os.read(self._descriptor, OUTPUT_CHUNK))
+                if size == 0:
+                    return True
+                rest -= size
+            while self._room <= 0 and not self._closed:
+                with open(os.devnull, "wb") as null:
+                    if not os.splice(self._descriptor, null.fileno(), PIPE_SIZE, flags=os.SPLICE_F_NONBLOCK):
+                        return True
+                time.sleep(LOG_DELAY)
+        return False
+
+    def _take(self, data: bytes) -> int:
+        """Log what was read; return its size."""
+        *lines, self._partial = (self._partial + data).split(b"\n")
+        while len(self._partial) >= MAX_LINE:
+            lines.append(self._partial[:MAX_LINE])
+            self._partial = self._partial[MAX_LINE:]
+        for line in lines:
+            for start in range(0, max(len(line), 1), MAX_LINE):
+                self._emit(line[start:start + MAX_LINE])
+        if self._room <= 0:
+            self._emit_partial()
+            with contextlib.suppress(OSError):          # so that it is large enough to be emptied now and then
+                fcntl.fcntl(self._descriptor, fcntl.F_SETPIPE_SZ, PIPE_SIZE)
+            self._write_line(f"(output over {MAX_OUTPUT} bytes is dropped)")
+        return len(data)
+
+    def _emit(self, line: bytes) -> None:
+        self._room -= len(line) + LINE_OVERHEAD         # many short lines cost as much as a few long ones
+        text = escape_controls(line.decode("utf-8", "backslashreplace").removesuffix("\r"))
+        self.tail.append(text)
+        self._write_line(text)
+
+    def _emit_partial(self) -> None:
+        if self._partial:
+            self._emit(self._partial)
+            self._partial = b""
+
+    async def finish(self) -> None:
+        """Take what is left in the pipe once the container is gone, and close it.
+
+        Even then somebody can hold the lock: another container of its network, to which it has sent the other end.
+        """
+        if self._reading is not None:           # perhaps from before the last was written
+            await asyncio.wait([self._reading], timeout=EXIT_GRACE)
+        if self._reading is None and not self._closed:
+            self._start_reading()
+        await self.close()
+
+    async def close(self) -> bool:
+        """Read no more: what is still in the pipe is for the next reader. Return whether it is closed soon."""
+        if not self._closed:
+            self._closed = True
+            self._loop.remove_reader(self._descriptor)
+            if self._reading is None:
+                self._end()
+        await asyncio.wait([self._ended], timeout=EXIT_GRACE)
+        return self._ended.done()
+
+    def _end(self) -> None:
+        self._closed = True
+        self._emit_partial()
+        self._workers.run(os.close, self._descriptor).add_done_callback(lambda _: self._ended.set_result(None))
+
+
+STUCK_SECONDS = 0.005               # until more threads come in, where all are kept waiting
+MAX_WORKERS = 4096                  # threads that wait; a container can keep a few waiting
+
+
+class Workers:
+    """Makes system calls that a container can keep waiting, in daemon threads: the loop must not wait, nor our end.
+
+    A handler can hold the lock of its client's socket or of its output's pipe for as long as it likes, in a write that
+    sleeps in page faults while others of its container take all the CPU it may have. Nothing ends the wait of another
+    who wants the lock, not even SIGKILL, but the end of the container. So one call that does not come back must hold up
+    nobody. Yet most do at once, and a thread for each would cost more than they: more come in only while all are kept
+    waiting. Only calls that let go of Python's lock will do.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop):
+        self.loop = loop
+        self._calls: queue.SimpleQueue = queue.SimpleQueue()        # None ends a thread
+        self._results: collections.deque = collections.deque()
+        self._told = False                      # the loop is about to deliver results
+        self.pending: set[asyncio.Future] = set()
+        self._limits: dict[asyncio.Future, tuple[int, Callable[[], None]]] = {}         # in looks; the oldest first
+        self._looks = 0
+        self._threads = 0
+        self._timer: asyncio.TimerHandle | None = None
+        self._start(1)
+
+    def run(self, function: Callable, *arguments, overdue: Callable[[], None] | None = None) -> asyncio.Future:
+        """Call function in a thread; overdue, which should end the wait, if that takes longer than EXIT_GRACE.
+
+        That is counted in looks, which are made every STUCK_SECONDS: none while this process is stopped. The
+        descriptors that it works on must stay open until it is done, whatever becomes of the future.
+        """
+        future = self.loop.create_future()
+        self.pending.add(future)
+        if overdue:
+            self._limits[future] = self._looks + int(EXIT_GRACE / STUCK_SECONDS), overdue
+        self._calls.put((future, function, arguments))
+        if self._timer is None:
+            self._timer = self.loop.call_later(STUCK_SECONDS, self._look)
+        return future
+
+    def _start(self, threads: int) -> None:
+        with contextlib.suppress(RuntimeError):         # there is none to be had: the next look tries again
+            for _ in range(threads):
+                threading.Thread(target=self._work, name="worker", daemon=True).start()
+                self._threads += 1
+
+    def _work(self) -> None:
+        while call := self._calls.get():
+            future, function, arguments = call
+            try:
+                outcome = function(*arguments)
+            except Exception as error:          # for whoever asked
+                outcome = error
+            self._results.append((future, outcome))
+            if not self._told:
+                self._told = True
+                with contextlib.suppress(RuntimeError):         # the loop is closed
+                    self.loop.call_soon_threadsafe(self._deliver)
+
+    def _deliver(self) -> None:
+        self._told = False
+        while self._results:
+            future, outcome = self._results.popleft()
+            self.pending.discard(future)
+            self._limits.pop(future, None)
+            if future.cancelled():
+                continue
+            if isinstance(outcome, Exception):
+                future.set_exception(outcome)
+            else:
+                future.set_result(outcome)
+        spare = self._threads - len(self.pending) - 1
+        if spare > 0 and self._calls.empty():
+            self._threads -= spare
+            for _ in range(spare):
+                self._calls.put(None)
+
+    def _look(self) -> None:
+        """Bring in threads if all are kept waiting, and tell of calls that are overdue."""
+        self._timer = None
+        self._looks += 1
+        for future, (last, overdue) in list(self._limits.items()):
+            if self._looks < last:
+                break
+            del self._limits[future]
+            overdue()
+        queued = self._calls.qsize()
+        if queued and self._threads <= len(self.pending) - len(self._results) - queued:
+            self._start(min(queued, max(1, self._threads), MAX_WORKERS - self._threads))
+        if queued or self._limits:              # else there is nothing to wake up for
+            self._timer = self.loop.call_later(STUCK_SECONDS, self._look)
+
+    @staticmethod
+    async def finished(futures: Collection[asyncio.Future]) -> set[asyncio.Future]:
+        """Return those that are done once all are, or none more came back for EXIT_GRACE."""
+        done, pending = set(), set(futures)
+        while pending:
+            came, pending = await asyncio.wait(pending, timeout=EXIT_GRACE, return_when=asyncio.FIRST_COMPLETED)
+            if not came:
+                break
+            done |= came
+        return done
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a container is made of: config.json, seccomp, the runtime, cgroups
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Bundle:
+    """A function's config.json, rendered once; for each container its id and the user namespace are filled in."""
+
+    def __init__(self, name: str, image: dict, options: Options, rootfs: Path, run_dir: Path, cgroups: Cgroups,
+                 apparmor: str = "", mounts: Iterable[dict] = ()):
+        """mounts are what the rootfs itself is made of, where it is no unpacked image."""
+        self.name, self.version = name, image["version"]
+        self.first_id: int = image["first_id"]          # host id of the containers' root
+        # runc joins a user namespace first, and from there no network that the host has made.
+        self.joins_user_namespace = options.net != "egress"
+        self._mark = f"@{secrets.token_hex(16)}@"       # stands for the id; nothing a user writes contains it
+        self._namespace_mark = f"@{secrets.token_hex(16)}@"
+        spec = build_spec(name, image, options, str(rootfs), str(run_dir / "containers" / self._mark / "control.sock"),
+                          cgroups.path(name, self._mark), self._mark, cgroups.can_limit_swap, run_dir, apparmor,
+                          self._namespace_mark, {"memory.oom.group": "1"} if cgroups.kills_whole else None)
+        spec["mounts"][:0] = mounts
+        self._template = json.dumps(spec)
+        check_sizes(spec["process"], len(self._template))
+
+    def render(self, container_id: str, user_namespace: str = "") -> bytes:
+        """user_namespace is the path of the one to join, or empty for a new one."""
+        text = self._template.replace(self._mark, container_id)
+        if user_namespace:
+            return text.replace(self._namespace_mark, user_namespace).encode()
+        return text.replace(f', "path": "{self._namespace_mark}"', "").encode()
+
+
+CPU_PERIOD = 100_000                # microseconds (cgroup cpu controller)
+MAX_OPEN_FILES = (1024, 4096)       # RLIMIT_NOFILE inside, soft and hard: a container serves one client at a time, and
+                                    # much that hangs on a descriptor is the kernel's memory, and nobody's in particular
+
+
+def build_spec(name: str, image: dict, options: Options, rootfs: str, control_socket: str, cgroup: str,
+               container_id: str, limit_swap: bool, run_dir: Path, apparmor: str = "",
+               user_namespace: str = "", unified: dict[str, str] | None = None) -> dict:
+    """Return the OCI runtime configuration (runtime-spec config.md) of a function's container.
+
+    image is the content of image.json; rootfs, control_socket and cgroup are paths, cgroup below the cgroup mounts;
+    apparmor is the name of a profile that is loaded, or empty; user_namespace the path of one to join, or empty for a
+    new one; unified are files of cgroup v2 to write.
+    """
+    process = image["process"]
+    env = merge_env(process["env"], [*options.env, f"FAAS_FUNCTION={name}", f"FAAS_VERSION={image['version']}",
+                                     f"FAAS_CONTAINER_ID={container_id}"])
+    ids = [{"containerID": 0, "hostID": image["first_id"], "size": IDS}]
+    seccomp = seccomp_profile(platform.machine())
+    soft, hard = MAX_OPEN_FILES
+    memory = {"limit": options.memory, **({"swap": options.memory} if limit_swap else {})}
+    return {
+        "ociVersion": "1.0.2",
+        "hostname": name,
+        "root": {"path": rootfs, "readonly": True},
+        "process": {
+            "terminal": False, "cwd": process["cwd"], "args": command_line(process, options), "env": env,
+            "user": {"uid": process["uid"], "gid": process["gid"], "additionalGids": process["groups"]},
+            # Not what an operator gave us against the OOM killer; to lower what is higher takes a capability.
+            "oomScoreAdj": max(0, int(read_text(Path("/proc/self/oom_score_adj")) or 0)),
+            "noNewPrivileges": True, **({"apparmorProfile": apparmor} if apparmor else {}),
+            **({"rlimits": [{"type": "RLIMIT_NOFILE", "soft": soft, "hard": hard}]} if can_set_limits() else {}),
+            "capabilities": {kind: [] for kind in
+                             ("bounding", "effective", "inheritable", "permitted", "ambient")},
+        },
+        "mounts": [*bundle_mounts(process["volumes"], control_socket),
+                   *network_mounts(options.net, process, run_dir)],
+        "linux": {
+            "namespaces": [*({"type": kind} for kind in NAMESPACES), *network_namespace(options.net, name, run_dir),
+                           {"type": "user", **({"path": user_namespace} if user_namespace else {})}],
+            "uidMappings": ids, "gidMappings": ids,
+            **({"seccomp": seccomp} if seccomp else {}),
+            "cgroupsPath": cgroup,
+            "maskedPaths": [path for path in MASKED_PATHS if options.net == "none" or not path.startswith("/sys/")],
+            "readonlyPaths": READONLY_PATHS,
+            "resources": {
+                "devices": [{"allow": False, "access": "rwm"}],     # runc adds null, zero, tty and their like
+                "memory": memory,
+                "cpu": {"quota": int(options.cpus * CPU_PERIOD), "period": CPU_PERIOD},
+                "pids": {"limit": options.pids},
+                **({"unified": unified} if unified else {}),
+            },
+        },
+    }
+
+
+MAX_ARGUMENT = 128 * KIB            # bytes of an argument or variable with its NUL (MAX_ARG_STRLEN, execve(2))
+MAX_CONFIG_SIZE = 256 * KIB         # of a config.json; all containers' lie in one tmpfs
+
+
+def check_sizes(process: dict, total: int) -> None:
+    """Raise BadRequest for a process that execve(2) would refuse, or a config.json that would fill RUN_DIR.
+
+    total is the size of all of config.json, of which each container has one. In a smaller one there is no room for more
+    variables and arguments than execve takes, which is 2 MiB.
+    """
+    named = [*(("the command's argument", text) for text in process["args"]),
+             *((f"the variable {text.partition('=')[0][:MAX_NAME_LENGTH]}", text) for text in process["env"])]
+    for what, text in named:
+        if len(text.encode()) >= MAX_ARGUMENT:
+            raise BadRequest(f"{what} has {len(text.encode())} bytes: one may have at most {MAX_ARGUMENT - 1}")
+    if total > MAX_CONFIG_SIZE:
+        env, args = (sum(len(text.encode()) + 1 for text in process[key]) for key in ("env", "args"))
+        raise BadRequest(f"the environment of {env} bytes and the command of {args} make a config.json of {total} "
+                         f"bytes, over {MAX_CONFIG_SIZE} (MAX_CONFIG_SIZE): put what is large into a file of the image")
+
+
+def command_line(process: dict, options: Options) -> list[str]:
+    """Return argv: the image's Entrypoint and the user's command or the image's Cmd (G.1). Raises ImageError."""
+    arguments = [*process["entrypoint"], *(options.cmd or process["cmd"])]
+    if not arguments:
+        raise ImageError("the image names no command to run: give one after `--`")
+    return arguments
+
+
+CAP_SYS_RESOURCE = 24               # linux/capability.h
+
+
+def can_set_limits() -> bool:
+    """Whether the runtime may set limits in a function's user namespace: with CAP_SYS_RESOURCE (capabilities(7))."""
+    effective = re.search(r"^CapEff:\s*(\w+)$", Path("/proc/self/status").read_text(), re.MULTILINE)
+    return bool(int(effective[1], 16) >> CAP_SYS_RESOURCE & 1)
+
+
+TMP_SIZE, SHM_SIZE, DEV_SIZE, VOLUME_SIZE = "64m", "64m", "1m", "64m"      # tmpfs(5) size=
+MAX_TERMINALS = 16                  # ptys of one container; all containers of a machine share some 3,000 (pty.max)
+
+
+def bundle_mounts(volumes: list[dict], control_socket: str) -> list[dict]:
+    """Return the mounts of every container, whatever its network.
+
+    /dev must be a mount: without one runc writes device nodes into the rootfs, which other containers share.
+    """
+    mounts = [
+        {"destination": "/proc", "type": "proc", "source": "proc", "options": ["nosuid", "noexec", "nodev"]},
+        {"destination": "/dev", "type": "tmpfs", "source": "tmpfs",
+         "options": ["nosuid", "noexec", "strictatime", "mode=755", f"size={DEV_SIZE}"]},
+        {"destination": "/dev/pts", "type": "devpts", "source": "devpts",
+         "options": ["nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620", "gid=5",
+                     f"max={MAX_TERMINALS}"]},
+        tmpfs_mount("/dev/shm", SHM_SIZE, "noexec", "mode=1777"),
+        {"destination": "/dev/mqueue", "type": "mqueue", "source": "mqueue", "options": ["nosuid", "noexec", "nodev"]},
+        tmpfs_mount("/tmp", TMP_SIZE, "mode=1777"),
+    ]
+    for volume in volumes:
+        mounts.append(tmpfs_mount(volume["path"], VOLUME_SIZE, f"mode={volume['mode']:o}", f"uid={volume['uid']}",
+                                  f"gid={volume['gid']}", *(["tmpcopyup"] if volume["copy_up"] else [])))
+    mounts.append({"destination": CONTROL_SOCKET, "type": "bind", "source": control_socket,
+                   "options": ["bind", "nosuid", "nodev", "noexec"]})
+    return mounts
+
+
+def tmpfs_mount(destination: str, size: str, *options: str) -> dict:
+    return {"destination": destination, "type": "tmpfs", "source": "tmpfs",
+            "options": ["nosuid", "nodev", f"size={size}", *options]}
+
+
+def network_mounts(net: str, process: dict, run_dir: Path) -> list[dict]:
+    """Return what a container finds of its network at /sys and in resolv.conf.
+
+    The kernel gives a container sysfs only with a network namespace that its own user namespace made. One that joins
+    another gets an empty /sys: the host's, bound there, would show the host's interfaces.
+    """
+    if net == "none":
+        return [{"destination": "/sys", "type": "sysfs", "source": "sysfs",
+                 "options": ["nosuid", "noexec", "nodev", "ro"]}]
+    return [tmpfs_mount("/sys", "4k", "noexec", "ro", "mode=555"),
+            {"destination": process["resolv_conf"], "type": "bind", "source": str(resolv_conf_path(run_dir, net)),
+             "options": ["bind", "ro", "nosuid", "nodev", "noexec"]}]
+
+
+def network_namespace(net: str, name: str, run_dir: Path) -> list[dict]:
+    """Return the entry of linux.namespaces; the host's network is none."""
+    return {"none": [{"type": "network"}],
+            "egress": [{"type": "network", "path": str(namespace_path(run_dir, name))}],
+            "host": []}[net]
+
+
+def namespace_path(run_dir: Path, name: str) -> Path:
+    """Return where the network namespace of a function with net egress is kept."""
+    return run_dir / "net" / name
+
+
+def resolv_conf_path(run_dir: Path, net: str) -> Path:
+    """Return the resolv.conf of functions with net egress or host."""
+    return run_dir / f"resolv.conf.{net}"
+
+
+# What Docker masks and what it makes read-only: kernel interfaces that are not namespaced.
+MASKED_PATHS = ["/proc/acpi", "/proc/asound", "/proc/interrupts", "/proc/kcore", "/proc/keys", "/proc/latency_stats",
+                "/proc/sched_debug", "/proc/scsi", "/proc/timer_list", "/proc/timer_stats",
+                "/sys/devices/virtual/powercap", "/sys/firmware"]
+READONLY_PATHS = ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"]
+NAMESPACES = ["pid", "mount", "ipc", "uts", "cgroup"]    # besides those of its network and of the function's users
+APPARMOR_PROFILE = "faasd-default"  # packaging/apparmor-faasd-default
+
+
+def apparmor_profile() -> str:
+    """Return the AppArmor profile for containers, "" where the kernel has no AppArmor or the profile is not loaded."""
+    with contextlib.suppress(FileNotFoundError):
+        loaded = Path("/sys/kernel/security/apparmor/profiles").read_text()
+        if re.search(rf"^{re.escape(APPARMOR_PROFILE)} \(", loaded, re.MULTILINE):
+            return APPARMOR_PROFILE
+        log.warning("AppArmor profile %s is not loaded, so containers run without: apparmor_parser -r "
+                    "packaging/apparmor-%s", APPARMOR_PROFILE, APPARMOR_PROFILE)
+    return ""
+
+
+def seccomp_profile(machine: str) -> dict | None:
+    """Return the seccomp filter of every container (runtime-spec config-linux.md), None for a machine without one.
+
+    For the machine's native system calls only: those of 32-bit programs end the process, and the filter takes a third
+    of the time to load. clone3 has its flags where no filter can look, so it is said not to exist, and C libraries use
+    clone.
+    """
+    if machine not in SECCOMP_ARCHITECTURES:
+        return None
+    return {
+        "defaultAction": "SCMP_ACT_ERRNO", "defaultErrnoRet": errno.ENOSYS,
+        "architectures": [SECCOMP_ARCHITECTURES[machine]],
+        "syscalls": [
+            {"names": ALLOWED_CALLS, "action": "SCMP_ACT_ALLOW"},
+            {"names": REFUSED_CALLS, "action": "SCMP_ACT_ERRNO", "errnoRet": errno.EPERM},
+            allow("clone", compare(0, 0, CLONE_NAMESPACES)),
+            *(refuse("clone", compare(0, 1 << bit, 1 << bit)) for bit in range(32) if CLONE_NAMESPACES >> bit & 1),
+            # TCP Fast Open sends before there is a connection; said to be switched off.
+            *(rule for name, flags in (("sendto", 3), ("sendmsg", 2), ("sendmmsg", 3)) for rule in (
+                allow(name, compare(flags, 0, socket.MSG_FASTOPEN)),
+                refuse(name, compare(flags, socket.MSG_FASTOPEN, socket.MSG_FASTOPEN), error=errno.EOPNOTSUPP))),
+            *socket_rules(), *option_rules(),
+        ],
+    }
+
+
+SECCOMP_ARCHITECTURES = {"x86_64": "SCMP_ARCH_X86_64", "aarch64": "SCMP_ARCH_AARCH64", "riscv64": "SCMP_ARCH_RISCV64"}
+
+# What a handler may ask of the kernel, in the spirit of Docker's profile: what programs in Python, Node, Go, Java, Ruby
+# or C need to compute, to talk and to use the files they are given. Everything else is EPERM: mounts, namespaces,
+# modules, keys, tracing, bpf, perf, io_uring, userfaultfd, clocks, and what has not been invented yet. In groups, as
+# the man pages have them; names of another architecture's are passed over.
+ALLOWED_CALLS = """
+    access chdir chmod chown close close_range copy_file_range creat dup dup2 dup3 faccessat faccessat2 fadvise64
+    fallocate fchdir fchmod fchmodat fchmodat2 fchown fchownat fdatasync fgetxattr flistxattr flock fremovexattr
+    fsetxattr fstat fstatfs fsync ftruncate futimesat getcwd getdents getdents64 getxattr inotify_add_watch
+    inotify_init inotify_init1 inotify_rm_watch ioctl lchown lgetxattr link linkat listxattr llistxattr lremovexattr
+    lseek lsetxattr lstat memfd_create mkdir mkdirat mknod mknodat newfstatat open openat openat2 pread64 preadv preadv2
+    pwrite64 pwritev pwritev2 read readahead readlink readlinkat readv removexattr rename renameat renameat2 rmdir
+    sendfile setxattr splice stat statfs statx symlink symlinkat sync sync_file_range sync_file_range2 syncfs tee
+    truncate umask unlink unlinkat utime utimensat utimes vmsplice write writev
+
+    brk madvise mincore mlock mlock2 mlockall mmap mprotect mremap msync munlock munlockall munmap pkey_alloc
+    pkey_free pkey_mprotect
+
+    alarm arch_prctl capget capset execve execveat exit exit_group fork getcpu getegid geteuid getgid getgroups
+    getitimer getpgid getpgrp getpid getppid getpriority getrandom getresgid getresuid getrlimit getrusage getsid
+    gettid getuid ioprio_get ioprio_set kill pidfd_open pidfd_send_signal prlimit64 restart_syscall
+    riscv_flush_icache rt_sigaction rt_sigpending rt_sigprocmask rt_sigqueueinfo rt_sigreturn rt_sigsuspend
+    rt_sigtimedwait rt_tgsigqueueinfo setfsgid setfsuid setgid setgroups setitimer setpgid setpriority setregid
+    setresgid setresuid setreuid setrlimit setsid setuid sigaltstack sysinfo tgkill times tkill uname vfork wait4 waitid
+
+    futex futex_requeue futex_wait futex_waitv futex_wake get_robust_list membarrier rseq sched_get_priority_max
+    sched_get_priority_min sched_getaffinity sched_getattr sched_getparam sched_getscheduler sched_rr_get_interval
+    sched_setaffinity sched_setparam sched_yield set_robust_list set_tid_address
+
+    clock_getres clock_gettime clock_nanosleep gettimeofday nanosleep time timer_create timer_delete timer_getoverrun
+    timer_gettime timer_settime timerfd_create timerfd_gettime timerfd_settime
+
+    accept accept4 bind connect getpeername getsockname getsockopt listen recvfrom recvmmsg recvmsg 
+    shutdown 
+
+    epoll_create epoll_create1 epoll_ctl epoll_pwait epoll_pwait2 epoll_wait eventfd eventfd2 pause pipe pipe2 poll
+    ppoll pselect6 select signalfd signalfd4
+
+    mq_getsetattr mq_notify mq_open mq_timedreceive mq_timedsend mq_unlink msgctl msgget msgrcv msgsnd semctl semget
+    semop semtimedop shmat shmctl shmdt shmget
+""".split()
+
+# What programs ask for and take a no for, EPERM; what is in neither list does not exist, ENOSYS. So programs find
+# another way than a call that is newer than this list, and do not take a mount that is forbidden for a kernel that
+# has none.
+REFUSED_CALLS = """
+    acct add_key adjtimex bpf chroot clock_adjtime clock_adjtime64 clock_settime clock_settime64 delete_module
+    fanotify_init finit_module fsconfig fsmount fsopen fspick init_module io_uring_enter io_uring_register
+    io_uring_setup ioperm iopl kcmp kexec_file_load kexec_load keyctl mbind modify_ldt mount mount_setattr move_mount
+    move_pages name_to_handle_at nfsservctl open_by_handle_at open_tree perf_event_open personality pidfd_getfd
+    pivot_root process_madvise process_vm_readv process_vm_writev ptrace quotactl quotactl_fd reboot request_key
+    sched_setattr setdomainname sethostname setns settimeofday swapoff swapon syslog umount umount2 unshare uselib
+    userfaultfd vhangup
+""".split()
+CLONE_NEWCGROUP = 0x0200_0000
+CLONE_NAMESPACES = 0x7E02_0000          # CLONE_NEWNS, NEWCGROUP, NEWUTS, NEWIPC, NEWUSER, NEWPID, NEWNET (clone(2))
+EVERY_BIT = (1 << 64) - 1
+
+
+def compare(index: int, value: int, mask: int = EVERY_BIT) -> dict:
+    return {"index": index, "value": mask, "valueTwo": value, "op": "SCMP_CMP_MASKED_EQ"}
+
+
+def all_but(index: int, numbers: Collection[int], bits: int) -> list[dict]:
+    """Return conditions of which one holds for each number of so many bits but these.
+
+    The kernel looks at 32 bits of most arguments, but seccomp compares 64, so that "not equal" would let a number pass
+    that has others set.
+    """
+    def within(first: int, bit: int) -> list[dict]:         # the numbers from first on that differ below this bit
+        if not any(number >> bit == first >> bit for number in numbers):
+            return [compare(index, first, EVERY_BIT >> bit << bit)]
+        return within(first, bit - 1) + within(first + (1 << bit - 1), bit - 1) if bit else []
+    return within(0, bits)
+
+
+def allow(name: str, *conditions: dict) -> dict:
+    return {"names": [name], "action": "SCMP_ACT_ALLOW", "args": list(conditions)}
+
+
+def refuse(name: str, *conditions: dict, error: int = errno.EPERM) -> dict:
+    return {"names": [name], "action": "SCMP_ACT_ERRNO", "errnoRet": error, "args": list(conditions)}
+
+
+def socket_rules() -> Iterator[dict]:
+    """Yield the rules for making sockets: local ones, TCP, UDP, and the one of netlink that getifaddrs(3) asks.
+
+    Others need a module of the kernel, or let a container fill the kernel's memory without its own being charged.
+    """
+    def above(index: int, number: int) -> dict:
+        return {"index": index, "value": number, "op": "SCMP_CMP_GT"}
+    families = (socket.AF_UNIX, socket.AF_INET, socket.AF_INET6, socket.AF_NETLINK)
+    yield from (refuse("socket", condition) for condition in [*all_but(0, families, 4), above(0, socket.AF_NETLINK)])
+    yield from (allow(name, compare(0, socket.AF_UNIX)) for name in ("socket", "socketpair"))
+    yield allow("socket", compare(0, socket.AF_NETLINK), compare(2, 0))
+    yield refuse("socket", compare(0, socket.AF_NETLINK), above(2, 0))
+    internet = compare(0, socket.AF_INET, EVERY_BIT - (socket.AF_INET ^ socket.AF_INET6))       # either: a bit apart
+    for kind, protocol in ((socket.SOCK_STREAM, socket.IPPROTO_TCP), (socket.SOCK_DGRAM, socket.IPPROTO_UDP)):
+        plain = compare(1, kind, EVERY_BIT - socket.SOCK_NONBLOCK - socket.SOCK_CLOEXEC)
+        yield from (allow("socket", internet, plain, compare(2, number)) for number in (0, protocol))
+        yield from (refuse("socket", internet, plain, other, error=errno.EPROTONOSUPPORT)
+                    for other in (compare(2, socket.IPPROTO_ICMP), above(2, socket.IPPROTO_UDP)))
+    yield refuse("socket", internet, compare(1, socket.SOCK_RAW, EVERY_BIT - socket.SOCK_CLOEXEC))
+
+
+SO_ATTACH_FILTER, SO_LOCK_FILTER = 26, 44   # socket(7); the numbers are those of include/uapi/asm-generic/socket.h
+SO_ATTACH = (SO_ATTACH_FILTER, 50, 51, 52)      # SO_ATTACH_BPF, SO_ATTACH_REUSEPORT_CBPF, SO_ATTACH_REUSEPORT_EBPF
+SO_BIND_TO = (25, 62)               # SO_BINDTODEVICE, SO_BINDTOIFINDEX
+IP_ELSEWHERE = (4, 39, 42, 46)      # IP_OPTIONS, IP_ADD_SOURCE_MEMBERSHIP, MCAST_JOIN_GROUP, MCAST_JOIN_SOURCE_GROUP:
+                                    # those that a TCP socket may set as well (linux/in.h)
+PR_SET_SECCOMP, PR_SET_VMA, PR_SET_PTRACER = 22, 0x53564D41, 0x59616D61     # prctl(2)
+
+
+def option_rules() -> Iterator[dict]:
+    """Yield the rules for options of sockets, for fcntl, prctl and scheduling.
+
+    SO_LINGER only seems to be set: with it, close(2) waits until the peer has taken everything, and the last to close a
+    client's socket is often faasd. Filters of sockets and of seccomp take from what the machine has for all of them
+    (net.core.bpf_jit_limit); to those who would confine themselves, the kernel has no seccomp (EINVAL). A lease on a
+    file of the image would hold up every other container of the function, and F_NOTIFY tells what they do. Threads of
+    no weight can hold a lock for ever while others have the CPU. A client's socket, which is the host's, must not be
+    bound to another device, where its bytes would go out, be routed elsewhere, or have the host join a multicast group.
+    """
+    level, ip_level = compare(1, socket.SOL_SOCKET), compare(1, socket.IPPROTO_IP)
+    yield refuse("setsockopt", level, compare(2, socket.SO_LINGER), error=0)
+    refused = [(level, [*SO_ATTACH, *SO_BIND_TO], [socket.SO_LINGER]), (ip_level, IP_ELSEWHERE, [])]
+    for condition, numbers, others in refused:
+        yield from (refuse("setsockopt", condition, compare(2, number)) for number in numbers)
+        yield from (allow("setsockopt", condition, number) for number in all_but(2, [*numbers, *others], 8))
+    yield from (allow("setsockopt", condition) for condition in all_but(1, [socket.IPPROTO_IP, socket.SOL_SOCKET], 9))
+    yield from (refuse("fcntl", compare(1, number)) for number in (fcntl.F_SETLEASE, fcntl.F_NOTIFY))
+    yield from (allow("fcntl", condition) for condition in all_but(1, [fcntl.F_SETLEASE, fcntl.F_NOTIFY], 11))
+    yield refuse("prctl", compare(0, PR_SET_SECCOMP), error=errno.EINVAL)
+    yield from (allow("prctl", condition) for condition in all_but(0, [PR_SET_SECCOMP], 7))
+    yield from (allow("prctl", compare(0, number)) for number in (PR_SET_VMA, PR_SET_PTRACER))
+    yield allow("sched_setscheduler", compare(1, os.SCHED_OTHER, 7))
+    yield from (refuse("sched_setscheduler", compare(1, bit, bit)) for bit in (1, 2, 4))
+
+
+DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+
+
+class Runtime:
+    """The OCI runtime program and its state directory."""
+
+    def __init__(self, program: str, root: Path):
+        self.program, self.root = program, root
+        self.name = Path(program).name
+
+    def version(self) -> str:
+        """Return the first line of `runc --version`. Raises FaasdError if it does not run."""
+        printed = run_command(f"{self.program} --version failed", self.program, "--version")
+        return (printed.splitlines() or ["unknown"])[0]
+
+    def run_argv(self, bundle: str, container_id: str) -> list[str]:
+        """Return the command that runs a container.
+
+        A session keyring for each would limit a function to 200 containers: so many keys may a user have that is not
+        root (kernel.keys.maxkeys). Where the seccomp filter leaves no call that could use one, none is needed.
+        """
+        keyring = ["--no-new-keyring"] if platform.machine() in SECCOMP_ARCHITECTURES else []
+        return [self.program, "--root", str(self.root), "--log", f"{bundle}/runtime.log", "--log-format", "json", "run",
+                *keyring, "--bundle", bundle, container_id]
+
+    def spawn(self, bundle: str, container_id: str, output: int) -> int:
+        """Start `runc run` with stdout and stderr on the descriptor output; return its pid. Raises OSError.
+
+        posix_spawn takes half the time of subprocess.Popen, and the loop stands still for it. A session of its own:
+        a Ctrl-C on our terminal is not for handlers. Python ignores SIGPIPE, nohup SIGHUP: no program expects that.
+        """
+        return os.posix_spawn(
+            self.program, self.run_argv(bundle, container_id), {"PATH": DEFAULT_PATH}, setsid=True,
+            setsigdef=signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP},
+            file_actions=[(os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
+                          (os.POSIX_SPAWN_DUP2, output, 1), (os.POSIX_SPAWN_DUP2, output, 2)])
+
+    def containers(self) -> set[str]:
+        """Return the ids that the runtime keeps state for."""
+        return {path.name for path in self.root.glob("[!.]*")}      # crun has its .cache there
+
+    def has_state(self, container_id: str) -> bool:
+        return (self.root / container_id).exists()
+
+    def delete(self, container_id: str) -> None:
+        """Remove a container by force. Blocks; failure is logged, for the caller removes what is left by hand."""
+        try_command(f"container={container_id} {self.program} delete", self.program, "--root", str(self.root), "delete",
+                    "--force", container_id)
+
+
+def runc_warning(version: str) -> str | None:
+    """Return what to tell the user about this runc's known holes, None for a runc without (H.2).
+
+    version is what `runc --version` prints first, such as "runc version 1.1.5+ds1".
+    """
+    match = re.match(r"runc version ([0-9]+)\.([0-9]+)\.([0-9]+)", version)
+    if not match:
+        return None
+    number = tuple(map(int, match.groups()))
+    if number < (1, 1, 12):
+        holes = "leaked descriptors (CVE-2024-21626), masked paths and console (CVE-2025-31133, -52565, -52881)"
+    elif number < (1, 2, 8) or (1, 3, 0) <= number < (1, 3, 3):
+        holes = "masked paths and console (CVE-2025-31133, -52565, -52881)"
+    else:
+        return None
+    return (f"{version} is older than the release that fixed {holes}; "
+            "distributions backport such fixes, so check your package's changelog")
+
+
+# Of cgroup v1 and v2 (kernel documentation, admin-guide/cgroup-v1 and cgroup-v2.rst).
+LIMIT_FILES = ("memory.limit_in_bytes", "memory.memsw.limit_in_bytes", "memory.max", "memory.swap.max",
+               "cpu.cfs_quota_us", "cpu.cfs_period_us", "cpu.max", "pids.max", "devices.list")
+
+# What is said of a pid whose process was reaped; EINVAL by pidfd_open of older kernels, such as 6.1, where the pid is
+# still that of a process group or a session.
+PROCESS_GONE = {errno.ESRCH, errno.ENOENT, errno.EINVAL}
+RECLAIM_SECONDS = 1.0               # on our account, for which a container can read what we reclaim
+
+
+class Cgroups:
+    """The cgroups of this daemon's containers: PARENT/function-NAME/ID in every hierarchy, of v1 and v2.
+
+    The parent is ours alone and named after the run-dir, so that containers are not nested in the cgroup faasd itself
+    happens to run in, and two daemons do not meet. The runtime removes a container's cgroup, but the kernel keeps what
+    it has of a memory cgroup, up to a megabyte, for as long as one page of a file is charged to it. What is left of one
+    function's we reclaim from the cgroup above them (DyingCgroups).
+    """
+
+    def __init__(self, run_dir: Path):
+        self.parent = f"/faasd{str(run_dir).replace('/', '-')}-{run_dir_mark(run_dir)}"
+        mounts = dict(read_mounts())            # a later mount hides an earlier one
+        self._hierarchies = [Path(mount) for mount, kind in mounts.items() if kind in ("cgroup", "cgroup2")]
+        # runc fails on a swap limit where a v1 kernel does not account for swap; on v2 it copes by itself.
+        version_1 = [h / "memory.limit_in_bytes" for h in self._hierarchies if (h / "memory.limit_in_bytes").exists()]
+        self.can_limit_swap = all(path.with_name("memory.memsw.limit_in_bytes").exists() for path in version_1)
+        # crun takes cgroup v1 for a hybrid with v2, and where no v2 is mounted it leaves plain files.
+        litter = Path("/sys/fs/cgroup/unified")
+        self._litter = litter if version_1 and litter not in self._hierarchies else None
+        version_2 = [h for h in self._hierarchies if "memory" in read_text(h / "cgroup.controllers").split()]
+        self._memory = version_2 or [path.parent for path in version_1]         # that with the memory controller
+        self.kills_whole = bool(version_2)      # the kernel can be told to, of a container that runs out of memory
+
+    def group(self, function: str) -> str:
+        """Return the path of the cgroup of all of a function's containers; it looks like no container's."""
+        return f"{self.parent}/function-{function}"
+
+    def path(self, function: str, container_id: str) -> str:
+        """Return the cgroupsPath of a container, which is what the other methods know it by."""
+        return f"{self.group(function)}/{container_id}"
+
+    def _directories(self, path: str) -> list[Path]:
+        # Asked at the end of every container, and a machine may have a dozen of v1: so not by Path.is_dir().
+        return [Path(f"{h}{path}") for h in self._hierarchies if os.path.isdir(f"{h}{path}")]
+
+    def _parents(self) -> list[Path]:
+        """Return what there is of the parent; what is left of a container may be crun's litter alone."""
+        return self._directories(self.parent) + ([self._litter / self.parent[1:]] if self._litter else [])
+
+    def exists(self, path: str) -> bool:
+        return bool(self._directories(path)) or self._litter is not None and (self._litter / path[1:]).exists()
+
+    def containers(self) -> dict[str, str]:
+        """Return the paths of all containers that have a cgroup, by their ids. An older daemon has made PARENT/ID."""
+        return {directory.name: f"{self.parent}/{directory.relative_to(parent)}"
+                for parent in self._parents() for pattern in ("*/", "function-*/*/")
+                for directory in parent.glob(pattern) if CONTAINER_ID.fullmatch(directory.name)}
+
+    def remove_groups(self, but: Collection[str] = ()) -> None:
+        """Remove the cgroups of functions, which have no container any more, but for some functions'."""
+        groups = {path.name for parent in self._parents() for path in parent.glob("function-*/")}
+        for name in groups - {f"function-{function}" for function in but}:
+            self.remove(f"{self.parent}/{name}")
+
+    def processes(self, path: str) -> set[int]:
+        """Return the pids in a container's cgroups."""
+        pids: set[int] = set()
+        for directory in self._directories(path):
+            with contextlib.suppress(FileNotFoundError, OSError):       # runc may be removing it just now
+                pids.update(map(int, (directory / "cgroup.procs").read_text().split()))
+        return pids - {0}                       # a process that our pid namespace does not see
+
+    def watch_memory(self, path: str) -> int:
+        """Return an eventfd that tells when a container may have run out of memory; -1 where nobody needs to be told.
+
+        Of cgroup v1: kernel documentation, admin-guide/cgroup-v1/memory.rst. Raises OSError.
+        """
+        if self.kills_whole:
+            return -1
+        directory = self._memory[0] / path[1:]
+        event = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        try:
+            with open(directory / "memory.oom_control", "rb") as file:
+                (directory / "cgroup.event_control").write_text(f"{event} {file.fileno()}")
+        except OSError:
+            os.close(event)
+            raise
+        return event
+
+    def memory_kills(self, path: str) -> int:
+        """Return how many processes of a container the kernel has killed for want of memory; 0 once its cgroup is gone.
+
+        Of a function's cgroup on v2: of all its containers, those that are gone included.
+        """
+        file = Path(f"{self._memory[0]}{path}/{'memory.events' if self.kills_whole else 'memory.oom_control'}")
+        found = re.search(r"^oom_kill (\d+)", read_text(file), re.MULTILINE)
+        return int(found[1]) if found else 0
+
+    def refused_processes(self, path: str) -> bool:
+        """Whether a container was refused a process or thread."""
+        return any(re.search("^max [1-9]", read_text(directory / "pids.events"), re.MULTILINE)
+                   for directory in self._directories(path))
+
+    def limits(self, path: str) -> dict[str, str]:
+        """Return the limits that a container has, by the names of the files that hold them."""
+        directories = self._directories(path)
+        return {name: " ".join((directory / name).read_text().split())
+                for name in LIMIT_FILES for directory in directories if (directory / name).exists()}
+
+    def members(self, path: str) -> Iterator[tuple[int, int]]:
+        """Yield pid and pidfd of each process of a container. What fails is logged: callers try again or do without.
+
+        The pid may have been taken over since we read it, but the descriptor holds one process fast.
+        """
+        for pid in self.processes(path):
+            try:
+                with opened_process(pid) as pidfd:
+                    if path in Path(f"/proc/{pid}/cgroup").read_text():
+                        yield pid, pidfd
+            except OSError as error:
+                self._complain(path, pid, error)
+
+    def kill(self, path: str) -> None:
+        """Send SIGKILL to every process of a container. What fails is logged: callers try again while there are any.
+
+        At once, where the kernel can (cgroup v2, Linux 5.14), else one after the other. Blocks.
+        """
+        for directory in self._directories(path):
+            with contextlib.suppress(OSError):          # no such file; or runc is removing the directory
+                (directory / "cgroup.kill").write_text("1")
+        for pid, pidfd in self.members(path):
+            try:
+                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+            except OSError as error:
+                self._complain(path, pid, error)
+
+    @staticmethod
+    def _complain(path: str, pid: int, error: OSError) -> None:
+        if error.errno not in PROCESS_GONE:
+            log.warning("container=%s cannot kill its process %d: %s", path.rpartition("/")[2], pid, error.strerror)
+
+    def remove(self, path: str) -> None:
+        """Remove a cgroup directory in every hierarchy if it is empty."""
+        if self._litter:
+            shutil.rmtree(self._litter / path[1:], ignore_errors=True)
+        for directory in self._directories(path):
+            try:
+                directory.rmdir()
+            except OSError as error:
+                if error.errno != errno.ENOENT:
+                    log.warning("cannot remove cgroup %s: %s", directory, error.strerror)
+
+    def dying(self, group: str) -> int:
+        """Return how many memory cgroups there are below one that were removed. Raises OSError.
+
+        v1 tells only how many there are on this machine: more than it has directories.
+        """
+        if self.kills_whole:
+            text = Path(f"{self._memory[0]}{group}/cgroup.stat").read_text()
+            return int(re.search(r"^nr_dying_descendants (\d+)", text, re.MULTILINE)[1])
+        number = re.search(r"^memory\t\d+\t(\d+)", Path("/proc/cgroups").read_text(), re.MULTILINE)[1]
+        return int(number) - sum(1 for _ in os.walk(self._memory[0]))
+
+    def reclaim(self, group: str) -> None:
+        """Have the kernel drop what is cached for containers of a cgroup, also for those that are gone.
+
+        In a child that can be killed: on v1 the kernel goes on for as long as a container reads as fast. On v2 it takes
+        the bytes to drop, since Linux 5.19, and drops as many as it can. Blocks. Raises OSError.
+        """
+        directory = f"{self._memory[0]}{group}"
+        file, value = (("memory.reclaim", Path(f"{directory}/memory.current").read_bytes()) if self.kills_whole else
+                       ("memory.force_empty", b"0"))
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            subprocess.run(["tee", f"{directory}/{file}"], input=value, timeout=RECLAIM_SECONDS,
+                           stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False)
+
+
+def run_dir_mark(run_dir: Path) -> str:
+    """Return what is in the names of things that all daemons of a machine have in one place: it tells run-dirs apart.
+
+    That is the file system it is on, and its path there. Its path alone would not do: another mount namespace can have
+    another directory there. Nor would its inode: what is left running must be found when the directory was made anew.
+    """
+    there = next(path for path in (run_dir, *run_dir.parents) if path.is_dir())
+    with opened(there, os.O_PATH | os.O_DIRECTORY) as directory:
+        device = os.fstat(directory).st_dev
+        mount = re.search(r"^mnt_id:\t([0-9]+)", Path(f"/proc/self/fdinfo/{directory}").read_text(), re.MULTILINE)[1]
+    # In a chroot that is no mount, the mount's own root cannot be seen.
+    top, point = next((fields[3:5] for fields, _ in read_mountinfo() if fields[0] == mount), ("/", "/"))
+    path = os.path.normpath(f"{top}/{os.path.relpath(run_dir, point)}")
+    return hashlib.sha256(f"{device}:{path}".encode(errors="surrogateescape")).hexdigest()[:6]
+
+
+MANY_ENDED = 32                     # containers of a function until we look for the memory cgroups that they have left
+MANY_DYING = 64                     # of these more than there were, which are worth losing what is cached of the image
+MOST_DYING = 1024                   # where that did no good
+
+
+class DyingCgroups:
+    """What the ended containers of one function leave: memory cgroups to which a page of its image is charged.
+
+    A handler can leave one each time, and the memory is nobody's. Any image leaves some, for who reads a page first is
+    charged with it; so what is cached is reclaimed only when there are many more than there have been. On v1 they may
+    be somebody else's. So when they stay, which our live containers too can cause, it takes twice as many the next
+    time.
+    """
+
+    def __init__(self, cgroups: Cgroups, group: str, workers: Workers):
+        self._cgroups = cgroups
+        self._group = group
+        self._workers = workers
+        self._ended = 0                         # containers since the last look
+        self._fewest: int | None = None         # dying that we have seen since we reclaimed
+        self._before: float = math.inf          # that there were then
+        self._many = MANY_DYING
+        self._task: asyncio.Task | None = None  # held, for the loop does not
+
+    def count(self) -> None:
+        self._ended += 1
+        if self._ended == MANY_ENDED:           # more end while we look
+            self._task = self._workers.loop.create_task(self._look())
+
+    async def _look(self) -> None:
+        try:
+            if self.are_many(await self._workers.run(self._cgroups.dying, self._group)):
+                log.info("%s: reclaiming what ended containers keep", self._group)
+                await self._workers.run(self._cgroups.reclaim, self._group)
+        except OSError as error:                # the function was removed, or there is no thread to be had
+            log.info("%s: cannot reclaim: %s", self._group, error)
+        finally:
+            self._ended = 0
+
+    def are_many(self, dying: int) -> bool:
+        """Whether it is time to reclaim; it is taken to be done then."""
+        if self._fewest is None:
+            in_vain = dying > self._before - self._many / 2
+            self._many = min(2 * self._many, MOST_DYING) if in_vain else MANY_DYING
+            self._fewest = dying
+        self._fewest = min(self._fewest, dying)
+        if dying - self._fewest < self._many:
+            return False
+        self._before, self._fewest = dying, None
+        return True
+
+
+MAX_REPORTED = 256                  # descriptors of one container that the isolation report names
+
+
+def inspect_process(pid: int) -> dict:
+    """Return how a process is isolated, read from /proc (proc(5)), for people to see. Raises OSError if it is gone.
+
+    Not what we asked for, but what the kernel says there is.
+    """
+    process = Path(f"/proc/{pid}")
+    # Its name is its own choice, and need not be UTF-8.
+    lines = (process / "status").read_text(errors="replace").split("\n")
+    status = dict(line.split(":\t", 1) for line in lines if ":\t" in line)
+    namespaces = {entry.name: os.readlink(entry) for entry in (process / "ns").iterdir() if "_for_" not in entry.name}
     try:
-        with opened(path.parent, os.O_RDONLY) as directory:
-            os.fsync(directory)
+        profile = (process / "attr/current").read_text().strip("\n\0")
+    except OSError:                     # EINVAL: the kernel has no security module that keeps one
+        profile = ""
+    return {
+        "namespaces": {kind: "own" if os.readlink(f"/proc/self/ns/{kind}") != name else "the host's"
+                       for kind, name in sorted(namespaces.items())},
+        "host_ids": [int(status[key].split()[0]) for key in ("Uid", "Gid")],
+        "uid_map": " ".join((process / "uid_map").read_text().split()),
+        "gid_map": " ".join((process / "gid_map").read_text().split()),
+        "capabilities": {key.lower(): status[key] for key in ("CapEff", "CapPrm", "CapInh", "CapBnd", "CapAmb")},
+        "no_new_privs": status["NoNewPrivs"] == "1",
+        "seccomp": {"0": "none", "1": "strict", "2": "filter"}[status["Seccomp"]],
+        "apparmor": profile,
+        "mounts": [{"target": before[4], "type": after[0], "options": before[5]}
+                   for before, after in read_mountinfo(f"{process}/mountinfo")],
+        "interfaces": [line.partition(":")[0].strip() for line in (process / "net/dev").read_text().splitlines()[2:]],
+        "rlimits": {line[:25].strip(): line[26:].split()[0] for line in
+                    (process / "limits").read_text().splitlines()[1:]},
+        "descriptors": sorted(os.readlink(entry)[:MAX_NAME_LENGTH] for entry in
+                              itertools.islice((process / "fd").iterdir(), MAX_REPORTED)),
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Its place on this machine: ids, addresses on lo, listeners on them
+# ---------------------------------------------------------------------------------------------------------------------
+
+SUBORDINATE_USER = "faasd"          # whose entry in /etc/subuid and /etc/subgid gives us other ids
+
+
+def subordinate_ids(path: Path) -> range | None:
+    """Return the ids that a file such as /etc/subuid gives us (subuid(5)), None if it has no entry for us."""
+    with contextlib.suppress(FileNotFoundError):
+        for line in path.read_text().splitlines():
+            match = re.fullmatch(rf"{SUBORDINATE_USER}:([0-9]{{1,10}}):([0-9]{{1,10}})", line.strip())
+            if match:
+                return range(int(match[1]), int(match[1]) + int(match[2]))
+    return None
+
+
+IDS = 65_536                        # user ids, and group ids, that a container has
+FIRST_ID, LAST_ID = 0x7000_0000, 0x7FFE_FFFF    # host ids for them where /etc/subuid has none for us: the ids that are
+                                    # nobody's and that every program can hold (systemd's UIDS-GIDS.md)
+
+
+def find_host_ids(directory: Path = Path("/etc")) -> range:
+    """Return the host ids that containers may have. Raises UsageError for entries that cannot be meant."""
+    users, groups = subordinate_ids(directory / "subuid"), subordinate_ids(directory / "subgid")
+    if users is None and groups is None:
+        return range(FIRST_ID, LAST_ID + 1)
+    if users != groups:
+        raise UsageError(f"{directory}/subuid and subgid differ for {SUBORDINATE_USER}: make them the same, or remove "
+                         "both")
+    if len(users) < IDS or users.start < IDS or users.stop > 1 << 32:
+        raise UsageError(f"{directory}/subuid gives {SUBORDINATE_USER} {len(users)} ids from {users.start}: each "
+                         f"function needs {IDS}, so give a multiple of that, from {IDS} on")
+    return users
+
+
+class IdRanges:
+    """Which function has which host ids: IDS of them from a first one on, so that no two functions share a user.
+
+    A function keeps its range for as long as it exists, because its files on disk belong to these ids.
+    """
+
+    def __init__(self, ids: range):
+        self._ids = ids
+        self.first = ids.start
+        self._taken: set[int] = set()
+        self._namespaces: dict[int, int] = {}   # user namespaces with the ids of a range: first id → descriptor
+        self._making = asyncio.Lock()
+        self.can_make = True                    # and the runtime joins what we make: see ContainerHost.probe
+
+    def take(self) -> int:
+        """Return the first id of a free range, which is taken from now on. Raises Conflict when there is none."""
+        for first in range(self._ids.start, self._ids.stop - IDS + 1, IDS):
+            if all(abs(first - other) >= IDS for other in self._taken):
+                self._taken.add(first)
+                return first
+        raise Conflict(f"all {len(self._ids) // IDS} ranges of user ids are taken: remove a function, or give "
+                       f"{SUBORDINATE_USER} more in /etc/subuid and /etc/subgid")
+
+    def claim(self, first: int) -> None:
+        """Take a range that a function has had all along."""
+        self._taken.add(first)
+
+    def release(self, first: int) -> None:
+        self._taken.discard(first)
+        if first in self._namespaces:
+            os.close(self._namespaces.pop(first))
+
+    async def user_namespace(self, first: int) -> str:
+        """Return the path of the user namespace of a range, made at first use; "" if only runc can make one here."""
+        async with self._making:
+            if not self.can_make:
+                return ""
+            if first not in self._namespaces:
+                try:
+                    self._namespaces[first] = await asyncio.to_thread(make_user_namespace, first)
+                except (OSError, FaasdError) as error:
+                    self.can_make = isinstance(error, OSError)         # out of descriptors or processes, for now
+                    log.warning("user=%d cannot make a user namespace, so runc makes one for each container, and all "
+                                "functions share what root may take of inotify, queues and timers: %s", first, error)
+                    return ""
+        # runc from 1.1.11 on looks up which ids a namespace has. For a path that begins with /proc/PID it takes those
+        # of that process, which are ours, says "non-matching mapping", and gives the container's stdout to our root.
+        # For any other path it asks the namespace itself.
+        return f"//proc/{os.getpid()}/fd/{self._namespaces[first]}"
+
+
+def make_user_namespace(first: int) -> int:
+    """Return a descriptor of a user namespace with the ids from first on, made by the first of them. Blocks.
+
+    The kernel charges what it counts by user, such as inotify instances, message queues and timers, to a container's
+    user, and once more to the user who made the namespace. runc would make it as root: then one function could take all
+    that is there for every function and for root's own programs. Raises OSError, FaasdError.
+    """
+    with subprocess.Popen(["unshare", "--user", "cat"], cwd="/", bufsize=0, user=first, group=first, extra_groups=[],
+                          stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        with process.stdin as stdin:            # its end is cat's
+            with contextlib.suppress(BrokenPipeError):      # unshare has failed, and says why
+                stdin.write(b".")
+            if not process.stdout.read(1):      # from cat, so that it has been made
+                raise FaasdError(process.stderr.read().decode(errors="replace").strip())
+            for kind in ("uid_map", "gid_map"):
+                Path(f"/proc/{process.pid}/{kind}").write_text(f"0 {first} {IDS}\n")
+            return os.open(f"/proc/{process.pid}/ns/user", os.O_RDONLY | os.O_CLOEXEC)
+
+
+def ip_json(*arguments: str) -> list[dict]:
+    """Return what `ip -j` prints for a query. Raises FaasdError."""
+    try:
+        return json.loads(run_command("cannot look at addresses", "ip", "-j", "-4", *arguments) or "[]")
+    except (FaasdError, ValueError) as error:
+        if isinstance(error, FaasdError) and not re.search("option|busybox", str(error), re.IGNORECASE):
+            raise                       # it is the right one, and failed
+        raise UsageError(f"faasd needs the ip of iproute2, not BusyBox's: apt install iproute2 ({error})") from error
+
+
+def find_user(subnet: ipaddress.IPv4Network, is_ours: Callable[[str, str], bool]) -> str | None:
+    """Return to whom a part of subnet is assigned or routed, None if to nobody.
+
+    is_ours tells by interface and label (of an address) what does not count. Raises FaasdError.
+    """
+    for link in ip_json("addr", "show"):
+        for address in link.get("addr_info", []):
+            network = ipaddress.ip_network(f"{address['local']}/{address['prefixlen']}", strict=False)
+            if network.overlaps(subnet) and not is_ours(link["ifname"], address.get("label", "")):
+                return f"{network} is assigned to {link['ifname']}"
+    for route in ip_json("route", "show", "table", "all"):
+        if route.get("type", "unicast") == "unicast" and route["dst"] != "default":
+            network = ipaddress.ip_network(route["dst"], strict=False)
+            # Shorter than /8 is a default route in pieces, as VPNs set it (0.0.0.0/1 and 128.0.0.0/1).
+            if network.prefixlen >= 8 and network.overlaps(subnet) and not is_ours(route.get("dev", ""), ""):
+                return f"{network} is routed to {route.get('dev', route.get('gateway', 'elsewhere'))}"
+    return None
+
+
+def is_roots_listener(name: bytes) -> bool:
+    """Whether root listens on a Unix socket (SO_PEERCRED in unix(7)). One that answers nobody is taken for nobody's."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as probe:
+        try:
+            probe.connect(name)
+        except OSError:
+            return False
+        return UCRED.unpack(probe.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, UCRED.size))[1] == 0
+
+
+MAX_CLAIMS = 10_000                 # sockets named like a daemon's of which is asked at start who listens
+ADDRESS_LABEL = "lo:faas"           # how our addresses are told from everybody else's; at most 15 bytes (IFNAMSIZ)
+FIRST_HOST = 10                     # the first function's address is .10
+
+
+class Network:
+    """Addresses of one subnet on `lo`, one for each function.
+
+    Each is a /32: a /24 on lo would swallow the user's LAN. The label tells them from everybody else's.
+    """
+
+    def __init__(self, subnet: ipaddress.IPv4Network):
+        self.subnet = subnet
+        self._claim: socket.socket | None = None
+        self._added: set[str] = set()
+        self.missing: set[str] = set()          # of these, those that somebody has taken from lo
+        self._lingering: set[str] = set()       # not wanted any more, but `ip` failed to take them away
+        self._lock = threading.Lock()           # held to change lo
+
+    def claim(self) -> None:
+        """Make sure that the subnet is nobody else's. Raises UsageError."""
+        loopback = next((link for link in ip_json("addr", "show") if link.get("ifname") == "lo"), {})
+        if "UP" not in loopback.get("flags", []):
+            raise UsageError("the loopback interface is down: ip link set lo up")
+        user = find_user(self.subnet, lambda interface, label: label == ADDRESS_LABEL)
+        if user:
+            self._refuse(user)
+        self._claim_from_daemons()
+
+    def _claim_from_daemons(self) -> None:
+        """Listen on an abstract Unix socket named after the subnet: those are per network namespace, as addresses are.
+
+        Anybody can make one, of any name. So each of ours ends in a number that nobody can have taken, and of the
+        others' only those count of which the kernel says that root listens there.
+        """
+        name = f"faasd/{self.subnet}/{secrets.token_hex(8)}".encode()
+        self._claim = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        self._claim.bind(b"\0" + name)
+        self._claim.listen()            # before looking for others: of two that start together, one sees the other
+        sockets = Path("/proc/net/unix").read_bytes()
+        claims = re.findall(rb"@(faasd/([0-9./]{1,18})/[0-9a-f]{16})$", sockets, re.MULTILINE)
+        if len(claims) > MAX_CLAIMS:
+            log.warning("%d sockets look like another faasd's, too many to ask who listens: if there is another on %s, "
+                        "it may stay unseen", len(claims), self.subnet)
+        for other, subnet in claims[:MAX_CLAIMS]:
+            with contextlib.suppress(ValueError):
+                theirs = ipaddress.IPv4Network(subnet.decode())
+                if other != name and theirs.overlaps(self.subnet) and is_roots_listener(b"\0" + other):
+                    self._refuse(f"another faasd uses {theirs}")
+
+    def greet(self, workers: Workers) -> None:
+        """From now on, close the connections of daemons that want to know who listens: too many, and they get none.
+
+        In a thread: whoever closes a Unix socket may have to close what handlers left in theirs (before Linux 6.10).
+        """
+        def accept() -> None:
+            try:
+                workers.run(self._claim.accept()[0].close)
+            except BlockingIOError:
+                return
+            except OSError as error:    # out of descriptors: trying again at once would spin
+                log.error("cannot tell others that %s is ours: %s", self.subnet, error.strerror)
+                workers.loop.remove_reader(self._claim)
+        workers.loop.add_reader(self._claim, accept)
+
+    def _refuse(self, reason: str) -> None:
+        raise UsageError(f"subnet {self.subnet} is in use: {reason}; choose another with --subnet")
+
+    def has(self, address: str) -> bool:
+        return ipaddress.ip_address(address) in self.subnet
+
+    def lowest_free(self, taken: Iterable[str]) -> str:
+        """Return the lowest address from .10 up that no function has. Raises Conflict when there is none."""
+        used = set(taken)
+        first = int(self.subnet.network_address) + FIRST_HOST
+        for number in range(first, int(self.subnet.broadcast_address)):
+            address = str(ipaddress.IPv4Address(number))
+            if address not in used:
+                return address
+        raise Conflict(f"subnet {self.subnet} has no free address: remove a function, or start with a larger --subnet")
+
+    def add(self, address: str) -> None:
+        """Put a function's address on lo, where it may be already. Raises FaasdError."""
+        with self._lock:
+            self._put(address)
+            self._added.add(address)
+            self._lingering.discard(address)
+
+    def _put(self, address: str) -> None:
+        run_command(f"cannot add {address} to lo", "ip", "addr", "replace", f"{address}/32", "dev", "lo", "label",
+                    ADDRESS_LABEL)
+        self.missing.discard(address)
+
+    def restore(self) -> bool:
+        """Put back the addresses that somebody has taken from lo; return whether they are there. Failure is logged."""
+        with self._lock:
+            try:
+                there = {entry["local"] for link in ip_json("addr", "show", "dev", "lo")
+                         for entry in link.get("addr_info", [])}
+            except FaasdError as error:
+                log.error("%s", error)
+                return False
+            self.missing = self._added - there
+            for address in sorted(self.missing):
+                log.warning("somebody has taken %s from lo: putting it back", address)
+                try:
+                    self._put(address)
+                except FaasdError as error:     # the others may be luckier
+                    log.error("%s", error)
+            return not self.missing
+
+    def remove(self, address: str) -> None:
+        """Take an address that we added from lo; failure is logged, and the next removal tries again."""
+        with self._lock:
+            if address in self._added:
+                self._added.discard(address)
+                self._lingering.add(address)
+            self._lingering = {address for address in self._lingering if not self._delete(address)}
+
+    def remove_all(self) -> None:
+        for address in list(self._added):
+            self.remove(address)
+
+    def remove_stale(self, known: set[str]) -> None:
+        """Take addresses from lo that we have not added: with our label, and of our subnet or a function's.
+
+        For when all functions are back. Those of a function stay on lo all along: connections run on them.
+        """
+        for link in ip_json("addr", "show", "dev", "lo"):
+            for entry in link.get("addr_info", []):
+                ours = entry["local"] in known or ipaddress.ip_address(entry["local"]) in self.subnet
+                if entry.get("label") == ADDRESS_LABEL and ours and entry["local"] not in self._added:
+                    log.warning("removing address %s that the daemon before left", entry["local"])
+                    self._delete(entry["local"])
+
+    @staticmethod
+    def _delete(address: str) -> bool:
+        """Take an address from lo; return whether that could be done. Failure is logged."""
+        return try_command(f"cannot remove {address} from lo", "ip", "addr", "del", f"{address}/32", "dev", "lo",
+                           "label", ADDRESS_LABEL)
+
+
+CLIENT_KEEPALIVE = (60, 10, 6)      # TCP_KEEPIDLE, _KEEPINTVL (seconds), _KEEPCNT: 2 min until a vanished host is gone
+
+
+def notice_vanished_clients(listener: socket.socket) -> None:
+    """Have the kernel probe the idle connections of a listener (tcp(7)); they inherit what is set here."""
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, value in zip((socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT), CLIENT_KEEPALIVE):
+        listener.setsockopt(socket.IPPROTO_TCP, option, value)
+
+
+DEFER_ACCEPT_SECONDS = 15           # TCP_DEFER_ACCEPT; the kernel rounds up to its SYN-ACK retransmissions (tcp(7))
+
+
+def open_listener(address: str, port: int) -> socket.socket:
+    """Return a non-blocking listening socket. Raises Conflict if the port is taken, FaasdError otherwise.
+
+    TCP_DEFER_ACCEPT: the kernel shows us a connection when its first data is there, so that a client that sends
+    nothing costs no container (tcp(7)).
+    """
+    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, DEFER_ACCEPT_SECONDS)
+        notice_vanished_clients(listener)
+        listener.bind((address, port))
+        keep_to_address(listener)
+        listener.listen(int(Path("/proc/sys/net/core/somaxconn").read_text()))
     except OSError as error:
-        log.error("%s is written, but may be an older one after a power loss: %s", path, error.strerror)
+        listener.close()
+        if error.errno == errno.EADDRINUSE:
+            raise Conflict(f"port {port} on {address} is taken by another program, perhaps one that listens on every "
+                           "address: stop it, or start faasd with another --port") from None
+        raise FaasdError(f"cannot listen on {address}:{port}: {error.strerror}") from None
+    listener.setblocking(False)
+    return listener
+
+
+FLUSH_SECONDS = 5.0                 # for those on their way when they are wanted, or when we end
+
+
+def notify_service_manager(state: str, *descriptors: int) -> None:
+    """Tell systemd of a change, such as "READY=1" (sd_notify(3)); without systemd there is nobody to tell."""
+    address = os.environ.get("NOTIFY_SOCKET")
+    if address:
+        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack(f"{len(descriptors)}i", *descriptors))]
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+            sock.settimeout(FLUSH_SECONDS)      # it may be stuck, and we serve
+            try:
+                sock.connect(address.replace("@", "\0", 1) if address[0] == "@" else address)
+                sock.sendmsg([state.encode()], rights if descriptors else [])
+            except OSError as error:
+                log.warning("cannot notify the service manager: %s", error)
+
+
+LISTEN_FDS_START = 3                # the first descriptor that a service manager passes (sd_listen_fds(3))
+
+
+def inherited_descriptors() -> dict[int, str]:
+    """Return the descriptors that the service manager has passed to us, with their names (sd_listen_fds(3))."""
+    count, names, pid = (os.environ.pop(name, "") for name in ("LISTEN_FDS", "LISTEN_FDNAMES", "LISTEN_PID"))
+    if pid != str(os.getpid()):                 # they were meant for somebody else
+        return {}
+    numbers = range(LISTEN_FDS_START, LISTEN_FDS_START + int(count))
+    return dict(zip(numbers, itertools.chain(names.split(":"), itertools.repeat("unknown"))))
+
+
+class ListenerStore:
+    """Opens listening sockets, which the service manager keeps while no daemon runs: nobody is refused meanwhile.
+
+    This is systemd's file descriptor store (FileDescriptorStoreMax= in the unit). A socket goes there when it is made,
+    comes back when the service is restarted, and is recognised by what it is bound to. Where nobody keeps sockets,
+    they are only opened.
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[tuple[str, int], socket.socket] = {}
+        for descriptor, name in inherited_descriptors().items():
+            os.set_inheritable(descriptor, False)
+            listener = listener_of(descriptor)
+            if listener is not None:
+                self._kept[listener.getsockname()] = listener
+            else:
+                log.warning("a descriptor %r of the service manager is no listening socket", name)
+                os.close(descriptor)
+                notify_service_manager(f"FDSTOREREMOVE=1\nFDNAME={name}")
+
+    def open(self, address: str, port: int) -> socket.socket:
+        """Return a listening socket: the one that was kept, or a new one. Raises as open_listener does."""
+        listener = self._kept.pop((address, port), None)
+        if listener is not None:
+            listener.setblocking(False)
+            return listener
+        listener = open_listener(address, port)
+        notify_service_manager(f"FDSTORE=1\nFDNAME={address}-{port}", listener.fileno())
+        return listener
+
+    def forget(self, address: str, port: int) -> None:
+        """Have a socket kept no longer."""
+        notify_service_manager(f"FDSTOREREMOVE=1\nFDNAME={address}-{port}")
+
+    def forget_unclaimed(self) -> None:
+        """Close the sockets that were kept, but have not been opened."""
+        while self._kept:
+            (address, port), listener = self._kept.popitem()
+            log.warning("closing the listening socket of %s:%d, which no function has any more", address, port)
+            refuse_connections(listener)
+            self.forget(address, port)
+
+
+def listener_of(descriptor: int) -> socket.socket | None:
+    """Return the socket of a descriptor, None if it does not listen for IPv4 connections."""
+    try:
+        listener = socket.socket(fileno=descriptor)
+    except OSError:                             # no socket
+        return None
+    if listener.family == socket.AF_INET and listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+        return listener
+    listener.detach()
+    return None
+
+
+def refuse_connections(listener: socket.socket) -> None:
+    """Close a listening socket even if others, such as the service manager, have descriptors of it."""
+    listener.shutdown(socket.SHUT_RD)
+    listener.close()
+
+
+BPF_LOAD_WORD, BPF_LOAD_HALF, BPF_JUMP_EQUAL, BPF_RETURN = 0x20, 0x28, 0x15, 0x06      # linux/bpf_common.h
+BPF_IP_HEADER = 0xFFF0_0000          # SKF_NET_OFF (linux/filter.h): what is loaded from here on is in the IP header
+
+
+def keep_to_address(listener: socket.socket) -> None:
+    """Have a listening socket and all that it accepts receive nothing but what is sent to its address and port.
+
+    A handler gets a socket of the host's network. connect(2) can dissolve its connection, and then it could go anywhere
+    that the host can, or listen. Its new port would not be this one, so that it would hear nothing. The filter is
+    inherited by what is accepted, costs an invocation nothing, and is locked: no handler can take it off.
+    """
+    address, port = listener.getsockname()
+    program = b"".join(struct.pack("HBBI", *instruction) for instruction in (
+        (BPF_LOAD_HALF, 0, 0, 2),                                       # destination port, in the TCP header
+        (BPF_JUMP_EQUAL, 0, 3, port),
+        (BPF_LOAD_WORD, 0, 0, BPF_IP_HEADER + 16),                      # destination address
+        (BPF_JUMP_EQUAL, 0, 1, int(ipaddress.IPv4Address(address))),
+        (BPF_RETURN, 0, 0, 0xFFFF_FFFF),                                # all of the packet
+        (BPF_RETURN, 0, 0, 0)))                                         # none
+    code = ctypes.create_string_buffer(program, len(program))
+    fprog = struct.pack("HP", len(program) // 8, ctypes.addressof(code))           # struct sock_fprog
+    listener.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, fprog)
+    listener.setsockopt(socket.SOL_SOCKET, SO_LOCK_FILTER, 1)
+
+
+SYS_FSOPEN = 430                    # likewise; then come fsconfig and fsmount (Linux 5.2)
+SYS_BPF, SYS_UNSHARE = {"x86_64": 321}, {"x86_64": 272}        # 280 and 97 elsewhere
+
+
+def mount_cgroup2() -> int:
+    """Return a descriptor of the part of cgroup v2 that we are in, mounted nowhere. Raises OSError.
+
+    To be called in a thread of its own: a mount made from the machine's own cgroup namespace would set the options of
+    all mounts of cgroup v2 anew (nsdelegate, memory_recursiveprot).
+    """
+    system_call(SYS_UNSHARE.get(platform.machine(), 97), CLONE_NEWCGROUP)
+    context = system_call(SYS_FSOPEN, b"cgroup2", 1)                    # FSOPEN_CLOEXEC
+    try:
+        system_call(SYS_FSOPEN + 1, context, 6, 0, 0, 0)                # fsconfig: FSCONFIG_CMD_CREATE
+        return system_call(SYS_FSOPEN + 2, context, 1, 0)               # fsmount: FSMOUNT_CLOEXEC
+    finally:
+        os.close(context)
+
+
+@contextlib.contextmanager
+def top_cgroup() -> Iterator[int]:
+    """Open the top of cgroup v2, also where it is mounted nowhere that we see. Raises OSError."""
+    tops = [mount for mount, kind in read_mounts() if kind == "cgroup2"]
+    with concurrent.futures.ThreadPoolExecutor(1) as executor:
+        descriptor = os.open(tops[0], os.O_RDONLY) if tops else executor.submit(mount_cgroup2).result()
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def bpf(command: int, layout: str, *values: int | bytes) -> int:
+    """Make a call of bpf(2), its union bpf_attr laid out as in linux/bpf.h. Raises OSError."""
+    size = struct.calcsize(layout)
+    attributes = ctypes.create_string_buffer(struct.pack(layout, *values), size)
+    return system_call(SYS_BPF.get(platform.machine(), 280), command, ctypes.addressof(attributes), size)
+
+
+SO_NETNS_COOKIE = 71                # Linux 5.14: the number of a socket's network namespace
+BPF_PROG_LOAD, BPF_PROG_ATTACH, BPF_PROG_DETACH = 5, 8, 9              # commands of bpf(2) (linux/bpf.h)
+BPF_PROG_GET_FD_BY_ID, BPF_OBJ_GET_INFO_BY_FD, BPF_PROG_QUERY = 13, 15, 16
+BPF_PROG_TYPE_CGROUP_SOCK_ADDR, BPF_F_ALLOW_MULTI, BPF_CGROUP_MAX_PROGS = 18, 2, 64
+GUARDED_CALLS = (8, 10)             # BPF_CGROUP_INET4_BIND, BPF_CGROUP_INET4_CONNECT
+
+
+class AddressGuard:
+    """Has the kernel refuse to connect or to bind a socket that has a function's address already (EPERM).
+
+    A handler is given a socket of the host's network. Once connect(2) has dissolved its connection, it could go
+    wherever the host can. But whatever a handler does, it keeps the address that its listener was bound to, and nobody
+    else binds one of these and then connects. So two BPF programs on cgroup v2 know it by that, and by our network
+    namespace. They are at the top of the hierarchy, where they see the sockets of a daemon that ran in another cgroup,
+    too. They stay if we die, as containers do, and the next daemon knows them by their name.
+    """
+
+    def __init__(self, run_dir: Path, subnet: ipaddress.IPv4Network):
+        self._name = f"faasd_{run_dir_mark(run_dir)}".encode()
+        self._subnet = subnet
+
+    def attach(self) -> None:
+        """Guard the addresses of the subnet; take away what the daemon before has left. Raises OSError."""
+        with top_cgroup() as cgroup:
+            for kind in GUARDED_CALLS:
+                program = self._load(kind)
+                try:
+                    bpf(BPF_PROG_ATTACH, "5I", cgroup, program, kind, BPF_F_ALLOW_MULTI, 0)
+                    self._detach(cgroup, kind, but=self._describe(program)[0])
+                finally:
+                    os.close(program)
+
+    def detach(self) -> None:
+        """Take away what attach() has left. Raises OSError."""
+        with top_cgroup() as cgroup:
+            for kind in GUARDED_CALLS:
+                self._detach(cgroup, kind)
+
+    def _detach(self, cgroup: int, kind: int, but: int = 0) -> None:
+        """Take away all programs of our name but the one of this id."""
+        ids = (ctypes.c_uint32 * BPF_CGROUP_MAX_PROGS)()
+        bpf(BPF_PROG_QUERY, "4IQ2I", cgroup, kind, 0, 0, ctypes.addressof(ids), len(ids), 0)
+        for number in filter(None, ids):
+            with contextlib.suppress(FileNotFoundError):        # another daemon has just taken its own away
+                program = bpf(BPF_PROG_GET_FD_BY_ID, "3I", number, 0, 0)
+                try:
+                    if self._describe(program)[1] == self._name and number != but:
+                        bpf(BPF_PROG_DETACH, "5I", cgroup, program, kind, 0, 0)
+                finally:
+                    os.close(program)
+
+    @staticmethod
+    def _describe(program: int) -> tuple[int, bytes]:
+        """Return id and name of a program (struct bpf_prog_info)."""
+        info = ctypes.create_string_buffer(80)
+        bpf(BPF_OBJ_GET_INFO_BY_FD, "2IQ", program, len(info), ctypes.addressof(info))
+        return struct.unpack_from("I", info, 4)[0], struct.unpack_from("16s", info, 64)[0].rstrip(b"\0")
+
+    def _load(self, kind: int) -> int:
+        """Return a descriptor of the program for one kind of call."""
+        with socket.socket(socket.AF_UNIX) as ours:
+            cookie, = struct.unpack("Q", ours.getsockopt(socket.SOL_SOCKET, SO_NETNS_COOKIE, 8))
+        mask, network = (struct.unpack("=I", address.packed)[0]         # in the order of bytes that packets have
+                         for address in (self._subnet.netmask, self._subnet.network_address))
+        program = b"".join(struct.pack("=BBhI", *instruction) for instruction in (     # code, registers, jump, number
+            (0xBF, 0x16, 0, 0),                                         # r6 = context
+            (0x85, 0x00, 0, 122),                                       # r0 = bpf_get_netns_cookie(context)
+            (0x18, 0x01, 0, cookie & 0xFFFF_FFFF), (0, 0, 0, cookie >> 32),             # r1 = ours
+            (0x5D, 0x10, 6, 0),                                         # is another: to the end
+            (0x79, 0x61, 64, 0), (0x61, 0x11, 24, 0),                   # r1 = context->sk->src_ip4
+            (0x54, 0x01, 0, mask), (0x56, 0x01, 2, network),            # not of the subnet: to the end
+            (0xB7, 0x00, 0, 0), (0x95, 0x00, 0, 0),                     # return 0: refused
+            (0xB7, 0x00, 0, 1), (0x95, 0x00, 0, 0)))                    # return 1
+        text, licence = ctypes.create_string_buffer(program), ctypes.create_string_buffer(b"MIT")
+        return bpf(BPF_PROG_LOAD, "2I2Q2IQ2I16s2I", BPF_PROG_TYPE_CGROUP_SOCK_ADDR, len(program) // 8,
+                   ctypes.addressof(text), ctypes.addressof(licence), 0, 0, 0, 0, 0, self._name, 0, kind)
+
+
+class NetlinkWatch:
+    """Calls back when the kernel tells of one kind of change (netlink(7)), so that nothing polls. Lives on the loop.
+
+    Firewalls that are reloaded flush everybody's tables (`nft flush ruleset` in Debian's nftables.conf), and a function
+    must not meet the host's services from then on. Network managers flush addresses that are not theirs. No program can
+    send us such a message in the kernel's place.
+    """
+
+    def __init__(self, protocol: int, groups: int, kind: int, mark: bytes, on_change: Callable[[], None]):
+        """kind is the type of a message that counts, if mark is in it."""
+        self._address, self._protocol = (0, groups), protocol
+        self._kind, self._mark = kind, mark
+        self._on_change = on_change
+        self._loop = asyncio.get_running_loop()
+        self._socket: socket.socket | None = None
+
+    def open(self) -> None:
+        """Watch from now on. Raises FaasdError."""
+        if self._socket is not None:
+            return
+        try:
+            self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_NONBLOCK, self._protocol)
+            self._socket.bind(self._address)
+        except OSError as error:
+            self.close()
+            raise FaasdError(f"cannot watch addresses, or the rules of net egress: {error.strerror}") from error
+        self._loop.add_reader(self._socket, self._on_message)
+
+    def close(self) -> None:
+        if self._socket is not None:
+            self._loop.remove_reader(self._socket)
+            self._socket.close()
+            self._socket = None
+
+    def _on_message(self) -> None:
+        try:
+            data = self._socket.recv(COPY_CHUNK)
+        except BlockingIOError:
+            return
+        except OSError as error:                # ENOBUFS: there were more messages than the kernel keeps for us
+            log.info("missed messages of the kernel: %s", error.strerror)
+            self._on_change()
+            return
+        while len(data) >= 16:                  # struct nlmsghdr
+            length, kind = struct.unpack_from("=IH", data)
+            if kind == self._kind and self._mark in data[:length]:
+                self._on_change()
+            data = data[max(16, length + 3 & ~3):]
+
+
+UCRED = struct.Struct("3i")             # struct ucred of unix(7): pid, uid, gid
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Networks of functions with --net egress
+# ---------------------------------------------------------------------------------------------------------------------
+
+LINK_PREFIX = "faas"                # the host's ends of veth pairs: faas, 6 digits that tell the run-dir, -, a number
+MAX_LINKS = 9999                    # such numbers, so that a name keeps within 15 bytes (IFNAMSIZ)
+METADATA_NETWORK = "169.254.0.0/16"     # link-local, where clouds hand out credentials
+RESOLV_CONFS = ("/etc/resolv.conf", "/run/systemd/resolve/resolv.conf")    # the first that names a usable resolver
+
+
+class EgressNetworks:
+    """The networks of functions with `--net egress`: each a namespace, a veth pair to the host, a part in our rules.
+
+        container            the function's namespace         host
+        joins it by path     eth0 ADDRESS/32 <-- veth pair --> faas3f9a1c-7 GATEWAY/32 --> rules, masquerade --> outside
+
+    A namespace is kept by a bind mount at RUN_DIR/net/NAME. All links have the same gateway address, and each function
+    an address that goes by the number of its link: so there is nothing to write down, and a link that bears its
+    function's name (as its alias, which is set last) is whole. Methods block, and must not run at the same time.
+    """
+
+    def __init__(self, run_dir: Path, subnet: ipaddress.IPv4Network, public: ipaddress.IPv4Network, port: int):
+        mark = run_dir_mark(run_dir)
+        self.table = f"faasd_{mark}"
+        self._run_dir, self._directory = run_dir, namespace_path(run_dir, "x").parent
+        self._subnet, self._public, self._port = subnet, public, port
+        self._gateway = str(subnet[1])
+        self._prefix = f"{LINK_PREFIX}{mark}-"
+        self._numbers: dict[str, int] = {}      # function → number of its link
+
+    def has(self, name: str) -> bool:
+        return name in self._numbers
+
+    def provide(self, name: str) -> None:
+        """Make a function's network if it has none yet. Raises FaasdError; then it has what it had.
+
+        What all share is renewed in any case: the machine's resolvers may have changed.
+        """
+        self._check_machine()
+        if name in self._numbers:
+            self._load_rules()
+            return
+        if not self._numbers:
+            self._warn_of_firewalls()
+        self._numbers[name] = self._free_number()
+        try:
+            self._directory.mkdir(mode=0o700, exist_ok=True)
+            self._load_rules()          # before the link: a packet from a link that they do not know is dropped
+            self._make(name, self._numbers[name])
+        except BaseException as error:
+            self.remove(name)
+            if isinstance(error, OSError):
+                raise storage_error(error, f"making {namespace_path(self._run_dir, name)}") from error
+            raise
+
+    def remove(self, *names: str) -> None:
+        """Remove functions' networks; what cannot be removed is logged."""
+        ours = [name for name in names if name in self._numbers]
+        for name in ours:
+            self._delete_link(self._link(self._numbers.pop(name)))
+            self._delete_namespace(namespace_path(self._run_dir, name))
+        if ours:
+            self._settle()
+
+    def remove_all(self) -> None:
+        self.remove(*self._numbers)
+
+    def recover(self, wanted: set[str]) -> None:
+        """Take over the networks that a killed daemon left of functions that want one, and remove all others."""
+        mounted = {Path(mount) for mount, kind in read_mounts() if kind == "nsfs"}
+        links = self._links()
+        for number, name in links.items():
+            if name in wanted and namespace_path(self._run_dir, name) in mounted and self._fits(number):
+                self._numbers[name] = number
+            else:
+                self._delete_link(self._link(number))
+        for path in self._directory.iterdir() if self._directory.is_dir() else ():
+            if path.name not in self._numbers:
+                log.warning("removing the network of %s that a killed daemon left", path.name)
+                self._delete_namespace(path)
+        if links or self._directory.is_dir():
+            self._settle()
+
+    def _links(self) -> dict[int, str]:
+        """Return our links: number → function, or "" for one that is not whole, or of another subnet."""
+        gateways = {link["ifname"] for link in ip_json("addr", "show")
+                    if any(entry.get("local") == self._gateway for entry in link["addr_info"])}
+        links = {}
+        for link in ip_json("link", "show"):
+            match = re.fullmatch(re.escape(self._prefix) + "([0-9]+)", link["ifname"])
+            if match:
+                links[int(match[1])] = link.get("ifalias", "") if link["ifname"] in gateways else ""
+        return links
+
+    # -- what must be so for any of them to work --
+
+    def _check_machine(self) -> None:
+        if shutil.which("nft") is None:
+            raise Conflict("net egress needs the nft program: apt install nftables")
+        user = find_user(self._subnet, lambda interface, label: interface.startswith(self._prefix))
+        if not user and self._subnet.overlaps(self._public):
+            user = f"functions listen on {self._public}"
+        if user:
+            raise Conflict(f"net egress: {self._subnet} is in use: {user}; start faasd with another --egress-subnet")
+        # Answers come in by another interface than ours, so that one must forward. "all" is net.ipv4.ip_forward.
+        forwarding = [path for path in Path("/proc/sys/net/ipv4/conf").glob("*/forwarding")
+                      if path.parent.name not in ("lo", "default") and not path.parent.name.startswith(LINK_PREFIX)]
+        if not any(read_text(path).strip() == "1" for path in forwarding):
+            raise Conflict("net egress needs a machine that forwards packets, which this one does not: sysctl -w "
+                           "net.ipv4.ip_forward=1, or net.ipv4.conf.X.forwarding=1 for the interface X that leads out")
+
+    def _warn_of_firewalls(self) -> None:
+        """Say so if another firewall drops what we would forward: an accept in our table cannot overrule it."""
+        listed = json.loads(run_command("cannot list the chains of nftables", "nft", "-j", "list", "chains") or "{}")
+        chains = [item["chain"] for item in listed.get("nftables", []) if "chain" in item]
+        for chain in chains:
+            if (chain.get("hook"), chain.get("policy")) == ("forward", "drop") and chain["family"] in ("ip", "inet"):
+                log.warning("chain %s of nftables table %s %s drops what it does not know: have it accept packets from "
+                            "and to %s*, or net egress leads nowhere", chain["name"], chain["family"], chain["table"],
+                            LINK_PREFIX)
+
+    # -- what they share --
+
+    def _load_rules(self) -> None:
+        text, resolvers = fit_resolv_conf(map(read_text, RESOLV_CONFS))
+        if not resolvers:
+            log.warning("net egress: no resolver with an IPv4 address other than loopback in %s: functions cannot look "
+                        "up names", " or ".join(RESOLV_CONFS))
+        pairs = [f'"{self._link(number)}" . {self._address(number)}' for number in self._numbers.values()]
+        self._nft(EGRESS_RULES.format(
+            table=self.table, prefix=self._prefix, subnet=self._subnet, public=self._public, port=self._port,
+            metadata=METADATA_NETWORK, functions=self._elements(pairs), resolvers=self._elements(resolvers)))
+        try:
+            write_anew(resolv_conf_path(self._run_dir, "egress"), text)
+        except OSError as error:
+            raise storage_error(error, "writing resolv.conf") from error
+
+    def restore_rules(self) -> None:
+        """Load the rules again if somebody has flushed them; failure is logged."""
+        if self._numbers and not try_command(f"somebody deleted nftables table inet {self.table}: loading the rules of "
+                                             "net egress again", "nft", "list", "table", "inet", self.table):
+            self._settle()
+
+    def _settle(self) -> None:
+        """Make what they share fit those there are; failure is logged."""
+        try:
+            if self._numbers:
+                self._load_rules()
+            else:
+                self._dismantle()
+        except FaasdError as error:
+            log.error("%s", error)
+
+    @staticmethod
+    def _elements(items: Iterable[str]) -> str:
+        text = ", ".join(dict.fromkeys(items))
+        return f"elements = {{ {text} }}" if text else ""       # an empty list is a syntax error
+
+    def _dismantle(self) -> None:
+        resolv_conf_path(self._run_dir, "egress").unlink(missing_ok=True)
+        if shutil.which("nft"):
+            self._nft(f"add table inet {self.table}\ndelete table inet {self.table}\n")
+        with contextlib.suppress(OSError):      # there is none, or not all could be removed from it
+            self._directory.rmdir()             # last: who finds it after a crash, does this again
+
+    def _nft(self, script: str) -> None:
+        run_command("nft cannot load the rules of net egress", "nft", "-f", "-", stdin=script)
+
+    # -- one of them --
+
+    def _link(self, number: int) -> str:
+        return f"{self._prefix}{number}"
+
+    def _address(self, number: int) -> str:
+        return str(self._subnet[1 + number])
+
+    def _fits(self, number: int) -> bool:
+        return 1 <= number <= min(MAX_LINKS, self._subnet.num_addresses - 3)     # less network, gateway, broadcast
+
+    def _free_number(self) -> int:
+        number = next(n for n in itertools.count(1) if n not in self._numbers.values())
+        if not self._fits(number):
+            raise Conflict(f"net egress: {self._subnet} has no free address: start faasd with a larger --egress-subnet")
+        return number
+
+    def _make(self, name: str, number: int) -> None:
+        link, address, namespace = self._link(number), self._address(number), namespace_path(self._run_dir, name)
+        namespace.touch(mode=0o600)
+        self._run("unshare", f"--net={namespace}", "ip", "link", "set", "lo", "up")
+        self._run("ip", "link", "add", link, "type", "veth", "peer", "name", "eth0", "netns", str(namespace))
+        self._run("ip", "-batch", "-", stdin="\n".join([
+            *self._without_ipv6(link), f"addr add {self._gateway}/32 dev {link}", f"link set {link} up",
+            f"route add {address}/32 dev {link}"]))
+        try:
+            Path(f"/proc/sys/net/ipv4/conf/{link}/forwarding").write_text("1")
+        except OSError as error:
+            raise FaasdError(f"cannot have {link} forward packets: {error.strerror}") from error
+        self._run("nsenter", f"--net={namespace}", "ip", "-batch", "-", stdin="\n".join([
+            *self._without_ipv6("eth0"), f"addr add {address}/32 dev eth0", "link set eth0 up",
+            f"route add {self._gateway}/32 dev eth0", f"route add default via {self._gateway}"]))
+        self._run("ip", "link", "set", link, "alias", name)
+
+    @staticmethod
+    def _without_ipv6(link: str) -> list[str]:
+        """Return what keeps a link without an IPv6 address, where the kernel has IPv6."""
+        return [f"link set {link} addrgenmode none"] if Path("/proc/sys/net/ipv6/conf").is_dir() else []
+
+    @staticmethod
+    def _delete_link(link: str) -> None:
+        if link in (name for _, name in socket.if_nameindex()):
+            try_command(f"cannot remove {link}", "ip", "link", "del", link)
+
+    @staticmethod
+    def _delete_namespace(path: Path) -> None:
+        """Take away what keeps a namespace; it ends with the last process in it, which has no link to anybody."""
+        if (str(path), "nsfs") in read_mounts():
+            try_command(f"cannot unmount {path}", "umount", "--lazy", str(path))    # a starting runc may have it open
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            log.warning("cannot remove %s: %s", path, error.strerror)
+
+    def _run(self, *argv: str, stdin: str = "") -> None:
+        run_command(f"cannot make a network for net egress: {argv[0]}", *argv, stdin=stdin)
+
+
+# What egress means. Our own table, and only packets of our own links: others' rules are not ours to touch. Replaced as
+# a whole, in one transaction, so there is no moment without.
+#   prerouting   a function speaks IPv4 from its own address on its own link, whatever its namespace might make up.
+#   input        to this machine itself: only the functions' public addresses, and resolvers that happen to be here.
+#   forward      to everybody else, but not to other functions' links, to cloud metadata, or to what other rules here
+#                redirect, as Docker does to publish ports on the host's addresses. Nobody opens connections to a
+#                function's link.
+# Refused at once, TCP by a reset: ICMP errors are rate-limited, and a program should not wait for nothing.
+EGRESS_RULES = """\
+add table inet {table}
+delete table inet {table}
+table inet {table} {{
+    set functions {{
+        type ifname . ipv4_addr
+        {functions}
+    }}
+    set resolvers {{
+        type ipv4_addr
+        {resolvers}
+    }}
+    chain prerouting {{
+        type filter hook prerouting priority raw; policy accept;
+        iifname "{prefix}*" meta nfproto ipv6 drop
+        iifname "{prefix}*" iifname . ip saddr != @functions drop
+    }}
+    chain input {{
+        type filter hook input priority filter; policy accept;
+        iifname != "{prefix}*" accept
+        ct state vmap {{ established : accept, related : accept, invalid : drop }}
+        ip daddr @resolvers meta l4proto {{ tcp, udp }} th dport 53 accept
+        ip daddr {public} tcp dport {port} accept
+        goto refuse
+    }}
+    chain forward {{
+        type filter hook forward priority filter; policy accept;
+        iifname != "{prefix}*" oifname != "{prefix}*" accept
+        ct state vmap {{ established : accept, related : accept, invalid : drop }}
+        oifname "{prefix}*" goto refuse
+        ip daddr @resolvers meta l4proto {{ tcp, udp }} th dport 53 accept
+        ip daddr {metadata} goto refuse
+        ct status dnat goto refuse
+    }}
+    chain postrouting {{
+        type nat hook postrouting priority srcnat; policy accept;
+        ip saddr {subnet} oifname != "{prefix}*" masquerade
+    }}
+    chain refuse {{
+        meta l4proto tcp reject with tcp reset
+        reject with icmpx type admin-prohibited
+    }}
+}}
+"""
+
+
+def fit_resolv_conf(texts: Iterable[str]) -> tuple[str, list[str]]:
+    """Return a resolv.conf for a network namespace of its own, and the resolvers in it.
+
+    It is made from the first of texts that names a resolver which can be reached from there: one with an IPv4 address
+    that is not loopback, as those of stubs on the host are (127.0.0.53). Empty if there is none.
+    """
+    for text in texts:
+        lines, resolvers = [], []
+        for words in filter(None, map(str.split, text.splitlines())):
+            if words[0] in ("search", "domain", "options"):
+                lines.append(" ".join(words))
+            elif words[0] == "nameserver" and len(words) > 1 and is_reachable(words[1]):
+                lines.append(" ".join(words[:2]))
+                resolvers.append(words[1])
+        if resolvers:
+            return "\n".join(lines) + "\n", resolvers
+    return "", []
+
+
+def is_reachable(resolver: str) -> bool:
+    """Tell whether text is an IPv4 address that means the same in every network namespace."""
+    try:
+        address = ipaddress.IPv4Address(resolver)
+    except ValueError:
+        return False
+    return not (address.is_loopback or address.is_unspecified or address.is_multicast)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Where containers live: what the machine can do, and what the daemon before has left
+# ---------------------------------------------------------------------------------------------------------------------
+
+PROBE_SECONDS = 10.0                # for the container that tells at start whether any can run here
+MAX_SEARCHED = 10_000               # descriptors of one container among which its client is looked for
+
+
+class ContainerHost:
+    """Where this daemon's containers live: directories, runtime and cgroups, and what to do about their remains."""
+
+    def __init__(self, run_dir: Path, images_dir: Path, runtime: Runtime, ids: IdRanges):
+        self.containers_dir = run_dir / "containers"
+        self.rootfs_dir = run_dir / "rootfs"
+        self._images_dir = images_dir
+        self.ids = ids
+        self.runtime = runtime
+        self.cgroups = Cgroups(run_dir)
+        self.apparmor = apparmor_profile()
+        self.descriptors = Descriptors()
+        self.loop = asyncio.get_running_loop()
+        self.workers = Workers(self.loop)
+        self.killers = Workers(self.loop)       # others, for to kill a container ends the wait of those
+        self._dying: dict[str, DyingCgroups] = {}
+
+    async def prepare(self, addresses: dict[str, str]) -> list[Survivor]:
+        """Make RUN_DIR/containers, on a tmpfs, and clear what the daemon before left there.
+
+        Returns the containers that serve clients; addresses are the functions'. Raises FaasdError.
+        """
+        self.containers_dir.mkdir(mode=0o711, exist_ok=True)
+        if self._file_system_type(self.containers_dir) != "tmpfs":
+            run_command(f"cannot mount a tmpfs on {self.containers_dir}", "mount", "-t", "tmpfs", "-o",
+                        "mode=0711,nosuid,nodev,noexec,size=64m", "faasd", str(self.containers_dir))
+        self.containers_dir.chmod(0o711)
+        self._show_images()
+        survivors = await self._find_survivors(addresses)
+        await self.workers.run(self.remove_orphans, survivors)
+        return survivors
+
+    def _show_images(self) -> None:
+        """Mount the images where containers take their root from: without their devices and setuid bits.
+
+        A runtime allows some devices by itself, runc 1.1 even /dev/net/tun, and knows no flags for the root. Elsewhere
+        than they are, because nothing can be renamed from one mount into another.
+        """
+        what = f"cannot mount the images on {self.rootfs_dir}"
+        if str(self.rootfs_dir) in dict(read_mounts()):         # the daemon before us may have had another --state-dir
+            try_command(what, "umount", "--lazy", str(self.rootfs_dir))
+        self.rootfs_dir.mkdir(exist_ok=True)
+        noexec = ",noexec" if os.statvfs(self._images_dir).f_flag & os.ST_NOEXEC else ""
+        run_command(what, "mount", "-o", f"bind,nodev,nosuid{noexec}", str(self._images_dir), str(self.rootfs_dir))
+        if not os.statvfs(self.rootfs_dir).f_flag & os.ST_NODEV:
+            raise UsageError(f"{what} without their devices: faasd needs the mount of util-linux")
+
+    def rootfs(self, image: Path) -> Path:
+        """Return the root of the containers of an image that lies in STATE_DIR/images."""
+        return self.rootfs_dir / image.relative_to(self._images_dir) / "rootfs"
+
+    async def probe(self) -> None:
+        """Start a container as functions have them, to learn whether the runtime joins a user namespace.
+
+        Raises UsageError if it starts none. What is left of one when we are killed goes as any container does.
+        """
+        check_controllers()
+        error = await self._try_container()
+        if error and self.ids.can_make:
+            joining, self.ids.can_make = error, False
+            error = await self._try_container()
+            if not error:
+                log.warning("%s joins no user namespace, so it makes one for each container, and all functions share "
+                            "what root may take of inotify, queues and timers: %s", self.runtime.name, joining)
+        self._refuse_machine(error)
+
+    async def check(self) -> None:
+        """Raise UsageError if no container starts any more."""
+        self._refuse_machine(await self._try_container())
+
+    def _refuse_machine(self, error: str) -> None:
+        if error:
+            raise UsageError(f"{self.runtime.name} cannot start a container on this machine: {machine_lack(error)}"
+                             f"{error}")
+
+    async def _try_container(self) -> str:
+        """Return why no container works, "" if one does."""
+        rootfs = self.containers_dir / secrets.token_hex(6)
+        try:
+            mounts = lay_out_probe(rootfs)
+            bundle = Bundle("probe", {**PROBE, "first_id": self.ids.first}, Options(), rootfs,
+                            self.containers_dir.parent, self.cgroups, self.apparmor, mounts)
+            await Container(self, bundle, lambda container_id, line: None).start(PROBE_SECONDS)
+        except StartFailed as failure:
+            if failure.status == 504:           # a machine that has just booted may be slow, but not for long
+                log.warning("%s has not started a container within %g s: going on without knowing what it can do",
+                            self.runtime.name, PROBE_SECONDS)
+                return ""
+            return "" if "works" in failure.output else " ".join([str(failure), *failure.output])
+        except OSError as error:
+            raise storage_error(error, f"making a container in {rootfs}") from error
+        finally:
+            shutil.rmtree(rootfs, ignore_errors=True)
+        raise AssertionError("nothing in a probe connects")
+
+    @staticmethod
+    def _file_system_type(path: Path) -> str:
+        kinds = {mount: kind for mount, kind in read_mounts()}      # a later mount hides an earlier one
+        return next(kinds[str(p)] for p in [path, *path.parents] if str(p) in kinds)
+
+    async def _find_survivors(self, addresses: dict[str, str]) -> list[Survivor]:
+        """Return the containers that serve clients, and kill what else of ours the runtime runs.
+
+        Nothing but what a daemon has noted, in a directory where only root can write, makes a survivor. Nor is one that
+        keeps us waiting.
+        """
+        connections, cgroups, survivors = read_connections(addresses.values()), self.cgroups.containers(), []
+        looking = {self.workers.run(self._survivor, container_id, cgroups, addresses, connections): container_id
+                   for container_id in filter(CONTAINER_ID.fullmatch, os.listdir(self.containers_dir))}
+        finished = await self.workers.finished(looking)
+        for future, container_id in looking.items():
+            if future not in finished:
+                log.warning("container=%s cannot be taken over, because it keeps its output locked", container_id)
+                future.add_done_callback(lambda late: late.exception() or self.workers.run(late.result().close))
+            elif future.exception():
+                log.debug("container=%s does not go on: %r", container_id, future.exception())
+            else:
+                survivors.append(future.result())
+                log.info("function=%s container=%s serves a client and goes on", survivors[-1].function, container_id)
+        self._kill_runtimes({survivor.pid for survivor in survivors})
+        return survivors
+
+    def _survivor(self, container_id: str, cgroups: dict[str, str], addresses: dict[str, str],
+                  connections: dict[int, tuple[str, str]]) -> Survivor:
+        """Return a container if it serves a client of a function that there is. Raises OSError, ValueError, KeyError.
+
+        The process's file does not matter: pid and start time name the process, and the runtime may have been upgraded.
+        Blocks: to open a pipe takes its lock, and to duplicate a descriptor may wait for the end of an execve(2).
+        """
+        with contextlib.ExitStack() as stack:
+            directory = stack.enter_context(opened(self.containers_dir / container_id, os.O_PATH | os.O_DIRECTORY))
+            number, started, name, version = os.readlink("note", dir_fd=directory).split(" ")
+            pid = int(number)
+            pidfd = stack.enter_context(opened_process(pid))
+            if not is_roots(pid) or start_time(pid) != started:
+                raise ProcessLookupError(errno.ESRCH, "its runtime has ended")
+            signal.pidfd_send_signal(pidfd, 0)          # it is there still, so what was read was read of it
+            pipe = stack.enter_context(opened("output", os.O_PATH, directory))          # so far nothing is opened
+            if not stat.S_ISFIFO(os.fstat(pipe).st_mode):
+                raise ValueError("its output is no pipe of ours")
+            output = os.open(f"/proc/self/fd/{pipe}", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+            stack.callback(os.close, output)
+            client, peer = self._client_of(cgroups[container_id], addresses[name], connections)
+            return Survivor(container_id, cgroups[container_id], name, version, pid, os.dup(pidfd), os.dup(output),
+                            client, peer)
+
+    def _kill_runtimes(self, survivors: set[int]) -> None:
+        """Kill what a daemon before has started and not noted, or that serves nobody: it could still start a container.
+
+        No daemon is there to start more, and one that is missed here finds no config.json.
+        """
+        for pid in set(map(int, filter(str.isdigit, os.listdir("/proc")))) - survivors:
+            with contextlib.suppress(OSError), opened_process(pid) as pidfd:       # OSError: it has ended
+                if self._is_our_runtime(pid):
+                    log.warning("killing orphaned %s, pid %d", self.runtime.program, pid)
+                    signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+
+    def _is_our_runtime(self, pid: int) -> bool:
+        """Whether a process is a runtime that a daemon of this run-dir has started. Raises OSError if it is gone.
+
+        Anybody can choose a command line, so it counts only for a process of root's, and is read only then: reading it
+        waits for the process's memory, which a user may have put where it never comes. The same path can be another
+        daemon's directory in another mount namespace. A runtime that copies itself, or that a script starts, is another
+        file than --runtime; but what it prints goes to a pipe of ours.
+        """
+        if not is_roots(pid):
+            return False
+        argv = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+        containers = os.stat(self.containers_dir.parent)
+        if (argv[1:3] != [b"--root", os.fsencode(self.runtime.root)]
+                or not os.path.samestat(os.stat(f"/proc/{pid}/root{self.containers_dir.parent}"), containers)):
+            return False
+        program = os.readlink(f"/proc/{pid}/exe").removesuffix(" (deleted)")           # it was upgraded
+        output = os.stat(f"/proc/{pid}/fd/1")
+        return (program == os.path.realpath(self.runtime.program)
+                or stat.S_ISFIFO(output.st_mode) and output.st_dev == os.stat(self.containers_dir).st_dev)
+
+    def _client_of(self, cgroup: str, address: str,
+                   connections: dict[int, tuple[str, str]]) -> tuple[socket.socket, str]:
+        """Return a duplicate of a container's socket that is connected to a client of address, and who that is.
+
+        Where the kernel gives us none, a socket without a connection stands for it. Raises KeyError if it has none.
+        """
+        for pidfd, number, inode in self._sockets_of(cgroup):
+            host, peer = connections.get(inode, ("", ""))
+            if host == address:
+                try:
+                    duplicate = duplicate_descriptor(pidfd, number)
+                except PermissionError:         # see machine_warnings
+                    return socket.socket(), peer
+                except OSError:                 # it is gone
+                    continue
+                if os.fstat(duplicate).st_ino == inode:     # else the handler has put another file there
+                    return socket_object(duplicate), peer
+                os.close(duplicate)
+        raise KeyError(address)
+
+    def _sockets_of(self, cgroup: str) -> Iterator[tuple[int, int, int]]:
+        """Yield a pidfd, the number and the inode of each socket that a container's processes have."""
+        searched = 0
+        for pid, pidfd in self.cgroups.members(cgroup):
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):    # closed, or its process is gone
+                for number in os.listdir(f"/proc/{pid}/fd"):
+                    searched += 1
+                    if searched > MAX_SEARCHED:
+                        return
+                    target = re.fullmatch(r"socket:\[([0-9]+)\]", os.readlink(f"/proc/{pid}/fd/{number}"))
+                    if target:
+                        yield pidfd, int(number), int(target[1])
+
+    async def end_holders(self, port: int) -> bool:
+        """End containers that have taken a port of this machine, or may have; return whether there are any."""
+        asking = {self.workers.run(self._holds, cgroup, port): (container_id, cgroup)
+                  for container_id, cgroup in self.cgroups.containers().items()}
+        finished = await self.workers.finished(asking)
+        holders = [container for future, container in asking.items()
+                   if future not in finished or future.exception() or future.result()]
+        for container_id, _ in holders:
+            log.warning("container=%s has taken port %d, which is ours: ending it", container_id, port)
+        await self.workers.finished([self.workers.run(self._kill_all, cgroup) for _, cgroup in holders])
+        return bool(holders)
+
+    def _holds(self, cgroup: str, port: int) -> bool:
+        return any(has_port(pidfd, number, port) for pidfd, number, _ in self._sockets_of(cgroup))
+
+    def remove_orphans(self, survivors: Collection[Survivor] = ()) -> None:
+        cgroups = self.cgroups.containers()
+        left = {*os.listdir(self.containers_dir), *self.runtime.containers(), *cgroups}
+        surviving = {survivor.container_id for survivor in survivors}
+        for container_id in set(filter(CONTAINER_ID.fullmatch, left)) - surviving:
+            log.warning("container=%s removing what the daemon before left of it", container_id)
+            self._remove_orphan(container_id, cgroups.get(container_id, self.cgroups.path("", container_id)))
+        self.cgroups.remove_groups({survivor.function for survivor in survivors})
+
+    def _remove_orphan(self, container_id: str, cgroup: str) -> None:
+        self.remove_remains(container_id, cgroup)
+        shutil.rmtree(self.containers_dir / container_id, ignore_errors=True)
+
+    def end_survivor(self, survivor: Survivor) -> None:
+        """End a container that nobody adopts. Blocks."""
+        log.warning("function=%s container=%s cannot go on: its function is broken", survivor.function,
+                    survivor.container_id)
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(survivor.pidfd, signal.SIGKILL)
+        self._remove_orphan(survivor.container_id, survivor.cgroup)
+        reset_connection(survivor.client)       # half an answer must not look whole
+        survivor.close()
+
+    def inspect(self, container: Container) -> dict:
+        """Return how a running container is isolated. Blocks. Raises Conflict if it ends meanwhile."""
+        try:
+            for pid in self.cgroups.processes(container.cgroup):
+                if re.search(r"^NSpid:.*\t1$", read_text(f"/proc/{pid}/status"), re.MULTILINE):
+                    return {"container": container.id, **inspect_process(pid),
+                            "limits": self.cgroups.limits(container.cgroup)}
+        except OSError as error:
+            log.info("container=%s inspecting it: %s", container.id, error)
+        raise Conflict("the container that was looked at has ended meanwhile: try again")
+
+    def remove_remains(self, container_id: str, cgroup: str) -> None:
+        """Remove a container without the runc that ran it. Blocks; what cannot be removed is logged."""
+        self._kill_all(cgroup)
+        if self.runtime.has_state(container_id):
+            self.runtime.delete(container_id)
+        self.cgroups.remove(cgroup)
+
+    def _kill_all(self, cgroup: str) -> None:
+        deadline = time.monotonic() + KILL_TIMEOUT
+        while self.cgroups.processes(cgroup) and time.monotonic() < deadline:
+            self.cgroups.kill(cgroup)
+            time.sleep(KILL_RETRY)
+
+    def count_ended(self, function: str) -> None:
+        """Count a container that is gone, and reclaim what all too many have left."""
+        if function not in self._dying:
+            self._dying[function] = DyingCgroups(self.cgroups, self.cgroups.group(function), self.workers)
+        self._dying[function].count()
+
+    def forget(self, function: str) -> None:
+        """Remove what all containers of a function had in common, once none is left. Blocks."""
+        self._dying.pop(function, None)
+        self.cgroups.remove(self.cgroups.group(function))
+
+    def dismantle(self) -> None:
+        """Remove what prepare made, once no container is left. Blocks."""
+        self.cgroups.remove(self.cgroups.parent)
+        for mount in {str(self.containers_dir), str(self.rootfs_dir)} & set(dict(read_mounts())):
+            try_command(f"cannot unmount {mount}", "umount", mount)
+        shutil.rmtree(self.runtime.root / ".cache", ignore_errors=True)         # crun's, of seccomp filters
+        for directory in (self.containers_dir, self.rootfs_dir, self.runtime.root):
+            try:
+                directory.rmdir()
+            except OSError as error:
+                if error.errno != errno.ENOENT:
+                    log.warning("cannot remove %s: %s", directory, error.strerror)
+
+
+# What a probe of the machine runs, in the place of a handler: it opens its stdout as a program may that logs to a file.
+PROBE = {"version": "", "process": {"env": [f"PATH={DEFAULT_PATH}"], "entrypoint": ["sh"], "cmd": ["-c", "echo works "
+         ">/dev/stdout"], "cwd": "/", "uid": 0, "gid": 0, "groups": [], "volumes": []}}
+PROBE_DIRECTORIES = re.compile(r"bin|lib.*|usr|nix|gnu")            # of the host, which programs need
+
+
+def lay_out_probe(rootfs: Path) -> list[dict]:
+    """Make a rootfs in which the host's programs run; return the mounts that it takes. Raises OSError."""
+    mounts = []
+    for name in ("dev", "proc", "sys", "tmp"):
+        (rootfs / name).mkdir(parents=True)
+    (rootfs / CONTROL_SOCKET[1:]).touch()
+    for entry in filter(lambda entry: PROBE_DIRECTORIES.fullmatch(entry.name), Path("/").iterdir()):
+        if entry.is_symlink():
+            (rootfs / entry.name).symlink_to(os.readlink(entry))
+        elif entry.is_dir():
+            (rootfs / entry.name).mkdir()
+            # Not read-only: that takes a remount, which may fail where no function would. Nothing in there is its own.
+            mounts.append({"destination": str(entry), "type": "bind", "source": str(entry), "options": ["rbind"]})
+    return mounts
+
+
+def check_controllers() -> None:
+    """Raise UsageError where a limit cannot be set. crun would not notice: it writes limits to plain files then."""
+    there: set[str] = set()
+    for before, after in read_mountinfo():
+        if after[0] == "cgroup":
+            there.update(after[2].split(","))
+        elif after[0] == "cgroup2":
+            there.update(read_text(Path(before[4]) / "cgroup.controllers").split())
+    for controller in ("memory", "pids", "cpu"):
+        if controller not in there:
+            raise UsageError(f"this machine cannot limit what containers use of {controller}: boot the kernel with "
+                             f"cgroup_enable={controller}, or mount the {controller} controller of cgroups")
+
+
+def machine_lack(error: str) -> str:
+    """Return the mend for a machine on which no container starts; error is what the runtime says."""
+    mounts = read_mounts()
+    version_1, version_2 = ({mount for mount, kind in mounts if kind == name} for name in ("cgroup", "cgroup2"))
+    if read_text("/proc/sys/user/max_user_namespaces").strip() == "0":
+        return "user namespaces are switched off, sysctl user.max_user_namespaces=15000 switches them on: "
+    if version_1 and version_2 and "cgroup" in error:
+        return f"it has cgroups of v1 and of v2, umount {' '.join(version_2)} or choose another --runtime: "
+    return ""
+
+
+@dataclass(frozen=True)
+class Survivor:
+    """A container that serves a client since before this daemon was started."""
+    container_id: str
+    cgroup: str
+    function: str
+    version: str
+    pid: int                    # of runc run
+    pidfd: int
+    output: int                 # the reading end of its output
+    client: socket.socket       # our duplicate
+    peer: str                   # the client's address
+
+    def close(self) -> None:
+        """Let go of it. Blocks."""
+        os.close(self.pidfd)
+        os.close(self.output)
+        self.client.close()
+
+
+def is_roots(pid: int) -> bool:
+    """Whether a process is root's, in the user and pid namespaces that we are in. Raises OSError if it is gone.
+
+    Its real user: a setuid program has the user's who runs it.
+    """
+    with open(f"/proc/{pid}/status", "rb", buffering=0) as file:        # not by Path: users may have many thousands
+        status = file.read(KIB)
+    return b"\nUid:\t0\t" in status and all(
+        os.readlink(f"/proc/{pid}/ns/{kind}") == os.readlink(f"/proc/self/ns/{kind}") for kind in ("user", "pid"))
+
+
+def start_time(pid: int) -> str:
+    """Return when a process started, as proc_pid_stat(5) has it: with its pid it names one process since the boot."""
+    return Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[19].decode()
+
+
+SYS_PIDFD_GETFD = 438               # the same on every architecture (pidfd_getfd(2), Linux 5.6)
+
+
+def duplicate_descriptor(pidfd: int, number: int) -> int:
+    """Return a duplicate of another process's descriptor. Raises OSError."""
+    return system_call(SYS_PIDFD_GETFD, pidfd, number, 0)
+
+
+def socket_object(descriptor: int) -> socket.socket:
+    """Return an object for a descriptor of a TCP socket, which becomes the object's.
+
+    Given a descriptor, Python asks for its address, and the kernel for that waits for the socket's lock. A handler can
+    hold that for as long as it lives, and Python would wait with all its threads.
+    """
+    held = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    os.dup2(descriptor, held.fileno(), inheritable=False)
+    os.close(descriptor)
+    return held
+
+
+def read_connections(addresses: Iterable[str]) -> dict[int, tuple[str, str]]:
+    """Return the inodes of the sockets of this network namespace on one of these addresses, each with it and its peer.
+
+    What a container connects on its own, in a network of its own, is none of these. Any user can leave a hundred
+    thousand lines more (TIME_WAIT, 06, is the most of them), so no more than a pattern looks at those.
+    """
+    def decode(number: bytes) -> str:                   # the address as the number that it is in memory
+        return socket.inet_ntoa(struct.pack("=I", int(number, 16)))
+    ours = "|".join("%08X" % struct.unpack("=I", socket.inet_aton(address)) for address in addresses)
+    line = rf"^ *[0-9]+: ({ours}):.{{4}} (.{{8}}):(?!0000)(.{{4}}) (?!06)..(?: +[^ ]+){{5}} +([0-9]+)"
+    return {int(inode): (decode(host), f"{decode(peer)}:{int(port, 16)}") for host, peer, port, inode in
+            re.findall(line.encode(), Path("/proc/net/tcp").read_bytes(), re.MULTILINE) if ours}
+
+
+def has_port(pidfd: int, number: int, port: int) -> bool:
+    """Whether a process's descriptor is a socket on a port of this network namespace. Blocks: see socket_object."""
+    with contextlib.suppress(OSError):          # it is gone
+        with socket_object(duplicate_descriptor(pidfd, number)) as candidate, socket.socket() as ours:
+            return (candidate.getsockopt(socket.SOL_SOCKET, SO_NETNS_COOKIE, 8) ==
+                    ours.getsockopt(socket.SOL_SOCKET, SO_NETNS_COOKIE, 8) and candidate.getsockname()[1:2] == (port,))
+    return False
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -6412,6 +4783,9 @@ class Writer:
                     item.set_result(None)
 
 
+MAX_UNWRITTEN_LINES = 100_000       # of all functions' logs
+
+
 class LogWriter:
     """Appends to the functions' logs."""
 
@@ -6435,6 +4809,10 @@ class LogWriter:
     async def flush(self) -> None:
         """Return when everything is written that was added before, or the disk takes too long."""
         await asyncio.wait([asyncio.wrap_future(self._writer.flush())], timeout=FLUSH_SECONDS)
+
+
+LOG_FILE_SIZE = 8 * MIB             # NAME.log is renamed to NAME.log.1 above this, so a function keeps at most twice it
+FOLLOW_SECONDS = 15.0               # how often `logs --follow` looks whether its client is still there
 
 
 class FunctionLog:
@@ -6562,6 +4940,10 @@ class FunctionLog:
         return file is None or os.fstat(file.fileno()).st_ino != current
 
 
+BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)   # seconds
+RECENT_SAMPLES = 1000               # of which percentiles are made
+
+
 class Histogram:
     """How often a duration was how long: counted by upper bound since the start, and the last ones exactly."""
 
@@ -6594,6 +4976,10 @@ class Histogram:
         yield f"{name}_count{braces} {total}"
 
 
+OUTCOMES = ("answered", "closed", "no-answer", "out-of-memory", "timeout", "start-failed", "queue-full",
+            "queue-timeout", "abandoned", "stopped")
+
+
 class Statistics:
     """What is counted of a function's invocations since the daemon started."""
 
@@ -6612,6 +4998,9 @@ class Statistics:
                               ("run", invocation.run_seconds), ("total", total)):
             if seconds is not None:
                 self.durations[name].add(seconds)
+
+
+LAG_PROBE_SECONDS = 0.1
 
 
 class LoopLag:
@@ -6689,6 +5078,9 @@ class LogFormatter(logging.Formatter):
         return "\n".join(f"{timestamp()} {record.levelname.lower()} {line}" for line in lines)
 
 
+MAX_UNWRITTEN_MESSAGES = 10_000     # of our own log, on their way to stderr
+
+
 class StderrHandler(logging.Handler):
     """Writes to stderr in a thread of its own, and says how much was lost while nobody read it."""
 
@@ -6721,11 +5113,1698 @@ def configure_logging(as_json: bool, verbose: bool) -> StderrHandler:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Control API: http.server on a Unix socket and, if asked for, over TCP; a thread a connection
+# Images: which layers and which config an archive has. Runs in the unpacking child
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-UCRED = struct.Struct("3i")             # struct ucred of unix(7): pid, uid, gid
+class ArchiveDamaged(ImageError):
+    """The archive itself cannot be read on, whatever is in it."""
+
+    def __init__(self, message: str = "the archive is cut short: did the command before the pipe fail?"):
+        super().__init__(message)
+
+
+COPY_CHUNK = 256 * KIB              # bytes read or written at a time
+
+
+class ByteStream:
+    """Bytes that come in pieces, read once and forward, with as much of a file's interface as tarfile wants."""
+
+    cut_short = ArchiveDamaged          # made and raised where data should be and is not
+
+    def __init__(self, pieces: Generator[bytes]):
+        self._pieces = pieces
+        self._piece = memoryview(b"")   # the last one, of which …
+        self._at = 0                    # … so much has been taken
+        self._before = 0                # bytes of all pieces before it
+
+    def take(self, count: int) -> memoryview:
+        """Return between 1 and count bytes without copying them; none at the end."""
+        while self._at == len(self._piece):
+            data = next(self._pieces, None)
+            if data is None:
+                break
+            self._before += self._at
+            self._piece, self._at = memoryview(data), 0
+        taken = self._piece[self._at:self._at + count]
+        self._at += len(taken)
+        return taken
+
+    def take_all(self, count: int) -> Iterator[memoryview]:
+        """Yield the next count bytes in pieces. Raises ImageError if there are fewer."""
+        while count:
+            piece = self.take(min(count, COPY_CHUNK))
+            if not piece:
+                raise self.cut_short()
+            count -= len(piece)
+            yield piece
+
+    def read(self, count: int) -> bytes:
+        """Return count bytes, fewer only at the end."""
+        end = self._at + count
+        if end <= len(self._piece):     # nearly always
+            data = bytes(self._piece[self._at:end])
+            self._at = end
+            return data
+        parts = []
+        while count and (piece := self.take(count)):
+            parts.append(piece)
+            count -= len(piece)
+        return b"".join(parts)
+
+    def seek(self, position: int) -> None:
+        """Read on to position. Raises ImageError if the data ends before it."""
+        at = position - self._before
+        if self._at <= at <= len(self._piece):          # nearly always
+            self._at = at
+            return
+        for _ in self.take_all(max(position - self.tell(), 0)):
+            continue
+
+    def tell(self) -> int:
+        return self._before + self._at
+
+    def drain(self) -> None:
+        """Read to the end."""
+        while self.take(COPY_CHUNK):
+            continue
+
+    def close(self) -> None:
+        """End what the pieces come from."""
+        self._pieces.close()
+
+
+class Entry(NamedTuple):
+    """What the headers of one tar entry say, in the words of tarfile.TarInfo."""
+    name: str
+    type: bytes
+    size: int
+    mode: int
+    uid: int
+    gid: int
+    mtime: int | float
+    linkname: str
+    devmajor: int = 0
+    devminor: int = 0
+    sparse: list[tuple[int, int]] | None = None
+    pax_headers: dict[str, str] = {}        # nobody changes it
+
+    isreg, isdir, issym, islnk = TarInfo.isreg, TarInfo.isdir, TarInfo.issym, TarInfo.islnk
+    isfifo, ischr, isblk = TarInfo.isfifo, TarInfo.ischr, TarInfo.isblk
+
+
+# The header of a file, a link or a directory in ustar or GNU format whose numbers are octal, and that has no prefix.
+PLAIN_HEADER = re.compile(rb"(.{100})([0-7]{7})[\0 ]([0-7]{7})[\0 ]([0-7]{7})[\0 ]([0-7]{11})[\0 ]([0-7]{11})[\0 ]"
+                          rb"([0-7]{6})\0 ([0125])(.{100})ustar(?:\x0000|  \0).{80}\0.{166}", re.DOTALL)
+
+
+def parse_plain_header(block: bytes) -> Entry | None:
+    """Parse what nearly all entries have, in a fifth of tarfile's time; None for all other headers."""
+    match = PLAIN_HEADER.fullmatch(block)
+    if not match:
+        return None
+    name, mode, uid, gid, size, mtime, checksum, kind, target = match.groups()
+    # The lower half of Adler-32 is one more than the sum of all bytes, modulo 65521 (RFC 1950), and far cheaper.
+    total = zlib.adler32(block[:148] + b" " * 8 + block[156:]) & 0xffff
+    if total != (int(checksum, 8) + 1) % 65521:
+        return None
+    path = name.partition(b"\0")[0].decode("utf-8", "surrogateescape")
+    link = target.partition(b"\0")[0].decode("utf-8", "surrogateescape")
+    return Entry(path.rstrip("/") if kind == tarfile.DIRTYPE else path, kind, int(size, 8), int(mode, 8), int(uid, 8),
+                 int(gid, 8), int(mtime, 8), link)
+
+
+MAX_RECORD_SIZE = MIB               # all headers of one tar entry: PAX records, long names, sparse maps
+MAX_DIGITS = 1024                   # in a row, within such headers; no name or number has as many
+
+
+class TarReader:
+    """Iterates over the entries of a tar stream, taking tarfile as a parser and nothing else.
+
+    TarFile itself stops silently at a damaged header, keeps every entry in memory, and loops for ever on a negative
+    size (CVE-2025-8194). So the iteration is ours, and TarInfo's fromtarfile, which parses one entry with all its
+    extension headers, is shown this object in the place of a TarFile. Everything it reads comes through read(), which
+    bounds what the headers of one entry may cost whatever the parser is talked into (rules E.4, E.5).
+    """
+
+    encoding, errors = "utf-8", "surrogateescape"       # so that any bytes in a name survive (rule C.5)
+
+    def __init__(self, stream):
+        self.fileobj = self
+        self.offset = 0                 # of the next header; set by the parser
+        self.ended = False              # saw the end-of-archive marker, rather than the end of the data
+        self._stream = stream
+        self._budget = 0
+        self._block = b""               # a header that was read and is to be read again by the parser
+
+    @property
+    def pax_headers(self) -> dict[str, str]:
+        return {}                       # a new one each time: global PAX headers are ignored (rule C.4)
+
+    def read(self, count: int) -> bytes:
+        if self._block:
+            block, self._block = self._block, b""
+            return block
+        if count < 0:
+            raise ImageError("bad tar header: negative size")
+        if count > self._budget:
+            raise LimitExceeded(f"a tar entry's headers are over {MAX_RECORD_SIZE} bytes (MAX_RECORD_SIZE)")
+        self._budget -= count
+        data = self._stream.read(count)
+        # Until Python 3.12.6 the parser's time is quadratic in the length of a run of digits (CVE-2024-6232).
+        if count > tarfile.BLOCKSIZE and max(map(len, re.findall(rb"[0-9]+", data)), default=0) > MAX_DIGITS:
+            raise ImageError(f"bad tar header: a run of over {MAX_DIGITS} digits")
+        return data
+
+    def tell(self) -> int:
+        return self._stream.tell()
+
+    def __iter__(self) -> Iterator[Entry]:
+        while True:
+            self._stream.seek(self.offset)
+            self._block = self._stream.read(tarfile.BLOCKSIZE)
+            entry = parse_plain_header(self._block)
+            if entry:
+                self._block = b""
+                blocks = 1 + (-(-entry.size // tarfile.BLOCKSIZE) if entry.type == tarfile.REGTYPE else 0)
+                self.offset += blocks * tarfile.BLOCKSIZE
+            else:
+                entry = self._parse_header()
+                if entry is None:
+                    return
+            yield entry
+
+    def _parse_header(self) -> Entry | None:
+        """Parse whatever headers the next entry has; None at the end."""
+        self._budget = MAX_RECORD_SIZE
+        at = self.offset
+        try:
+            info = TarInfo.fromtarfile(self)
+        except tarfile.EOFHeaderError:
+            self.ended = True
+            return None
+        except tarfile.EmptyHeaderError:
+            return None
+        except tarfile.TruncatedHeaderError:
+            raise ImageError("the tar stream is cut short in the middle of a header") from None
+        except (tarfile.TarError, ValueError, IndexError, OverflowError, RecursionError) as error:
+            raise ImageError(f"bad tar header at byte {at}: {error}") from None
+        if info.size < 0 or self.offset < self.tell():      # either would lead back, and round for ever
+            raise ImageError(f"bad tar header at byte {at}: negative size")
+        return Entry(*(getattr(info, field) for field in Entry._fields))
+
+
+def looks_like_layer(head: bytes) -> bool:
+    """Tell by a member's first block whether it is a tar, or compressed and then certainly no JSON document."""
+    if find_decompressor(head) or other_compression(head):
+        return True
+    try:
+        TarInfo.frombuf(head, TarReader.encoding, TarReader.errors)
+    except (tarfile.TarError, ValueError):
+        return False
+    return True
+
+
+@dataclass
+class Member:
+    """A member of an archive, read: as a layer if it looks like one, else as a document if it is small enough."""
+    size: int
+    offset: int | None = None               # of a document in the spool
+    layer: StagedLayer | None = None
+
+
+MAX_ARCHIVE_MEMBERS = 100_000       # members of the outer archive
+MAX_JSON_SIZE = 4 * MIB             # one manifest, index or config; the OCI distribution spec asks for 4 MiB
+MAX_LINK_HOPS = 40                  # symbolic links followed for one path, as the kernel does (path_resolution(7))
+
+
+class Archive:
+    """The members of an image archive by name, read from a stream, which comes but once.
+
+    Which of them are layers, and in which order they apply, is not known before manifest.json or index.json has come,
+    which are usually last. So whatever could be a layer is staged.
+    """
+
+    def __init__(self, stream: ByteStream, staging: Staging):
+        self._staging = staging
+        self._members: dict[str, Member] = {}
+        self._links: dict[str, str] = {}        # docker before 25 writes repeated layers as symbolic links (F.1)
+        self._top: set[str] = set()             # first components, to recognise what is not an image
+        self._read(stream)
+
+    def _read(self, stream: ByteStream) -> None:
+        reader = TarReader(stream)
+        count = 0
+        for count, entry in enumerate(reader, 1):
+            if count > MAX_ARCHIVE_MEMBERS:
+                raise LimitExceeded(f"the archive has over {MAX_ARCHIVE_MEMBERS} members (MAX_ARCHIVE_MEMBERS)")
+            name = self._normalise(entry.name)
+            self._top.add(name.split("/")[0])
+            if entry.isreg() and entry.sparse is None:
+                self._members[name] = self._read_member(entry.size, stream)
+            elif entry.issym() or entry.islnk():
+                base = posixpath.dirname(name) if entry.issym() else ""
+                self._links[name] = self._normalise(posixpath.join(base, entry.linkname))
+        self.complete = reader.ended
+        if count == 0:
+            raise ImageError("the archive is empty: did the command before the pipe fail?")
+        stream.drain()
+
+    def _read_member(self, size: int, stream: ByteStream) -> Member:
+        pieces = stream.take_all(size)
+        head = b""
+        while len(head) < min(size, tarfile.BLOCKSIZE):
+            head += next(pieces)
+        pieces = itertools.chain([head], pieces)
+        if size > MAX_JSON_SIZE or looks_like_layer(head[:tarfile.BLOCKSIZE]):
+            return Member(size, layer=self._staging.stage_layer(pieces))
+        return Member(size, offset=self._staging.write(pieces))
+
+    @staticmethod
+    def _normalise(name: str) -> str:
+        return posixpath.normpath(name).lstrip("/")
+
+    def find(self, name: str) -> Member | None:
+        """Return the member of that name, following links among them; None if there is none."""
+        name = self._normalise(name)
+        for _ in range(MAX_LINK_HOPS):
+            if name in self._members:
+                return self._members[name]
+            if name not in self._links:
+                return None
+            name = self._links[name]
+        raise ImageError(f"the archive's member {name!r} is a link to itself")
+
+    def _get(self, name: str) -> Member:
+        member = self.find(name)
+        if member is None:
+            raise ImageError(f"the archive lacks {name!r}" + ("" if self.complete else ": it is cut short"))
+        return member
+
+    def layer(self, name: str) -> StagedLayer:
+        """Return a member as a layer; if it is none, applying it tells. Raises ImageError if it is missing."""
+        member = self._get(name)
+        if member.layer is None:
+            member.layer = self._staging.stage_layer(iter([self._staging.read(member.offset, member.size)]))
+        return member.layer
+
+    def read_document(self, name: str) -> bytes:
+        """Return the bytes of a small member, checked against the digest in its name where it has one (E.2)."""
+        member = self._get(name)
+        if member.size > MAX_JSON_SIZE:
+            raise LimitExceeded(f"{name!r} has {member.size} bytes, over {MAX_JSON_SIZE} (MAX_JSON_SIZE)")
+        if member.offset is None:
+            raise ImageError(f"{name!r} is not valid JSON: it looks like a layer")
+        data = self._staging.read(member.offset, member.size)
+        match = re.search(r"(?:^|/)([0-9a-f]{64})(?:\.json)?$", name)
+        if match and hashlib.sha256(data).hexdigest() != match[1]:
+            raise ImageError(f"{name!r} is damaged: its content does not match its digest")
+        return data
+
+    def looks_like_root_filesystem(self) -> bool:
+        return len(self._top & {"bin", "etc", "usr", "lib", "var", "dev", "proc"}) >= 3
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer to apply: which member, and what its bytes must hash to."""
+    member: str
+    diff_id: str                    # sha256 hex of the uncompressed tar
+    blob_digest: str | None         # sha256 hex of the member as it is, where the format names it
+
+
+@dataclass(frozen=True)
+class Image:
+    """What was chosen from an archive."""
+    digest: str                     # sha256 hex of the config: the same for every archive format
+    tag: str
+    config: dict
+    layers: list[Layer]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One image that the archive offers."""
+    tags: tuple[str, ...]
+    config: str                     # member name
+    layers: tuple[str, ...]         # member names
+
+    @property
+    def label(self) -> str:
+        return self.tags[0] if self.tags else posixpath.basename(self.config)[:12]
+
+
+def parse_json(data: bytes, kind: type, what: str):
+    """Return a JSON document of that type, else raise ImageError."""
+    try:
+        document = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise ImageError(f"{what} is not valid JSON: {error}") from None
+    if not isinstance(document, kind):
+        raise ImageError(f"{what} is not a JSON {'list' if kind is list else 'object'}")
+    return document
+
+
+def take(document: dict, key: str, kind: type, what: str):
+    """Return document[key], or an empty kind() where it is null or absent (G.1); ImageError if it is another type."""
+    value = document.get(key)
+    if value is None:
+        return kind()
+    if not isinstance(value, kind):
+        raise ImageError(f"{what}: {key!r} is not a {kind.__name__}")
+    return value
+
+
+def take_strings(document: dict, key: str, what: str) -> list[str]:
+    """Return document[key] as a list of strings that a process can be given."""
+    values = take(document, key, list, what)
+    if not all(isinstance(value, str) for value in values):
+        raise ImageError(f"{what}: {key!r} is not a list of strings")
+    for value in values:
+        encode_text(value, f"{what}: {key!r}")
+    return values
+
+
+def encode_text(text: str, what: str) -> bytes:
+    """Return a string of a JSON document as UTF-8. Raises ImageError for one that no system call takes."""
+    try:
+        data = text.encode()
+    except UnicodeEncodeError:          # JSON can write half a surrogate pair
+        raise ImageError(f"{what} is not valid Unicode") from None
+    if b"\0" in data:
+        raise ImageError(f"{what} has a NUL byte")
+    return data
+
+
+DIGEST_PATTERN = re.compile(r"sha256:([0-9a-f]{64})")
+
+
+def blob_name(descriptor: dict) -> str:
+    """Return the member that holds a descriptor's content (OCI image-layout.md)."""
+    match = DIGEST_PATTERN.fullmatch(take(descriptor, "digest", str, "a descriptor"))
+    if not match:
+        raise ImageError("a descriptor's digest is not sha256:…; other algorithms are not supported")
+    return f"blobs/sha256/{match[1]}"
+
+
+def docker_candidates(archive: Archive) -> list[Candidate]:
+    """Return the images of a docker-archive's manifest.json."""
+    entries = parse_json(archive.read_document("manifest.json"), list, "manifest.json")
+    candidates = []
+    for entry in entries:
+        if not isinstance(entry, dict):
+            raise ImageError("manifest.json: an entry is not an object")
+        candidates.append(Candidate(tags=tuple(take_strings(entry, "RepoTags", "manifest.json")),
+                                    config=take(entry, "Config", str, "manifest.json"),
+                                    layers=tuple(take_strings(entry, "Layers", "manifest.json"))))
+    return candidates
+
+
+MAX_INDEX_DEPTH = 4                 # OCI indexes inside indexes
+
+
+class OciIndex:
+    """Finds the images for this machine in an OCI layout, through nested indexes."""
+
+    def __init__(self, archive: Archive, architecture: str):
+        self._archive = archive
+        self._architecture = architecture
+        self._found: dict[str, list[Candidate]] = {}    # by member: one document may be listed under several tags
+        self._others: list[str] = []                    # platforms passed over, for the error message
+
+    def candidates(self) -> list[Candidate]:
+        found = []
+        for descriptor in self._wanted("index.json"):
+            tags = self._tags(descriptor)
+            found += [replace(candidate, tags=tags) for candidate in self._resolve(blob_name(descriptor), 1)]
+        if not found and self._others:
+            raise ImageError(f"the image is for {', '.join(dict.fromkeys(self._others))}; "
+                             f"this machine is linux/{self._architecture}")
+        return found
+
+    def _resolve(self, member: str, depth: int) -> list[Candidate]:
+        """Return what a manifest, or the best entry of an index, stands for."""
+        if member in self._found:
+            return self._found[member]
+        document = self._document(member)
+        if "manifests" in document:
+            if depth > MAX_INDEX_DEPTH:                 # also how an index that contains itself ends
+                raise ImageError(f"OCI indexes are nested deeper than {MAX_INDEX_DEPTH} (MAX_INDEX_DEPTH)")
+            # It lists one image for several platforms: the first that fits is the best (image-index.md).
+            nested = (self._resolve(blob_name(d), depth + 1) for d in self._wanted(member))
+            found = next(filter(None, nested), [])
+        else:
+            layers = take(document, "layers", list, member)
+            if not all(isinstance(layer, dict) for layer in layers):
+                raise ImageError(f"{member}: a layer is not an object")
+            found = [Candidate(tags=(), config=blob_name(take(document, "config", dict, member)),
+                               layers=tuple(blob_name(layer) for layer in layers))]
+        self._found[member] = found
+        return found
+
+    def _document(self, member: str) -> dict:
+        document = parse_json(self._archive.read_document(member), dict, member)
+        if "manifests" in document and ("layers" in document or "config" in document):
+            raise ImageError(f"{member} is both an index and a manifest (CVE-2021-41190)")
+        if "fsLayers" in document:
+            raise ImageError(f"{member} is a schema 1 manifest; save the image with a newer tool")
+        return document
+
+    def _wanted(self, member: str) -> Iterator[dict]:
+        """Yield the descriptors of an index that may be for this machine."""
+        for descriptor in take(self._document(member), "manifests", list, member):
+            if not isinstance(descriptor, dict):
+                raise ImageError(f"{member}: an entry is not an object")
+            platform_ = take(descriptor, "platform", dict, "a descriptor")
+            name = f"{platform_.get('os')}/{platform_.get('architecture')}"
+            # Without a platform the config will tell; unknown/unknown are attestations (docker buildx).
+            if not platform_ or name == f"linux/{self._architecture}":
+                yield descriptor
+            elif name != "unknown/unknown":
+                self._others.append(name)
+
+    @staticmethod
+    def _tags(descriptor: dict) -> tuple[str, ...]:
+        annotations = take(descriptor, "annotations", dict, "a descriptor")
+        names = (annotations.get("io.containerd.image.name"), annotations.get("org.opencontainers.image.ref.name"))
+        return tuple(name for name in names if isinstance(name, str))
+
+
+def tag_matches(tag: str, wanted: str) -> bool:
+    """Tell whether a user who writes wanted may mean tag: `app` fits `app:latest` and `localhost/app:latest`."""
+    return any(tag == name or tag.endswith("/" + name) for name in (wanted, wanted + ":latest"))
+
+
+def list_tags(candidates: list[Candidate]) -> str:
+    return ", ".join(sorted({tag for candidate in candidates for tag in candidate.tags or (candidate.label,)}))
+
+
+def choose_candidate(candidates: list[Candidate], tag: str) -> Candidate:
+    """Return the one image meant, else raise an ImageError that lists the choice (F.3)."""
+    if not candidates:
+        raise ImageError("the archive holds no image")
+    fitting = [c for c in candidates if not tag or any(tag_matches(t, tag) for t in c.tags)]
+    if not fitting:
+        raise ImageError(f"no image is tagged {tag!r}: the archive has {list_tags(candidates)}")
+    if len({(c.config, c.layers) for c in fitting}) > 1:
+        raise ImageError(f"the archive holds several images, choose one with --tag: {list_tags(fitting)}")
+    return fitting[0]
+
+
+MAX_NAME_LENGTH = 255               # bytes of one component (NAME_MAX)
+MAX_TAG_LENGTH = 512                # characters; a registry's host, a name of 255 and a tag of 128 (OCI distribution)
+
+
+def choose_image(archive: Archive, tag: str, architecture: str) -> Image:
+    """Return the image to unpack from an archive: docker-archive first, then OCI layout (rules F)."""
+    if archive.find("manifest.json"):
+        candidates = docker_candidates(archive)
+    elif archive.find("index.json"):
+        candidates = OciIndex(archive, architecture).candidates()
+    elif archive.looks_like_root_filesystem():
+        raise ImageError("this is a bare file system, not an image: use `docker save`, not `docker export`")
+    elif not archive.complete:
+        raise ArchiveDamaged
+    else:
+        raise ImageError("this tar holds no image: neither manifest.json nor index.json; use `docker save`")
+    chosen = choose_candidate(candidates, tag)
+    if not archive.complete:
+        raise ArchiveDamaged
+    data = archive.read_document(chosen.config)
+    config = parse_json(data, dict, "the image config")
+    check_platform(config, architecture)
+    tag = tag or (chosen.tags[0] if chosen.tags else "")
+    if len(tag) > MAX_TAG_LENGTH:
+        raise ImageError(f"the image's tag is over {MAX_TAG_LENGTH} characters: {tag[:MAX_NAME_LENGTH]}…")
+    return Image(digest=hashlib.sha256(data).hexdigest(), tag=tag, config=config, layers=pair_layers(chosen, config))
+
+
+def check_platform(config: dict, architecture: str) -> None:
+    """Raise ImageError if the image was built for another machine."""
+    system = take(config, "os", str, "the image config") or "linux"
+    machine = take(config, "architecture", str, "the image config") or architecture
+    if (system, machine) != ("linux", architecture):
+        raise ImageError(f"the image is for {system}/{machine}; this machine is linux/{architecture}")
+
+
+def pair_layers(chosen: Candidate, config: dict) -> list[Layer]:
+    """Return the layers with the digests that the config promises for them (E.3)."""
+    diff_ids = take_strings(take(config, "rootfs", dict, "the image config"), "diff_ids", "the image config")
+    if len(diff_ids) != len(chosen.layers):
+        raise ImageError(f"the image lists {len(chosen.layers)} layers but {len(diff_ids)} diff_ids; "
+                         "save it again (docker 25.0.0 wrote such archives)")
+    layers = []
+    for member, diff_id in zip(chosen.layers, diff_ids, strict=True):
+        match = DIGEST_PATTERN.fullmatch(diff_id)
+        if not match:
+            raise ImageError(f"diff_id {diff_id!r} is not sha256:…; other algorithms are not supported")
+        blob = re.fullmatch(r"(?:\./)?blobs/sha256/([0-9a-f]{64})", member)
+        layers.append(Layer(member, match[1], blob[1] if blob else None))
+    return layers
+
+
+ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64", "armv7l": "arm", "i686": "386",
+                 "ppc64le": "ppc64le", "s390x": "s390x", "riscv64": "riscv64"}      # uname -m → GOARCH
+
+
+def host_architecture() -> str:
+    """Return this machine's architecture in the words of image configs (GOARCH)."""
+    return ARCHITECTURES.get(platform.machine(), platform.machine())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Images: layers, decompressed, verified, applied. Runs in the unpacking child
+# ---------------------------------------------------------------------------------------------------------------------
+
+# How compressed streams begin (RFC 1952, 8878). A zstd stream may begin with frames that are to be skipped.
+GZIP_MAGIC = re.compile(rb"\x1f\x8b")
+ZSTD_MAGIC = re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18")
+OTHER_MAGIC = re.compile(rb"(?P<xz>\xfd7zXZ\0)|(?P<bzip2>BZh[1-9](?:1AY&SY|\x17rE8P\x90))|(?P<lzip>LZIP\x01)|"
+                         rb"(?P<lz4>[\x02\x04][\x21\x22][\x4c\x4d]\x18)|(?P<lzma>\x5d\0\0(?:[^\0]\0|\0[^\0]))")
+MAGIC_SIZE = 16                         # bytes in which all of these are
+PADDING = re.compile(rb"\0*")
+
+
+def gunzip(compressed: Iterator[bytes], budget: Budget) -> Iterator[bytes]:
+    return decompress_frames(compressed, "gzip", lambda: zlib.decompressobj(wbits=31), zlib.error, budget)
+
+
+def unzstd(compressed: Iterator[bytes], budget: Budget) -> Iterator[bytes]:
+    try:
+        from compression import zstd
+    except ImportError:                 # before Python 3.14
+        return unzstd_by_program(compressed)
+    return decompress_frames(compressed, "zstd", zstd.ZstdDecompressor, zstd.ZstdError, budget)
+
+
+FIRST_CHUNK = 2 * KIB               # bytes of a compressed frame that are looked at first
+
+
+def decompress_frames(compressed: Iterator[bytes], what: str, begin: Callable, failure: type[Exception],
+                      budget: Budget) -> Iterator[bytes]:
+    """Decompress any number of gzip members or zstd frames, in pieces of bounded size (E.1)."""
+    frame, size = None, 0
+    for data in compressed:
+        at = 0
+        while True:
+            if frame is None:
+                if what == "gzip":      # gzip(1) ignores padding between members too
+                    at = PADDING.match(data, at).end()
+                if at == len(data):
+                    break
+                budget.spend_frame()
+                frame, size = begin(), FIRST_CHUNK
+            hungry = getattr(frame, "needs_input", True)        # zstd keeps what it was given, zlib returns it
+            given = memoryview(data)[at:at + size] if hungry else b""
+            if hungry and not given:
+                break
+            try:
+                piece = frame.decompress(given, COPY_CHUNK)
+            except failure as error:
+                raise ImageError(f"{what} data in the archive is damaged: {error}") from None
+            if piece:
+                yield piece
+            at += len(given) - len(frame.unused_data if frame.eof else getattr(frame, "unconsumed_tail", b""))
+            # What a frame leaves over is copied, so a short one is given little.
+            frame, size = None if frame.eof else frame, min(2 * size, COPY_CHUNK)
+    if frame is not None:
+        raise ImageError(f"{what} data in the archive is cut short")
+
+
+def unzstd_by_program(compressed: Iterator[bytes]) -> Iterator[bytes]:
+    """Decompress zstd with the `zstd` program, fed by a thread."""
+    program = shutil.which("zstd")
+    if program is None:
+        raise ImageError("a layer is compressed with zstd and this machine has no zstd program: "
+                         "install it (apt install zstd), or save the image with gzip layers")
+    failure: list[Exception] = []
+
+    def feed(pipe) -> None:
+        try:
+            with pipe:
+                for data in compressed:
+                    pipe.write(data)
+        except (OSError, FaasdError) as error:  # zstd went away, and its exit status says more; or the data ends
+            failure.append(error)
+
+    with subprocess.Popen([program, "-dcq"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                          stderr=subprocess.DEVNULL) as child:
+        feeder = threading.Thread(target=feed, args=(child.stdin,))
+        feeder.start()
+        try:
+            while data := child.stdout.read(COPY_CHUNK):
+                yield data
+        except BaseException:
+            child.kill()
+            raise
+        finally:
+            feeder.join()
+    for error in failure:
+        if isinstance(error, FaasdError):
+            raise error
+    if child.returncode != 0 or failure:
+        raise ImageError("zstd data in the archive is damaged or cut short")
+
+
+def find_decompressor(head: bytes) -> Callable[[Iterator[bytes], Budget], Iterator[bytes]] | None:
+    """Tell by its first bytes how a stream is compressed; media types and names lie (E.1)."""
+    if GZIP_MAGIC.match(head):
+        return gunzip
+    return unzstd if ZSTD_MAGIC.match(head) else None
+
+
+def other_compression(head: bytes) -> str:
+    """Return the name of a compression that image formats do not have, "" if it is none."""
+    match = OTHER_MAGIC.match(head)
+    return match.lastgroup if match else ""
+
+
+FREE_STEPS = 100_000                # components of paths looked at, for an image; a new directory counts as …
+STEPS_PER_ENTRY = 128               # … as many more for each entry
+FRAMES_PER_ENTRY = 2                # gzip members or zstd frames, for each of --max-image-entries; estargz has as many
+
+
+class Budget:
+    """What one image may still use (E.4)."""
+
+    def __init__(self, max_size: int, max_entries: int):
+        self._max_size, self._max_entries = max_size, max_entries
+        self.written = 0                # bytes of files, with the holes of sparse ones
+        self.read = 0                   # bytes of layers after decompression
+        self.entries = 0
+        self._frames = 0                # gzip members and zstd frames
+        self._steps = 0                 # components of paths that were looked at, and what costs as much
+
+    def spend_written(self, count: int) -> None:
+        self.written += count
+        self._check_size(self.written)
+
+    def spend_read(self, count: int) -> None:
+        self.read += count
+        self._check_size(self.read)
+
+    def _check_size(self, size: int) -> None:
+        if size > self._max_size:
+            raise LimitExceeded(f"the unpacked image is over {self._max_size} bytes (--max-image-size)")
+
+    def spend_entry(self) -> None:
+        self.entries += 1
+        if self.entries > self._max_entries:
+            raise LimitExceeded(f"the image has over {self._max_entries} files (--max-image-entries)")
+
+    def spend_frame(self) -> None:
+        self._frames += 1
+        if self._frames > FRAMES_PER_ENTRY * self._max_entries:
+            raise LimitExceeded(f"the image is compressed in over {FRAMES_PER_ENTRY * self._max_entries} pieces "
+                                "(FRAMES_PER_ENTRY × --max-image-entries)")
+
+    def spend_steps(self, count: int = 1) -> None:
+        self._steps += count
+        if self._steps > FREE_STEPS + STEPS_PER_ENTRY * self.entries:
+            raise LimitExceeded("the image's paths lead through too many links and directories (STEPS_PER_ENTRY)")
+
+
+HASH_AHEAD = 8                      # of these chunks may wait for the thread that hashes them
+
+
+class Sha256Thread:
+    """SHA-256 in a thread of its own: it lets go of the GIL, and unpacking takes a sixth longer without it."""
+
+    def __init__(self) -> None:
+        self._hash = hashlib.sha256()
+        self._pieces: queue.Queue[bytes | None] = queue.Queue(HASH_AHEAD)
+        self._thread = threading.Thread(target=self._work, daemon=True)     # an error elsewhere ends the process
+        self._thread.start()
+
+    def _work(self) -> None:
+        while (data := self._pieces.get()) is not None:
+            self._hash.update(data)
+
+    def update(self, data: bytes) -> None:
+        self._pieces.put(data)
+
+    def hexdigest(self) -> str:
+        """Return the digest; no update may come after it."""
+        if self._thread.is_alive():
+            self._pieces.put(None)
+            self._thread.join()
+        return self._hash.hexdigest()
+
+
+class LayerStream(ByteStream):
+    """The uncompressed bytes of one layer, hashed on both sides of the decompression."""
+
+    @staticmethod
+    def cut_short() -> ImageError:
+        return ImageError("a layer is cut short in the middle of a file")
+
+    def __init__(self, head: bytes, rest: Iterator[bytes], budget: Budget):
+        self._diff_hash = self._blob_hash = Sha256Thread()      # of the same bytes, unless they are compressed
+        self._budget = budget
+        self._source = itertools.chain([head], rest)
+        decompress = find_decompressor(head)
+        if decompress:
+            self._blob_hash = Sha256Thread()
+            self._source = decompress(self._hashed(self._source), budget)
+        super().__init__(self._counted())
+
+    def _hashed(self, pieces: Iterator[bytes]) -> Iterator[bytes]:
+        for data in pieces:
+            self._blob_hash.update(data)
+            yield data
+
+    def _counted(self) -> Iterator[bytes]:
+        for data in self._source:
+            self._diff_hash.update(data)
+            self._budget.spend_read(len(data))
+            yield data
+
+    def close(self) -> None:
+        """End the decompression, the program that does it, and the hashing."""
+        if self._blob_hash is not self._diff_hash:
+            self._source.close()
+        self.digests()
+
+    def digests(self) -> tuple[str, str]:
+        """Return the SHA-256 of all that was read, uncompressed and as it came."""
+        return self._diff_hash.hexdigest(), self._blob_hash.hexdigest()
+
+
+@dataclass
+class StagedLayer:
+    """A layer whose digests are known and whose entries wait to be applied."""
+    offset: int                     # of its batches of entries in the spool
+    end: int = 0
+    diff_id: str = ""               # sha256 hex of the uncompressed tar, and …
+    blob_digest: str = ""           # … of the member as it is
+    error: ImageError | None = None # what is wrong with it behind the last of these entries
+
+    def verify(self, layer: Layer) -> None:
+        """Compare the digests with those that a layer should have. Raises ImageError (E.2)."""
+        if layer.blob_digest and self.blob_digest != layer.blob_digest:
+            raise ImageError(f"layer {layer.member} is damaged: its content does not match its digest")
+        if self.diff_id != layer.diff_id:
+            raise ImageError(f"layer {layer.member} is damaged: its content does not match diff_id "
+                             f"sha256:{layer.diff_id[:12]}…")
+
+
+SMALL_FILE = 16 * KIB               # bytes; larger files are written where they are read, and …
+SPOOL_BATCH = 64 * KIB              # bytes of headers and small files set down in one go
+
+
+class Staging:
+    """Where an archive's content waits until it is known what it is for.
+
+    The data of large files is written to files of their own, with numbers for names, which are renamed to where they
+    belong when their layer is applied: they are most of an image, and are written once. All else goes one after the
+    other into one file, the spool: headers with the data of small files, and documents.
+    """
+
+    def __init__(self, directory: Path, budget: Budget):
+        self._directory = os.fsencode(directory)
+        self._budget = budget                   # of all that could be a layer
+        self._numbers = itertools.count()
+        self._spool = (directory / "spool").open("w+b")
+
+    def close(self) -> None:
+        self._spool.close()
+
+    def path(self, number: int) -> bytes:
+        """Return the host's name of a staged file."""
+        return b"%s/%d" % (self._directory, number)
+
+    def write(self, pieces: Iterable[bytes]) -> int:
+        """Put a document into the spool; return its offset."""
+        offset = self._spool.tell()
+        self._spool.writelines(pieces)
+        return offset
+
+    def read(self, offset: int, size: int) -> bytes:
+        self._spool.seek(offset)
+        data = self._spool.read(size)
+        self._spool.seek(0, os.SEEK_END)
+        return data
+
+    def stage_layer(self, pieces: Iterator[bytes]) -> StagedLayer:
+        """Read a layer to its end, or as far as it can be read. Raises FaasdError for what is not its own fault."""
+        staged = StagedLayer(self._spool.tell())
+        head = next(pieces, b"")
+        with contextlib.closing(LayerStream(head, pieces, self._budget)) as stream:
+            try:
+                if name := other_compression(head):
+                    raise ImageError(f"a layer is compressed with {name}, which no image format has: "
+                                     "save it again with gzip or zstd")
+                self._stage_entries(stream)
+                stream.drain()
+                staged.diff_id, staged.blob_digest = stream.digests()
+            except ArchiveDamaged:
+                raise
+            except ImageError as error:
+                staged.error = error            # which only counts if the layer is wanted
+        staged.end = self._spool.tell()
+        return staged
+
+    def _stage_entries(self, stream: LayerStream) -> None:
+        batch, size = [], 0
+        try:
+            for entry in TarReader(stream):
+                self._budget.spend_entry()
+                content = self._stage_content(entry, stream) if entry.isreg() else None
+                batch.append((tuple(entry), content))
+                size += tarfile.BLOCKSIZE + (len(content) if isinstance(content, bytes) else 0)
+                if size > SPOOL_BATCH:
+                    pickle.dump(batch, self._spool)
+                    batch, size = [], 0
+        finally:
+            pickle.dump(batch, self._spool)     # what came before an error counts
+
+    def _stage_content(self, entry: Entry, stream: LayerStream) -> bytes | int:
+        """Return a small file's data, or the number under which a large one is staged, one with attributes too."""
+        if entry.size <= SMALL_FILE and entry.sparse is None and not has_xattrs(entry):
+            data = stream.read(entry.size)
+            if len(data) < entry.size:
+                raise stream.cut_short()
+            return data
+        self._budget.spend_written(entry.size)
+        number = next(self._numbers)
+        try:
+            descriptor = os.open(self.path(number), NEW_FILE_FLAGS, 0o600)
+            try:
+                write_content(entry, stream, descriptor)
+            finally:
+                os.close(descriptor)
+        except OSError as error:
+            raise unpack_error(os.fsencode(entry.name), error) from None
+        return number
+
+    def entries(self, staged: StagedLayer) -> Iterator[tuple[Entry, bytes | int | None]]:
+        """Yield a layer's entries with the content of files. Raises ImageError where it could not be read on."""
+        self._spool.seek(staged.offset)
+        while self._spool.tell() < staged.end:
+            for values, content in pickle.load(self._spool):
+                yield Entry(*values), content
+        if staged.error:
+            raise staged.error
+
+
+LARGE_FILE = MIB                    # … from this size on, go to the disk at once
+
+
+def write_content(entry: Entry, stream: LayerStream, descriptor: int) -> None:
+    """Write a file's pieces where they belong; the holes of a sparse one stay holes."""
+    for offset, count in [(0, entry.size)] if entry.sparse is None else entry.sparse:
+        if offset < 0 or count < 0 or offset + count > entry.size:
+            raise ImageError(f"{entry.name!r} has a bad sparse map")
+        os.lseek(descriptor, offset, os.SEEK_SET)
+        for piece in stream.take_all(count):
+            write_all(descriptor, piece)
+    os.ftruncate(descriptor, entry.size)
+    if entry.size >= LARGE_FILE:
+        # The disk can begin with it: in the end, a deploy waits for the disk. For small files it is no gain.
+        libc.sync_file_range(descriptor, ctypes.c_int64(0), ctypes.c_int64(0), SYNC_FILE_RANGE_WRITE)
+
+
+SYNC_FILE_RANGE_WRITE = 2               # sync_file_range(2)
+
+# Errors that are not the image's.
+HOST_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EMFILE, errno.ENFILE, errno.ENOMEM}
+NEW_FILE_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+def unpack_error(path: bytes, error: OSError) -> FaasdError:
+    """Return what to raise for a path that the kernel refused to make."""
+    if error.errno in HOST_FAULTS:
+        return storage_error(error, "unpacking the image")
+    return ImageError(f"cannot unpack {show(path)}: {error.strerror}")
+
+
+class Missing(Exception):
+    """A path does not lead to a directory."""
+
+
+MAX_PATH_DEPTH = 256                # directories above an entry; keeps recursive removal far from its limits
+STEPS_PER_DIRECTORY = 16            # … so many; and
+
+
+class Rootfs:
+    """A directory as the root of an image: paths in it are resolved as if chrooted, links and all (rules A).
+
+    Paths are bytes, start with a slash and have no trailing one; the root itself is b"". Nobody else writes here (it
+    lies below a 0700 directory), so what was looked at cannot change before it is used.
+    """
+
+    def __init__(self, path: str | Path, first_id: int, budget: Budget):
+        """first_id is the host id that the image's root is: everything that is made belongs to it unless said."""
+        self.path = os.fsencode(path)
+        self.first_id = first_id
+        self._budget = budget
+        self._resolved: dict[bytes, bytes] = {}         # directory as named → as it really is
+        self.followed: list[bytes] = []                 # links on the way to what was found last
+        self.made: set[bytes] = set()                   # directories that we made, of which none was removed since
+
+    def host(self, path: bytes) -> bytes:
+        """Return the host's name of a resolved path."""
+        return self.path + path
+
+    def make_directory(self, path: bytes) -> bytes:
+        """Return the real path of a directory, made 0755 root:root with its parents where it is missing (A.6)."""
+        real = self._resolved.get(path)
+        if real is None:
+            real = self._resolved[path] = self._walk(path, self.place_directory)
+        return real
+
+    def require_directory(self, path: bytes, what: str) -> bytes:
+        """Return the real path of a directory, made where nothing is. Raises ImageError for a file, as Docker does."""
+        def make(here: bytes) -> None:
+            if self.kind(here):
+                raise ImageError(f"{what}: {show(here)} of the image is not a directory")
+            self.place_directory(here)
+        return self._walk(path, make)
+
+    def find_directory(self, path: bytes) -> bytes:
+        """Return the real path of a directory. Raises Missing."""
+        return self._walk(path, self._refuse)
+
+    def _walk(self, path: bytes, repair: Callable[[bytes], None]) -> bytes:
+        """Follow path from the root; repair is called where something else than a directory is in the way."""
+        real, hops, self.followed = b"", 0, []
+        ahead = path.split(b"/")[::-1]
+        while ahead:
+            name = ahead.pop()
+            if name in (b"", b"."):
+                continue
+            if name == b"..":
+                real = real.rpartition(b"/")[0]         # of the root: the root, as in a chroot
+                continue
+            here = real + b"/" + name
+            self._budget.spend_steps()
+            kind = self.kind(here)
+            if kind == stat.S_IFLNK:
+                hops += 1
+                if hops > MAX_LINK_HOPS:
+                    raise ImageError(f"too many symbolic links in {show(path)} (MAX_LINK_HOPS)")
+                self.followed.append(here)
+                target = os.readlink(self.host(here))
+                if target.startswith(b"/"):
+                    real = b""
+                ahead += target.split(b"/")[::-1]
+                continue
+            if kind != stat.S_IFDIR:
+                repair(here)
+            real = here
+            if real.count(b"/") > MAX_PATH_DEPTH:       # links lead deeper than a name tells
+                raise ImageError(f"a path in the image is over {MAX_PATH_DEPTH} directories deep (MAX_PATH_DEPTH)")
+        return real
+
+    def is_directory(self, path: bytes) -> bool:
+        """Tell whether a path that was real once still is: no component of it has become a link since."""
+        real = b""
+        for name in path.split(b"/")[1:]:               # from the top, for what is below a link is not ours to look at
+            real += b"/" + name
+            self._budget.spend_steps()
+            if self.kind(real) != stat.S_IFDIR:
+                return False
+        return True
+
+    def kind(self, path: bytes) -> int:
+        """Return the file type (S_IFMT) of the last component itself, 0 if there is none."""
+        try:
+            return stat.S_IFMT(os.lstat(self.host(path)).st_mode)
+        except FileNotFoundError:
+            return 0
+
+    def place_directory(self, path: bytes) -> None:
+        """Put a new directory, 0755 root:root, in the place of whatever is there."""
+        self.remove(path)
+        self._budget.spend_steps(STEPS_PER_DIRECTORY)   # nobody counts those that an entry only implies
+        self.made.add(path)
+        os.mkdir(self.host(path))
+        os.chown(self.host(path), self.first_id, self.first_id)
+        os.chmod(self.host(path), 0o755)                # whatever the umask is
+
+    @staticmethod
+    def _refuse(path: bytes) -> None:
+        raise Missing(path)
+
+    def remove(self, path: bytes) -> None:
+        """Remove whatever is there, with all below it and without following a link; nothing there is fine."""
+        kind = self.kind(path)
+        if kind in (stat.S_IFDIR, stat.S_IFLNK):
+            self._resolved.clear()
+            self.made.clear()
+        if kind == stat.S_IFDIR:
+            shutil.rmtree(self.host(path))
+        elif kind:
+            os.unlink(self.host(path))
+
+    def make_real_directory(self, path: bytes) -> None:
+        """Make path and all its parents plain directories, putting them in the place of links and files (H.1)."""
+        real = b""
+        for name in path.split(b"/")[1:]:
+            real += b"/" + name
+            if self.kind(real) != stat.S_IFDIR:
+                self.place_directory(real)
+
+    def read_file(self, path: bytes, limit: int) -> bytes:
+        """Return the content of a small regular file, b"" if there is none; never follows a final link (G.3)."""
+        directory, _, name = path.rpartition(b"/")
+        try:
+            real = self.find_directory(directory) + b"/" + name
+        except Missing:
+            return b""
+        if self.kind(real) != stat.S_IFREG:
+            return b""
+        with open(self.host(real), "rb") as file:
+            data = file.read(limit + 1)
+        if len(data) > limit:
+            raise LimitExceeded(f"{show(path)} of the image is over {limit} bytes (MAX_ACCOUNTS_SIZE)")
+        return data
+
+    def write_file(self, path: bytes, data: bytes) -> None:
+        """Put a plain 0644 file at path, in the place of whatever is there."""
+        directory, _, name = path.rpartition(b"/")
+        real = self.make_directory(directory) + b"/" + name
+        self.remove(real)
+        descriptor = os.open(self.host(real), os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o644)
+        with open(descriptor, "wb") as file:
+            file.write(data)
+            os.fchown(file.fileno(), self.first_id, self.first_id)
+            os.fchmod(file.fileno(), 0o644)
+
+
+XATTR_RECORD = "SCHILY.xattr."           # + name: how PAX headers carry extended attributes
+SELINUX_XATTR = "security.selinux"      # labels are the host's affair
+EARLIEST_TIME, LATEST_TIME = -1 << 31, (1 << 34) - 1    # what ext4 can hold, in seconds since 1970
+ACL_XATTRS = ("system.posix_acl_access", "system.posix_acl_default")
+ACL_VERSION, ACL_USER, ACL_GROUP = 2, 0x02, 0x08        # linux/posix_acl_xattr.h, linux/posix_acl.h
+
+
+def shift_acl(value: bytes, first_id: int) -> bytes:
+    """Return a POSIX access list (struct posix_acl_xattr) with the image's ids moved to where first_id is their root's.
+
+    Raises ValueError for what is none.
+    """
+    if value[:4] != struct.pack("<I", ACL_VERSION) or len(value) % 8 != 4:
+        raise ValueError("its access list is malformed")
+    return value[:4] + b"".join(
+        struct.pack("<HHI", tag, permissions, host_id(number, first_id) if tag in (ACL_USER, ACL_GROUP) else number)
+        for tag, permissions, number in struct.iter_unpack("<HHI", value[4:]))
+
+
+NOBODY = 65_534                     # of these, the one for files of users from IDS on (user_namespaces(7))
+
+
+def host_id(number: int, first_id: int) -> int:
+    """Return the host's id for an image's: containers have none from IDS on."""
+    return first_id + (number if number < IDS else NOBODY)
+
+
+class Losses:
+    """What an image has and its containers will not, counted for a line of warning of each kind."""
+
+    def __init__(self) -> None:
+        self._found: dict[str, list] = {}       # text, with {count} → how often, and the name of the first
+        self.pipes: set[bytes] = set()          # where one was left out
+
+    def note(self, text: str, name: str) -> None:
+        self._found.setdefault(text, [0, name])[0] += 1
+
+    def lines(self) -> list[str]:
+        return [f"{text.format(count=count)} (first: {show(os.fsencode(name))})"
+                for text, (count, name) in self._found.items()]
+
+
+class LayerApplier:
+    """Applies one layer's entries to a rootfs (rules A to D)."""
+
+    def __init__(self, rootfs: Rootfs, budget: Budget, staging: Staging, losses: Losses, again: bool = False):
+        self._rootfs = rootfs
+        self._budget = budget
+        self._staging = staging
+        self._losses = losses
+        self._place = shutil.copyfile if again else os.rename   # what is staged, if the layer applies again later
+        self._own: set[bytes] = set()                   # paths of this layer and their parents: no whiteout hides them
+        self._directory_times: dict[bytes, int] = {}    # set at the end, when nothing writes into them any more
+
+    def apply(self, staged: StagedLayer) -> None:
+        """Apply all entries of a layer."""
+        for entry, content in self._staging.entries(staged):
+            self._budget.spend_entry()
+            name = entry.name.encode("utf-8", "surrogateescape")
+            try:
+                self._apply_entry(entry, self._clean(entry, name), content)
+            except OSError as error:
+                raise unpack_error(name, error) from None
+            except (OverflowError, ValueError) as error:        # a number that no system call takes
+                raise ImageError(f"cannot unpack {show(name)}: {error}") from None
+        for path, mtime in self._directory_times.items():
+            # A parent may have become a link to the host meanwhile, and utime would follow it there.
+            if self._rootfs.is_directory(path):
+                os.utime(self._rootfs.host(path), ns=(mtime, mtime))
+
+    @staticmethod
+    def _clean(entry: Entry, name: bytes) -> bytes:
+        """Return an entry's path, clamped to the root and checked (A.1, A.5)."""
+        if b"\0" in name or (not name and not entry.isdir()):
+            raise ImageError("a layer's entry has an empty name or one with a NUL byte")
+        path = b"/" + name.strip(b"/")
+        if b"//" in path or b"/." in path:              # otherwise it is normal already, and most are
+            path = posixpath.normpath(path)
+        path = path.rstrip(b"/")
+        if path.count(b"/") > MAX_PATH_DEPTH + 1:
+            raise ImageError(f"a path in the image is over {MAX_PATH_DEPTH} directories deep (MAX_PATH_DEPTH)")
+        if len(path) > MAX_NAME_LENGTH and any(len(component) > MAX_NAME_LENGTH for component in path.split(b"/")):
+            raise ImageError(f"a name in the image is over {MAX_NAME_LENGTH} bytes: {show(name)}")
+        return path
+
+    def _apply_entry(self, entry: Entry, path: bytes, content: bytes | int | None) -> None:
+        directory, _, name = path.rpartition(b"/")
+        if b"/.wh." in path:
+            self._apply_whiteout(directory, name, path)
+            return
+        if not path:
+            if not entry.isdir():
+                raise ImageError("the image's root is not a directory (CVE-2021-29136)")
+            self._set_metadata(b"", entry)
+            return
+        real = self._rootfs.make_directory(directory) + b"/" + name
+        self._create(entry, real, content)
+        self._claim(real)
+
+    def _claim(self, path: bytes) -> None:
+        while path not in self._own:
+            self._own.add(path)
+            path = path.rpartition(b"/")[0]
+
+    # -- whiteouts --
+
+    def _apply_whiteout(self, directory: bytes, name: bytes, path: bytes) -> None:
+        if path.startswith(b"/.wh..wh.") and path != b"/.wh..wh..opq":
+            return                                      # bookkeeping of aufs at the root (B.4)
+        if b"/.wh." in directory:
+            raise ImageError(f"{show(path)}: a whiteout cannot be a directory")
+        hidden = name.removeprefix(b".wh.")
+        opaque = hidden == b".wh..opq"
+        if not opaque and (hidden in (b"", b".", b"..") or hidden.startswith(b".wh.")):
+            raise ImageError(f"bad whiteout {show(directory)}/.wh.{show(hidden)}")
+        try:
+            real = self._rootfs.find_directory(directory)
+        except Missing:
+            return
+        if opaque:
+            self._hide_lower_children(real)
+        elif real + b"/" + hidden in self._own:         # same layer has it too: only what lies below is hidden (B.2)
+            self._hide_lower_children(real + b"/" + hidden)
+        else:
+            self._rootfs.remove(real + b"/" + hidden)
+
+    def _hide_lower_children(self, path: bytes) -> None:
+        if self._rootfs.kind(path) != stat.S_IFDIR:
+            return
+        for name in os.listdir(self._rootfs.host(path)):
+            self._budget.spend_steps()                  # as often as a layer says that it is opaque
+            child = path + b"/" + name
+            if child in self._own:
+                self._hide_lower_children(child)
+            else:
+                self._rootfs.remove(child)
+
+    # -- objects --
+
+    def _create(self, entry: Entry, path: bytes, content: bytes | int | None) -> None:
+        if entry.isreg():
+            self._create_file(entry, path, content)
+        elif entry.islnk():
+            self._create_hardlink(entry, path)
+        elif entry.isdir():
+            if self._rootfs.kind(path) != stat.S_IFDIR:
+                self._rootfs.place_directory(path)
+            self._set_metadata(path, entry)
+        elif entry.isfifo():            # all containers of the function would share it: a way from one to the other
+            self._rootfs.remove(path)
+            self._leave_out_pipe(path)
+        else:
+            self._rootfs.remove(path)
+            self._create_special(entry, path)
+            self._set_metadata(path, entry)
+
+    def _leave_out_pipe(self, path: bytes) -> None:
+        self._losses.pipes.add(path)
+        self._losses.note("{count} named pipes are left out: containers of a function would share them",
+                          os.fsdecode(path))
+
+    def _create_special(self, entry: Entry, path: bytes) -> None:
+        host = self._rootfs.host(path)
+        if entry.issym():
+            os.symlink(entry.linkname.encode("utf-8", "surrogateescape"), host)     # verbatim (A.3)
+        elif entry.ischr() or entry.isblk():
+            kind = stat.S_IFCHR if entry.ischr() else stat.S_IFBLK
+            os.mknod(host, kind | 0o600, os.makedev(entry.devmajor, entry.devminor))
+        else:
+            raise ImageError(f"{show(path)} is of the unknown tar type {entry.type!r}")
+
+    def _create_hardlink(self, entry: Entry, path: bytes) -> None:
+        """Link to a file of this or a lower layer; the entry's own metadata counts for nothing (C.3)."""
+        target = posixpath.normpath(b"/" + entry.linkname.encode("utf-8", "surrogateescape").lstrip(b"/"))
+        directory, _, name = target.rpartition(b"/")
+        kind = stat.S_IFDIR if not name else 0          # the root itself
+        with contextlib.suppress(Missing):
+            real = self._rootfs.find_directory(directory) + b"/" + name
+            kind = self._rootfs.kind(real)
+            if kind == 0 and real in self._losses.pipes:
+                self._rootfs.remove(path)
+                self._leave_out_pipe(path)
+                return
+        if kind in (0, stat.S_IFDIR):
+            raise ImageError(f"hard link {show(path)} points to {show(target)}, "
+                             f"which {'is a directory' if kind else 'does not exist'}")
+        if real == path or real.startswith(path + b"/"):
+            raise ImageError(f"hard link {show(path)} points to itself")
+        self._rootfs.remove(path)
+        os.link(self._rootfs.host(real), self._rootfs.host(path), follow_symlinks=False)
+
+    def _create_file(self, entry: Entry, path: bytes, content: bytes | int) -> None:
+        """Make a new file of its data, or of a staged one. What is there is removed, not written through (C.1, C.2)."""
+        self._budget.spend_written(entry.size)
+        if not self._is_free(path):
+            self._rootfs.remove(path)
+        if isinstance(content, int):
+            self._place(self._staging.path(content), self._rootfs.host(path))
+            self._set_metadata(path, entry)
+            return
+        descriptor = os.open(self._rootfs.host(path), NEW_FILE_FLAGS, 0o600)
+        try:
+            write_all(descriptor, memoryview(content))
+            os.chown(descriptor, *self._owner(entry))   # in the order that _set_metadata gives reasons for
+            os.chmod(descriptor, entry.mode & 0o7777)
+            mtime = modification_time(entry)
+            os.utime(descriptor, ns=(mtime, mtime))
+        finally:
+            os.close(descriptor)
+
+    def _is_free(self, path: bytes) -> bool:
+        """Tell without asking the kernel that nothing is at path, which is so for most files of most layers."""
+        made = self._rootfs.made
+        return path.rpartition(b"/")[0] in made and path not in made and path not in self._own
+
+    # -- metadata --
+
+    def _set_metadata(self, path: bytes, entry: Entry) -> None:
+        """Set owner, extended attributes, mode, time, in this order: chown clears setuid and capabilities (D.1)."""
+        host = self._rootfs.host(path)
+        os.chown(host, *self._owner(entry), follow_symlinks=False)
+        self._set_xattrs(host, entry)
+        if not entry.issym():
+            os.chmod(host, entry.mode & 0o7777)
+        mtime = modification_time(entry)
+        if entry.isdir():
+            self._directory_times[path] = mtime
+        else:
+            os.utime(host, ns=(mtime, mtime), follow_symlinks=False)
+
+    def _owner(self, entry: Entry) -> tuple[int, int]:
+        """Return the host ids of an entry's owner: the image's, moved into the function's range."""
+        if min(entry.uid, entry.gid) < 0:
+            raise ImageError(f"{entry.name!r} has a bad owner {entry.uid}:{entry.gid}")
+        if max(entry.uid, entry.gid) >= IDS:
+            self._losses.note(f"{{count}} files are of users or groups from {IDS} on, which containers do not have, "
+                              f"and now of {NOBODY}", entry.name)
+        return host_id(entry.uid, self._rootfs.first_id), host_id(entry.gid, self._rootfs.first_id)
+
+    def _set_xattrs(self, host: bytes, entry: Entry) -> None:
+        if entry.isdir():                               # a directory over a directory takes nothing over (D.3)
+            for name in os.listxattr(host, follow_symlinks=False):
+                if name != SELINUX_XATTR:               # the host's own label
+                    os.removexattr(host, name, follow_symlinks=False)
+        for key, value in entry.pax_headers.items():
+            name = key.removeprefix(XATTR_RECORD)
+            if name in (key, SELINUX_XATTR):
+                continue
+            if name.startswith("user.") and not (entry.isreg() or entry.isdir()):
+                continue                                # xattr(7): only files and directories carry them
+            data = value.encode("utf-8", "surrogateescape")
+            if name in ACL_XATTRS:
+                data = shift_acl(data, self._rootfs.first_id)
+            try:
+                os.setxattr(host, name, data, follow_symlinks=False)
+            except OSError as error:
+                if error.errno == errno.ENOSPC and os.statvfs(self._rootfs.path).f_bavail > len(value):
+                    raise ImageError(f"cannot unpack {entry.name}: extended attribute {name} is too large for this "
+                                     "machine's file system") from None     # ENOSPC says that too (setxattr(2))
+                if error.errno != errno.ENOTSUP:
+                    raise
+                self._losses.note("{count} extended attributes are lost: the state directory's file system has none "
+                                  "of the kind", entry.name)
+
+
+def has_xattrs(entry: Entry) -> bool:
+    return bool(entry.pax_headers) and any(key.startswith(XATTR_RECORD) for key in entry.pax_headers)
+
+
+def modification_time(entry: Entry) -> int:
+    """Return an entry's mtime in nanoseconds, exact where a PAX record has it, within what a file system can hold."""
+    text = entry.pax_headers.get("mtime")
+    if not text and isinstance(entry.mtime, int):
+        return min(max(entry.mtime, EARLIEST_TIME), LATEST_TIME) * 1_000_000_000
+    try:
+        seconds = Decimal(text or entry.mtime)
+    except (InvalidOperation, ValueError):
+        seconds = Decimal(0)
+    if not seconds.is_finite():
+        seconds = Decimal(0)
+    return int(min(max(seconds, Decimal(EARLIEST_TIME)), Decimal(LATEST_TIME)) * 1_000_000_000)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Images: what they say about the process to run; the child itself
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Account:
+    """Who a process runs as."""
+    uid: int
+    gid: int
+    groups: list[int]
+    home: str
+
+
+def is_id(text: str) -> bool:
+    return re.fullmatch("[0-9]{1,10}", text) is not None and int(text) < IDS
+
+
+def account_lines(data: bytes, fields: int) -> Iterator[list[str]]:
+    """Yield the fields of each usable line of passwd(5) or group(5)."""
+    for line in data.decode("utf-8", "replace").split("\n"):
+        parts = line.split(":")
+        if len(parts) >= fields and is_id(parts[2]) and "\0" not in line:
+            yield parts
+
+
+def parse_id(text: str, what: str) -> int | None:
+    """Return text as a uid or gid, None if it is a name. Raises ImageError for a number no id can be."""
+    if not re.fullmatch("[0-9]+", text):
+        return None
+    if not is_id(text):
+        raise ImageError(f"the image's {what} {text[:12]} is too large: containers have the ids 0 to {IDS - 1}")
+    return int(text)
+
+
+def resolve_user(user: str, passwd: bytes, group: bytes) -> Account:
+    """Return the account that an image's User means (G.3).
+
+    user is "", "name", "uid", "name:group", "uid:gid" or mixed; passwd and group are the image's own files. An explicit
+    group brings no supplementary groups, as in Docker. Raises ImageError for a name that is in neither file.
+    """
+    name, _, group_name = user.partition(":")
+    name = name or "0"
+    uid = parse_id(name, "user")
+    account = None
+    for line in account_lines(passwd, 6):
+        if line[0] == name if uid is None else int(line[2]) == uid:
+            account = line
+            break
+    if account is None and uid is None:
+        raise ImageError(f"the image's user {name!r} is not in its /etc/passwd, or has an id from {IDS} on")
+    uid = int(account[2]) if account else uid
+    home = (account[5] if account else "") or "/"
+    groups = list(account_lines(group, 3))
+    if group_name:
+        gid = parse_id(group_name, "group")
+        if gid is None:
+            gid = next((int(line[2]) for line in groups if line[0] == group_name), None)
+        if gid is None:
+            raise ImageError(f"the image's group {group_name!r} is not in its /etc/group, or has an id from {IDS} on")
+        return Account(uid, gid, [], home)
+    if account is None:
+        return Account(uid, 0, [], home)
+    own = parse_id(account[3], "group") or 0
+    members = [int(line[2]) for line in groups if len(line) > 3 and account[0] in line[3].split(",")]
+    return Account(uid, own, sorted(set(members) - {own}), home)
+
+
+def with_default(env: list[str], key: str, value: str) -> list[str]:
+    """Return env with KEY=value appended where KEY is not set (G.2)."""
+    return env if any(entry.startswith(key + "=") for entry in env) else [*env, f"{key}={value}"]
+
+
+MAX_PATH_LENGTH = 3072              # bytes of a path in an image config: PATH_MAX less what the rootfs is below
+
+
+def config_path(text: str, what: str) -> bytes:
+    """Return a path of an image config, normalised, without a slash at its end: b"" is the root. Raises ImageError."""
+    path = encode_text(text, what)
+    if not path.startswith(b"/"):
+        raise ImageError(f"{what} {text!r} is not an absolute path")
+    path = b"/" + posixpath.normpath(path).lstrip(b"/")
+    if len(path) > MAX_PATH_LENGTH or any(len(component) > MAX_NAME_LENGTH for component in path.split(b"/")):
+        raise ImageError(f"{what} is too long")
+    return path.rstrip(b"/")
+
+
+def prepare_working_directory(rootfs: Rootfs, text: str) -> str:
+    """Make an image's WorkingDir, as Docker does, and return it. Raises ImageError (G.2)."""
+    path = config_path(text or "/", "the image's WorkingDir")
+    real = rootfs.require_directory(path, "the image's WorkingDir")
+    for seen in (path, real, *rootfs.followed):             # as it is written, where links lead, and by which
+        if reserved := reserved_target(os.fsdecode(seen)):
+            raise ImageError(f"the image's WorkingDir {text!r} lies in {reserved}, where a container has other things "
+                             "than the image (CVE-2024-21626)")
+    return path.decode() or "/"
+
+
+RESERVED_TARGETS = ("/dev", "/proc", "/sys", CONTROL_SOCKET)       # mounted in every container
+
+
+def reserved_target(path: str) -> str | None:
+    """Return the mount of ours that a path of an image lies in, if any."""
+    return next((target for target in RESERVED_TARGETS if path == target or path.startswith(target + "/")), None)
+
+
+MAX_VOLUMES = 64                    # each is a mount in every container, in memory that is not the container's
+
+
+def prepare_volumes(rootfs: Rootfs, paths: Collection[str]) -> list[dict]:
+    """Make the directories of an image's volumes and return what their tmpfs should look like (G.4)."""
+    if len(paths) > MAX_VOLUMES:
+        raise LimitExceeded(f"the image has {len(paths)} volumes: {MAX_VOLUMES} are allowed (MAX_VOLUMES)")
+    volumes = {}
+    for path in paths:
+        what = "the image's volume"
+        real = os.fsdecode(rootfs.require_directory(config_path("/" + path, what), what))
+        if real in ("", "/tmp") or reserved_target(real):
+            if real == "/tmp":                          # is one already
+                continue
+            raise ImageError(f"the image's volume {path!r} is in the way of faasd's own mounts")
+        host = rootfs.host(os.fsencode(real))
+        status = os.stat(host)
+        volumes[real] = {"path": real, "mode": stat.S_IMODE(status.st_mode), "uid": status.st_uid - rootfs.first_id,
+                         "gid": status.st_gid - rootfs.first_id, "copy_up": bool(os.listdir(host))}
+    return [volumes[path] for path in sorted(volumes)]      # a parent is mounted before what lies in it
+
+
+def prepare_resolv_conf(rootfs: Rootfs) -> str:
+    """Make sure that there is a plain file to mount a function's resolv.conf on; return its real path (H.1)."""
+    real = rootfs.make_directory(b"/etc") + b"/resolv.conf"
+    if rootfs.kind(real) != stat.S_IFREG:
+        rootfs.write_file(real, b"")
+    return os.fsdecode(real)
+
+
+HOSTS = b"127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n"
+MAX_ACCOUNTS_SIZE = MIB             # /etc/passwd and /etc/group of an image
+
+
+def prepare_mount_targets(rootfs: Rootfs) -> None:
+    """Put real directories where every container gets a mount, and a plain file for its control socket.
+
+    An image with a symbolic link there made runc touch the host (CVE-2026-41579, rule H.1), and a target that runc
+    has to make itself is written into a rootfs that other containers share.
+    """
+    for target in (b"/dev", b"/proc", b"/sys", b"/tmp"):
+        rootfs.make_real_directory(target)
+    os.chmod(rootfs.host(b"/tmp"), 0o1777)      # runc 1.1 gives a tmpfs the mode of the directory below it
+    rootfs.write_file(os.fsencode(CONTROL_SOCKET), b"")
+    if not rootfs.read_file(b"/etc/hosts", MAX_ACCOUNTS_SIZE).strip():      # Docker gives every container one
+        rootfs.write_file(b"/etc/hosts", HOSTS)
+
+
+def resolve_process(config: dict, rootfs: Rootfs) -> dict:
+    """Return what an image config says about its process, with users and volumes looked up in the rootfs (rules G)."""
+    settings = take(config, "config", dict, "the image config")
+    what = "the image config"
+    account = resolve_user(take(settings, "User", str, what),
+                           rootfs.read_file(b"/etc/passwd", MAX_ACCOUNTS_SIZE),
+                           rootfs.read_file(b"/etc/group", MAX_ACCOUNTS_SIZE))
+    cwd = prepare_working_directory(rootfs, take(settings, "WorkingDir", str, what))
+    env = [entry for entry in take_strings(settings, "Env", what) if "=" in entry]     # runc refuses one without
+    env = with_default(with_default(env, "PATH", DEFAULT_PATH), "HOME", account.home)
+    return {
+        "entrypoint": take_strings(settings, "Entrypoint", what), "cmd": take_strings(settings, "Cmd", what),
+        "env": env, "cwd": cwd, "uid": account.uid, "gid": account.gid, "groups": account.groups,
+        "volumes": prepare_volumes(rootfs, take(settings, "Volumes", dict, what)),
+        "resolv_conf": prepare_resolv_conf(rootfs),
+        "labels": take(settings, "Labels", dict, what), "stop_signal": take(settings, "StopSignal", str, what),
+        "exposed_ports": sorted(take(settings, "ExposedPorts", dict, what)),
+    }
+
+
+MAX_BODY_SECONDS = 600.0            # between bytes of an archive: `docker save` may take its time before a pipe
+
+
+def receive(descriptor: int) -> Iterator[bytes]:
+    """Yield what comes on a client's connection, which does not block; its end is one too early. Raises FaasdError."""
+    while is_readable(descriptor, MAX_BODY_SECONDS):
+        try:
+            data = os.read(descriptor, COPY_CHUNK)
+        except ConnectionError:
+            data = b""
+        if not data:
+            raise BadRequest("the upload was cut short")
+        yield data
+    raise FaasdError(f"the upload stood still for {MAX_BODY_SECONDS:g} s", status=408)
+
+
+def request_body(stream: ByteStream, length: str, limit: int) -> Iterator[memoryview]:
+    """Yield the body of a request, of a length or "chunked" (RFC 9112, section 7). Raises BadRequest, LimitExceeded."""
+    size = 0
+    for count in chunk_sizes(stream) if length == "chunked" else [int(length)]:
+        size += count
+        if size > limit:
+            raise LimitExceeded(f"the archive is over {limit} bytes (--max-image-size)")
+        yield from stream.take_all(count)
+
+
+MAX_CHUNK_LINE = KIB                # bytes of the line before a chunk
+
+
+def chunk_sizes(stream: ByteStream) -> Iterator[int]:
+    """Yield how many bytes the next chunk has, to be read before it goes on. Raises BadRequest."""
+    broken = BadRequest("the request's chunked encoding is broken")
+    size = None
+    while size != 0:
+        line = b""
+        while len(line) < MAX_CHUNK_LINE and not line.endswith(b"\n"):
+            line += stream.read(1)
+        match = re.fullmatch(rb"([0-9a-fA-F]{1,15})(;[^\r\n]*)?\r?\n", line)
+        if not match:
+            raise broken
+        if size := int(match[1], 16):
+            yield size
+        # Behind the last one trailers may come. Nobody reads them: the connection ends with its upload.
+        if stream.read(2) != b"\r\n" and size:
+            raise broken
+
+
+def read_archive(pieces: Iterator[bytes], budget: Budget) -> ByteStream:
+    """Return the tar that comes in pieces, which may be compressed: `docker load` takes that too."""
+    head = b""
+    while len(head) < MAGIC_SIZE and (data := next(pieces, b"")):
+        head += data
+    if name := other_compression(head):
+        raise ImageError(f"the archive is compressed with {name}: decompress it first, "
+                         f"{name} -dc FILE | faas new NAME")
+    whole = (piece for part in ([head], pieces) for piece in part)
+    decompress = find_decompressor(head)
+    return ByteStream(inflate(decompress(whole, budget), budget) if decompress else whole)
+
+
+def inflate(decompressed: Iterator[bytes], budget: Budget) -> Iterator[bytes]:
+    """Count the bytes of a compressed archive."""
+    with contextlib.closing(decompressed) as pieces:
+        try:
+            for data in pieces:
+                budget.spend_read(len(data))
+                yield data
+        except ImageError as error:
+            raise ArchiveDamaged(str(error)) from None
+
+
+def unpack_image(pieces: Iterator[bytes], directory: Path, tag: str, max_size: int, max_entries: int,
+                 first_id: int) -> dict:
+    """Unpack the image archive that comes in pieces to directory/rootfs; return what directory/image.json then says.
+
+    directory must not exist yet, and nobody but root may be able to reach it. first_id is the host id of the image's
+    root. On any error what is there is left half done, for the caller to remove.
+    Raises FaasdError.
+    """
+    try:
+        rootfs_path, staging_path = directory / "rootfs", directory / "staging"
+        for path, mode in (directory, 0o711), (rootfs_path, 0o755), (staging_path, 0o700):
+            path.mkdir()
+            path.chmod(mode)
+        os.chown(rootfs_path, first_id, first_id)
+        budget = Budget(max_size, max_entries)
+        with contextlib.closing(Staging(staging_path, Budget(max_size, max_entries))) as staging, \
+                contextlib.closing(read_archive(pieces, Budget(max_size, max_entries))) as stream:
+            archive = Archive(stream, staging)
+            image = choose_image(archive, tag, host_architecture())
+            losses = apply_layers(image.layers, archive, staging, lambda: Rootfs(rootfs_path, first_id, budget), budget)
+            rootfs = Rootfs(rootfs_path, first_id, budget)
+            try:
+                process = resolve_process(image.config, rootfs)
+                prepare_mount_targets(rootfs)
+            except OSError as error:            # of the target of a link, say, which may be any text
+                path = os.fsencode(error.filename or "").removeprefix(rootfs.path)
+                raise unpack_error(path, error) from None
+        shutil.rmtree(staging_path)
+        document = {"digest": f"sha256:{image.digest}", "version": image.digest[:12], "tag": image.tag,
+                    "first_id": first_id, "size": budget.written, "entries": budget.entries, "process": process,
+                    "warnings": losses.lines()}
+        (directory / "image.json").write_text(json.dumps(document, indent=1))
+        return document
+    except OSError as error:
+        raise storage_error(error, "unpacking the image") from error
+
+
+def apply_layers(layers: list[Layer], archive: Archive, staging: Staging, open_rootfs: Callable[[], Rootfs],
+                 budget: Budget) -> Losses:
+    """Apply an image's layers, the lowest first; return what of them is lost."""
+    losses = Losses()
+    staged = [archive.layer(layer.member) for layer in layers]
+    uses = collections.Counter(map(id, staged))         # one that is listed twice is applied twice (E.3)
+    for layer, found in zip(layers, staged, strict=True):
+        uses[id(found)] -= 1
+        # A rootfs of its own for each layer: what one has resolved, the next may change.
+        LayerApplier(open_rootfs(), budget, staging, losses, again=uses[id(found)] > 0).apply(found)
+        found.verify(layer)
+    return losses
+
+
+PR_SET_PDEATHSIG = 1                    # prctl(2)
+GC_THRESHOLD = 100_000              # objects; looking for cycles, of which entries make none, takes a tenth of all time
+UNPACK_ADDRESS_SPACE = GIB          # bytes; RLIMIT_AS of the unpacking child, whatever a parser is talked into
+
+
+def unpack_main(arguments: list[str]) -> int:
+    """Run `faasd.py unpack DIRECTORY TAG MAX_SIZE MAX_ENTRIES FIRST_ID LENGTH`, the daemon's child; print JSON.
+
+    Its standard input is the client's connection, behind the head of a request whose body is the archive.
+    """
+    directory, tag, *numbers, length = arguments
+    libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)        # when the daemon dies: not to unpack for nobody
+    os.nice(10)                         # invocations come first
+    os.umask(0o022)
+    gc.set_threshold(GC_THRESHOLD)
+    resource.setrlimit(resource.RLIMIT_AS, (UNPACK_ADDRESS_SPACE, UNPACK_ADDRESS_SPACE))
+    try:
+        archive = request_body(ByteStream(receive(0)), length, int(numbers[0]))
+        document = unpack_image(archive, Path(directory), tag, *map(int, numbers))
+    except FaasdError as error:
+        print(json.dumps({"error": str(error), "status": error.status}))
+        return 1
+    except MemoryError:
+        print(json.dumps({"error": "the image's archive needs too much memory to read (UNPACK_ADDRESS_SPACE)",
+                          "status": LimitExceeded.status}))
+        return 1
+    print(json.dumps(document))
+    return 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Control API: http.server on a Unix socket and, if asked for, over TCP; a thread a connection
+# ---------------------------------------------------------------------------------------------------------------------
+
 # What http.server lets pass and other programs understand in another way (RFC 9112, sections 3 and 5): other blanks, a
 # carriage return within a line, blanks before the colon, continued lines.
 REQUEST_LINE = re.compile(rb"[A-Za-z]+ [!-~\x80-\xff]+ HTTP/[1-9]\.[0-9]\r?\n")
@@ -6738,6 +6817,9 @@ class Refused(FaasdError):
     def __init__(self, status: int, message: str, **headers: str):
         super().__init__(message, status=status)
         self.headers = {name.replace("_", "-"): value for name, value in headers.items()}
+
+
+MAX_CONNECTIONS = 128               # at a time, of each listener; more are closed at once
 
 
 class ControlServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
@@ -6906,6 +6988,9 @@ class TcpControlServer(ControlServer):
         return address == own or address.is_loopback and own.is_loopback
 
 
+MAX_HEADER_SECONDS = 20.0           # from the end of one answer to the end of the next request's headers
+
+
 class ConnectionReader(io.RawIOBase):
     """Reads from a connection, but no further than to the end of a line: what follows a head is for somebody else.
 
@@ -6924,6 +7009,14 @@ class ConnectionReader(io.RawIOBase):
             raise TimeoutError(f"no whole request within {MAX_HEADER_SECONDS:g} s")
         count = self._connection.recv_into(buffer, flags=socket.MSG_PEEK)
         return self._connection.recv_into(buffer, bytes(buffer[:count]).find(b"\n") + 1 or count)
+
+
+MAX_HEADERS_SIZE = 64 * KIB         # bytes of a request's headers; http.server allows as many for its first line
+MAX_HEADERS = 100                   # lines of them; http.server's own limit
+MAX_WRITE_SECONDS = 60.0            # for a client to take a piece of its answer
+RETRY_SECONDS = 5                   # Retry-After of our 503s
+ARCHIVE_TYPES = ("application/x-tar", "application/octet-stream")
+FORM_TYPES = ("application/x-www-form-urlencoded", "multipart/form-data", "text/plain")     # CORS-safelisted (Fetch)
 
 
 class ControlHandler(http.server.BaseHTTPRequestHandler):
@@ -7158,10 +7251,6 @@ class ControlHandler(http.server.BaseHTTPRequestHandler):
             self.wfile.write(b"%x\r\n%s\r\n" % (len(piece), piece) if chunked else piece)
 
 
-async def as_task(coroutine) -> asyncio.Task:
-    return asyncio.ensure_future(coroutine)
-
-
 def parse_since(text: str) -> str:
     """Return a time as log lines begin with it, from RFC 3339 or from a duration before now. Raises BadRequest."""
     try:
@@ -7180,7 +7269,7 @@ def parse_since(text: str) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Daemon and main
+# The daemon: deploy, change, restart, stop
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -7206,22 +7295,15 @@ class Settings:
     api_host: Iterable[str] = ()                    # names, besides its address, by which clients may call it
 
 
-def compile_program() -> int:
-    """Return a descriptor of a file with this program, compiled: a child that runs it starts in two thirds of the time.
-
-    It is what this process runs, whatever becomes of the source meanwhile. Another process compiles it, for that takes
-    memory; one of its own rather than a fork, which Python warns of where there are threads.
-    """
-    descriptor = os.memfd_create("faasd.pyc")
-    # A .pyc begins with Python's magic number, and with flags, time and size, which are not looked at here.
-    script = ("import importlib.util, marshal, sys; file = open(sys.argv[1], 'rb'); "
-              "code = compile(file.read(), sys.argv[1], 'exec', dont_inherit=True); "
-              "sys.stdout.buffer.write(importlib.util.MAGIC_NUMBER + bytes(12) + marshal.dumps(code))")
-    subprocess.run([sys.executable, "-I", "-S", "-c", script, __file__], stdout=descriptor, check=False)
-    return descriptor                   # empty, or cut short, if that failed: then a deploy fails and says so
-
-
 IMAGE_FIELDS = {"digest": str, "tag": str, "size": int, "process": dict}        # of an image.json, to be sure of
+STOP_SECONDS = 20.0                 # until a stop goes on without what should long have ended, and with it each wait
+MAX_SILENT = 1024                   # such connections of all functions; one more, and the oldest is closed
+MAX_ANSWERING = 1024                # clients that are read while they read our own answer; likewise
+NETLINK_NETFILTER, NFNLGRP_NFTABLES = 12, 7     # linux/netlink.h, linux/netfilter/nfnetlink.h
+NETLINK_ROUTE, RTMGRP_IPV4_IFADDR, RTM_DELADDR = 0, 0x10, 21    # linux/rtnetlink.h
+ADDRESS_RETRY_SECONDS = 1.0         # between attempts to put an address back on lo
+NFT_DELTABLE = 10 << 8 | 2                      # NFNL_SUBSYS_NFTABLES, NFT_MSG_DELTABLE (linux/netfilter/nf_tables.h)
+UPLOAD_END_SECONDS = 5.0            # how long a stop waits until everybody has their answer
 
 
 class Daemon:
@@ -7254,7 +7336,8 @@ class Daemon:
             HangupWatch(self.loop), Crowd(min(MAX_SILENT, eighth)), Crowd(min(MAX_ANSWERING, eighth)),
             LoopLag(self.loop), LogWriter())
         self._tasks: set[asyncio.Task] = set()          # deploys, removals and retirements under way
-        self._program = compile_program()
+        # A child runs what this process runs, whatever becomes of the source meanwhile: an upgrade replaces the file.
+        self._program = os.open(__file__, os.O_RDONLY | os.O_CLOEXEC)
         self._stop_signals = asyncio.Queue()
         self._stopping = False
 
@@ -7977,6 +8060,11 @@ ROUTES: dict[tuple[str, ...], dict[str, Callable]] = {
 }
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# The command line, and what must be so before the daemon runs
+# ---------------------------------------------------------------------------------------------------------------------
+
+
 def parse_arguments(argv: list[str]) -> Settings:
     """Return the settings of a command line; exits with status 2 and a line on bad usage, as argparse does."""
     parser = argparse.ArgumentParser(prog="faasd.py", description="A serverless runtime for one Linux machine.",
@@ -7993,8 +8081,8 @@ def parse_arguments(argv: list[str]) -> Settings:
     parser.add_argument("--runtime", default="runc", metavar="PROGRAM", help="an OCI runtime with runc's command line")
     parser.add_argument("--drain-timeout", type=checked(parse_duration), default="30", metavar="TIME",
                         help="how long running invocations may go on after SIGTERM, and waiting ones after SIGHUP")
-    parser.add_argument("--max-image-size", type=checked(parse_size), default="16g", metavar="SIZE",
-                        help="limit for an archive and for what it unpacks to")
+    parser.add_argument("--max-image-size", type=checked(parse_size), default=f"{MAX_IMAGE_SIZE // GIB}g",
+                        metavar="SIZE", help="limit for an archive and for what it unpacks to")
     parser.add_argument("--max-image-entries", type=checked(parse_count), default=str(MAX_IMAGE_ENTRIES), metavar="N",
                         help="limit for the files of an image")
     parser.add_argument("--max-warm", type=checked(parse_amount), default=str(default_max_warm()), metavar="N",
@@ -8101,6 +8189,8 @@ def parse_endpoint(text: str) -> tuple[str, int]:
 
 
 MAKE_TOKEN = "make one with: (umask 077; head -c 24 /dev/urandom | base64 > FILE)"
+MIN_TOKEN_LENGTH = 16               # characters
+MAX_TOKEN_FILE = 4 * KIB            # bytes
 
 
 def read_token(path: Path) -> bytes:
@@ -8140,6 +8230,9 @@ def check_machine(settings: Settings) -> None:
     longest = len(os.fsencode(settings.run_dir / "containers" / ("0" * 12) / "control.sock"))
     if longest > 107:                   # sun_path in unix(7), less the final NUL
         raise UsageError(f"--run-dir {settings.run_dir} is too long for the name of a Unix socket")
+
+
+LOW_DESCRIPTORS = 4096              # a limit below is worth a warning: a function may need 4 * 64 + 1024 (its defaults)
 
 
 def machine_warnings() -> Iterator[str]:
@@ -8324,6 +8417,9 @@ def leave_behind_the_shell() -> None:
     set_limits()
 
 
+MAX_DESCRIPTORS = 65_536            # RLIMIT_NOFILE of ours
+
+
 def set_limits() -> None:
     """Set the limits of CONTAINER_LIMITS, as far as we may, and of descriptors and processes the most that we may."""
     hard = {kind: resource.getrlimit(kind)[1] for kind in (resource.RLIMIT_NOFILE, resource.RLIMIT_NPROC)}
@@ -8370,4 +8466,8 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    if sys.argv[1:2] != ["unpack"]:
+        sys.exit(main(sys.argv[1:]))
+    exit_status = unpack_main(sys.argv[2:])
+    sys.stdout.flush()
+    os._exit(exit_status)               # to take the interpreter apart takes 30 ms

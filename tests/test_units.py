@@ -1,9 +1,7 @@
 """The pure parts of faasd.py, which need neither root nor a daemon."""
 
 import asyncio
-import builtins
 import contextlib
-import dis
 import errno
 import ipaddress
 import json
@@ -12,12 +10,9 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import tempfile
 import threading
-import types
 import unittest
-from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
 
@@ -91,29 +86,6 @@ class Text(unittest.TestCase):
         record = logging.LogRecord("faasd", logging.INFO, "", 0, "a\x1bb", (), None)
         self.assertRegex(faasd.LogFormatter(False).format(record), r"^\S+Z info a\\x1bb$")
         self.assertEqual(json.loads(faasd.LogFormatter(True).format(record))["message"], "a\x1bb")
-
-
-def global_names(code: types.CodeType) -> Iterator[str]:
-    """Yield the global names that functions of a compiled program use."""
-    for instruction in dis.get_instructions(code):
-        if instruction.opname == "LOAD_GLOBAL":
-            yield instruction.argval
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            yield from global_names(constant)
-
-
-class UnpackingChild(unittest.TestCase):
-    def test_its_part_of_the_program_is_complete(self):
-        """It stops in the middle of the file: a name or an import from further down would be missing for it alone."""
-        program = Path(faasd.__file__).read_text()
-        first, dispatch, _ = program.partition('\nif __name__ == "__main__" and sys.argv[1:2] == ["unpack"]:\n')
-        self.assertTrue(dispatch)
-        code = compile(first, "the first part of faasd.py", "exec", dont_inherit=True)
-        module = types.ModuleType("faasd_first_part")
-        with mock.patch.dict(sys.modules, {module.__name__: module}):       # where dataclasses look for it
-            exec(code, vars(module))
-        self.assertEqual({name for name in global_names(code) if name not in {*vars(module), *vars(builtins)}}, set())
 
 
 class Cgroups(unittest.TestCase):
