@@ -32,7 +32,7 @@ Process and threads: one asyncio loop in the main thread owns listeners, contain
 there are no locks around them. What a container, a disk or the reader of our log can keep waiting is left to daemon
 threads (Workers, Writer). The control API is a stdlib http.server on a Unix socket, with --api on a TCP port too,
 one thread a connection, which calls into the loop with run_coroutine_threadsafe. Images are unpacked by a child process
-(`faasd.py unpack …`): it is heavy, must not delay an invocation, and is where hostile bytes are parsed.
+(unpack_main): it is heavy, must not delay an invocation, and is where hostile bytes are parsed.
 
 SIGTERM drains and leaves nothing. SIGHUP leaves what serves a client to the next daemon. No container depends on the
 daemon that started it, so after SIGHUP, and after a crash too, the next one finds them, takes duplicates of their
@@ -46,6 +46,7 @@ On disk:
     STATE_DIR/tmp/                            unpacking; emptied at start
     RUN_DIR/faasd.sock, faasd.lock            control API; one daemon per run-dir
     RUN_DIR/net/NAME, resolv.conf.*           network namespaces of functions with --net egress, and their resolvers
+    RUN_DIR/program/                          this program, as the unpacking child runs it
     RUN_DIR/rootfs/                           STATE_DIR/images as containers get it: nodev, nosuid
     RUN_DIR/containers/ID/                    config.json, control.sock, output and note of one container, on a tmpfs
     RUN_DIR/runc/                             runc --root
@@ -131,7 +132,7 @@ from datetime import datetime, timedelta, timezone
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from tarfile import TarInfo
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, NoReturn
 
 __version__ = "0.1.0"
 
@@ -6776,29 +6777,32 @@ GC_THRESHOLD = 100_000              # objects; looking for cycles, of which entr
 UNPACK_ADDRESS_SPACE = GIB          # bytes; RLIMIT_AS of the unpacking child, whatever a parser is talked into
 
 
-def unpack_main(arguments: list[str]) -> int:
-    """Run `faasd.py unpack DIRECTORY TAG MAX_SIZE MAX_ENTRIES FIRST_ID LENGTH`, the daemon's child; print JSON.
+# The daemon's child imports this program, because Python keeps the byte code of what is imported.
+UNPACK = "import sys; sys.path.insert(0, sys.argv[2]); import faasd; faasd.unpack_main(*sys.argv[3:])"
 
-    Its standard input is the client's connection, behind the head of a request whose body is the archive.
+
+def unpack_main(directory: str, tag: str, *numbers: str) -> NoReturn:
+    """Be the daemon's child: unpack what comes on standard input, print JSON, exit with status 0 or 1.
+
+    Standard input is the client's connection, behind the head of a request whose body is the archive. numbers are the
+    largest size and number of entries, the first id, and the body's length (see request_body).
     """
-    directory, tag, *numbers, length = arguments
+    *limits, length = numbers
     libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)        # when the daemon dies: not to unpack for nobody
     os.nice(10)                         # invocations come first
     os.umask(0o022)
     gc.set_threshold(GC_THRESHOLD)
     resource.setrlimit(resource.RLIMIT_AS, (UNPACK_ADDRESS_SPACE, UNPACK_ADDRESS_SPACE))
     try:
-        archive = request_body(ByteStream(receive(0)), length, int(numbers[0]))
-        document = unpack_image(archive, Path(directory), tag, *map(int, numbers))
+        archive = request_body(ByteStream(receive(0)), length, int(limits[0]))
+        document = unpack_image(archive, Path(directory), tag, *map(int, limits))
     except FaasdError as error:
-        print(json.dumps({"error": str(error), "status": error.status}))
-        return 1
+        document = {"error": str(error), "status": error.status}
     except MemoryError:
-        print(json.dumps({"error": "the image's archive needs too much memory to read (UNPACK_ADDRESS_SPACE)",
-                          "status": LimitExceeded.status}))
-        return 1
-    print(json.dumps(document))
-    return 0
+        document = {"error": "the image's archive needs too much memory to read (UNPACK_ADDRESS_SPACE)",
+                    "status": LimitExceeded.status}
+    print(json.dumps(document), flush=True)
+    os._exit("error" in document)       # to take the interpreter apart takes 30 ms
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -7336,8 +7340,7 @@ class Daemon:
             HangupWatch(self.loop), Crowd(min(MAX_SILENT, eighth)), Crowd(min(MAX_ANSWERING, eighth)),
             LoopLag(self.loop), LogWriter())
         self._tasks: set[asyncio.Task] = set()          # deploys, removals and retirements under way
-        # A child runs what this process runs, whatever becomes of the source meanwhile: an upgrade replaces the file.
-        self._program = os.open(__file__, os.O_RDONLY | os.O_CLOEXEC)
+        self._program = settings.run_dir / "program"
         self._stop_signals = asyncio.Queue()
         self._stopping = False
 
@@ -7419,6 +7422,10 @@ class Daemon:
         Returns the containers that serve clients.
         """
         survivors = await self._host.prepare({record.name: record.address for record in records})
+        # A child runs what this process runs, whatever becomes of the source meanwhile: an upgrade replaces it.
+        shutil.rmtree(self._program, ignore_errors=True)
+        self._program.mkdir(mode=0o700)
+        shutil.copyfile(__file__, self._program / "faasd.py")
         self._registry.clear()
         self._empty_tmp()
         kept = {(record.name, entry.version) for record in records for entry in record.versions}
@@ -7523,6 +7530,7 @@ class Daemon:
         for path in self.settings.run_dir.glob("resolv.conf.*"):
             path.unlink()
         self._host.dismantle()
+        shutil.rmtree(self._program, ignore_errors=True)
 
     async def _end_invocations(self, left: set[Function]) -> None:
         """Drain functions, or leave them; until a second signal, clients have the drain timeout."""
@@ -7674,8 +7682,8 @@ class Daemon:
                      str(first_id), length]
         try:
             child = await asyncio.create_subprocess_exec(
-                sys.executable, "-I", "-S", f"/dev/fd/{self._program}", "unpack", *arguments, pass_fds=[self._program],
-                stdin=connection, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+                sys.executable, "-I", "-S", "-c", UNPACK, "unpack", str(self._program), *arguments, stdin=connection,
+                stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
         except OSError as error:        # out of processes, memory, descriptors
             raise FaasdError(f"cannot start the unpacking of the image: {error.strerror}", status=503) from error
         try:
@@ -8466,8 +8474,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] != ["unpack"]:
-        sys.exit(main(sys.argv[1:]))
-    exit_status = unpack_main(sys.argv[2:])
-    sys.stdout.flush()
-    os._exit(exit_status)               # to take the interpreter apart takes 30 ms
+    sys.exit(main(sys.argv[1:]))

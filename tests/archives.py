@@ -525,13 +525,13 @@ class Sandbox(unittest.TestCase):
     def unpack_child(self, archive: bytes | Path, tag: str = "", max_size: int = faasd.MAX_IMAGE_SIZE,
                      max_entries: int = faasd.MAX_IMAGE_ENTRIES, env: dict | None = None, before: tuple = (),
                      image: Path | None = None, timeout: float = 120) -> Child:
-        """Run `faasd.py unpack` as the daemon does; before is a command to run it under."""
+        """Run the unpacking child as the daemon does; before is a command to run it under."""
         path = archive if isinstance(archive, Path) else self.write(archive)
         image = image or self.image
         with tempfile.TemporaryFile("w+") as stdout, tempfile.TemporaryFile("w+") as stderr, \
                 tempfile.NamedTemporaryFile("r") as peak, path.open("rb") as source:
-            command = [sys.executable, "-c", WATCH, peak.name, *before, sys.executable, "-I", ROOT / "faasd.py",
-                       "unpack", image, tag, str(max_size), str(max_entries), "0", str(path.stat().st_size)]
+            command = [sys.executable, "-c", WATCH, peak.name, *before, sys.executable, "-I", "-S", "-c", faasd.UNPACK,
+                       "unpack", ROOT, image, tag, str(max_size), str(max_entries), "0", str(path.stat().st_size)]
             child = subprocess.Popen(command, stdin=source, stdout=stdout, stderr=stderr, env=env,
                                      start_new_session=True)
             try:

@@ -171,7 +171,7 @@ class Gate:
         if os.path.exists(f"/proc/{self.daemon}/task/{pid}"):
             return "daemon"
         command = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-        return "unpack" if b"unpack" in command[:5] else os.path.basename(command[0]).decode() or "?"
+        return "unpack" if b"unpack" in command[:6] else os.path.basename(command[0]).decode() or "?"
 
 
 def install_filter() -> int:

@@ -36,6 +36,7 @@ sys.path.insert(0, str(TOP))
 import faasd  # noqa: E402
 
 PREFIX = f"faasd-test.{secrets.token_hex(3)}."         # of this run: another may be under way
+BYTE_CODE = tempfile.TemporaryDirectory(prefix="faasd-byte-code.")
 RUN_DIRS: set[Path] = set()                             # of all daemons of this run
 HANDLER = Path(__file__).with_name("handler.py")
 RUNTIME = os.environ.get("FAASD_TEST_RUNTIME", "runc")     # the --runtime of every daemon that does not ask for another
@@ -153,7 +154,7 @@ def small_image(label: str = "1", **config) -> bytes:
 # -- the daemon --
 
 class Daemon:
-    """A faasd of the test's own, started as a user would, on temporary directories."""
+    """A faasd of the test's own, on temporary directories. It is imported, so that Python need compile it but once."""
 
     def __init__(self, *arguments: str, directory: Path | None = None, env: dict[str, str] | None = None,
                  wrapper: tuple[str, ...] = (), constants: dict[str, float] | None = None):
@@ -169,13 +170,11 @@ class Daemon:
         self.process: subprocess.Popen | None = None
 
     def command(self) -> list[str]:
-        program = [str(TOP / "faasd.py")]
-        if self.constants:
-            settings = "; ".join(f"faasd.{name} = {value}" for name, value in self.constants.items())
-            program = ["-c", f"import sys; sys.path.insert(0, {str(TOP)!r}); import faasd; {settings}; "
-                             "sys.exit(faasd.main(sys.argv[1:]))"]
-        return [*self.wrapper, sys.executable, *program, "--state-dir", str(self.state_dir),
-                "--run-dir", str(self.run_dir), "--runtime", RUNTIME, *self.arguments]
+        settings = "".join(f"faasd.{name} = {value}; " for name, value in (self.constants or {}).items())
+        program = (f"import sys; sys.path.insert(0, {str(TOP)!r}); sys.argv[0] = 'faasd.py'; import faasd; {settings}"
+                   "sys.exit(faasd.main(sys.argv[1:]))")
+        return [*self.wrapper, sys.executable, "-X", f"pycache_prefix={BYTE_CODE.name}", "-c", program, "--state-dir",
+                str(self.state_dir), "--run-dir", str(self.run_dir), "--runtime", RUNTIME, *self.arguments]
 
     def start(self) -> Daemon:
         self.log_file = (self.directory / "log").open("ab")

@@ -425,7 +425,7 @@ class OutOfMemory(InvocationCase):
 
     def test_before_it_is_ready(self):
         source = "import os, time\nif os.fork() == 0:\n    bytearray(256 << 20)\nos.wait()\ntime.sleep(3600)\n"
-        result = self.daemon.faas("new", "g", "--memory", "64m", "--start-timeout", "3", check=False,
+        result = self.daemon.faas("new", "g", "--memory", "64m", check=False,
                                   stdin=support.handler_image(source))
         self.assertIn("the handler ran out of memory before it connected", result.stderr)
 

@@ -637,7 +637,8 @@ class Systemd:
         done
         mkdir -p /run/systemd/system/faasd.service.d
         cp /usr/local/lib/units/faasd.service /run/systemd/system/
-        echo "[Unit]\nDefaultDependencies=no" >/run/systemd/system/faasd.service.d/no-boot.conf
+        echo "[Unit]\nDefaultDependencies=no\n[Service]\nStandardError=append:/run/stderr" \
+            >/run/systemd/system/faasd.service.d/no-boot.conf
         echo "[Unit]\nDefaultDependencies=no\nWants=faasd.service" >/run/systemd/system/test.target
         exec env container=test SYSTEMD_LOG_TARGET=console "$2" --system --unit=test.target --show-status=no
     """
@@ -707,7 +708,8 @@ class UnderSystemd(RestartCase):
         try:
             wait_until(daemon.socket.exists, "systemd has started faasd")
         except AssertionError as error:
-            raise AssertionError(f"{error}: {daemon.log()[-3000:]}") from None
+            said = Path(f"/proc/{systemd.pid}/root/run/stderr")
+            raise AssertionError(f"{error}: {(said.read_text() if said.exists() else daemon.log())[-3000:]}") from None
         address = self.deploy(daemon, "--warm", "1")
         client = self.client(address, "/work?go")
         client.read_number()

@@ -49,7 +49,7 @@ enter() {
     cd "$root"
     pivot_root . run/old-root
     exec chroot . /usr/bin/env -i HOME=/root LANG=C.UTF-8 PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin \
-        PYTHONDONTWRITEBYTECODE=1 bash /src/tests/ci/userland.sh --inside "$@"
+        bash /src/tests/ci/userland.sh --inside "$@"
 }
 
 # crun from 1.21 on refuses a machine with both versions of cgroups. So where both are, only v1 is mounted, as after
