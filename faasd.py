@@ -51,8 +51,8 @@ On disk:
     RUN_DIR/containers/ID/                    config.json, control.sock, output and note of one container, on a tmpfs
     RUN_DIR/runc/                             runc --root
 
-Trusted: this host, and whoever may open faasd.sock or has the token of --api (that is root on this box). Not trusted:
-images, handlers and clients. Not done here: TLS, HTTP, load balancing, more than one machine.
+Trusted: this host, and whoever may open faasd.sock or has the token of --api (equivalent to root on this machine).
+Not trusted: images, handlers and clients. Not done here: TLS, HTTP, load balancing, more than one machine.
 
 Top to bottom, in the order in which a request meets it:
     Words                       units, errors, small tools
@@ -230,7 +230,7 @@ def quote(text: str, most: int) -> str:
 
 
 def show(path: bytes) -> str:
-    """Return a path of an image for a message, the begin of a long one."""
+    """Return a path of an image for a message, the beginning of a long one."""
     shown = path if len(path) <= MAX_NAME_LENGTH else path[:MAX_NAME_LENGTH] + "…".encode()
     return escape_controls(shown.decode("utf-8", "backslashreplace"))
 
@@ -371,7 +371,7 @@ def format_second(second: int) -> str:
 
 
 def is_readable(sock: socket.socket | int, seconds: float) -> bool:
-    """Tell whether reading would not wait, after at most so many seconds; select(2) cannot from descriptor 1024 on."""
+    """Return whether there is something to read within so many seconds; select(2) takes no descriptor above 1023."""
     poll = select.poll()
     poll.register(sock, select.POLLIN)
     return bool(poll.poll(max(seconds, 0) * 1000))
@@ -1222,7 +1222,7 @@ class Function:
         await self._close_pools()
 
     async def leave(self, timeout: float) -> None:
-        """Leave invocations to the next daemon. Who waits is handed over first, or gets a 503 after timeout seconds."""
+        """Leave invocations to the next daemon. Waiting clients are handed over first, or get a 503 after timeout."""
         for task in self._silent:
             task.cancel()
         await asyncio.sleep(0)                  # those that were accepted last are about to wait
@@ -1440,7 +1440,7 @@ class Warnings:
 
 
 class HangupWatch:
-    """Tells when a client that waits hangs up.
+    """Reports when a waiting client hangs up.
 
     A reader of the loop cannot: the request that nobody has read yet keeps the socket readable. So there is an epoll
     descriptor on which only the end of the connection counts, and a thread that waits for that. Not the loop: to put
@@ -1599,7 +1599,7 @@ class Pool:
         return fresh + started < self.target(now) and self._services.limit.make_room(self)
 
     def reconcile(self) -> None:
-        """Start what is missing, end what is too much, and set the timer for when to look again."""
+        """Start missing containers, end surplus ones, and set the timer for the next look."""
         if self._closed:
             return
         now = self._loop.time()
@@ -1951,7 +1951,7 @@ class WarmLimit:
                    key=lambda pool: (pool.ahead <= share, pool.last_used), default=None)
 
     def trim(self) -> None:
-        """End what is too much: containers may come to wait that were not made for it, after a reuse for one."""
+        """Enforce the limit: reused containers return to a pool and may exceed it."""
         while self.idle > self.most and (giver := self._giver(self.most // len(self._pools))):
             giver.give_up_one()
 
@@ -2214,7 +2214,7 @@ class Container:
             log.error("container=%s cannot accept its handler: %s", self.id, error.strerror)
             self._close_listener()
             return
-        self._listener.shutdown(socket.SHUT_RD)         # who connects again is refused
+        self._listener.shutdown(socket.SHUT_RD)         # a second connection is refused
         self._close_listener()
         self._control.setblocking(False)
         self._host.loop.add_reader(self._control, self._on_control)
@@ -3091,7 +3091,7 @@ class Runtime:
 
 
 def runc_warning(version: str) -> str | None:
-    """Return what to tell the user about this runc's known holes, None for a runc without (H.2).
+    """Return what to tell the user about this runc's known holes, or None if it has none (H.2).
 
     version is what `runc --version` prints first, such as "runc version 1.1.5+ds1".
     """
@@ -4226,7 +4226,7 @@ class EgressNetworks:
 
 
 # What egress means. Our own table, and only packets of our own links: others' rules are not ours to touch. Replaced as
-# a whole, in one transaction, so there is no moment without.
+# a whole, in one transaction, so the rules are never absent.
 #   prerouting   a function speaks IPv4 from its own address on its own link, whatever its namespace might make up.
 #   input        to this machine itself: only the functions' public addresses, and resolvers that happen to be here.
 #   forward      to everybody else, but not to other functions' links, to cloud metadata, or to what other rules here
@@ -4299,7 +4299,7 @@ def fit_resolv_conf(texts: Iterable[str]) -> tuple[str, list[str]]:
 
 
 def is_reachable(resolver: str) -> bool:
-    """Tell whether text is an IPv4 address that means the same in every network namespace."""
+    """Return whether text is an IPv4 address that means the same in every network namespace."""
     try:
         address = ipaddress.IPv4Address(resolver)
     except ValueError:
@@ -4933,7 +4933,7 @@ class FunctionLog:
             return None
 
     def _moved(self, file: BinaryIO | None) -> bool:
-        """Tell whether the log is another file by now than the one being read: rotated, or begun."""
+        """Return whether the log is by now another file than the one being read: rotated, or begun."""
         try:
             current = os.stat(self.path).st_ino
         except FileNotFoundError:
@@ -5025,7 +5025,7 @@ class LoopLag:
 
 
 def process_metrics() -> Iterator[str]:
-    """Yield what every Prometheus client library tells of its process (proc_pid_stat(5))."""
+    """Yield the process metrics that every Prometheus client exports (proc_pid_stat(5))."""
     fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
     ticks, page = os.sysconf("SC_CLK_TCK"), os.sysconf("SC_PAGE_SIZE")
     boot = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
@@ -5236,7 +5236,7 @@ def parse_plain_header(block: bytes) -> Entry | None:
 
 
 MAX_RECORD_SIZE = MIB               # all headers of one tar entry: PAX records, long names, sparse maps
-MAX_DIGITS = 1024                   # in a row, within such headers; no name or number has as many
+MAX_DIGITS = 1024                   # longest run of digits in such headers; no real name or number comes close
 
 
 class TarReader:
@@ -5316,7 +5316,7 @@ class TarReader:
 
 
 def looks_like_layer(head: bytes) -> bool:
-    """Tell by a member's first block whether it is a tar, or compressed and then certainly no JSON document."""
+    """Return whether a member's first block is that of a tar, or compressed and so certainly no JSON document."""
     if find_decompressor(head) or other_compression(head):
         return True
     try:
@@ -5592,7 +5592,7 @@ class OciIndex:
 
 
 def tag_matches(tag: str, wanted: str) -> bool:
-    """Tell whether a user who writes wanted may mean tag: `app` fits `app:latest` and `localhost/app:latest`."""
+    """Return whether a user who writes wanted may mean tag: `app` fits `app:latest` and `localhost/app:latest`."""
     return any(tag == name or tag.endswith("/" + name) for name in (wanted, wanted + ":latest"))
 
 
@@ -5768,7 +5768,7 @@ def unzstd_by_program(compressed: Iterator[bytes]) -> Iterator[bytes]:
 
 
 def find_decompressor(head: bytes) -> Callable[[Iterator[bytes], Budget], Iterator[bytes]] | None:
-    """Tell by its first bytes how a stream is compressed; media types and names lie (E.1)."""
+    """Return what decompresses a stream that begins with head, None if it is plain; media types and names lie (E.1)."""
     if GZIP_MAGIC.match(head):
         return gunzip
     return unzstd if ZSTD_MAGIC.match(head) else None
@@ -6118,7 +6118,7 @@ class Rootfs:
         return real
 
     def is_directory(self, path: bytes) -> bool:
-        """Tell whether a path that was real once still is: no component of it has become a link since."""
+        """Return whether a path that was once resolved still is: no component of it has become a link since."""
         real = b""
         for name in path.split(b"/")[1:]:               # from the top, for what is below a link is not ours to look at
             real += b"/" + name
@@ -6404,7 +6404,7 @@ class LayerApplier:
             os.close(descriptor)
 
     def _is_free(self, path: bytes) -> bool:
-        """Tell without asking the kernel that nothing is at path, which is so for most files of most layers."""
+        """Return whether nothing is at path, as far as we know without asking the kernel: most files are new."""
         made = self._rootfs.made
         return path.rpartition(b"/")[0] in made and path not in made and path not in self._own
 
@@ -6483,7 +6483,7 @@ def modification_time(entry: Entry) -> int:
 
 @dataclass(frozen=True)
 class Account:
-    """Who a process runs as."""
+    """The user and groups that a process runs as."""
     uid: int
     gid: int
     groups: list[int]
@@ -6773,7 +6773,7 @@ def apply_layers(layers: list[Layer], archive: Archive, staging: Staging, open_r
 
 
 PR_SET_PDEATHSIG = 1                    # prctl(2)
-GC_THRESHOLD = 100_000              # objects; looking for cycles, of which entries make none, takes a tenth of all time
+GC_THRESHOLD = 100_000              # objects; entries make no reference cycles, and to look for them takes 10 %
 UNPACK_ADDRESS_SPACE = GIB          # bytes; RLIMIT_AS of the unpacking child, whatever a parser is talked into
 
 
@@ -6896,7 +6896,7 @@ class ControlServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
 
 
 class UnixControlServer(ControlServer):
-    """Listens on RUN_DIR/faasd.sock. Who may open it may do everything; the log says who did."""
+    """Listens on RUN_DIR/faasd.sock. Anyone who can open it has full control; the log records who did."""
 
     address_family = socket.AF_UNIX
 
@@ -6975,7 +6975,7 @@ class TcpControlServer(ControlServer):
             raise Refused(421, f"no address of ours: {host!r} in the Host header; --api-host NAME makes it one")
 
     def _is_our_name(self, host: str, local_end: str) -> bool:
-        """Tell whether a Host header names this server: by the connection's own address, or as --api-host says.
+        """Return whether a Host header names this server: by the connection's own address, or as --api-host says.
 
         The port does not matter: an attacker can choose it, and it may be the near end of an ssh tunnel.
         """
@@ -7136,7 +7136,7 @@ class ControlHandler(http.server.BaseHTTPRequestHandler):
                     loop.call_soon_threadsafe(task.cancel)
 
     def _client_left(self) -> bool:
-        """Tell whether the client has closed and all that it sent has been read, without reading what a child may."""
+        """Return whether the client has closed and all that it sent is read; read nothing, for a child may."""
         poll = select.poll()
         poll.register(self.connection, select.POLLRDHUP)
         return bool(poll.poll(0)) and not any(fcntl.ioctl(self.connection, termios.FIONREAD, bytes(4)))
