@@ -196,6 +196,10 @@ class Daemon:
     def log(self) -> str:
         return (self.directory / "log").read_text()
 
+    def wait_log(self, text: str) -> None:
+        """Wait until the log has a text: a thread writes it, behind what it tells of."""
+        wait_until(lambda: text in self.log(), f"the log says {text!r}")
+
     def stop(self, number: int = signal.SIGTERM) -> int:
         """Stop the daemon, return its exit status."""
         self.process.send_signal(number)

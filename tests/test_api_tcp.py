@@ -265,7 +265,7 @@ class Limits(unittest.TestCase):
                     client.sendall(f"GET /healthz HTTP/1.1\r\n{'' if head else HOST + BEARER}\r\n".encode())
                     self.assertEqual(client.recv(12), b"HTTP/1.1 200")
             wait_until(lambda target=target, request=request: self.is_answered(target, request), "there is room")
-        self.assertIn("turned away: over 3 connections", daemon.log())
+        daemon.wait_log("turned away: over 3 connections")
 
     def is_answered(self, target, request: str) -> bool:
         try:

@@ -121,6 +121,7 @@ class OtherMakers(DeployCase):
         self.assertEqual(result.stdout, "✓ Deployed f at 10.0.0.10\n")
         self.assertRegex(result.stderr, r"\Afaas: warning: 1 files are of users .* of 65534 \(first: far\)\n"
                                         r"faas: warning: 1 named pipes .* \(first: /run/s6\)\n\Z")
+        self.daemon.wait_log("function=f image: 1 named pipes")
         self.assertRegex(self.daemon.log(), "function=f image: 1 files .*\n(.*\n)*.*function=f image: 1 named pipes")
 
     def test_user_of_a_scratch_image_reads_by_access_list_and_writes_to_tmp(self):

@@ -279,8 +279,8 @@ class Processes(FaultCase):
                 run("prlimit", f"--pid={pid}", f"--nofile={soft}:{hard}")
                 self.assertIn(client.result()[0], (200, 503))
                 daemon.wait_idle("f")
-        self.assertIn("cannot accept: Too many open files", daemon.log())
-        self.assertIn("cannot start a container: Too many open files", daemon.log())
+        daemon.wait_log("cannot accept: Too many open files")
+        daemon.wait_log("cannot start a container: Too many open files")
         self.all_is_well()
 
     def test_unpacking_child_is_killed(self):
@@ -314,7 +314,7 @@ class Processes(FaultCase):
             refused = 0
             self.assertEqual(get(self.f, "/sleep?3600")[0], 504)
         self.assertEqual(refused, 3)
-        self.assertIn("cannot kill its process", daemon.log())
+        daemon.wait_log("cannot kill its process")
         self.assertEqual(daemon.api("PATCH", "/functions/f?timeout=30")[0], 200)
         self.all_is_well()
 
@@ -335,7 +335,7 @@ class Processes(FaultCase):
             self.assertEqual((registry.read_bytes(), daemon.info("f")["options"]["timeout"]), (before, 30))
             failing = str(daemon.state_dir)
             self.assertEqual(daemon.api("PATCH", "/functions/f?timeout=12")[0], 200)
-            self.assertIn("may be an older one after a power loss: Input/output error", daemon.log())
+            daemon.wait_log("may be an older one after a power loss: Input/output error")
             self.assertIn(b'"timeout": 12', registry.read_bytes())
             failing = ""
         self.all_is_well()

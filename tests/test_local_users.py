@@ -274,7 +274,7 @@ class Notes(LocalUserCase):
         self.release(daemon, "go")
         self.assertTrue(client.rest().endswith("done\n"))
         daemon.wait_idle("f")
-        self.assertIn(f"cannot remove {container}: Directory not empty", daemon.log())
+        daemon.wait_log(f"cannot remove {container}: Directory not empty")
         self.check_stops(daemon)
 
 

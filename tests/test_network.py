@@ -423,7 +423,7 @@ class Egress(unittest.TestCase):
         wait_until(lambda: tables() == [table], "the table is back")
         self.assertEqual(self.attempt(self.a, "tcp:203.0.113.2:8080", INTERNET),
                          {"tcp:203.0.113.2:8080": "ECONNREFUSED", **BY_NAT})
-        self.assertIn(f"somebody deleted nftables {table}", self.daemon.log())
+        self.daemon.wait_log(f"somebody deleted nftables {table}")
 
 
 class Modes(unittest.TestCase):
