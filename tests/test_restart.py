@@ -665,6 +665,10 @@ class Systemd:
             if kind in ("cgroup", "cgroup2"):
                 cgroup = Path(mount, self.name)
                 cgroup.mkdir()
+                if kind == "cgroup2":           # v2: what a child has, its parent must pass on; here that is the top
+                    there = (cgroup.parent / "cgroup.controllers").read_text().split()
+                    for controller in {"cpu", "memory", "pids"} & set(there):
+                        (cgroup.parent / "cgroup.subtree_control").write_text(f"+{controller}")
                 for name in ("cpuset.cpus", "cpuset.mems"):     # v1: empty at first
                     if kind == "cgroup" and (cgroup / name).exists():
                         (cgroup / name).write_text((cgroup.parent / name).read_text())
