@@ -185,7 +185,7 @@ def serve(client, control, path):
     elif command == "/say-ready":                   # and nothing else
         control.sendall(b"R")
         time.sleep(3600)
-    elif command == "/urgent":                      # out-of-band data on the control connection, once it has let go
+    elif command == "/out-of-band":                    # out-of-band data on the control connection, once it has let go
         respond(client, "done")
         client.close()
         control.sendall(b"R")

@@ -627,7 +627,7 @@ class Urgent(HostileCase):
 
     def test_it_is_ended(self):
         with self.neighbour():
-            self.assertEqual(get(self.address, "/urgent"), (200, "done"))
+            self.assertEqual(get(self.address, "/out-of-band"), (200, "done"))
             self.settle()
             before = support.cpu_ticks(self.pid)
             time.sleep(1)
