@@ -4656,6 +4656,9 @@ def machine_lack(error: str) -> str:
         return "user namespaces are switched off, sysctl user.max_user_namespaces=15000 switches them on: "
     if version_1 and version_2 and "cgroup" in error:
         return f"it has cgroups of v1 and of v2, umount {' '.join(version_2)} or choose another --runtime: "
+    if 'mounting "proc"' in error:      # mount_namespaces(7)
+        return ("a part of /proc is hidden from faasd, as a container or a unit with ProtectKernelLogs= or "
+                "ProtectKernelTunables= does, so that the kernel gives no other user namespace a /proc: ")
     return ""
 
 

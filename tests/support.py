@@ -424,7 +424,7 @@ def footprint(daemon: Daemon) -> dict[str, object]:
     mounted = sorted(line.split(" ", 2)[2] for line in mounts(name))        # less their ids: a restart mounts anew
     return {"containers": list_containers(daemon), "mounts": mounted, "cgroups": container_cgroups(daemon),
             "descriptors": len(os.listdir(f"/proc/{daemon.process.pid}/fd")),
-            "run_dir": sorted(str(path) for top in daemon.run_dir.iterdir() if top.name != "rootfs"
+            "run_dir": sorted(str(path) for top in daemon.run_dir.iterdir() if top.name not in ("rootfs", "program")
                               for path in (top, *top.rglob("*"))),
             "children": Path(f"/proc/{daemon.process.pid}/task/{daemon.process.pid}/children").read_text()}
 

@@ -623,6 +623,7 @@ class Systemd:
         cp "$1/faasd.py" /usr/local/lib/faasd/
         mkdir /usr/local/lib/units
         cp "$1/packaging/faasd.service" /usr/local/lib/units/
+        umount --lazy /proc             # one that stays below would let containers mount theirs whatever the unit hides
         mount -t proc proc /proc
         mount -t tmpfs tmpfs /run
         mount -t tmpfs tmpfs /var/lib
