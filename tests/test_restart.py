@@ -661,6 +661,12 @@ class Systemd:
         self.daemon.socket = root / "run/faasd/faasd.sock"
         self.daemon.run_dir, self.daemon.state_dir = root / "run/faasd", root / "var/lib/faasd"
 
+    @staticmethod
+    def _remove(cgroup: Path) -> bool:
+        with contextlib.suppress(OSError):
+            cgroup.rmdir()
+        return not cgroup.exists()
+
     def _enter_cgroups(self) -> None:
         for mount, kind in faasd.read_mounts():
             if kind in ("cgroup", "cgroup2"):
@@ -692,8 +698,7 @@ class Systemd:
         for cgroup in map(Path, support.cgroup_directories(self.name)):
             for path in [*sorted(cgroup.rglob("*/"), reverse=True), cgroup]:
                 if path.is_dir():
-                    wait_until(lambda path=path: not (path / "cgroup.procs").read_text(), "its processes are gone")
-                    path.rmdir()
+                    wait_until(lambda path=path: self._remove(path), f"{path} is left by its processes")
         for address in support.addresses():
             subprocess.run(["ip", "addr", "del", address, "dev", "lo"], check=True)
         shutil.rmtree(self.daemon.directory)
@@ -715,7 +720,7 @@ class UnderSystemd(RestartCase):
         except AssertionError as error:
             said = Path(f"/proc/{systemd.pid}/root/run/stderr")
             raise AssertionError(f"{error}: {(said.read_text() if said.exists() else daemon.log())[-3000:]}") from None
-        address = self.deploy(daemon, "--warm", "1")
+        address = self.deploy(daemon, "--warm", "1", "--timeout", "0")
         client = self.client(address, "/work?go")
         client.read_number()
         wait_until(lambda: systemd.show("NFileDescriptorStore") == "1", "systemd keeps the listener")
