@@ -6095,13 +6095,13 @@ class Rootfs:
         ahead = path.split(b"/")[::-1]
         while ahead:
             name = ahead.pop()
+            self._budget.spend_steps()          # also for what leads nowhere: a link may have thousands of those
             if name in (b"", b"."):
                 continue
             if name == b"..":
                 real = real.rpartition(b"/")[0]         # of the root: the root, as in a chroot
                 continue
             here = real + b"/" + name
-            self._budget.spend_steps()
             kind = self.kind(here)
             if kind == stat.S_IFLNK:
                 hops += 1
@@ -6633,6 +6633,13 @@ def prepare_mount_targets(rootfs: Rootfs) -> None:
         rootfs.write_file(b"/etc/hosts", HOSTS)
 
 
+def take_labels(settings: dict, what: str) -> dict[str, str]:
+    labels = take(settings, "Labels", dict, what)
+    if not all(isinstance(value, str) for value in labels.values()):
+        raise ImageError(f"{what} has a label that is no text")
+    return labels
+
+
 def resolve_process(config: dict, rootfs: Rootfs) -> dict:
     """Return what an image config says about its process, with users and volumes looked up in the rootfs (rules G)."""
     settings = take(config, "config", dict, "the image config")
@@ -6648,7 +6655,7 @@ def resolve_process(config: dict, rootfs: Rootfs) -> dict:
         "env": env, "cwd": cwd, "uid": account.uid, "gid": account.gid, "groups": account.groups,
         "volumes": prepare_volumes(rootfs, take(settings, "Volumes", dict, what)),
         "resolv_conf": prepare_resolv_conf(rootfs),
-        "labels": take(settings, "Labels", dict, what), "stop_signal": take(settings, "StopSignal", str, what),
+        "labels": take_labels(settings, what), "stop_signal": take(settings, "StopSignal", str, what),
         "exposed_ports": sorted(take(settings, "ExposedPorts", dict, what)),
     }
 
@@ -6724,6 +6731,9 @@ def inflate(decompressed: Iterator[bytes], budget: Budget) -> Iterator[bytes]:
             raise ArchiveDamaged(str(error)) from None
 
 
+MAX_DESCRIPTION = MIB               # bytes of an image.json
+
+
 def unpack_image(pieces: Iterator[bytes], directory: Path, tag: str, max_size: int, max_entries: int,
                  first_id: int) -> dict:
     """Unpack the image archive that comes in pieces to directory/rootfs; return what directory/image.json then says.
@@ -6755,7 +6765,10 @@ def unpack_image(pieces: Iterator[bytes], directory: Path, tag: str, max_size: i
         document = {"digest": f"sha256:{image.digest}", "version": image.digest[:12], "tag": image.tag,
                     "first_id": first_id, "size": budget.written, "entries": budget.entries, "process": process,
                     "warnings": losses.lines()}
-        (directory / "image.json").write_text(json.dumps(document, indent=1))
+        text = json.dumps(document, indent=1)
+        if len(text) > MAX_DESCRIPTION:         # the daemon reads it at each start
+            raise LimitExceeded(f"the image's config takes {len(text)} bytes, over {MAX_DESCRIPTION} (MAX_DESCRIPTION)")
+        (directory / "image.json").write_text(text)
         return document
     except OSError as error:
         raise storage_error(error, "unpacking the image") from error
@@ -6784,14 +6797,16 @@ UNPACK_ADDRESS_SPACE = GIB          # bytes; RLIMIT_AS of the unpacking child, w
 UNPACK = "import sys; sys.path.insert(0, sys.argv[2]); import faasd; faasd.unpack_main(*sys.argv[3:])"
 
 
-def unpack_main(directory: str, tag: str, *numbers: str) -> NoReturn:
-    """Be the daemon's child: unpack what comes on standard input, print JSON, exit with status 0 or 1.
+def unpack_main(daemon: str, directory: str, tag: str, *numbers: str) -> NoReturn:
+    """Be the child of a daemon, of that pid: unpack what comes on standard input, print JSON, exit with status 0 or 1.
 
     Standard input is the client's connection, behind the head of a request whose body is the archive. numbers are the
     largest size and number of entries, the first id, and the body's length (see request_body).
     """
     *limits, length = numbers
     libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)        # when the daemon dies: not to unpack for nobody
+    if os.getppid() != int(daemon):     # it has died already
+        os._exit(1)
     os.nice(10)                         # invocations come first
     os.umask(0o022)
     gc.set_threshold(GC_THRESHOLD)
@@ -7311,6 +7326,7 @@ NETLINK_ROUTE, RTMGRP_IPV4_IFADDR, RTM_DELADDR = 0, 0x10, 21    # linux/rtnetlin
 ADDRESS_RETRY_SECONDS = 1.0         # between attempts to put an address back on lo
 NFT_DELTABLE = 10 << 8 | 2                      # NFNL_SUBSYS_NFTABLES, NFT_MSG_DELTABLE (linux/netfilter/nf_tables.h)
 UPLOAD_END_SECONDS = 5.0            # how long a stop waits until everybody has their answer
+DISCARD_SECONDS = 3.0               # for which a start, a stop or a deploy waits until files are removed
 
 
 class Daemon:
@@ -7430,13 +7446,13 @@ class Daemon:
         self._program.mkdir(mode=0o700)
         shutil.copyfile(__file__, self._program / "faasd.py")
         self._registry.clear()
-        self._empty_tmp()
         kept = {(record.name, entry.version) for record in records for entry in record.versions}
         kept |= {(survivor.function, survivor.version) for survivor in survivors}
         for directory in self._images_dir.glob("*/*"):
             if (directory.parent.name, directory.name) not in kept:
                 log.warning("removing an image without a function: %s", directory)
-                shutil.rmtree(directory)
+                directory.rename(self.settings.state_dir / "tmp" / secrets.token_hex(8))
+        await self._empty_tmp()
         for directory in self._images_dir.glob("*/"):
             if not any(directory.iterdir()):
                 directory.rmdir()
@@ -7446,12 +7462,20 @@ class Daemon:
         self._egress.recover({record.name for record in records if record.options.net == "egress"})
         return survivors
 
-    def _empty_tmp(self) -> None:
-        for path in (self.settings.state_dir / "tmp").iterdir():
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            else:
-                path.unlink()
+    async def _discard(self, paths: Iterable[Path]) -> None:
+        """Remove what is in STATE_DIR/tmp, for DISCARD_SECONDS; what takes longer goes on in a thread.
+
+        An image may have a million files, for which nobody should wait. If we end first, the next start removes them.
+        """
+        def discard() -> None:
+            for path in paths:
+                if path.is_symlink() or path.is_file():
+                    path.unlink(missing_ok=True)
+                shutil.rmtree(path, ignore_errors=True)
+        await asyncio.wait([self._host.workers.run(discard)], timeout=DISCARD_SECONDS)
+
+    async def _empty_tmp(self) -> None:
+        await self._discard(list((self.settings.state_dir / "tmp").iterdir()))
 
     async def _restore(self, record: FunctionRecord, survivors: list[Survivor]) -> None:
         """Bring a function back on its address, with its containers that serve clients.
@@ -7518,7 +7542,7 @@ class Daemon:
         if not leave:
             await self._remove_all()
         self._egress_thread.shutdown()
-        self._empty_tmp()
+        await self._empty_tmp()
         log.info("left" if leave else "stopped")
 
     async def _remove_all(self) -> None:
@@ -7606,7 +7630,7 @@ class Daemon:
                             version = Version(name, directory, image, options, self._host)
                             function = await self._install(name, version, stored)
             finally:
-                await to_the_end(asyncio.to_thread(shutil.rmtree, unpacked, True))
+                await self._discard([unpacked])
             self._note(function, "deployed")
             for line in image["warnings"]:
                 log.warning("function=%s image: %s", name, line)
@@ -7681,8 +7705,8 @@ class Daemon:
 
     async def _unpack(self, connection: socket.socket, length: str, directory: Path, tag: str, first_id: int) -> dict:
         """Run the unpacking child; return image.json. Raises FaasdError with what the child said."""
-        arguments = [str(directory), tag, str(self.settings.max_image_size), str(self.settings.max_image_entries),
-                     str(first_id), length]
+        arguments = [str(os.getpid()), str(directory), tag, str(self.settings.max_image_size),
+                     str(self.settings.max_image_entries), str(first_id), length]
         try:
             child = await asyncio.create_subprocess_exec(
                 sys.executable, "-I", "-S", "-c", UNPACK, "unpack", str(self._program), *arguments, stdin=connection,
@@ -7718,12 +7742,14 @@ class Daemon:
         """
         directory = self._images_dir / name / image["version"]
         try:
-            present = self._load_image(name, image["version"])["digest"] == image["digest"]
+            digest = self._load_image(name, image["version"])["digest"]
         except FaasdError:
-            present = False
-        if present:
+            digest = ""                         # there is none, or it is damaged
+        if digest == image["digest"]:
             yield directory, None
             return
+        if digest:                              # somebody has looked for a pair of them
+            raise Conflict(f"function {name} has an image with another digest that begins like this one's: {digest}")
         try:
             if directory.exists():
                 await asyncio.to_thread(shutil.rmtree, directory)

@@ -420,8 +420,8 @@ def apply_layers(rootfs: Path, layers: Iterable[bytes], losses: faasd.Losses, ma
 # Runs a command and writes its peak of resident memory. A process of its own, because a child inherits the peak of whom
 # it was forked from, and a test that has made a bomb is large.
 WATCH = """
-import resource, subprocess, sys
-status = subprocess.call(sys.argv[2:])
+import os, resource, subprocess, sys
+status = subprocess.call([str(os.getpid()) if word == "PARENT" else word for word in sys.argv[2:]])
 with open(sys.argv[1], "w") as out:
     out.write(str(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss))
 sys.exit(status % 256)
@@ -430,7 +430,7 @@ sys.exit(status % 256)
 
 @dataclass
 class Child:
-    """How `faasd.py unpack` ended."""
+    """How the unpacking child ended."""
     returncode: int
     stdout: str
     stderr: str
@@ -524,14 +524,14 @@ class Sandbox(unittest.TestCase):
 
     def unpack_child(self, archive: bytes | Path, tag: str = "", max_size: int = faasd.MAX_IMAGE_SIZE,
                      max_entries: int = faasd.MAX_IMAGE_ENTRIES, env: dict | None = None, before: tuple = (),
-                     image: Path | None = None, timeout: float = 120) -> Child:
+                     image: Path | None = None, timeout: float = 120, parent: str = "PARENT") -> Child:
         """Run the unpacking child as the daemon does; before is a command to run it under."""
         path = archive if isinstance(archive, Path) else self.write(archive)
         image = image or self.image
         with tempfile.TemporaryFile("w+") as stdout, tempfile.TemporaryFile("w+") as stderr, \
                 tempfile.NamedTemporaryFile("r") as peak, path.open("rb") as source:
             command = [sys.executable, "-c", WATCH, peak.name, *before, sys.executable, "-I", "-S", "-c", faasd.UNPACK,
-                       "unpack", ROOT, image, tag, str(max_size), str(max_entries), "0", str(path.stat().st_size)]
+                       "unpack", ROOT, parent, image, tag, str(max_size), str(max_entries), "0", str(path.stat().st_size)]
             child = subprocess.Popen(command, stdin=source, stdout=stdout, stderr=stderr, env=env,
                                      start_new_session=True)
             try:

@@ -1,7 +1,7 @@
 """From an uploaded archive to an image: rules E (streams, digests, limits) and F (layouts) of UNPACKING.md.
 
 Cases run faasd.unpack_image on archives made in memory; what must not take the process down (bombs, a full disk, a
-missing program) runs in the child that the daemon uses, `faasd.py unpack`.
+missing program) runs in the child that the daemon uses.
 """
 
 import bz2
@@ -733,7 +733,7 @@ def random_layer(size: int, *entries: bytes) -> bytes:
 
 
 class InChild(Sandbox):
-    """What could take a process down, in the process that may be taken down: `faasd.py unpack`."""
+    """What could take a process down, in the process that may be taken down."""
 
     def test_F_a_good_image(self):
         child = self.unpack_child(archives.podman(LAYERED))
@@ -744,6 +744,11 @@ class InChild(Sandbox):
     def check_refused(self, archive, status: int, pattern: str, limits: dict):
         archive = archive() if callable(archive) else archive
         self.assert_child_refused(self.unpack_child(archive, **limits), status, pattern)
+
+    def test_E_does_nothing_for_a_daemon_that_has_died(self):
+        child = self.unpack_child(archives.podman(LAYERED), parent="1")
+        self.assertEqual((child.returncode, child.stdout, child.stderr), (1, "", ""))
+        self.assertFalse(self.image.exists())
 
     def test_E1_zstd_without_the_program(self):
         archive = archives.oci(APP, compress=archives.zstd)
@@ -864,6 +869,8 @@ add_cases(Cheap, [
      "STEPS_PER_ENTRY", {}),
     ("E4 hard links through long links", [layer(*LONG_WAY, file("l39/x"), *(hardlink(f"h{at}", "l0/x") for at in range(20)))],
      "STEPS_PER_ENTRY", {}),
+    ("E4 paths through links of slashes", [layer(*(symlink(f"l{at}", "/" * 4000 + f"l{at + 1}") for at in range(38)),
+                                                *(whiteout("l0/x") for at in range(20)))], "STEPS_PER_ENTRY", {}),
     ("E4 directories that are only implied", [layer(*(file(f"{at}/" + "d/" * 250 + "f") for at in range(60)))],
      "STEPS_PER_ENTRY", {}),
     ("E4 opaque again and again", [layer(*(file(f"d/{at}") for at in range(1000)), *(opaque("d") for at in range(1000)))],

@@ -261,6 +261,15 @@ class FailedDeploy(DeployCase):
         super().setUp()
         self.good = support.handler_image(label="good")
 
+    def test_image_whose_digest_begins_like_that_of_another(self):
+        """Such a pair can be found; here the one that runs is called by another digest."""
+        address = self.daemon.deploy("f", self.good)
+        description = self.daemon.rootfs("f").parent / "image.json"
+        document = json.loads(description.read_text())
+        description.write_text(json.dumps({**document, "digest": document["digest"][:-1] + "x"}))
+        self.assertIn("another digest that begins like", self.refuse("new", "f", stdin=self.good)[0])
+        self.assertEqual(get(address, "/label"), (200, "good"))
+
     def both_ways(self, *options: str, image: bytes) -> str:
         """Deploy what must fail, as a new function and over an existing one; return the output of the first."""
         lines = self.refuse("new", "bad", *options, stdin=image)

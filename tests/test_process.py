@@ -240,6 +240,14 @@ class Processes(Sandbox):
         self.assertEqual((process["labels"], process["stop_signal"], process["exposed_ports"]),
                          ({"a": "$(reboot)", "b": "\x1b"}, "SIGQUIT", ["53/udp", "80/tcp"]))
 
+    def test_G4_labels_are_texts_and_not_without_end(self):
+        deep = json.loads("[" * 900 + "]" * 900)
+        for labels in ({"a": deep}, {"a": 1}, {"a": None}, {"a": {"b": "c"}}):
+            with self.subTest(str(labels)[:20]), self.refused(400, "has a label that is no text"):
+                self.process(Labels=labels)
+        with self.refused(413, "MAX_DESCRIPTION"):
+            self.process(Labels={str(number): "x" * 100_000 for number in range(11)})
+
     def test_G4_volumes(self):
         process = self.process(directory("data", mode=0o1770, uid=7, gid=8), file("full/x", "x"),
                                Volumes={"/full": {}, "/data": {}, "new/dir": None, "/data/": {}, "/tmp": {}})
