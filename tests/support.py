@@ -418,12 +418,15 @@ def remains(daemon: Daemon) -> list[str]:
     return found
 
 
-def footprint(daemon: Daemon) -> dict[str, object]:
-    """Return what must be the same before and after any number of invocations."""
+def footprint(daemon: Daemon, before: dict | None = None) -> dict[str, object]:
+    """Return what must be the same before and after any number of invocations.
+
+    But for descriptors: a thread may have closed one of an earlier test since before, so there may be fewer.
+    """
     name = daemon.directory.name
     mounted = sorted(line.split(" ", 2)[2] for line in mounts(name))        # less their ids: a restart mounts anew
     return {"containers": list_containers(daemon), "mounts": mounted, "cgroups": container_cgroups(daemon),
-            "descriptors": len(os.listdir(f"/proc/{daemon.process.pid}/fd")),
+            "descriptors": max(len(os.listdir(f"/proc/{daemon.process.pid}/fd")), before["descriptors"] if before else 0),
             "run_dir": sorted(str(path) for top in daemon.run_dir.iterdir() if top.name not in ("rootfs", "program")
                               for path in (top, *top.rglob("*"))),
             "children": Path(f"/proc/{daemon.process.pid}/task/{daemon.process.pid}/children").read_text()}

@@ -100,8 +100,8 @@ class HostileCase(unittest.TestCase):
     def tearDown(self):
         self.settle()
         with contextlib.suppress(AssertionError):
-            wait_until(lambda: support.footprint(self.daemon) == self.before, "all is as before")
-        self.assertEqual(support.footprint(self.daemon), self.before)
+            wait_until(lambda: support.footprint(self.daemon, self.before) == self.before, "all is as before")
+        self.assertEqual(support.footprint(self.daemon, self.before), self.before)
         self.assertEqual((get(self.address), get(self.other)), ((200, "hello /"), (200, "hello /")))
         self.assertNotIn("Traceback", self.daemon.log())
         self.assertNotIn("inside faasd", self.daemon.log())

@@ -53,8 +53,8 @@ class InvocationCase(unittest.TestCase):
         self.daemon.wait_idle("f")
         # A container whose client gave up is nobody's invocation, and may still be on its way out.
         with contextlib.suppress(AssertionError):
-            wait_until(lambda: support.footprint(self.daemon) == self.before, "all is as before")
-        self.assertEqual(support.footprint(self.daemon), self.before)
+            wait_until(lambda: support.footprint(self.daemon, self.before) == self.before, "all is as before")
+        self.assertEqual(support.footprint(self.daemon, self.before), self.before)
         self.assertEqual(get(self.address, "/alive"), (200, "hello /alive"))
 
     def function_log(self) -> str:
