@@ -76,8 +76,9 @@ MODULES = ("contextlib", "ctypes", "encodings.idna", "encodings.latin_1", "errno
 
 @functools.cache
 def python_layer(*more: str) -> bytes:
-    """Return the tar of a layer with this machine's python3 and what MODULES and more need, with byte code as `faas pack`
-    makes it, but not the rest of the library: tests unpack it hundreds of times.
+    """Return the tar of a layer with this machine's python3 and what MODULES and more need of its library.
+
+    With byte code, as `faas pack` makes it. Tests unpack it hundreds of times.
     """
     script = f"import sys, {', '.join((*MODULES, *more))}\nfor module in list(sys.modules.values()):\n" \
              "    print(getattr(module, '__file__', None) or '')"
@@ -426,7 +427,8 @@ def footprint(daemon: Daemon, before: dict | None = None) -> dict[str, object]:
     name = daemon.directory.name
     mounted = sorted(line.split(" ", 2)[2] for line in mounts(name))        # less their ids: a restart mounts anew
     return {"containers": list_containers(daemon), "mounts": mounted, "cgroups": container_cgroups(daemon),
-            "descriptors": max(len(os.listdir(f"/proc/{daemon.process.pid}/fd")), before["descriptors"] if before else 0),
+            "descriptors": max(len(os.listdir(f"/proc/{daemon.process.pid}/fd")),
+                               before["descriptors"] if before else 0),
             "run_dir": sorted(str(path) for top in daemon.run_dir.iterdir() if top.name not in ("rootfs", "program")
                               for path in (top, *top.rglob("*"))),
             "children": Path(f"/proc/{daemon.process.pid}/task/{daemon.process.pid}/children").read_text()}
@@ -474,7 +476,7 @@ threading.Event().wait()
 
 @contextlib.contextmanager
 def lock_held(what: Path | int, cgroups: Iterable[str] = ()) -> Iterator[subprocess.Popen]:
-    """Have somebody in cgroups print a line into a pipe and hold its lock; or hold that of a socket, a descriptor of ours.
+    """Have somebody in cgroups print a line into a pipe and hold its lock; or hold that of a socket of ours.
 
     As a handler can for long: the kernel takes the lock, and then waits for a page of what is to be written, here for
     one that never comes (userfaultfd(2)).
