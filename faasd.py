@@ -1486,6 +1486,10 @@ class HangupWatch:
             self._handled.set()
 
 
+MAX_SILENT = 1024                   # such connections of all functions; one more, and the oldest is closed
+MAX_ANSWERING = 1024                # clients that are read while they read our own answer; likewise
+
+
 class Crowd:
     """A bounded set of clients of which we wait to hear. One too many, and the wait for another is abandoned.
 
@@ -2321,10 +2325,10 @@ class Container:
 
     def _on_exit(self) -> None:
         status = None if self._bundle is None else os.waitstatus_to_exitcode(os.waitpid(self._pid, 0)[1])
-        # Nobody but us and the kernel sends SIGKILL to the first process of a container, and its cgroup may be gone.
-        suspect = self._counted_kills if status is None else (
-            status == 128 + signal.SIGKILL and self.may_have_run_out_of_memory)
-        self.out_of_memory = self.look_for_memory() or suspect and not self.killed
+        if not self.look_for_memory() and not self.killed:
+            # Nobody but us and the kernel sends SIGKILL to a container's first process, and its cgroup may be gone.
+            self.out_of_memory = self._counted_kills if status is None else (
+                status == 128 + signal.SIGKILL and self.may_have_run_out_of_memory)
         self._unwatch()
         self._exited.set_result(status)
         if self._control is not None:
@@ -3946,6 +3950,11 @@ class AddressGuard:
                    ctypes.addressof(text), ctypes.addressof(licence), 0, 0, 0, 0, 0, self._name, 0, kind)
 
 
+NETLINK_NETFILTER, NFNLGRP_NFTABLES = 12, 7     # linux/netlink.h, linux/netfilter/nfnetlink.h
+NETLINK_ROUTE, RTMGRP_IPV4_IFADDR, RTM_DELADDR = 0, 0x10, 21    # linux/rtnetlink.h
+NFT_DELTABLE = 10 << 8 | 2                      # NFNL_SUBSYS_NFTABLES, NFT_MSG_DELTABLE (linux/netfilter/nf_tables.h)
+
+
 class NetlinkWatch:
     """Calls back when the kernel tells of one kind of change (netlink(7)), so that nothing polls. Lives on the loop.
 
@@ -4360,6 +4369,7 @@ class ContainerHost:
         noexec = ",noexec" if os.statvfs(self._images_dir).f_flag & os.ST_NOEXEC else ""
         run_command(what, "mount", "-o", f"bind,nodev,nosuid{noexec}", str(self._images_dir), str(self.rootfs_dir))
         if not os.statvfs(self.rootfs_dir).f_flag & os.ST_NODEV:
+            try_command(what, "umount", str(self.rootfs_dir))
             raise UsageError(f"{what} without their devices: faasd needs the mount of util-linux")
 
     def rootfs(self, image: Path) -> Path:
@@ -7319,12 +7329,7 @@ class Settings:
 
 IMAGE_FIELDS = {"digest": str, "tag": str, "size": int, "process": dict}        # of an image.json, to be sure of
 STOP_SECONDS = 20.0                 # until a stop goes on without what should long have ended, and with it each wait
-MAX_SILENT = 1024                   # such connections of all functions; one more, and the oldest is closed
-MAX_ANSWERING = 1024                # clients that are read while they read our own answer; likewise
-NETLINK_NETFILTER, NFNLGRP_NFTABLES = 12, 7     # linux/netlink.h, linux/netfilter/nfnetlink.h
-NETLINK_ROUTE, RTMGRP_IPV4_IFADDR, RTM_DELADDR = 0, 0x10, 21    # linux/rtnetlink.h
 ADDRESS_RETRY_SECONDS = 1.0         # between attempts to put an address back on lo
-NFT_DELTABLE = 10 << 8 | 2                      # NFNL_SUBSYS_NFTABLES, NFT_MSG_DELTABLE (linux/netfilter/nf_tables.h)
 UPLOAD_END_SECONDS = 5.0            # how long a stop waits until everybody has their answer
 DISCARD_SECONDS = 3.0               # for which a start, a stop or a deploy waits until files are removed
 
@@ -7469,10 +7474,14 @@ class Daemon:
         """
         def discard() -> None:
             for path in paths:
-                if path.is_symlink() or path.is_file():
+                if path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(path, ignore_errors=True)
+                else:
                     path.unlink(missing_ok=True)
-                shutil.rmtree(path, ignore_errors=True)
-        await asyncio.wait([self._host.workers.run(discard)], timeout=DISCARD_SECONDS)
+        removal = self._host.workers.run(discard)
+        await asyncio.wait([removal], timeout=DISCARD_SECONDS)
+        if removal.done() and (error := removal.exception()):
+            log.warning("cannot empty %s: %s", self.settings.state_dir / "tmp", error)
 
     async def _empty_tmp(self) -> None:
         await self._discard(list((self.settings.state_dir / "tmp").iterdir()))
@@ -8375,7 +8384,7 @@ def try_lock(path: Path) -> BinaryIO | None:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         file = stack.enter_context(open(descriptor, "ab"))
         status = os.fstat(file.fileno())
-        private = status.st_mode & 0o077 == 0
+        private = status.st_uid == 0 and status.st_mode & 0o077 == 0
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

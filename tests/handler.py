@@ -66,6 +66,17 @@ def stream(client, size):
         size -= client.send(block[:size])
 
 
+def fill(client):
+    """Leave as much to the kernel as it takes, for the client to fetch."""
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 17)
+    client.setblocking(False)
+    try:
+        while True:
+            client.send(bytes(1 << 16))
+    except BlockingIOError:
+        return
+
+
 def echo(client):
     """Two-way traffic for as long as the client wants it, as a WebSocket would."""
     client.sendall(b"HTTP/1.1 101 Switching Protocols\r\n\r\n")
@@ -165,31 +176,15 @@ def serve(client, control, path):
         respond(client, "printed")
     elif command == "/stream":
         stream(client, int(argument))
-    elif command == "/leave-much":                  # to the kernel, for the client to fetch
-        client.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 17)
-        client.setblocking(False)
-        try:
-            while True:
-                client.send(bytes(1 << 16))
-        except BlockingIOError:
-            os._exit(0)
-    elif command == "/finish-and-stay":              # ends its answer, and holds on to its client
-        client.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 17)
-        client.setblocking(False)
-        try:
-            while True:
-                client.send(bytes(1 << 16))
-        except BlockingIOError:
-            client.shutdown(socket.SHUT_WR)
+    elif command == "/leave-much":
+        fill(client)
+        os._exit(0)
+    elif command == "/finish-and-stay":             # ends its answer, and holds on to its client
+        fill(client)
+        client.shutdown(socket.SHUT_WR)
         time.sleep(3600)
     elif command == "/say-ready":                   # and nothing else
         control.sendall(b"R")
-        time.sleep(3600)
-    elif command == "/out-of-band":                    # out-of-band data on the control connection, once it has let go
-        respond(client, "done")
-        client.close()
-        control.sendall(b"R")
-        control.send(b"!", socket.MSG_OOB)
         time.sleep(3600)
     elif command == "/hold-lock":
         hold_lock(client, control)

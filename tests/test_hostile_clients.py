@@ -620,21 +620,6 @@ class LockedSocket(HostileCase):
         self.assertRegex(self.lines()[0], "^outcome=no-answer .* exit=137")
 
 
-class Urgent(HostileCase):
-    """Out-of-band data on the control connection of a container that waits, which most ways of reading leave there."""
-
-    options = ("--reuse", "10")
-
-    def test_it_is_ended(self):
-        with self.neighbour():
-            self.assertEqual(get(self.address, "/out-of-band"), (200, "done"))
-            self.settle()
-            before = support.cpu_ticks(self.pid)
-            time.sleep(1)
-        self.assertLess(support.cpu_ticks(self.pid) - before, 80)
-        wait_until(lambda: not support.list_containers(self.daemon), "it is ended")
-
-
 class Garbage(HostileCase):
     """faasd does not parse what clients send; what of it meets the log is escaped."""
 

@@ -403,7 +403,7 @@ class OutOfMemory(InvocationCase):
         self.assertRegex(self.last_line(), "^outcome=out-of-memory .* status=502 reason=")
 
     def test_killed_for_something_else(self):
-        """By root, while another of its function's has run out."""
+        """By root; that others of its function ran out of memory before is nothing to it."""
         client = self.connect()
         client.sendall(b"GET /hang HTTP/1.1\r\n\r\n")
         wait_until(lambda: self.daemon.info("f")["running"] == 1, "it is handed over")

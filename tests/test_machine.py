@@ -82,10 +82,12 @@ class Lacking(MachineCase):
         self.assertIn("sysctl user.max_user_namespaces=", self.refused(daemon))
 
     @unittest.skipUnless(CGROUPS["cgroup"], "taking a controller away takes cgroup v1")
-    def test_memory_controller(self):
-        memory, = (mount for mount in CGROUPS["cgroup"] if (Path(mount) / "memory.limit_in_bytes").exists())
-        daemon = self.daemon(wrapper=in_namespaces(f"umount {memory}"))
-        self.assertIn("cgroup_enable=memory", self.refused(daemon))
+    def test_controllers(self):
+        for name in ("memory", "pids", "cpu"):
+            mount, = (before[4] for before, after in faasd.read_mountinfo()
+                      if after[0] == "cgroup" and name in after[2].split(","))
+            with self.subTest(name):
+                self.assertIn(f"cgroup_enable={name}", self.refused(self.daemon(wrapper=in_namespaces(f"umount {mount}"))))
 
     @unittest.skipUnless(BUSYBOX, "there is no BusyBox")
     def test_ip_of_busybox(self):
