@@ -165,8 +165,12 @@ class Handlers(OutputCase):
                 for pid in Path(path, "cgroup.procs").read_text().split()}
         pipes = [path for pid in pids for path in Path(f"/proc/{pid}/fd").iterdir() if "pipe:" in os.readlink(path)]
         with support.lock_held(pipes[0]):
-            client.sendall(b"go")
-            self.assertEqual(client.recv(65536), b"sent")
+            daemon.process.send_signal(signal.SIGSTOP)      # so that the handler's own close is not the last
+            try:
+                client.sendall(b"go")
+                self.assertEqual(client.recv(65536), b"sent")
+            finally:
+                daemon.process.send_signal(signal.SIGCONT)
             self.assertEqual(get(other), (200, "1"))
 
     def test_many_processes_are_not_killed_on_the_loop(self):
