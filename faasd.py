@@ -36,7 +36,7 @@ one thread a connection, which calls into the loop with run_coroutine_threadsafe
 
 SIGTERM drains and leaves nothing. SIGHUP leaves what serves a client to the next daemon. No container depends on the
 daemon that started it, so after SIGHUP, and after a crash too, the next one finds them, takes duplicates of their
-clients' sockets out of them (ContainerHost.prepare), and goes on as if it had started them (Function.adopt).
+clients' sockets out of them (Leftovers.survivors), and goes on as if it had started them (Function.adopt).
 
 On disk:
     STATE_DIR/registry.json                   functions and their addresses
@@ -63,7 +63,7 @@ Top to bottom, in the order in which a request meets it:
     What a container is made of Bundle, seccomp, Runtime, Cgroups
     Its place on this machine   IdRanges, Network, ListenerStore, AddressGuard
     Networks                    EgressNetworks, for --net egress
-    Where containers live       ContainerHost: the trial container at start, survivors of a restart
+    Where containers live       ContainerHost, the trial container at start, Leftovers of the daemon before
     Logs and metrics            FunctionLog, Statistics
     Images                      Archive, LayerApplier, resolve_process; they run in the unpacking child
     Control API                 ControlServer, ControlHandler
@@ -4317,17 +4317,15 @@ def is_reachable(resolver: str) -> bool:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Where containers live: what the machine can do, and what the daemon before has left
+# Where containers live: what they share, what the machine can do, and what the daemon before has left
 # ---------------------------------------------------------------------------------------------------------------------
-
-PROBE_SECONDS = 10.0                # for the container that tells at start whether any can run here
-MAX_SEARCHED = 10_000               # descriptors of one container among which its client is looked for
 
 
 class ContainerHost:
-    """Where this daemon's containers live: directories, runtime and cgroups, and what to do about their remains."""
+    """What all containers of this daemon share: directories, runtime, cgroups, ids, and threads that wait for them."""
 
     def __init__(self, run_dir: Path, images_dir: Path, runtime: Runtime, ids: IdRanges):
+        self.run_dir = run_dir
         self.containers_dir = run_dir / "containers"
         self.rootfs_dir = run_dir / "rootfs"
         self._images_dir = images_dir
@@ -4338,33 +4336,29 @@ class ContainerHost:
         self.descriptors = Descriptors()
         self.loop = asyncio.get_running_loop()
         self.workers = Workers(self.loop)
-        self.killers = Workers(self.loop)       # others, for to kill a container ends the wait of those
+        self.killers = Workers(self.loop)       # others: killing a container ends the wait of those
         self._dying: dict[str, DyingCgroups] = {}
 
-    async def prepare(self, addresses: dict[str, str]) -> list[Survivor]:
-        """Make RUN_DIR/containers, on a tmpfs, and clear what the daemon before left there.
-
-        Returns the containers that serve clients; addresses are the functions'. Raises FaasdError.
-        """
+    def prepare(self) -> None:
+        """Make RUN_DIR/containers, on a tmpfs, and show the images in RUN_DIR/rootfs. Raises FaasdError."""
         self.containers_dir.mkdir(mode=0o711, exist_ok=True)
-        if self._file_system_type(self.containers_dir) != "tmpfs":
+        mounts = dict(read_mounts())            # a later mount hides an earlier one
+        mount = next(str(path) for path in (self.containers_dir, *self.containers_dir.parents) if str(path) in mounts)
+        if mounts[mount] != "tmpfs":
             run_command(f"cannot mount a tmpfs on {self.containers_dir}", "mount", "-t", "tmpfs", "-o",
                         "mode=0711,nosuid,nodev,noexec,size=64m", "faasd", str(self.containers_dir))
         self.containers_dir.chmod(0o711)
+        if str(self.rootfs_dir) in mounts:      # the daemon before us may have had another --state-dir
+            try_command(f"cannot unmount {self.rootfs_dir}", "umount", "--lazy", str(self.rootfs_dir))
         self._show_images()
-        survivors = await self._find_survivors(addresses)
-        await self.workers.run(self.remove_orphans, survivors)
-        return survivors
 
     def _show_images(self) -> None:
         """Mount the images where containers take their root from: without their devices and setuid bits.
 
-        A runtime allows some devices by itself, runc 1.1 even /dev/net/tun, and knows no flags for the root. Elsewhere
-        than they are, because nothing can be renamed from one mount into another.
+        A runtime allows some devices by itself, runc 1.1 even /dev/net/tun, and knows no flags for the root. The mount
+        is not on the images themselves, because nothing can be renamed from one mount into another.
         """
         what = f"cannot mount the images on {self.rootfs_dir}"
-        if str(self.rootfs_dir) in dict(read_mounts()):         # the daemon before us may have had another --state-dir
-            try_command(what, "umount", "--lazy", str(self.rootfs_dir))
         self.rootfs_dir.mkdir(exist_ok=True)
         noexec = ",noexec" if os.statvfs(self._images_dir).f_flag & os.ST_NOEXEC else ""
         run_command(what, "mount", "-o", f"bind,nodev,nosuid{noexec}", str(self._images_dir), str(self.rootfs_dir))
@@ -4375,203 +4369,6 @@ class ContainerHost:
     def rootfs(self, image: Path) -> Path:
         """Return the root of the containers of an image that lies in STATE_DIR/images."""
         return self.rootfs_dir / image.relative_to(self._images_dir) / "rootfs"
-
-    async def probe(self) -> None:
-        """Start a container as functions have them, to learn whether the runtime joins a user namespace.
-
-        Raises UsageError if it starts none. What is left of one when we are killed goes as any container does.
-        """
-        check_controllers()
-        error = await self._try_container()
-        if error and self.ids.can_make:
-            joining, self.ids.can_make = error, False
-            error = await self._try_container()
-            if not error:
-                log.warning("%s joins no user namespace, so it makes one for each container, and all functions share "
-                            "what root may take of inotify, queues and timers: %s", self.runtime.name, joining)
-        self._refuse_machine(error)
-
-    async def check(self) -> None:
-        """Raise UsageError if no container starts any more."""
-        self._refuse_machine(await self._try_container())
-
-    def _refuse_machine(self, error: str) -> None:
-        if error:
-            raise UsageError(f"{self.runtime.name} cannot start a container on this machine: {machine_lack(error)}"
-                             f"{error}")
-
-    async def _try_container(self) -> str:
-        """Return why no container works, "" if one does."""
-        rootfs = self.containers_dir / secrets.token_hex(6)
-        try:
-            mounts = lay_out_probe(rootfs)
-            bundle = Bundle("probe", {**PROBE, "first_id": self.ids.first}, Options(), rootfs,
-                            self.containers_dir.parent, self.cgroups, self.apparmor, mounts)
-            await Container(self, bundle, lambda container_id, line: None).start(PROBE_SECONDS)
-        except StartFailed as failure:
-            if failure.status == 504:           # a machine that has just booted may be slow, but not for long
-                log.warning("%s has not started a container within %g s: going on without knowing what it can do",
-                            self.runtime.name, PROBE_SECONDS)
-                return ""
-            return "" if "works" in failure.output else " ".join([str(failure), *failure.output])
-        except OSError as error:
-            raise storage_error(error, f"making a container in {rootfs}") from error
-        finally:
-            shutil.rmtree(rootfs, ignore_errors=True)
-        raise AssertionError("nothing in a probe connects")
-
-    @staticmethod
-    def _file_system_type(path: Path) -> str:
-        kinds = {mount: kind for mount, kind in read_mounts()}      # a later mount hides an earlier one
-        return next(kinds[str(p)] for p in [path, *path.parents] if str(p) in kinds)
-
-    async def _find_survivors(self, addresses: dict[str, str]) -> list[Survivor]:
-        """Return the containers that serve clients, and kill what else of ours the runtime runs.
-
-        Nothing but what a daemon has noted, in a directory where only root can write, makes a survivor. Nor is one that
-        keeps us waiting.
-        """
-        connections, cgroups, survivors = read_connections(addresses.values()), self.cgroups.containers(), []
-        looking = {self.workers.run(self._survivor, container_id, cgroups, addresses, connections): container_id
-                   for container_id in filter(CONTAINER_ID.fullmatch, os.listdir(self.containers_dir))}
-        finished = await self.workers.finished(looking)
-        for future, container_id in looking.items():
-            if future not in finished:
-                log.warning("container=%s cannot be taken over, because it keeps its output locked", container_id)
-                future.add_done_callback(lambda late: late.exception() or self.workers.run(late.result().close))
-            elif future.exception():
-                log.debug("container=%s does not go on: %r", container_id, future.exception())
-            else:
-                survivors.append(future.result())
-                log.info("function=%s container=%s serves a client and goes on", survivors[-1].function, container_id)
-        self._kill_runtimes({survivor.pid for survivor in survivors})
-        return survivors
-
-    def _survivor(self, container_id: str, cgroups: dict[str, str], addresses: dict[str, str],
-                  connections: dict[int, tuple[str, str]]) -> Survivor:
-        """Return a container if it serves a client of a function that there is. Raises OSError, ValueError, KeyError.
-
-        The process's file does not matter: pid and start time name the process, and the runtime may have been upgraded.
-        Blocks: to open a pipe takes its lock, and to duplicate a descriptor may wait for the end of an execve(2).
-        """
-        with contextlib.ExitStack() as stack:
-            directory = stack.enter_context(opened(self.containers_dir / container_id, os.O_PATH | os.O_DIRECTORY))
-            number, started, name, version = os.readlink("note", dir_fd=directory).split(" ")
-            pid = int(number)
-            pidfd = stack.enter_context(opened_process(pid))
-            if not is_roots(pid) or start_time(pid) != started:
-                raise ProcessLookupError(errno.ESRCH, "its runtime has ended")
-            signal.pidfd_send_signal(pidfd, 0)          # it is there still, so what was read was read of it
-            pipe = stack.enter_context(opened("output", os.O_PATH, directory))          # so far nothing is opened
-            if not stat.S_ISFIFO(os.fstat(pipe).st_mode):
-                raise ValueError("its output is no pipe of ours")
-            output = os.open(f"/proc/self/fd/{pipe}", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-            stack.callback(os.close, output)
-            client, peer = self._client_of(cgroups[container_id], addresses[name], connections)
-            return Survivor(container_id, cgroups[container_id], name, version, pid, os.dup(pidfd), os.dup(output),
-                            client, peer)
-
-    def _kill_runtimes(self, survivors: set[int]) -> None:
-        """Kill what a daemon before has started and not noted, or that serves nobody: it could still start a container.
-
-        No daemon is there to start more, and one that is missed here finds no config.json.
-        """
-        for pid in set(map(int, filter(str.isdigit, os.listdir("/proc")))) - survivors:
-            with contextlib.suppress(OSError), opened_process(pid) as pidfd:       # OSError: it has ended
-                if self._is_our_runtime(pid):
-                    log.warning("killing orphaned %s, pid %d", self.runtime.program, pid)
-                    signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-
-    def _is_our_runtime(self, pid: int) -> bool:
-        """Whether a process is a runtime that a daemon of this run-dir has started. Raises OSError if it is gone.
-
-        Anybody can choose a command line, so it counts only for a process of root's, and is read only then: reading it
-        waits for the process's memory, which a user may have put where it never comes. The same path can be another
-        daemon's directory in another mount namespace. A runtime that copies itself, or that a script starts, is another
-        file than --runtime; but what it prints goes to a pipe of ours.
-        """
-        if not is_roots(pid):
-            return False
-        argv = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-        containers = os.stat(self.containers_dir.parent)
-        if (argv[1:3] != [b"--root", os.fsencode(self.runtime.root)]
-                or not os.path.samestat(os.stat(f"/proc/{pid}/root{self.containers_dir.parent}"), containers)):
-            return False
-        program = os.readlink(f"/proc/{pid}/exe").removesuffix(" (deleted)")           # it was upgraded
-        output = os.stat(f"/proc/{pid}/fd/1")
-        return (program == os.path.realpath(self.runtime.program)
-                or stat.S_ISFIFO(output.st_mode) and output.st_dev == os.stat(self.containers_dir).st_dev)
-
-    def _client_of(self, cgroup: str, address: str,
-                   connections: dict[int, tuple[str, str]]) -> tuple[socket.socket, str]:
-        """Return a duplicate of a container's socket that is connected to a client of address, and who that is.
-
-        Where the kernel gives us none, a socket without a connection stands for it. Raises KeyError if it has none.
-        """
-        for pidfd, number, inode in self._sockets_of(cgroup):
-            host, peer = connections.get(inode, ("", ""))
-            if host == address:
-                try:
-                    duplicate = duplicate_descriptor(pidfd, number)
-                except PermissionError:         # see machine_warnings
-                    return socket.socket(), peer
-                except OSError:                 # it is gone
-                    continue
-                if os.fstat(duplicate).st_ino == inode:     # else the handler has put another file there
-                    return socket_object(duplicate), peer
-                os.close(duplicate)
-        raise KeyError(address)
-
-    def _sockets_of(self, cgroup: str) -> Iterator[tuple[int, int, int]]:
-        """Yield a pidfd, the number and the inode of each socket that a container's processes have."""
-        searched = 0
-        for pid, pidfd in self.cgroups.members(cgroup):
-            with contextlib.suppress(FileNotFoundError, ProcessLookupError):    # closed, or its process is gone
-                for number in os.listdir(f"/proc/{pid}/fd"):
-                    searched += 1
-                    if searched > MAX_SEARCHED:
-                        return
-                    target = re.fullmatch(r"socket:\[([0-9]+)\]", os.readlink(f"/proc/{pid}/fd/{number}"))
-                    if target:
-                        yield pidfd, int(number), int(target[1])
-
-    async def end_holders(self, port: int) -> bool:
-        """End containers that have taken a port of this machine, or may have; return whether there are any."""
-        asking = {self.workers.run(self._holds, cgroup, port): (container_id, cgroup)
-                  for container_id, cgroup in self.cgroups.containers().items()}
-        finished = await self.workers.finished(asking)
-        holders = [container for future, container in asking.items()
-                   if future not in finished or future.exception() or future.result()]
-        for container_id, _ in holders:
-            log.warning("container=%s has taken port %d, which is ours: ending it", container_id, port)
-        await self.workers.finished([self.workers.run(self._kill_all, cgroup) for _, cgroup in holders])
-        return bool(holders)
-
-    def _holds(self, cgroup: str, port: int) -> bool:
-        return any(has_port(pidfd, number, port) for pidfd, number, _ in self._sockets_of(cgroup))
-
-    def remove_orphans(self, survivors: Collection[Survivor] = ()) -> None:
-        cgroups = self.cgroups.containers()
-        left = {*os.listdir(self.containers_dir), *self.runtime.containers(), *cgroups}
-        surviving = {survivor.container_id for survivor in survivors}
-        for container_id in set(filter(CONTAINER_ID.fullmatch, left)) - surviving:
-            log.warning("container=%s removing what the daemon before left of it", container_id)
-            self._remove_orphan(container_id, cgroups.get(container_id, self.cgroups.path("", container_id)))
-        self.cgroups.remove_groups({survivor.function for survivor in survivors})
-
-    def _remove_orphan(self, container_id: str, cgroup: str) -> None:
-        self.remove_remains(container_id, cgroup)
-        shutil.rmtree(self.containers_dir / container_id, ignore_errors=True)
-
-    def end_survivor(self, survivor: Survivor) -> None:
-        """End a container that nobody adopts. Blocks."""
-        log.warning("function=%s container=%s cannot go on: its function is broken", survivor.function,
-                    survivor.container_id)
-        with contextlib.suppress(ProcessLookupError):
-            signal.pidfd_send_signal(survivor.pidfd, signal.SIGKILL)
-        self._remove_orphan(survivor.container_id, survivor.cgroup)
-        reset_connection(survivor.client)       # half an answer must not look whole
-        survivor.close()
 
     def inspect(self, container: Container) -> dict:
         """Return how a running container is isolated. Blocks. Raises Conflict if it ends meanwhile."""
@@ -4584,21 +4381,23 @@ class ContainerHost:
             log.info("container=%s inspecting it: %s", container.id, error)
         raise Conflict("the container that was looked at has ended meanwhile: try again")
 
-    def remove_remains(self, container_id: str, cgroup: str) -> None:
-        """Remove a container without the runc that ran it. Blocks; what cannot be removed is logged."""
-        self._kill_all(cgroup)
-        if self.runtime.has_state(container_id):
-            self.runtime.delete(container_id)
-        self.cgroups.remove(cgroup)
-
-    def _kill_all(self, cgroup: str) -> None:
+    def kill_all(self, cgroup: str) -> None:
+        """Kill every process of a container until none is left, or for KILL_TIMEOUT. Blocks."""
         deadline = time.monotonic() + KILL_TIMEOUT
         while self.cgroups.processes(cgroup) and time.monotonic() < deadline:
             self.cgroups.kill(cgroup)
             time.sleep(KILL_RETRY)
 
+    def remove_remains(self, container_id: str, cgroup: str) -> None:
+        """Remove a container without the runc that ran it. Blocks; what cannot be removed is logged."""
+        self.kill_all(cgroup)
+        if self.runtime.has_state(container_id):
+            self.runtime.delete(container_id)
+        self.cgroups.remove(cgroup)
+        shutil.rmtree(self.containers_dir / container_id, ignore_errors=True)
+
     def count_ended(self, function: str) -> None:
-        """Count a container that is gone, and reclaim what all too many have left."""
+        """Count a container that is gone, and reclaim memory once too many have left some."""
         if function not in self._dying:
             self._dying[function] = DyingCgroups(self.cgroups, self.cgroups.group(function), self.workers)
         self._dying[function].count()
@@ -4611,10 +4410,11 @@ class ContainerHost:
     def dismantle(self) -> None:
         """Remove what prepare made, once no container is left. Blocks."""
         self.cgroups.remove(self.cgroups.parent)
-        for mount in {str(self.containers_dir), str(self.rootfs_dir)} & set(dict(read_mounts())):
-            try_command(f"cannot unmount {mount}", "umount", mount)
         shutil.rmtree(self.runtime.root / ".cache", ignore_errors=True)         # crun's, of seccomp filters
+        mounts = dict(read_mounts())
         for directory in (self.containers_dir, self.rootfs_dir, self.runtime.root):
+            if str(directory) in mounts:
+                try_command(f"cannot unmount {directory}", "umount", str(directory))
             try:
                 directory.rmdir()
             except OSError as error:
@@ -4622,14 +4422,52 @@ class ContainerHost:
                     log.warning("cannot remove %s: %s", directory, error.strerror)
 
 
-# What a probe of the machine runs, in the place of a handler: it opens its stdout as a program may that logs to a file.
+PROBE_SECONDS = 10.0                # for the container that shows at start whether any can run here
+# What it runs instead of a handler: it opens its stdout as a program may that logs to a file.
 PROBE = {"version": "", "process": {"env": [f"PATH={DEFAULT_PATH}"], "entrypoint": ["sh"], "cmd": ["-c", "echo works "
          ">/dev/stdout"], "cwd": "/", "uid": 0, "gid": 0, "groups": [], "volumes": []}}
-PROBE_DIRECTORIES = re.compile(r"bin|lib.*|usr|nix|gnu")            # of the host, which programs need
+PROBE_DIRECTORIES = re.compile(r"bin|lib.*|usr|nix|gnu")            # of this machine, which programs need
+
+
+async def probe_machine(host: ContainerHost) -> None:
+    """Raise UsageError if no container starts; learn whether the runtime joins a user namespace."""
+    check_controllers()
+    error = await try_container(host)
+    if error and host.ids.can_make:
+        joining, host.ids.can_make = error, False
+        error = await try_container(host)
+        if not error:
+            log.warning("%s joins no user namespace, so it makes one for each container, and all functions share what "
+                        "root may take of inotify, queues and timers: %s", host.runtime.name, joining)
+    if error:
+        raise unfit_machine(host.runtime, error)
+
+
+async def try_container(host: ContainerHost) -> str:
+    """Start a container as functions have them, made of this machine's programs; return why none works, "" if one does.
+
+    What is left of it when we are killed goes as any container does.
+    """
+    rootfs = host.containers_dir / secrets.token_hex(6)
+    try:
+        bundle = Bundle("probe", {**PROBE, "first_id": host.ids.first}, Options(), rootfs, host.run_dir, host.cgroups,
+                        host.apparmor, lay_out_probe(rootfs))
+        await Container(host, bundle, lambda container_id, line: None).start(PROBE_SECONDS)
+    except StartFailed as failure:
+        if failure.status == 504:               # a machine that has just booted may be slow, but not for long
+            log.warning("%s has not started a container within %g s: going on without knowing what it can do",
+                        host.runtime.name, PROBE_SECONDS)
+            return ""
+        return "" if "works" in failure.output else " ".join([str(failure), *failure.output])
+    except OSError as error:
+        raise storage_error(error, f"making a container in {rootfs}") from error
+    finally:
+        shutil.rmtree(rootfs, ignore_errors=True)
+    raise AssertionError("nothing in a probe connects")
 
 
 def lay_out_probe(rootfs: Path) -> list[dict]:
-    """Make a rootfs in which the host's programs run; return the mounts that it takes. Raises OSError."""
+    """Make a rootfs in which this machine's programs run; return the mounts that it takes. Raises OSError."""
     mounts = []
     for name in ("dev", "proc", "sys", "tmp"):
         (rootfs / name).mkdir(parents=True)
@@ -4658,18 +4496,18 @@ def check_controllers() -> None:
                              f"cgroup_enable={controller}, or mount the {controller} controller of cgroups")
 
 
-def machine_lack(error: str) -> str:
-    """Return the mend for a machine on which no container starts; error is what the runtime says."""
-    mounts = read_mounts()
+def unfit_machine(runtime: Runtime, error: str) -> UsageError:
+    """Return what to raise where no container starts; error is what the runtime says."""
+    mounts, mend = read_mounts(), ""
     version_1, version_2 = ({mount for mount, kind in mounts if kind == name} for name in ("cgroup", "cgroup2"))
     if read_text("/proc/sys/user/max_user_namespaces").strip() == "0":
-        return "user namespaces are switched off, sysctl user.max_user_namespaces=15000 switches them on: "
-    if version_1 and version_2 and "cgroup" in error:
-        return f"it has cgroups of v1 and of v2, umount {' '.join(version_2)} or choose another --runtime: "
-    if 'mounting "proc"' in error:      # mount_namespaces(7)
-        return ("a part of /proc is hidden from faasd, as a container or a unit with ProtectKernelLogs= or "
+        mend = "user namespaces are switched off, sysctl user.max_user_namespaces=15000 switches them on: "
+    elif version_1 and version_2 and "cgroup" in error:
+        mend = f"it has cgroups of v1 and of v2, umount {' '.join(version_2)} or choose another --runtime: "
+    elif 'mounting "proc"' in error:    # mount_namespaces(7)
+        mend = ("a part of /proc is hidden from faasd, as a container or a unit with ProtectKernelLogs= or "
                 "ProtectKernelTunables= does, so that the kernel gives no other user namespace a /proc: ")
-    return ""
+    return UsageError(f"{runtime.name} cannot start a container on this machine: {mend}{error}")
 
 
 @dataclass(frozen=True)
@@ -4692,10 +4530,168 @@ class Survivor:
         self.client.close()
 
 
-def is_roots(pid: int) -> bool:
-    """Whether a process is root's, in the user and pid namespaces that we are in. Raises OSError if it is gone.
+MAX_SEARCHED = 10_000               # descriptors of one container among which its client is looked for
 
-    Its real user: a setuid program has the user's who runs it.
+
+class Leftovers:
+    """What the daemon before has left: containers that serve clients, which survive, and all others, which end."""
+
+    def __init__(self, host: ContainerHost):
+        self._host = host
+
+    async def survivors(self, addresses: dict[str, str]) -> list[Survivor]:
+        """Return the containers that serve clients, and end all others; addresses are the functions'.
+
+        Only what a daemon has noted, in a directory where only root can write, makes a survivor. One that keeps us
+        waiting is none.
+        """
+        host, survivors = self._host, []
+        connections, cgroups = read_connections(addresses.values()), host.cgroups.containers()
+        looking = {host.workers.run(self._survivor, container_id, cgroups, addresses, connections): container_id
+                   for container_id in filter(CONTAINER_ID.fullmatch, os.listdir(host.containers_dir))}
+        finished = await host.workers.finished(looking)
+        for future, container_id in looking.items():
+            if future not in finished:
+                log.warning("container=%s cannot be taken over, because it keeps its output locked", container_id)
+                future.add_done_callback(lambda late: late.exception() or host.workers.run(late.result().close))
+            elif future.exception():
+                log.debug("container=%s does not go on: %r", container_id, future.exception())
+            else:
+                survivors.append(future.result())
+                log.info("function=%s container=%s serves a client and goes on", survivors[-1].function, container_id)
+        self._kill_runtimes({survivor.pid for survivor in survivors})
+        await host.workers.run(self.remove, survivors)
+        return survivors
+
+    def _survivor(self, container_id: str, cgroups: dict[str, str], addresses: dict[str, str],
+                  connections: dict[int, tuple[str, str]]) -> Survivor:
+        """Return a container if it serves a client of an existing function. Raises OSError, ValueError, KeyError.
+
+        The process's file does not matter: pid and start time name the process, and the runtime may have been upgraded.
+        Blocks: to open a pipe takes its lock, and to duplicate a descriptor may wait for the end of an execve(2).
+        """
+        with contextlib.ExitStack() as stack:
+            directory = self._host.containers_dir / container_id
+            directory = stack.enter_context(opened(directory, os.O_PATH | os.O_DIRECTORY))
+            number, started, name, version = os.readlink("note", dir_fd=directory).split(" ")
+            pid = int(number)
+            pidfd = stack.enter_context(opened_process(pid))
+            if not is_roots(pid) or start_time(pid) != started:
+                raise ProcessLookupError(errno.ESRCH, "its runtime has ended")
+            signal.pidfd_send_signal(pidfd, 0)          # it is there still, so what was read was read of it
+            pipe = stack.enter_context(opened("output", os.O_PATH, directory))          # so far nothing is opened
+            if not stat.S_ISFIFO(os.fstat(pipe).st_mode):
+                raise ValueError("its output is no pipe of ours")
+            output = os.open(f"/proc/self/fd/{pipe}", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+            stack.callback(os.close, output)
+            client, peer = self._client_of(cgroups[container_id], addresses[name], connections)
+            return Survivor(container_id, cgroups[container_id], name, version, pid, os.dup(pidfd), os.dup(output),
+                            client, peer)
+
+    def _client_of(self, cgroup: str, address: str,
+                   connections: dict[int, tuple[str, str]]) -> tuple[socket.socket, str]:
+        """Return a duplicate of a container's socket that is connected to a client of address, and that client.
+
+        If the kernel gives us none, a socket without a connection stands for it. Raises KeyError if it has none.
+        """
+        for pidfd, number, inode in self._sockets_of(cgroup):
+            host, peer = connections.get(inode, ("", ""))
+            if host == address:
+                try:
+                    duplicate = duplicate_socket(pidfd, number)
+                except PermissionError:         # see machine_warnings
+                    return socket.socket(), peer
+                except OSError:                 # it is gone
+                    continue
+                if os.fstat(duplicate.fileno()).st_ino == inode:    # else the handler has put another file there
+                    return duplicate, peer
+                duplicate.close()
+        raise KeyError(address)
+
+    def _sockets_of(self, cgroup: str) -> Iterator[tuple[int, int, int]]:
+        """Yield a pidfd, the number and the inode of each socket that a container's processes have."""
+        searched = 0
+        for pid, pidfd in self._host.cgroups.members(cgroup):
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):    # closed, or its process is gone
+                for number in os.listdir(f"/proc/{pid}/fd"):
+                    searched += 1
+                    if searched > MAX_SEARCHED:
+                        return
+                    target = re.fullmatch(r"socket:\[([0-9]+)\]", os.readlink(f"/proc/{pid}/fd/{number}"))
+                    if target:
+                        yield pidfd, int(number), int(target[1])
+
+    def _kill_runtimes(self, survivors: set[int]) -> None:
+        """Kill runtimes that a daemon before has started, but for survivors': they could still start a container.
+
+        No daemon is there to start more, and one that is missed here finds no config.json.
+        """
+        for pid in set(map(int, filter(str.isdigit, os.listdir("/proc")))) - survivors:
+            with contextlib.suppress(OSError), opened_process(pid) as pidfd:       # OSError: it has ended
+                if self._is_our_runtime(pid):
+                    log.warning("killing orphaned %s, pid %d", self._host.runtime.program, pid)
+                    signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+
+    def _is_our_runtime(self, pid: int) -> bool:
+        """Return whether a process is a runtime that a daemon of this run-dir has started. Raises OSError.
+
+        Anybody can choose a command line, so it counts only for a process of root's, and is read only then: reading it
+        waits for the process's memory, which a user may have put where it never comes. The same path can be another
+        daemon's directory in another mount namespace. A runtime that copies itself, or that a script starts, is another
+        file than --runtime; but what it prints goes to a pipe of ours.
+        """
+        if not is_roots(pid):
+            return False
+        host = self._host
+        argv = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+        if (argv[1:3] != [b"--root", os.fsencode(host.runtime.root)]
+                or not os.path.samestat(os.stat(f"/proc/{pid}/root{host.run_dir}"), os.stat(host.run_dir))):
+            return False
+        program = os.readlink(f"/proc/{pid}/exe").removesuffix(" (deleted)")           # it was upgraded
+        output = os.stat(f"/proc/{pid}/fd/1")
+        return (program == os.path.realpath(host.runtime.program)
+                or stat.S_ISFIFO(output.st_mode) and output.st_dev == os.stat(host.containers_dir).st_dev)
+
+    async def end_holders(self, port: int) -> bool:
+        """End containers that have taken a port of this machine, or may have; return whether there are any."""
+        def holds(cgroup: str) -> bool:
+            return any(has_port(pidfd, number, port) for pidfd, number, _ in self._sockets_of(cgroup))
+        run, finished = self._host.workers.run, self._host.workers.finished
+        asking = {run(holds, cgroup): (container_id, cgroup)
+                  for container_id, cgroup in self._host.cgroups.containers().items()}
+        answered = await finished(asking)
+        holders = [container for future, container in asking.items()
+                   if future not in answered or future.exception() or future.result()]
+        for container_id, _ in holders:
+            log.warning("container=%s has taken port %d, which is ours: ending it", container_id, port)
+        await finished([run(self._host.kill_all, cgroup) for _, cgroup in holders])
+        return bool(holders)
+
+    def remove(self, survivors: Collection[Survivor] = ()) -> None:
+        """Remove what is left of all containers but survivors. Blocks."""
+        host = self._host
+        cgroups = host.cgroups.containers()
+        left = {*os.listdir(host.containers_dir), *host.runtime.containers(), *cgroups}
+        for container_id in set(filter(CONTAINER_ID.fullmatch, left)) - {entry.container_id for entry in survivors}:
+            log.warning("container=%s removing what the daemon before left of it", container_id)
+            host.remove_remains(container_id, cgroups.get(container_id, host.cgroups.path("", container_id)))
+        host.cgroups.remove_groups({survivor.function for survivor in survivors})
+
+    def end(self, survivor: Survivor) -> None:
+        """End a container that nobody adopts. Blocks."""
+        log.warning("function=%s container=%s cannot go on: its function is broken", survivor.function,
+                    survivor.container_id)
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(survivor.pidfd, signal.SIGKILL)
+        self._host.remove_remains(survivor.container_id, survivor.cgroup)
+        reset_connection(survivor.client)       # half an answer must not look whole
+        survivor.close()
+
+
+def is_roots(pid: int) -> bool:
+    """Return whether a process is root's, in our user and pid namespaces. Raises OSError if it is gone.
+
+    Its real user counts: a setuid program has that of the user who runs it.
     """
     with open(f"/proc/{pid}/status", "rb", buffering=0) as file:        # not by Path: users may have many thousands
         status = file.read(KIB)
@@ -4711,20 +4707,16 @@ def start_time(pid: int) -> str:
 SYS_PIDFD_GETFD = 438               # the same on every architecture (pidfd_getfd(2), Linux 5.6)
 
 
-def duplicate_descriptor(pidfd: int, number: int) -> int:
-    """Return a duplicate of another process's descriptor. Raises OSError."""
-    return system_call(SYS_PIDFD_GETFD, pidfd, number, 0)
-
-
-def socket_object(descriptor: int) -> socket.socket:
-    """Return an object for a descriptor of a TCP socket, which becomes the object's.
+def duplicate_socket(pidfd: int, number: int) -> socket.socket:
+    """Return a duplicate of another process's descriptor as if it were a TCP socket. Raises OSError.
 
     Given a descriptor, Python asks for its address, and the kernel for that waits for the socket's lock. A handler can
-    hold that for as long as it lives, and Python would wait with all its threads.
+    hold that for as long as it lives, and Python would wait with all its threads. So it gets the descriptor later.
     """
+    duplicate = system_call(SYS_PIDFD_GETFD, pidfd, number, 0)
     held = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-    os.dup2(descriptor, held.fileno(), inheritable=False)
-    os.close(descriptor)
+    os.dup2(duplicate, held.fileno(), inheritable=False)
+    os.close(duplicate)
     return held
 
 
@@ -4743,11 +4735,11 @@ def read_connections(addresses: Iterable[str]) -> dict[int, tuple[str, str]]:
 
 
 def has_port(pidfd: int, number: int, port: int) -> bool:
-    """Whether a process's descriptor is a socket on a port of this network namespace. Blocks: see socket_object."""
+    """Return whether a process's descriptor is a socket on a port of this network namespace. May wait for its lock."""
     with contextlib.suppress(OSError):          # it is gone
-        with socket_object(duplicate_descriptor(pidfd, number)) as candidate, socket.socket() as ours:
-            return (candidate.getsockopt(socket.SOL_SOCKET, SO_NETNS_COOKIE, 8) ==
-                    ours.getsockopt(socket.SOL_SOCKET, SO_NETNS_COOKIE, 8) and candidate.getsockname()[1:2] == (port,))
+        with duplicate_socket(pidfd, number) as candidate, socket.socket() as ours:
+            theirs, cookie = (sock.getsockopt(socket.SOL_SOCKET, SO_NETNS_COOKIE, 8) for sock in (candidate, ours))
+            return theirs == cookie and candidate.getsockname()[1:2] == (port,)
     return False
 
 
@@ -7354,6 +7346,7 @@ class Daemon:
         # By its full name: it is started with a PATH that may differ from ours.
         self._runtime = Runtime(shutil.which(settings.runtime) or settings.runtime, settings.run_dir / "runc")
         self._host = ContainerHost(settings.run_dir, self._images_dir, self._runtime, ids)
+        self._leftovers = Leftovers(self._host)
         self._registry = Registry(settings.state_dir / "registry.json")
         self._functions: dict[str, Function] = {}
         self._changes: dict[str, str] = {}              # name → what is being done to it; one thing at a time
@@ -7401,7 +7394,7 @@ class Daemon:
             raise storage_error(error, f"clearing what an earlier faasd left at {error.filename}") from error
         number = None
         try:
-            await self._host.probe()
+            await probe_machine(self._host)
             await asyncio.to_thread(self._guard_addresses)
             if self.settings.api:       # clients wait until we are ready
                 servers.append(await self._bind(functools.partial(self._open_api, token), self.settings.api[1]))
@@ -7445,7 +7438,8 @@ class Daemon:
 
         Returns the containers that serve clients.
         """
-        survivors = await self._host.prepare({record.name: record.address for record in records})
+        self._host.prepare()
+        survivors = await self._leftovers.survivors({record.name: record.address for record in records})
         # A child runs what this process runs, whatever becomes of the source meanwhile: an upgrade replaces it.
         shutil.rmtree(self._program, ignore_errors=True)
         self._program.mkdir(mode=0o700)
@@ -7508,7 +7502,7 @@ class Daemon:
             log.error("function=%s is broken: %s", record.name, function.error,
                       exc_info=None if isinstance(error, FaasdError) else error)
         for survivor in survivors:
-            await self._host.workers.finished([self._host.workers.run(self._host.end_survivor, survivor)])
+            await self._host.workers.finished([self._host.workers.run(self._leftovers.end, survivor)])
 
     async def _open_api(self, token: bytes) -> TcpControlServer:
         return TcpControlServer(self.settings.api, token, self.settings.api_host, self)
@@ -7518,7 +7512,7 @@ class Daemon:
         try:
             return await open_()
         except (Conflict, UsageError):
-            if not await self._host.end_holders(port):
+            if not await self._leftovers.end_holders(port):
                 raise
         return await open_()
 
@@ -7561,7 +7555,7 @@ class Daemon:
         except OSError as error:
             log.info("cannot take away the guard of the addresses: %s", error.strerror)
         self._network.remove_all()
-        await self._host.workers.run(self._host.remove_orphans)       # there should be none
+        await self._host.workers.run(self._leftovers.remove)       # there should be none
         await self._run_egress(self._egress.remove_all)
         for path in self.settings.run_dir.glob("resolv.conf.*"):
             path.unlink()
@@ -7867,7 +7861,8 @@ class Daemon:
             await container.start(version.options.start_timeout)
         except StartFailed as failure:
             if isinstance(failure, RuntimeFailed):
-                await self._host.check()            # by now the machine may be to blame, not the image
+                if error := await try_container(self._host):        # by now the machine may be to blame, not the image
+                    raise unfit_machine(self._runtime, error) from failure
             raise FaasdError(f"function {name} does not start: {failure}", failure.output, 422) from failure
         return container, output
 

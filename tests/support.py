@@ -503,8 +503,8 @@ def client_socket(daemon: Daemon, client: socket.socket) -> int:
                 with contextlib.suppress(OSError):              # it is closed, or not connected
                     if not os.readlink(f"/proc/{pid}/fd/{number}").startswith("socket:"):
                         continue
-                    with socket.socket(fileno=faasd.duplicate_descriptor(pidfd, int(number))) as candidate:
-                        if candidate.family == socket.AF_INET and candidate.getpeername() == client.getsockname():
+                    with faasd.duplicate_socket(pidfd, int(number)) as candidate:
+                        if candidate.getpeername() == client.getsockname():
                             return candidate.detach()
     return 0
 
