@@ -127,7 +127,7 @@ import time
 import urllib.parse
 import zlib
 from collections.abc import AsyncIterator, Callable, Collection, Generator, Iterable, Iterator
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime, timedelta, timezone
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
@@ -140,16 +140,6 @@ log = logging.getLogger("faasd")
 libc = ctypes.CDLL(None, use_errno=True)        # lets other threads run while it is called
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
-
-# What a flag can change; see parse_arguments. Other limits are beside what they limit.
-MAX_IMAGE_SIZE = 16 * GIB           # bytes of an archive, of its layers uncompressed, of their files (--max-image-size)
-MAX_IMAGE_ENTRIES = 1_000_000       # entries of all layers together (--max-image-entries)
-WARM_PER_CPU = 16                   # default of --max-warm, which is no more than …
-WARM_MEMORY = 64 * MIB              # … one for each of these bytes of the machine's memory
-# Of RFC 2544's range for tests of network equipment: routed nowhere, and hardly ever anybody's network, unlike 10/8,
-# 172.16/12 and 192.168/16 (LANs, VPNs, Docker), 100.64/10 (carriers, Tailscale) and 169.254/16 (which we block).
-EGRESS_SUBNET = "198.18.0.0/20"
-MAX_UPLOADS = 8                     # archives that come in or are being unpacked (--max-uploads)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -180,30 +170,19 @@ class UsageError(FaasdError):
     """The daemon cannot start as it was called; exit status 2."""
 
 
-class BadRequest(FaasdError):
+class BadRequest(FaasdError, argparse.ArgumentTypeError):
+    """A text from a user is not what it should be. On the command line, argparse shows the message."""
     status = 400
 
 
-class NotFound(FaasdError):
-    status = 404
-
-
 class Conflict(FaasdError):
+    """Not now, or not on this machine."""
     status = 409
 
 
 class ImageError(FaasdError):
     """The archive is not an image that can run here."""
     status = 400
-
-
-class LimitExceeded(FaasdError):
-    """The image is over a limit; the message names it."""
-    status = 413
-
-
-class Unavailable(FaasdError):
-    status = 503
 
 
 def storage_error(error: OSError, doing: str) -> FaasdError:
@@ -256,12 +235,6 @@ parse_duration = reader("duration", r"(?ai)\s*([0-9]{1,9}(?:\.[0-9]{1,6})?)(ms|s
                         lambda match: float(match[1]) * DURATION_UNITS[match[2].lower()])
 parse_count = reader("number", r"(?!0+$)[0-9]{1,12}", "write a whole number from 1 on", lambda match: int(match[0]))
 parse_amount = reader("number", r"[0-9]{1,12}", "write a whole number from 0 on", lambda match: int(match[0]))
-parse_warm = reader("number", r"[0-9]{1,12}|auto", "write auto, or a whole number from 0 on",
-                    lambda match: None if match[0] == "auto" else int(match[0]))
-NETS = ("none", "egress", "host")   # what --net may be
-parse_net = reader("net", "|".join(NETS), "write none, egress or host")
-parse_cpus = reader("number of cpus", r"(?!0+(\.0|\.00[0-9]?)?$)[0-9]{1,4}(\.[0-9]{1,3})?",      # from 0.01 on
-                    "write 0.5, 1 or 2", lambda match: float(match[0]))
 check_name = reader("function name", r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?",         # a DNS label (RFC 1123)
                     "use 1 to 63 of a-z, 0-9 and '-', not at either end")
 
@@ -322,23 +295,17 @@ def succeeded(result: int) -> int:
 
 
 @contextlib.contextmanager
-def opened(path: str | Path, flags: int, directory: int | None = None) -> Iterator[int]:
-    """Open a file, by no link at its end, for as long as the block takes. Raises OSError."""
-    descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
+def kept_open(descriptor: int) -> Iterator[int]:
+    """Close a descriptor at the end of the block."""
     try:
         yield descriptor
     finally:
         os.close(descriptor)
 
 
-@contextlib.contextmanager
-def opened_process(pid: int) -> Iterator[int]:
-    """Have a pidfd for as long as the block takes. Raises OSError."""
-    pidfd = os.pidfd_open(pid)
-    try:
-        yield pidfd
-    finally:
-        os.close(pidfd)
+def opened(path: str | Path, flags: int, directory: int | None = None) -> contextlib.AbstractContextManager[int]:
+    """Open a file, by no link at its end, for as long as the block takes. Raises OSError."""
+    return kept_open(os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory))
 
 
 def read_mountinfo(path: str = "/proc/self/mountinfo") -> Iterator[tuple[list[str], list[str]]]:
@@ -360,14 +327,7 @@ def read_mounts() -> list[tuple[str, str]]:
 
 def timestamp() -> str:
     """Return the time for people and machines: RFC 3339, UTC, milliseconds."""
-    second, nanoseconds = divmod(time.time_ns(), 1_000_000_000)
-    return f"{format_second(second)}.{nanoseconds // 1_000_000:03}Z"
-
-
-@functools.lru_cache(maxsize=1)
-def format_second(second: int) -> str:
-    """Return a Unix time as RFC 3339 has it; the same one many times, for a line of the log each."""
-    return datetime.fromtimestamp(second, timezone.utc).strftime("%Y-%m-%dT%H:%M:%S")
+    return datetime.now(timezone.utc).isoformat(timespec="milliseconds").removesuffix("+00:00") + "Z"
 
 
 def is_readable(sock: socket.socket | int, seconds: float) -> bool:
@@ -399,33 +359,44 @@ async def as_task(coroutine) -> asyncio.Task:
 # What the user asks for: options, functions, and the registry that keeps them
 # ---------------------------------------------------------------------------------------------------------------------
 
-MIN_MEMORY = 6 * MIB                # bytes; Docker's minimum too: runc's own init runs inside the limit
+
+def option(default: Any, read: Callable[[str], Any], fits: Callable[[Any], bool] = lambda value: True, must: str = ""
+           ) -> Any:
+    """Return a field of Options: its default, what reads a user's text, which values fit, and what to say of others."""
+    return field(default=default, metadata={"read": read, "fits": fits, "must": must})
 
 
 @dataclass(frozen=True)
 class Options:
-    """What a user chose for a function; the defaults are the product's."""
-    memory: int = 512 * MIB             # bytes, swap included
-    cpus: float = 1.0
-    pids: int = 64                      # processes and threads
-    timeout: float = 30.0               # seconds from hand-over to the end of the handler; 0: none
-    start_timeout: float = 10.0         # seconds from spawning runc to the connect
-    concurrency: int = 64               # invocations at a time
-    queue: int = 1024                   # connections that wait for one of these to end
-    queue_timeout: float = 10.0         # seconds until a connection that waits gets a 503
-    warm: int | None = None             # containers started before their client comes; None: as traffic asks for
-    reuse: int = 1                      # invocations that one container may serve
-    net: str = "none"                   # one of NETS
-    env: tuple[str, ...] = ()           # KEY=value
-    cmd: tuple[str, ...] = ()           # in the place of the image's Cmd
+    """What a user chose for a function; the defaults are the product's.
+
+    A new option is a line here, a row of OPTIONS in faas, and one of the table in README.md: test_units compares them.
+    """
+    memory: int = option(512 * MIB, parse_size,         # bytes, swap included; runc's own init runs inside the limit
+                         lambda size: 6 * MIB <= size <= 1 << 50, "be at least 6m: less does not start a container")
+    cpus: float = option(1.0, reader("number of cpus", r"(?!0+(\.0|\.00[0-9]?)?$)[0-9]{1,4}(\.[0-9]{1,3})?",
+                                     "write 0.5, 1 or 2", lambda match: float(match[0])))       # from 0.01 on
+    pids: int = option(64, parse_count)                 # processes and threads
+    timeout: float = option(30.0, parse_duration)       # seconds from hand-over to the end of the handler; 0: none
+    start_timeout: float = option(10.0, parse_duration, lambda seconds: seconds > 0, "be over 0")   # until the connect
+    concurrency: int = option(64, parse_count)          # invocations at a time
+    queue: int = option(1024, parse_amount)             # connections that wait for one of these to end
+    queue_timeout: float = option(10.0, parse_duration, lambda seconds: seconds > 0, "be over 0")   # until the 503
+    warm: int | None = option(None, reader("number", r"[0-9]{1,12}|auto", "write auto, or a whole number from 0 on",
+                                           lambda match: None if match[0] == "auto" else int(match[0])))
+    reuse: int = option(1, parse_count)                 # invocations that one container may serve
+    net: str = option("none", reader("net", "none|egress|host", "write none, egress or host"))
+    env: tuple[str, ...] = ()                           # KEY=value
+    cmd: tuple[str, ...] = ()                           # in the place of the image's Cmd
 
     def changed(self, query: dict[str, list[str]]) -> Options:
         """Return the options with what a query names in the place of what was; env is merged. Raises BadRequest."""
+        readers = {entry.name: entry.metadata["read"] for entry in fields(self) if entry.metadata}
         values: dict = {}
         env = merge_env(self.env, query.get("env", []))
         for key, texts in query.items():
-            if key in OPTION_PARSERS:
-                values[key] = OPTION_PARSERS[key](texts[-1])
+            if key in readers:
+                values[key] = readers[key](texts[-1])
             elif key == "cmd":
                 values[key] = tuple(texts)
             elif key == "unset_env":
@@ -435,35 +406,26 @@ class Options:
         return replace(self, env=tuple(env), **values).check()
 
     def check(self) -> Options:
-        """Return self, else raise BadRequest for a value that no container can start with."""
-        if not MIN_MEMORY <= self.memory <= 1 << 50:
-            raise BadRequest(f"memory must be at least {MIN_MEMORY // MIB}m: less does not start a container")
-        if self.start_timeout <= 0:
-            raise BadRequest("start-timeout must be over 0")
-        if self.queue_timeout <= 0:
-            raise BadRequest("queue-timeout must be over 0")
+        """Return self. Raises BadRequest for values that do not fit, TypeError for those of another type."""
+        kinds = {"int": int, "float": (int, float), "int | None": (int, type(None)), "str": str,
+                 "tuple[str, ...]": tuple}
+        for entry in fields(self):
+            value = getattr(self, entry.name)
+            if not isinstance(value, kinds[entry.type]):
+                raise TypeError(f"{entry.name} is {value!r}")
+            if entry.metadata and not entry.metadata["fits"](value):
+                raise BadRequest(f"{entry.name.replace('_', '-')} must {entry.metadata['must']}")
         for entry in self.env:
             if not re.fullmatch(r"[^=\0]+=[^\0]*", entry, re.DOTALL):
                 raise BadRequest(f"bad environment entry {entry!r}: write KEY=value")
-        if any("\0" in word for word in self.cmd):
+        if any(re.search(r"\0", word) for word in self.cmd):
             raise BadRequest("the command has a NUL byte")
-        return self
-
-    def check_types(self) -> Options:
-        """Return self if each value is of its type, else raise TypeError."""
-        kinds = {"int": int, "float": (int, float), "int | None": (int, type(None)), "str": str,
-                 "tuple[str, ...]": tuple}
-        for field in fields(self):
-            if not isinstance(getattr(self, field.name), kinds[field.type]):
-                raise TypeError(f"{field.name} is {getattr(self, field.name)!r}")
-        if not all(isinstance(text, str) for text in (*self.env, *self.cmd)):
-            raise TypeError("env or cmd has what is no string")
         return self
 
     @classmethod
     def from_json(cls, document: dict) -> Options:
         """Return what to_json wrote. Raises TypeError, KeyError, and FaasdError for what a newer faasd wrote."""
-        if unknown := document.keys() - {field.name for field in fields(cls)}:
+        if unknown := document.keys() - {entry.name for entry in fields(cls)}:
             raise FaasdError(f"the registry has options that this faasd does not know ({', '.join(sorted(unknown))}): "
                              "use the faasd that wrote it")
         return cls(**{**document, "env": tuple(document["env"]), "cmd": tuple(document["cmd"]),
@@ -473,26 +435,9 @@ class Options:
         return {**asdict(self), "warm": "auto" if self.warm is None else self.warm}
 
 
-OPTION_PARSERS: dict[str, Callable] = {
-    "memory": parse_size, "cpus": parse_cpus, "pids": parse_count, "timeout": parse_duration,
-    "start_timeout": parse_duration, "concurrency": parse_count, "queue": parse_amount, "queue_timeout": parse_duration,
-    "warm": parse_warm, "reuse": parse_count, "net": parse_net,
-}
-
-
 def merge_env(base: Iterable[str], overrides: Iterable[str]) -> list[str]:
-    """Return base with each override in the place of the entries of its key, or at the end."""
-    merged = list(base)
-    for entry in overrides:
-        key = entry.partition("=")[0] + "="
-        places = [i for i, old in enumerate(merged) if old.startswith(key)]
-        if places:
-            merged[places[0]] = entry
-            for i in reversed(places[1:]):
-                del merged[i]
-        else:
-            merged.append(entry)
-    return merged
+    """Return entries KEY=value, each key once: where it comes first, with the value that comes last."""
+    return list({entry.partition("=")[0]: entry for entry in (*base, *overrides)}.values())
 
 
 @dataclass
@@ -515,11 +460,14 @@ class FunctionRecord:
 
     @classmethod
     def from_json(cls, document: dict) -> FunctionRecord:
-        """Return what to_json wrote. Raises KeyError, TypeError."""
+        """Return what to_json wrote. Raises KeyError, TypeError, FaasdError."""
         versions = [VersionRecord(entry["version"], entry["deployed"], Options.from_json(entry["options"]))
                     for entry in document["versions"]]
-        return cls(document["name"], document["address"], document["first_id"], document["created"],
-                   document["updated"], versions)
+        return cls(**{**{entry.name: document[entry.name] for entry in fields(cls)}, "versions": versions})
+
+    def to_json(self) -> dict:
+        versions = [{**asdict(entry), "options": entry.options.to_json()} for entry in self.versions]
+        return {**asdict(self), "versions": versions}
 
     def check(self) -> FunctionRecord:
         """Return self if it can be one of ours. Raises BadRequest, ValueError, TypeError.
@@ -527,25 +475,18 @@ class FunctionRecord:
         A file that somebody edited must not name a path outside of ours, nor an address that is none.
         """
         check_name(self.name)
-        address = re.fullmatch(r"[0-9.]+", self.address) and ipaddress.IPv4Address(self.address)
-        if not address or not self.versions:
-            raise ValueError(f"function {self.name} has no {'version' if address else 'IPv4 address'}")
+        if str(ipaddress.IPv4Address(self.address)) != self.address or not self.versions:
+            raise ValueError(f"function {self.name} has the address {self.address!r} and {len(self.versions)} versions")
+        if not isinstance(self.first_id, int) or self.first_id < IDS:
+            raise ValueError(f"function {self.name} has the ids {self.first_id!r}")
         for entry in self.versions:
             if not re.fullmatch(r"[0-9a-f]{12}", entry.version):
                 raise ValueError(f"function {self.name} has a version {entry.version!r}")
-            entry.options.check_types().check()
-        if not isinstance(self.first_id, int) or self.first_id < IDS:
-            raise ValueError(f"function {self.name} has the ids {self.first_id!r}")
-        moments = [self.created, self.updated, *(entry.deployed for entry in self.versions)]
-        if not all(isinstance(moment, str) for moment in moments):
-            raise ValueError(f"function {self.name} has a time that is no string")
+            entry.options.check()
+        for moment in (self.created, self.updated, *(entry.deployed for entry in self.versions)):
+            if not isinstance(moment, str):
+                raise TypeError(f"function {self.name} has the time {moment!r}")
         return self
-
-    def to_json(self) -> dict:
-        return {"name": self.name, "address": self.address, "first_id": self.first_id,
-                "created": self.created, "updated": self.updated,
-                "versions": [{"version": entry.version, "deployed": entry.deployed, "options": entry.options.to_json()}
-                             for entry in self.versions]}
 
     @property
     def version(self) -> str:
@@ -572,7 +513,12 @@ class Registry:
             if document["format"] != REGISTRY_FORMAT:
                 raise FaasdError(f"{self._path} has format {document['format']!r}, this faasd knows "
                                  f"{REGISTRY_FORMAT}: use the faasd that wrote it")
-            return self._check([FunctionRecord.from_json(entry).check() for entry in document["functions"]])
+            records = [FunctionRecord.from_json(entry).check() for entry in document["functions"]]
+            for what in ("name", "address", "first_id"):
+                for value, count in collections.Counter(getattr(record, what) for record in records).items():
+                    if count > 1:
+                        raise ValueError(f"{count} functions have the {what} {value}")
+            return records
         except FileNotFoundError:
             return []
         except OSError as error:
@@ -581,16 +527,6 @@ class Registry:
             damage = f"no {error}" if isinstance(error, KeyError) else error
             raise FaasdError(f"{self._path} is damaged ({damage}): restore it from a backup, or move it away to start "
                              "without functions, which removes their images") from error
-
-    @staticmethod
-    def _check(records: list[FunctionRecord]) -> list[FunctionRecord]:
-        """Return the records if they get along with each other. Raises ValueError."""
-        for what in ("name", "address", "first_id"):
-            counts = collections.Counter(getattr(record, what) for record in records)
-            for value, count in counts.items():
-                if count > 1:
-                    raise ValueError(f"{count} functions have the {what} {value}")
-        return records
 
     def save(self, records: Iterable[FunctionRecord]) -> None:
         """Write the functions to disk, for good. Raises FaasdError; the file is then as it was."""
@@ -606,20 +542,15 @@ class Registry:
             with contextlib.suppress(OSError):      # whatever is there does not get better by our trying
                 self._new.unlink()
             raise storage_error(error, "writing the registry") from None
-        sync_rename(self._path)
+        try:
+            with opened(self._path.parent, os.O_RDONLY) as directory:
+                os.fsync(directory)
+        except OSError as error:            # to say that nothing was written would be wrong
+            log.error("%s is written, but may be an older one after a power loss: %s", self._path, error.strerror)
 
     def clear(self) -> None:
         """Remove what a daemon that was killed had begun to write. Raises OSError."""
         self._new.unlink(missing_ok=True)
-
-
-def sync_rename(path: Path) -> None:
-    """Have a file's new name on the disk too. Failure is logged: to say that nothing was written would be wrong."""
-    try:
-        with opened(path.parent, os.O_RDONLY) as directory:
-            os.fsync(directory)
-    except OSError as error:
-        log.error("%s is written, but may be an older one after a power loss: %s", path, error.strerror)
 
 
 def sync_file_system(path: Path) -> None:
@@ -3229,7 +3160,7 @@ class Cgroups:
         """
         for pid in self.processes(path):
             try:
-                with opened_process(pid) as pidfd:
+                with kept_open(os.pidfd_open(pid)) as pidfd:
                     if path in Path(f"/proc/{pid}/cgroup").read_text():
                         yield pid, pidfd
             except OSError as error:
@@ -4575,7 +4506,7 @@ class Leftovers:
             directory = stack.enter_context(opened(directory, os.O_PATH | os.O_DIRECTORY))
             number, started, name, version = os.readlink("note", dir_fd=directory).split(" ")
             pid = int(number)
-            pidfd = stack.enter_context(opened_process(pid))
+            pidfd = stack.enter_context(kept_open(os.pidfd_open(pid)))
             if not is_roots(pid) or start_time(pid) != started:
                 raise ProcessLookupError(errno.ESRCH, "its runtime has ended")
             signal.pidfd_send_signal(pidfd, 0)          # it is there still, so what was read was read of it
@@ -4627,7 +4558,7 @@ class Leftovers:
         No daemon is there to start more, and one that is missed here finds no config.json.
         """
         for pid in set(map(int, filter(str.isdigit, os.listdir("/proc")))) - survivors:
-            with contextlib.suppress(OSError), opened_process(pid) as pidfd:       # OSError: it has ended
+            with contextlib.suppress(OSError), kept_open(os.pidfd_open(pid)) as pidfd:       # OSError: it has ended
                 if self._is_our_runtime(pid):
                     log.warning("killing orphaned %s, pid %d", self._host.runtime.program, pid)
                     signal.pidfd_send_signal(pidfd, signal.SIGKILL)
@@ -5274,7 +5205,7 @@ class TarReader:
         if count < 0:
             raise ImageError("bad tar header: negative size")
         if count > self._budget:
-            raise LimitExceeded(f"a tar entry's headers are over {MAX_RECORD_SIZE} bytes (MAX_RECORD_SIZE)")
+            raise FaasdError(f"a tar entry's headers are over {MAX_RECORD_SIZE} bytes (MAX_RECORD_SIZE)", status=413)
         self._budget -= count
         data = self._stream.read(count)
         # Until Python 3.12.6 the parser's time is quadratic in the length of a run of digits (CVE-2024-6232).
@@ -5363,7 +5294,8 @@ class Archive:
         count = 0
         for count, entry in enumerate(reader, 1):
             if count > MAX_ARCHIVE_MEMBERS:
-                raise LimitExceeded(f"the archive has over {MAX_ARCHIVE_MEMBERS} members (MAX_ARCHIVE_MEMBERS)")
+                raise FaasdError(f"the archive has over {MAX_ARCHIVE_MEMBERS} members (MAX_ARCHIVE_MEMBERS)",
+                                 status=413)
             name = self._normalise(entry.name)
             self._top.add(name.split("/")[0])
             if entry.isreg() and entry.sparse is None:
@@ -5418,7 +5350,7 @@ class Archive:
         """Return the bytes of a small member, checked against the digest in its name where it has one (E.2)."""
         member = self._get(name)
         if member.size > MAX_JSON_SIZE:
-            raise LimitExceeded(f"{name!r} has {member.size} bytes, over {MAX_JSON_SIZE} (MAX_JSON_SIZE)")
+            raise FaasdError(f"{name!r} has {member.size} bytes, over {MAX_JSON_SIZE} (MAX_JSON_SIZE)", status=413)
         if member.offset is None:
             raise ImageError(f"{name!r} is not valid JSON: it looks like a layer")
         data = self._staging.read(member.offset, member.size)
@@ -5811,23 +5743,24 @@ class Budget:
 
     def _check_size(self, size: int) -> None:
         if size > self._max_size:
-            raise LimitExceeded(f"the unpacked image is over {self._max_size} bytes (--max-image-size)")
+            raise FaasdError(f"the unpacked image is over {self._max_size} bytes (--max-image-size)", status=413)
 
     def spend_entry(self) -> None:
         self.entries += 1
         if self.entries > self._max_entries:
-            raise LimitExceeded(f"the image has over {self._max_entries} files (--max-image-entries)")
+            raise FaasdError(f"the image has over {self._max_entries} files (--max-image-entries)", status=413)
 
     def spend_frame(self) -> None:
         self._frames += 1
         if self._frames > FRAMES_PER_ENTRY * self._max_entries:
-            raise LimitExceeded(f"the image is compressed in over {FRAMES_PER_ENTRY * self._max_entries} pieces "
-                                "(FRAMES_PER_ENTRY × --max-image-entries)")
+            raise FaasdError(f"the image is compressed in over {FRAMES_PER_ENTRY * self._max_entries} pieces "
+                             "(FRAMES_PER_ENTRY × --max-image-entries)", status=413)
 
     def spend_steps(self, count: int = 1) -> None:
         self._steps += count
         if self._steps > FREE_STEPS + STEPS_PER_ENTRY * self.entries:
-            raise LimitExceeded("the image's paths lead through too many links and directories (STEPS_PER_ENTRY)")
+            raise FaasdError("the image's paths lead through too many links and directories (STEPS_PER_ENTRY)",
+                             status=413)
 
 
 HASH_AHEAD = 8                      # of these chunks may wait for the thread that hashes them
@@ -6183,7 +6116,7 @@ class Rootfs:
         with open(self.host(real), "rb") as file:
             data = file.read(limit + 1)
         if len(data) > limit:
-            raise LimitExceeded(f"{show(path)} of the image is over {limit} bytes (MAX_ACCOUNTS_SIZE)")
+            raise FaasdError(f"{show(path)} of the image is over {limit} bytes (MAX_ACCOUNTS_SIZE)", status=413)
         return data
 
     def write_file(self, path: bytes, data: bytes) -> None:
@@ -6593,7 +6526,7 @@ MAX_VOLUMES = 64                    # each is a mount in every container, in mem
 def prepare_volumes(rootfs: Rootfs, paths: Collection[str]) -> list[dict]:
     """Make the directories of an image's volumes and return what their tmpfs should look like (G.4)."""
     if len(paths) > MAX_VOLUMES:
-        raise LimitExceeded(f"the image has {len(paths)} volumes: {MAX_VOLUMES} are allowed (MAX_VOLUMES)")
+        raise FaasdError(f"the image has {len(paths)} volumes: {MAX_VOLUMES} are allowed (MAX_VOLUMES)", status=413)
     volumes = {}
     for path in paths:
         what = "the image's volume"
@@ -6679,12 +6612,12 @@ def receive(descriptor: int) -> Iterator[bytes]:
 
 
 def request_body(stream: ByteStream, length: str, limit: int) -> Iterator[memoryview]:
-    """Yield the body of a request, of a length or "chunked" (RFC 9112, section 7). Raises BadRequest, LimitExceeded."""
+    """Yield the body of a request, of a length or "chunked" (RFC 9112, section 7). Raises FaasdError."""
     size = 0
     for count in chunk_sizes(stream) if length == "chunked" else [int(length)]:
         size += count
         if size > limit:
-            raise LimitExceeded(f"the archive is over {limit} bytes (--max-image-size)")
+            raise FaasdError(f"the archive is over {limit} bytes (--max-image-size)", status=413)
         yield from stream.take_all(count)
 
 
@@ -6769,7 +6702,8 @@ def unpack_image(pieces: Iterator[bytes], directory: Path, tag: str, max_size: i
                     "warnings": losses.lines()}
         text = json.dumps(document, indent=1)
         if len(text) > MAX_DESCRIPTION:         # the daemon reads it at each start
-            raise LimitExceeded(f"the image's config takes {len(text)} bytes, over {MAX_DESCRIPTION} (MAX_DESCRIPTION)")
+            raise FaasdError(f"the image's config takes {len(text)} bytes, over {MAX_DESCRIPTION} (MAX_DESCRIPTION)",
+                             status=413)
         (directory / "image.json").write_text(text)
         return document
     except OSError as error:
@@ -6820,7 +6754,7 @@ def unpack_main(daemon: str, directory: str, tag: str, *numbers: str) -> NoRetur
         document = {"error": str(error), "status": error.status}
     except MemoryError:
         document = {"error": "the image's archive needs too much memory to read (UNPACK_ADDRESS_SPACE)",
-                    "status": LimitExceeded.status}
+                    "status": 413}
     print(json.dumps(document), flush=True)
     os._exit("error" in document)       # to take the interpreter apart takes 30 ms
 
@@ -7147,7 +7081,7 @@ class ControlHandler(http.server.BaseHTTPRequestHandler):
                 over.result(timeout=1.0)
                 return task.result()
             except (asyncio.CancelledError, concurrent.futures.CancelledError):
-                raise Unavailable("faasd is stopping, or you left") from None
+                raise FaasdError("faasd is stopping, or you left", status=503) from None
             except TimeoutError:
                 if over.done():
                     raise
@@ -7218,10 +7152,10 @@ class ControlHandler(http.server.BaseHTTPRequestHandler):
     do_GET = do_POST = do_PATCH = do_DELETE = do_OPTIONS = _dispatch
 
     def _route(self, parts: list[str]) -> tuple[Callable, list[str]]:
-        """Return what of ROUTES answers, and the name of the function. Raises NotFound, or Refused with status 405."""
+        """Return what of ROUTES answers, and the name of the function. Raises FaasdError: 404, or 405."""
         pattern = tuple("*" if i == 1 and part else part for i, part in enumerate(parts))
         if pattern not in ROUTES:
-            raise NotFound(f"no such resource: /{'/'.join(parts)}")
+            raise FaasdError(f"no such resource: /{'/'.join(parts)}", status=404)
         methods = ROUTES[pattern]
         if self.command not in methods:
             raise Refused(405, f"{self.command} is not possible here, {' or '.join(methods)} is",
@@ -7583,17 +7517,17 @@ class Daemon:
 
     def _refuse_if_stopping(self) -> None:
         if self._stopping:
-            raise Unavailable("faasd is stopping")
+            raise FaasdError("faasd is stopping", status=503)
 
     @contextlib.asynccontextmanager
     async def _changing(self, name: str, what: str) -> AsyncIterator[None]:
-        """Have a name for one deploy, change or removal. Raises Conflict, Unavailable."""
+        """Have a name for one deploy, change or removal. Raises FaasdError: 409, 503."""
         self._refuse_if_stopping()
         if name in self._changes:
             raise Conflict(f"function {name}: a {self._changes[name]} is under way, try again when it is done")
         if what == "deploy" and list(self._changes.values()).count(what) >= self.settings.max_uploads:
-            raise Unavailable(f"{self.settings.max_uploads} deploys are under way already (--max-uploads): "
-                              "try again later")
+            raise FaasdError(f"{self.settings.max_uploads} deploys are under way already (--max-uploads): "
+                             "try again later", status=503)
         self._changes[name] = what
         try:
             with self._registered():
@@ -7677,8 +7611,9 @@ class Daemon:
                 raise Conflict(f"function {name} has no earlier version to go back to")
             found = [entry for entry in earlier if entry.version.startswith(wanted)][:None if wanted else 1]
             if len(found) != 1:
-                raise NotFound(f"function {name} has {'more than one' if found else 'no earlier'} version {wanted!r}: "
-                               f"`faas versions {name}` shows them")
+                count = "more than one" if found else "no earlier"
+                raise FaasdError(f"function {name} has {count} version {wanted!r}: `faas versions {name}` shows them",
+                                 status=404)
             return await self._rerun(name, found[0], "rolled back")
 
     async def _rerun(self, name: str, entry: VersionRecord, what: str) -> dict:
@@ -7984,7 +7919,7 @@ class Daemon:
 
     def _get(self, name: str) -> Function:
         if name not in self._functions:
-            raise NotFound(f"no function {name!r}: `faas list` shows those there are")
+            raise FaasdError(f"no function {name!r}: `faas list` shows those there are", status=404)
         return self._functions[name]
 
     async def health(self) -> dict:
@@ -8062,7 +7997,7 @@ class Daemon:
         return "\n".join(lines) + "\n"
 
     async def remove(self, name: str) -> dict:
-        """Drain a function and remove its address, images and log. Raises NotFound, Conflict."""
+        """Drain a function and remove its address, images and log. Raises FaasdError: 404, 409."""
         function = self._get(name)
         async with self._changing(name, "removal"):
             await to_the_end(self._remove(function))        # a client that leaves must not leave it half removed
@@ -8110,38 +8045,36 @@ def parse_arguments(argv: list[str]) -> Settings:
     """Return the settings of a command line; exits with status 2 and a line on bad usage, as argparse does."""
     parser = argparse.ArgumentParser(prog="faasd.py", description="A serverless runtime for one Linux machine.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--state-dir", type=checked(resolved_path), default="/var/lib/faasd",
-                        help="images, registry and logs")
-    parser.add_argument("--run-dir", type=checked(resolved_path), default="/run/faasd",
-                        help="control socket and containers")
-    parser.add_argument("--subnet", type=checked(parse_subnet), default="10.0.0.0/24", metavar="CIDR",
-                        help="functions get its addresses, from .10 up")
-    parser.add_argument("--port", type=checked(parse_port), default="80", help="the port functions listen on")
-    parser.add_argument("--egress-subnet", type=checked(parse_egress_subnet), default=EGRESS_SUBNET, metavar="CIDR",
-                        help="functions with --net egress get its addresses, which nobody but this machine sees")
-    parser.add_argument("--runtime", default="runc", metavar="PROGRAM", help="an OCI runtime with runc's command line")
-    parser.add_argument("--drain-timeout", type=checked(parse_duration), default="30", metavar="TIME",
-                        help="how long running invocations may go on after SIGTERM, and waiting ones after SIGHUP")
-    parser.add_argument("--max-image-size", type=checked(parse_size), default=f"{MAX_IMAGE_SIZE // GIB}g",
-                        metavar="SIZE", help="limit for an archive and for what it unpacks to")
-    parser.add_argument("--max-image-entries", type=checked(parse_count), default=str(MAX_IMAGE_ENTRIES), metavar="N",
-                        help="limit for the files of an image")
-    parser.add_argument("--max-warm", type=checked(parse_amount), default=str(default_max_warm()), metavar="N",
-                        help="limit for the containers that wait for a client, of all functions together")
-    parser.add_argument("--max-uploads", type=checked(parse_count), default=str(MAX_UPLOADS), metavar="N",
-                        help="limit for the images that are received and unpacked at a time")
-    parser.add_argument("--keep-versions", type=checked(parse_count), default="3", metavar="N",
-                        help="images kept of each function, for rollback")
-    none = argparse.SUPPRESS            # which the help does not show
-    parser.add_argument("--api", type=checked(parse_endpoint), default=none, metavar="HOST:PORT",
-                        help="serve the control API there as well, such as 127.0.0.1:9000")
-    parser.add_argument("--api-token-file", type=Path, default=none, metavar="FILE",
-                        help="the token that its clients have to send")
-    parser.add_argument("--api-host", type=str.lower, action="append", default=none, metavar="NAME",
-                        help="another name by which they reach it: a proxy's, or a translated address")
-    parser.add_argument("--log-format", choices=["text", "json"], default="text", help="of the daemon's own log")
-    parser.add_argument("-v", "--verbose", action="store_true", help="log every invocation")
-    parser.add_argument("--version", action="version", version=f"faasd {__version__}")
+    add, none = parser.add_argument, argparse.SUPPRESS          # a default that --help does not show
+    add("--state-dir", type=resolved_path, default="/var/lib/faasd", help="images, registry and logs")
+    add("--run-dir", type=resolved_path, default="/run/faasd", help="control socket and containers")
+    add("--subnet", type=parse_subnet, default="10.0.0.0/24", metavar="CIDR",
+        help="functions get its addresses, from .10 up")
+    add("--port", type=parse_port, default="80", help="the port functions listen on")
+    # Of RFC 2544's range for tests of network equipment: routed nowhere, and hardly ever anybody's network, unlike
+    # 10/8, 172.16/12, 192.168/16 (LANs, VPNs, Docker), 100.64/10 (carriers, Tailscale), 169.254/16 (which we block).
+    add("--egress-subnet", type=parse_egress_subnet, default="198.18.0.0/20", metavar="CIDR",
+        help="functions with --net egress get its addresses, which nobody but this machine sees")
+    add("--runtime", default="runc", metavar="PROGRAM", help="an OCI runtime with runc's command line")
+    add("--drain-timeout", type=parse_duration, default="30s", metavar="TIME",
+        help="how long running invocations may go on after SIGTERM, and waiting ones after SIGHUP")
+    add("--max-image-size", type=parse_size, default="16g", metavar="SIZE",
+        help="limit for an archive, for its layers uncompressed, and for their files")
+    add("--max-image-entries", type=parse_count, default="1000000", metavar="N", help="limit for the files of an image")
+    add("--max-warm", type=parse_amount, default=str(default_max_warm()), metavar="N",
+        help="limit for the containers that wait for a client, of all functions together")
+    add("--max-uploads", type=parse_count, default="8", metavar="N",
+        help="limit for the images that are received and unpacked at a time")
+    add("--keep-versions", type=parse_count, default="3", metavar="N",
+        help="images kept of each function, for rollback")
+    add("--api", type=parse_endpoint, default=none, metavar="HOST:PORT",
+        help="serve the control API there as well, such as 127.0.0.1:9000")
+    add("--api-token-file", type=Path, default=none, metavar="FILE", help="the token that its clients have to send")
+    add("--api-host", type=str.lower, action="append", default=none, metavar="NAME",
+        help="another name by which they reach it: a proxy's, or a translated address")
+    add("--log-format", choices=["text", "json"], default="text", help="of the daemon's own log")
+    add("-v", "--verbose", action="store_true", help="log every invocation")
+    add("--version", action="version", version=f"faasd {__version__}")
     settings = Settings(**vars(parser.parse_args(argv)))
     if settings.api and not settings.api_token_file:
         parser.error(f"--api needs --api-token-file FILE; {MAKE_TOKEN}")
@@ -8151,19 +8084,9 @@ def parse_arguments(argv: list[str]) -> Settings:
 
 
 def default_max_warm() -> int:
-    """Return how many warm containers suit this machine."""
+    """Return 16 warm containers for each CPU, but no more than one for each 64 MiB of memory."""
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return max(1, min((os.cpu_count() or 1) * WARM_PER_CPU, memory // WARM_MEMORY))
-
-
-def checked(parse: Callable[[str], object]) -> Callable[[str], object]:
-    """Return parse as a type for argparse, which shows the message of an ArgumentTypeError only."""
-    def convert(text: str):
-        try:
-            return parse(text)
-        except BadRequest as error:
-            raise argparse.ArgumentTypeError(str(error)) from None
-    return convert
+    return max(1, min(16 * (os.cpu_count() or 1), memory // (64 * MIB)))
 
 
 def resolved_path(text: str) -> Path:
@@ -8294,13 +8217,12 @@ def machine_warnings() -> Iterator[str]:
 def take_directories(settings: Settings) -> None:
     """Make RUN_DIR and STATE_DIR, and make sure that they are ours. Changes nothing in them. Raises UsageError."""
     state = settings.state_dir
-    try:
-        settings.run_dir.mkdir(mode=0o755, parents=True, exist_ok=True)
-        state.mkdir(mode=0o711, parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"cannot make {error.filename}: {error.strerror}") from error
-    for option, directory in (("--state-dir", state), ("--run-dir", settings.run_dir)):
-        check_directory(option, directory)
+    for name, directory, mode in (("--state-dir", state, 0o711), ("--run-dir", settings.run_dir, 0o755)):
+        try:
+            directory.mkdir(mode, parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(f"cannot make {error.filename}: {error.strerror}") from error
+        check_directory(name, directory)
     if os.statvfs(state).f_flag & os.ST_NOEXEC:
         mount = next(path for path in [state, *state.parents] if os.path.ismount(path))
         raise UsageError(f"--state-dir {state} has the images, whose programs cannot be run on {mount}, which "

@@ -40,6 +40,7 @@ FOREIGN = "s390x" if HOST != "s390x" else "amd64"
 # can name it; on the file system of the rootfs, so that a hard link would succeed.
 CANARY = f"/var/tmp/faasd-canary.{os.getpid()}"
 
+MAX_IMAGE_SIZE, MAX_IMAGE_ENTRIES = 16 << 30, 1_000_000         # the daemon's defaults
 FIRST_ID = 1 << 20          # the host id that root of an image is, where layers are applied without a child
 
 
@@ -403,8 +404,8 @@ class Refused:
     tree: dict | None = None            # what is in the rootfs then, where that matters
 
 
-def apply_layers(rootfs: Path, layers: Iterable[bytes], losses: faasd.Losses, max_size: int = faasd.MAX_IMAGE_SIZE,
-                 max_entries: int = faasd.MAX_IMAGE_ENTRIES) -> faasd.Budget:
+def apply_layers(rootfs: Path, layers: Iterable[bytes], losses: faasd.Losses, max_size: int = MAX_IMAGE_SIZE,
+                 max_entries: int = MAX_IMAGE_ENTRIES) -> faasd.Budget:
     """Apply layers as unpack_image does, and return what they used."""
     budget = faasd.Budget(max_size, max_entries)
     for data in layers:
@@ -512,8 +513,8 @@ class Sandbox(unittest.TestCase):
         path.write_bytes(data)
         return path
 
-    def unpack(self, archive: bytes, tag: str = "", max_size: int = faasd.MAX_IMAGE_SIZE,
-               max_entries: int = faasd.MAX_IMAGE_ENTRIES) -> dict:
+    def unpack(self, archive: bytes, tag: str = "", max_size: int = MAX_IMAGE_SIZE,
+               max_entries: int = MAX_IMAGE_ENTRIES) -> dict:
         """Unpack a whole image in this process, to self.image."""
         subprocess.run(["rm", "-rf", self.image], check=True)
         try:
@@ -522,8 +523,8 @@ class Sandbox(unittest.TestCase):
             self.assert_host_unchanged()
             self.assertLessEqual({path.name for path in self.directory.iterdir()}, {"image"})
 
-    def unpack_child(self, archive: bytes | Path, tag: str = "", max_size: int = faasd.MAX_IMAGE_SIZE,
-                     max_entries: int = faasd.MAX_IMAGE_ENTRIES, env: dict | None = None, before: tuple = (),
+    def unpack_child(self, archive: bytes | Path, tag: str = "", max_size: int = MAX_IMAGE_SIZE,
+                     max_entries: int = MAX_IMAGE_ENTRIES, env: dict | None = None, before: tuple = (),
                      image: Path | None = None, timeout: float = 120, parent: str = "PARENT") -> Child:
         """Run the unpacking child as the daemon does; before is a command to run it under."""
         path = archive if isinstance(archive, Path) else self.write(archive)

@@ -498,7 +498,7 @@ def client_socket(daemon: Daemon, client: socket.socket) -> int:
     """Return a duplicate of the socket that a container has of a client; 0 if none has it."""
     pids = {int(pid) for path in container_cgroups(daemon) for pid in Path(path, "cgroup.procs").read_text().split()}
     for pid in pids:
-        with contextlib.suppress(ProcessLookupError, FileNotFoundError), faasd.opened_process(pid) as pidfd:
+        with contextlib.suppress(ProcessLookupError, FileNotFoundError), faasd.kept_open(os.pidfd_open(pid)) as pidfd:
             for number in os.listdir(f"/proc/{pid}/fd"):
                 with contextlib.suppress(OSError):              # it is closed, or not connected
                     if not os.readlink(f"/proc/{pid}/fd/{number}").startswith("socket:"):

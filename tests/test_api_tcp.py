@@ -432,8 +432,8 @@ class Client(TcpCase):
             threading.Thread(target=serve_something_else, args=(other,), daemon=True).start()
             for arguments, status, words in (
                     (("--api", URL, "list"), 2, "needs the daemon's token: --token-file FILE, or $FAASD_TOKEN"),
-                    (("--api", URL, "--token-file", "/none", "list"), 2, "cannot read /none: No such file"),
-                    (("--api", URL, "--token-file", "/", "list"), 2, "cannot read /: Is a directory"),
+                    (("--api", URL, "--token-file", "/none", "list"), 1, "cannot read /none: No such file"),
+                    (("--api", URL, "--token-file", "/", "list"), 1, "cannot read /: Is a directory"),
                     (("--api", URL, *token, "--socket", "/x", "list"), 2, "not both"),
                     (("--api", "https://127.0.0.1:9000", *token, "list"), 2, "no TLS"),
                     (("--api", "127.0.0.1:9000", *token, "list"), 2, "write http://HOST:PORT"),

@@ -481,8 +481,8 @@ class Damage(Sandbox):
     def outcome_of(self, archive: bytes) -> str | None:
         shutil.rmtree(self.image, ignore_errors=True)
         try:
-            document = faasd.unpack_image(archives.pieces(io.BytesIO(archive)), self.image, "", faasd.MAX_IMAGE_SIZE,
-                                          faasd.MAX_IMAGE_ENTRIES, 0)
+            document = faasd.unpack_image(archives.pieces(io.BytesIO(archive)), self.image, "", archives.MAX_IMAGE_SIZE,
+                                          archives.MAX_IMAGE_ENTRIES, 0)
         except faasd.FaasdError as error:
             self.assert_clear(error)
             self.assertIn(error.status, (400, 413), error)

@@ -128,8 +128,8 @@ class Tools(unittest.TestCase):
         """Return image.json and the listing of the rootfs, less what faasd adds."""
         image = Path(tempfile.mkdtemp(dir=self.directory))
         with archive.open("rb", buffering=0) as source:
-            document = faasd.unpack_image(archives.pieces(source), image / "image", "", faasd.MAX_IMAGE_SIZE,
-                                          faasd.MAX_IMAGE_ENTRIES, 0)
+            document = faasd.unpack_image(archives.pieces(source), image / "image", "", archives.MAX_IMAGE_SIZE,
+                                          archives.MAX_IMAGE_ENTRIES, 0)
         listing = self.listing(image / "image/rootfs")
         shutil.rmtree(image)
         return document, listing

@@ -2,11 +2,14 @@
 
 import asyncio
 import contextlib
+import dataclasses
 import errno
 import ipaddress
 import json
 import logging
 import os
+import re
+import runpy
 import signal
 import socket
 import subprocess
@@ -17,6 +20,8 @@ from pathlib import Path
 from unittest import mock
 
 import faasd
+
+TOP = Path(faasd.__file__).parent
 
 
 class Parsing(unittest.TestCase):
@@ -55,15 +60,51 @@ class Parsing(unittest.TestCase):
             self.assertRaises(faasd.BadRequest, faasd.parse_egress_subnet, text)
 
     def test_nets(self):
-        self.assertEqual([faasd.parse_net(text) for text in faasd.NETS], ["none", "egress", "host"])
+        for text in ("none", "egress", "host"):
+            self.assertEqual(faasd.Options().changed({"net": [text]}).net, text)
         for text in ("", "Host", "bridge", "none "):
-            self.assertRaises(faasd.BadRequest, faasd.parse_net, text)
+            self.assertRaises(faasd.BadRequest, faasd.Options().changed, {"net": [text]})
 
     def test_lowest_free_address(self):
         network = faasd.Network(ipaddress.IPv4Network("10.0.0.0/28"))
         self.assertEqual(network.lowest_free([]), "10.0.0.10")
         self.assertEqual(network.lowest_free(["10.0.0.10", "10.0.0.12"]), "10.0.0.11")
         self.assertRaises(faasd.Conflict, network.lowest_free, [f"10.0.0.{n}" for n in range(10, 15)])
+
+
+class OptionsOfNew(unittest.TestCase):
+    """What `faas new` takes, by the daemon, by the client, and by the table in README.md."""
+
+    def setUp(self):
+        self.daemon = {option.name: option for option in dataclasses.fields(faasd.Options)
+                       if option.name not in ("env", "cmd")}
+        self.client = runpy.run_path(str(TOP / "faas"))
+        rows = re.findall(r"^\| `--([a-z-]+) .*? \| (.*?) \| .+ \|$", (TOP / "README.md").read_text(), re.MULTILINE)
+        self.readme = {name.replace("-", "_"): default for name, default in rows if name not in ("tag", "env-file")}
+
+    def test_names(self):
+        self.assertEqual(list(self.daemon), list(self.client["OPTIONS"]))
+        self.assertEqual(sorted(self.daemon), sorted(self.readme))
+
+    def test_defaults(self):
+        for name, option in self.daemon.items():
+            _, default, text = self.client["OPTIONS"][name]
+            for where, written in (("faas", default), ("README.md", self.readme[name].replace(" ", ""))):
+                with self.subTest(name, where=where):
+                    self.assertEqual(option.metadata["read"](written), option.default)
+            self.assertTrue(text)
+
+    def test_every_option_is_sent_and_shown(self):
+        """What the client takes for good, the daemon does, and `faas info` has a text for."""
+        for name, option in self.daemon.items():
+            kind, default, _ = self.client["OPTIONS"][name]
+            with self.subTest(name):
+                self.assertEqual(kind.type(default), default)
+                self.assertTrue(kind.show(faasd.Options().to_json()[name]))
+                self.assertEqual(faasd.Options().changed({name: [default]}), faasd.Options())
+
+    def test_defaults_are_values_that_may_be(self):
+        self.assertEqual(faasd.Options().check(), faasd.Options.from_json(faasd.Options().to_json()))
 
 
 class Text(unittest.TestCase):
