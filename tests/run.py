@@ -1,26 +1,38 @@
 #!/usr/bin/env python3
-"""Run faasd's tests with nothing but unittest: `python3 tests/run.py [-v] [tests/test_x.py…]`.
+"""Run faasd's tests with nothing but unittest: `python3 tests/run.py [-v] [--workers N] [tests/test_x.py…]`.
 
-One line per file as it finishes, tracebacks of what failed, then what was skipped, a line `skipped: N: reason` for each
-reason, and the closing line `N passed, N failed[, N skipped]`. Exit status 1 if a test failed, or if none ran. A test
-counts once, however many of its subtests fail or are skipped; an error outside of a test (import, setUpClass) counts as
-one failure. Tests expect root and a network namespace of their own: ./test.sh makes that.
+Each file runs in a process and a network namespace of its own, and ends with a look for what it has left: processes, mounts,
+cgroups, addresses, directories. As many run at a time as there are CPUs, those that take long first. What a file
+prints comes in one piece when it has ended; with one at a time, as it goes.
+
+One line per file, tracebacks of what failed, then what was skipped, a line `skipped: N: reason` for each reason, and the closing
+line `N passed, N failed[, N skipped]`. Exit status 1 if a test failed, or if none ran. A test counts once, however many
+of its subtests fail or are skipped; an error outside of a test (import, setUpClass, something left) counts as one failure.
 """
 
 from __future__ import annotations
 
 import argparse
 import collections
+import ctypes
 import importlib.util
+import json
 import os
 import signal
+import subprocess
 import sys
+import tempfile
 import time
 import traceback
 import unittest
 from pathlib import Path
+from typing import NamedTuple
 
 TESTS = Path(__file__).resolve().parent
+LONGEST = ("hostile_clients", "deploy", "crash", "pool", "restart", "invocation", "hostile", "local_users", "output", "docker",
+           "daemon", "faults", "cut", "archive", "soak", "api_tcp", "pack", "cli", "bench")     # the longest first
+MAX_WORKERS = 4
+PR_SET_PDEATHSIG = 1
 TEST_SECONDS = 600 * int(os.environ.get("FAASD_TEST_PATIENCE", "1"))      # for one test; only a hang takes longer
 
 
@@ -103,6 +115,17 @@ class FileResult(unittest.TestResult):
     def addUnexpectedSuccess(self, test):
         self._problem(test, "succeeded, but is marked as an expected failure\n")
 
+    def report(self) -> Report:
+        return Report(len(self.passed), len(self.broken), self.left_out, self.reasons)
+
+
+class Report(NamedTuple):
+    """What the process of one file tells the one that started it."""
+    passed: int
+    failed: int
+    skipped: list[tuple[str, str]]
+    reasons: list[str]
+
 
 def describe(err) -> str:
     """The traceback without unittest's own frames around the test."""
@@ -123,7 +146,7 @@ def load(path: Path) -> unittest.TestSuite:
 
 
 def run_file(path: Path, verbose: bool) -> FileResult:
-    """Run one file, print its line and the tracebacks of what failed."""
+    """Run one file in this process, print its line and the tracebacks of what failed."""
     result = FileResult(verbose)
     start = time.monotonic()
 
@@ -142,10 +165,13 @@ def run_file(path: Path, verbose: bool) -> FileResult:
         result.reasons.append(str(skip))
     except (Exception, SystemExit):
         result.broken.append((path.stem, [describe(sys.exc_info())]))
+    if "support" in sys.modules and (left := sys.modules["support"].leftovers()):
+        result.broken.append((f"{path.stem} has left behind", left))
     counts = f"{len(result.passed)} passed"
     counts += f", {len(result.broken)} FAILED" if result.broken else ""
     counts += f", {len(result.left_out)} skipped" if result.left_out else ""
-    print(f"{show(path):32}  {counts}  {time.monotonic() - start:.1f} s", flush=True)
+    cpu = sum(os.times()[:4])
+    print(f"{show(path):32}  {counts}  {time.monotonic() - start:.1f} s, {cpu:.1f} s of CPU", flush=True)
     for name, problems in result.broken:
         print(f"\n--- {name}")
         for text in problems:
@@ -153,6 +179,77 @@ def run_file(path: Path, verbose: bool) -> FileResult:
     if result.broken:
         print()
     return result
+
+
+class Runner:
+    """Runs files, each in a process and a network namespace of its own, some at a time."""
+
+    def __init__(self, files: list[Path], workers: int, verbose: bool, directory: str):
+        """directory is where the processes share byte code and layers of images, and leave their reports."""
+        self.waiting = sorted(files, key=self._place)
+        self.workers, self.directory = workers, directory
+        self.options = ["-v"] if verbose else []
+        self.running: dict[int, tuple[subprocess.Popen, Path]] = {}
+        self.reports: list[Report] = []
+
+    @staticmethod
+    def _place(path: Path) -> int:
+        name = path.stem.removeprefix("test_")
+        return LONGEST.index(name) if name in LONGEST else len(LONGEST)
+
+    def run(self) -> list[Report]:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._interrupt)
+        while self.waiting or self.running:
+            while self.waiting and len(self.running) < self.workers:
+                self._start(self.waiting.pop(0))
+            self._collect(os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOWAIT).si_pid)
+        return self.reports
+
+    def _interrupt(self, number, frame) -> None:
+        self.waiting = []
+        for process, _ in self.running.values():
+            process.send_signal(signal.SIGTERM)
+
+    def _start(self, path: Path) -> None:
+        environment = {**os.environ, "FAASD_TEST_CACHE": self.directory}
+        environment.pop("PYTHONDONTWRITEBYTECODE", None)
+        command = ["unshare", "--net", "--", "sh", "-c", 'ip link set lo up && exec "$@"', "sh", sys.executable, "-X",
+                   f"pycache_prefix={self.directory}/byte-code", __file__, *self.options,
+                   "--report", self._file(path, "report"), str(path)]
+        with open(self._file(path, "output"), "wb") as output:
+            process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, start_new_session=True,
+                                       stdout=output if self.workers > 1 else None,
+                                       stderr=output if self.workers > 1 else None)
+        self.running[process.pid] = (process, path)
+
+    def _file(self, path: Path, kind: str) -> str:
+        return f"{self.directory}/{path.stem}.{kind}"
+
+    def _collect(self, pid: int) -> None:
+        """Show what a process that has ended has printed, and keep its report."""
+        if pid not in self.running:             # an orphan, if we are process 1 of a namespace
+            os.waitpid(pid, 0)
+            return
+        process, path = self.running.pop(pid)
+        status = process.wait()
+        sys.stdout.write(Path(self._file(path, "output")).read_text(errors="replace"))
+        try:
+            self.reports.append(Report(*json.loads(Path(self._file(path, "report")).read_text())))
+        except (FileNotFoundError, ValueError):
+            print(f"{show(path):32}  FAILED: the process of its tests ended with status {status}")
+            self.reports.append(Report(0, 1, [], []))
+        sys.stdout.flush()
+
+
+def run_inside(path: Path, verbose: bool, report: Path) -> int:
+    """Be the process of one file."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    signal.signal(signal.SIGHUP, lambda number, frame: None)        # a terminal's end is for who started us to judge
+    sys.path[:0] = [str(TESTS), str(TESTS.parent)]
+    result = run_file(path, verbose).report()
+    report.write_text(json.dumps(result))
+    return 0
 
 
 def reset_signals() -> None:
@@ -175,6 +272,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Run faasd's tests.")
     parser.add_argument("-v", "--verbose", action="store_true", help="print every test and its seconds")
     parser.add_argument("--soak", metavar="SECONDS", help="how long each of those tests takes that may take any time")
+    parser.add_argument("--workers", type=int, default=min(len(os.sched_getaffinity(0)), MAX_WORKERS), metavar="N",
+                        help="how many files run at a time (default: the number of CPUs, at most %d)" % MAX_WORKERS)
+    parser.add_argument("--report", type=Path, help=argparse.SUPPRESS)      # in the process of one file
     parser.add_argument("files", nargs="*", type=Path, metavar="FILE", help="tests/test_*.py by default")
     arguments = parser.parse_args()
     if arguments.soak:
@@ -184,19 +284,17 @@ def main() -> int:
         parser.error(f"no such test file: {missing[0]}")
     reset_signals()
     os.chdir(TESTS.parent)
-    sys.path[:0] = [str(TESTS), str(TESTS.parent)]
-    results = []
-    for path in files:
-        results.append(run_file(path, arguments.verbose))
-        if results[-1].shouldStop:
-            break
-    for name, reason in [skip for result in results for skip in result.left_out]:
+    if arguments.report:
+        return run_inside(files[0], arguments.verbose, arguments.report)
+    workers = max(1, min(arguments.workers, len(files)))
+    with tempfile.TemporaryDirectory(prefix="faasd-tests.") as directory:
+        reports = Runner(files, workers, arguments.verbose, directory).run()
+    for name, reason in [skip for report in reports for skip in report.skipped]:
         print(f"skipped {name}: {reason}")
-    for reason, count in collections.Counter(reason for result in results for reason in result.reasons).most_common():
+    for reason, count in collections.Counter(reason for report in reports for reason in report.reasons).most_common():
         print(f"skipped: {count}: {reason}")
-    passed, failed, skipped = (sum(map(len, lists)) for lists in (
-        [result.passed for result in results], [result.broken for result in results],
-        [result.left_out for result in results]))
+    passed, failed, skipped = (sum(counts) for counts in zip(
+        *((report.passed, report.failed, len(report.skipped)) for report in reports), strict=True))
     print(f"{passed} passed, {failed} failed" + (f", {skipped} skipped" if skipped else ""), flush=True)
     return 0 if passed and not failed else 1
 

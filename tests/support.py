@@ -1,6 +1,6 @@
 """What integration tests share: a real daemon in temporary directories, images with a handler of ours, snapshots.
 
-Everything a test makes carries PREFIX in its name, so that tests/test_zz_leftovers.py can look for what is left.
+Everything a test makes carries PREFIX in its name, so that tests/run.py can look for what a file has left: leftovers().
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ import tarfile
 import tempfile
 import time
 import unittest
+import urllib.parse
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -36,26 +37,30 @@ sys.path.insert(0, str(TOP))
 import faasd  # noqa: E402
 
 PREFIX = f"faasd-test.{secrets.token_hex(3)}."         # of this run: another may be under way
-BYTE_CODE = tempfile.TemporaryDirectory(prefix="faasd-byte-code.")
+SCRATCH = None if "FAASD_TEST_CACHE" in os.environ else tempfile.TemporaryDirectory(prefix="faasd-tests.")
+CACHE = Path(os.environ.get("FAASD_TEST_CACHE") or SCRATCH.name)       # what all files of a run share: layers, byte code
 RUN_DIRS: set[Path] = set()                             # of all daemons of this run
 HANDLER = Path(__file__).with_name("handler.py")
 RUNTIME = os.environ.get("FAASD_TEST_RUNTIME", "runc")     # the --runtime of every daemon that does not ask for another
 # For anything that must happen at all; no test is about how fast. A machine that is emulated takes ten times as long.
 PATIENCE = int(os.environ.get("FAASD_TEST_PATIENCE", "1"))
 READY_SECONDS = 30 * PATIENCE
+DEPLOY_SECONDS = 10 * READY_SECONDS
 
 
 # A network namespace that nobody has set up has no routes; this machine's own has some.
 IN_PRIVATE_NETWORK = len(Path("/proc/net/route").read_text().splitlines()) <= 1
 
 
-def wait_until(condition, what: str, seconds: float = READY_SECONDS):
+def wait_until(condition, what: str, seconds: float = READY_SECONDS, longest_pause: float = 0.1):
     """Return the first true value of condition(); fail if there is none in time."""
     deadline = time.monotonic() + seconds
+    pause = 0.01
     while not (value := condition()):
         if time.monotonic() > deadline:
             raise AssertionError(f"still not so after {seconds} s: {what}")
-        time.sleep(0.01)
+        time.sleep(pause)
+        pause = min(pause * 1.5, longest_pause)
     return value
 
 
@@ -80,6 +85,20 @@ def python_layer(*more: str) -> bytes:
 
     With byte code, as `faas pack` makes it. Tests unpack it hundreds of times.
     """
+    made = CACHE / f"python-{'-'.join(more)}.tar"
+    if not made.exists():
+        replace(made, make_python_layer(more))
+    return made.read_bytes()
+
+
+def replace(path: Path, content: bytes) -> None:
+    """Write a file that another process may be reading, or writing too."""
+    new = path.with_name(f"{path.name}.{os.getpid()}")
+    new.write_bytes(content)
+    new.rename(path)
+
+
+def make_python_layer(more: tuple[str, ...]) -> bytes:
     script = f"import sys, {', '.join((*MODULES, *more))}\nfor module in list(sys.modules.values()):\n" \
              "    print(getattr(module, '__file__', None) or '')"
     loaded = subprocess.run([PYTHON, "-I", "-c", script], capture_output=True, text=True, check=True).stdout.split()
@@ -174,7 +193,7 @@ class Daemon:
         settings = "".join(f"faasd.{name} = {value}; " for name, value in (self.constants or {}).items())
         program = (f"import sys; sys.path.insert(0, {str(TOP)!r}); sys.argv[0] = 'faasd.py'; import faasd; {settings}"
                    "sys.exit(faasd.main(sys.argv[1:]))")
-        return [*self.wrapper, sys.executable, "-X", f"pycache_prefix={BYTE_CODE.name}", "-c", program, "--state-dir",
+        return [*self.wrapper, sys.executable, "-X", f"pycache_prefix={CACHE}/byte-code", "-c", program, "--state-dir",
                 str(self.state_dir), "--run-dir", str(self.run_dir), "--runtime", RUNTIME, *self.arguments]
 
     def start(self) -> Daemon:
@@ -189,10 +208,23 @@ class Daemon:
             return "ready: " in self.log()[begin:]
         try:
             wait_until(ready, "faasd is ready")
+            self.give_byte_code()
         except BaseException:
             self.kill()
             raise
         return self
+
+    def give_byte_code(self) -> None:
+        """Spare the first unpacking child the compiling of the daemon's copy of faasd.py: half a second each time."""
+        compiled = CACHE / "program.pyc"
+        if not compiled.exists():
+            new = f"{compiled}.{os.getpid()}"
+            py_compile.compile(faasd.__file__, new, "faasd.py", doraise=True,
+                               invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH)
+            os.rename(new, compiled)
+        with contextlib.suppress(FileNotFoundError, FileExistsError):       # it keeps none, or has begun to
+            (self.run_dir / "program" / "__pycache__").mkdir()
+            shutil.copyfile(compiled, self.run_dir / f"program/__pycache__/faasd.{sys.implementation.cache_tag}.pyc")
 
     def log(self) -> str:
         return (self.directory / "log").read_text()
@@ -256,13 +288,32 @@ class Daemon:
         return result
 
     def deploy(self, name: str, image: bytes | None = None, *options: str) -> str:
-        """Deploy through the CLI and return the address."""
-        out = self.faas("new", name, *options, stdin=image or handler_image()).stdout
-        return re.fullmatch(rf"✓ Deployed {name} at ([\d.]+)\n", out)[1]
+        """Deploy as the CLI does, with the options that it takes, and return the address."""
+        query, body = option_query(options), image or handler_image()
+        query.setdefault("warm", ["0"])
+        if PATIENCE > 1:
+            query.setdefault("start_timeout", [str(10 * PATIENCE)])
+        path = f"/functions/{name}?{urllib.parse.urlencode(query, doseq=True)}"
+        status, answer = self.api("POST", path, body, DEPLOY_SECONDS)
+        if status not in (200, 201):
+            raise AssertionError(f"deploy of {name}: {status}: {answer.decode()}{self.log()[-2000:]}")
+        return json.loads(answer)["address"]
 
-    def api(self, method: str, path: str, body: bytes = b"") -> tuple[int, bytes]:
+    def set(self, name: str, *options: str) -> dict:
+        """Change options, as the CLI takes them."""
+        return self.post("PATCH", f"/functions/{name}?{urllib.parse.urlencode(option_query(options), doseq=True)}")
+
+    def remove(self, *names: str) -> None:
+        for name in names:
+            status, answer = self.api("DELETE", f"/functions/{name}", seconds=DEPLOY_SECONDS)
+            assert status == 200, answer
+
+    def function_log(self, name: str) -> str:
+        return self.api("GET", f"/functions/{name}/logs")[1].decode()
+
+    def api(self, method: str, path: str, body: bytes = b"", seconds: float = READY_SECONDS) -> tuple[int, bytes]:
         """Send one request to the control API; return status and body."""
-        connection = UnixConnection(self.socket)
+        connection = UnixConnection(self.socket, seconds)
         with contextlib.closing(connection):
             with contextlib.suppress(BrokenPipeError):  # it has answered, and closed, before it has read the body
                 connection.request(method, path, body, {"Content-Type": "application/x-tar"} if body else {})
@@ -315,14 +366,27 @@ class Daemon:
 
 
 class UnixConnection(http.client.HTTPConnection):
-    def __init__(self, path: Path):
-        super().__init__("localhost", timeout=READY_SECONDS)
+    def __init__(self, path: Path, seconds: float):
+        super().__init__("localhost", timeout=seconds)
         self._path = str(path)
 
     def connect(self) -> None:
         self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self.sock.settimeout(READY_SECONDS)
+        self.sock.settimeout(self.timeout)
         self.sock.connect(self._path)
+
+
+def option_query(options: Iterable[str]) -> dict[str, list[str]]:
+    """Return options of `faas new` and `faas set` as the API takes them."""
+    query: dict[str, list[str]] = {}
+    words = iter(options)
+    for word in words:
+        if word == "--":
+            query["cmd"] = list(words)
+        else:
+            key = {"-e": "env"}.get(word, word.removeprefix("--").replace("-", "_"))
+            query.setdefault(key, []).append(next(words))
+    return query
 
 
 def curl(*arguments: str, check: bool = True) -> str:
@@ -419,6 +483,13 @@ def remains(daemon: Daemon) -> list[str]:
     return found
 
 
+def leftovers() -> list[str]:
+    """Return what the tests of this process have left."""
+    found = [*processes(), *mounts(), *cgroup_directories(), *addresses(), *networks()]
+    found += [f"guard of {run_dir}" for run_dir in RUN_DIRS if guards(run_dir)]
+    return found + [str(path) for top in (tempfile.gettempdir(), "/var/tmp") for path in Path(top).glob(f"{PREFIX}*")]
+
+
 def footprint(daemon: Daemon, before: dict | None = None) -> dict[str, object]:
     """Return what must be the same before and after any number of invocations.
 
@@ -437,7 +508,7 @@ def footprint(daemon: Daemon, before: dict | None = None) -> dict[str, object]:
 def list_containers(daemon: Daemon) -> list[str]:
     """Return what the runtime lists; without a root directory it knows nothing, which newer ones call an error."""
     root = daemon.run_dir / "runc"
-    if not root.exists():
+    if not root.exists() or not os.listdir(root):       # an empty one too: tests ask for this time and again
         return []
 
     def ask() -> subprocess.CompletedProcess | None:        # it fails if a container ends while it looks

@@ -124,7 +124,7 @@ class Stop(CutCase):
             daemon.deploy(name)
         followers = {name: self.client(daemon, "logs", "-f", name) for name in ("f", "g")}
         wait_until(lambda: len(re.findall("GET /functions/./logs", daemon.log())) == 2, "both follow")
-        daemon.faas("rm", "f")
+        daemon.remove("f")
         self.assertIn(b"deployed", followers["f"].communicate()[0])
         daemon.stop()
         for follower in followers.values():
@@ -187,7 +187,7 @@ class Lacking(CutCase):
         address = daemon.deploy("f", None, "--warm", "0")
         self.assertEqual(get(address, "/newlines?2000000"), (200, "written"))
         daemon.wait_idle("f")
-        log = daemon.faas("logs", "f").stdout
+        log = daemon.function_log("f")
         self.assertLess(len(log), 3 << 20)
         self.assertEqual(len(re.findall(r"\(output over \d+ bytes is dropped\)", log)), 1)
         self.assertIn("deployed", log)

@@ -208,7 +208,7 @@ class Restart(unittest.TestCase):
         with support.Daemon() as daemon:
             addresses = {name: daemon.deploy(name, support.handler_image(label=name)) for name in ("a", "b", "c")}
             self.assertEqual(sorted(addresses.values()), ["10.0.0.10", "10.0.0.11", "10.0.0.12"])
-            daemon.faas("rm", "b")
+            daemon.remove("b")
             before = {name: daemon.info(name) for name in ("a", "c")}
             daemon.stop()
             daemon.start()

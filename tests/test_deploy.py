@@ -105,7 +105,7 @@ def start(count):
         status, body = get(address)
         self.assertEqual(status, 502)
         self.assertIn("after it had hit --pids without an answer", body)
-        self.assertIn("(it has hit --pids: a process or thread was refused)", self.daemon.faas("logs", "f").stdout)
+        self.assertIn("(it has hit --pids: a process or thread was refused)", self.daemon.function_log("f"))
 
     def test_who_only_prints_so_has_not(self):
         source = "import sys\nprint('thread\\n' * 300, flush=True)\nsys.exit('can not fork')"
@@ -140,7 +140,7 @@ print(open("/secret").read(), *(oct(stat.S_IMODE(os.stat(path).st_mode)) for pat
 """ + support.HANDLER.read_text()
         self.daemon.deploy("f", with_layer(odd, source, User="1000:1000", Volumes={"/volume": {}}), "--warm", "1")
         self.daemon.wait_warm("f", 1)
-        self.assertIn("by list 0o1777 0o1777 0o1733 0o755 0o1777\n", self.daemon.faas("logs", "f").stdout)
+        self.assertIn("by list 0o1777 0o1777 0o1733 0o755 0o1777\n", self.daemon.function_log("f"))
         acl = os.getxattr(self.daemon.rootfs("f") / "secret", "system.posix_acl_access")
         first = json.loads((self.daemon.rootfs("f").parent / "image.json").read_text())["first_id"]
         self.assertEqual(struct.unpack_from("<I", acl, 16)[0], first + 1000)
@@ -168,7 +168,7 @@ class Deploy(DeployCase):
         self.assertEqual(row[:7], ["hello", "10.0.0.10", "ready", "0", "0", "1", "test:latest"])
         info = self.daemon.info("hello")
         self.assertEqual((info["options"]["memory"], info["options"]["cpus"]), (64 << 20, 0.5))
-        self.assertEqual(self.daemon.faas("logs", "hello").stdout.count("outcome=answered"), 1)
+        self.assertEqual(self.daemon.function_log("hello").count("outcome=answered"), 1)
         self.assertEqual(self.daemon.faas("rm", "hello").returncode, 0)
         self.assert_nothing_there("hello")
         with self.assertRaises(OSError):
@@ -225,7 +225,7 @@ class Deploy(DeployCase):
 
     def test_logs(self):
         address = self.daemon.deploy("f")
-        self.assertEqual(self.daemon.faas("logs", "f").stdout.count("\n"), 1)       # the deploy itself
+        self.assertEqual(self.daemon.function_log("f").count("\n"), 1)       # the deploy itself
         for number in range(3):
             get(address, f"/{number}")
         self.daemon.wait_idle("f")
@@ -485,7 +485,7 @@ class Rerun(DeployCase):
         self.assertEqual(self.daemon.info("f")["state"], "broken")
         answer = json.loads(self.daemon.faas("--json", "set", "f", "--memory", "256m").stdout)
         self.assertEqual((answer["state"], answer["options"]["memory"]), ("ready", 256 << 20))
-        self.assertRegex(self.daemon.faas("logs", "f").stdout, "> changed version=")
+        self.assertRegex(self.daemon.function_log("f"), "> changed version=")
         self.assertEqual(get(answer["address"])[0], 200)
 
     def test_damaged_image_is_told(self):

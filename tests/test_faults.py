@@ -173,7 +173,7 @@ class Space(FaultCase):
         self.assertEqual(ask(self.g)[9:12], "200")
         daemon.wait_idle("g")
         self.assertNotEqual(daemon.faas("logs", "g", "-n", "1").stdout, lines)
-        for line in daemon.faas("logs", "g").stdout.splitlines():
+        for line in daemon.function_log("g").splitlines():
             self.assertRegex(line, r"^\S+Z \S+ [|>] [^|>]+$")      # none was cut, with the next one behind it
 
     def test_inodes_are_used_up(self):
@@ -226,7 +226,7 @@ class Logs(FaultCase):
                 run("umount", str(logs))
         self.all_is_well()
         self.deploy("h")
-        self.assertIn("deployed", daemon.faas("logs", "h").stdout)
+        self.assertIn("deployed", daemon.function_log("h"))
 
     def test_logs_are_deleted(self):
         daemon = self.start()
@@ -234,7 +234,7 @@ class Logs(FaultCase):
             shutil.rmtree(daemon.state_dir / "logs")
             self.assertEqual(get(self.f)[0], 200)
             daemon.wait_idle("f")
-            self.assertEqual(daemon.faas("logs", "f").stdout.count("outcome=answered"), 1)
+            self.assertEqual(daemon.function_log("f").count("outcome=answered"), 1)
         self.all_is_well()
 
 

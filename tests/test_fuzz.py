@@ -368,7 +368,7 @@ class ControlApi(unittest.TestCase):
         wait_until(lambda: not list((self.daemon.state_dir / "tmp").iterdir()), "no upload is left")
         names = [function["name"] for function in json.loads(self.daemon.api("GET", "/functions")[1])["functions"]]
         self.assertEqual(names, ["good", "victim"])
-        self.daemon.faas("rm", "victim")
+        self.daemon.remove("victim")
         self.daemon.wait_warm("good", 1)
         wait_until(lambda: self.count()[0] <= descriptors,
                    f"as before, {descriptors} descriptors are open (FAASD_FUZZ_SEED={SEED})")

@@ -573,10 +573,10 @@ class Ends(HostileCase):
         self.assertEqual(self.ask("/stop_everything"), "stays")
 
     def test_warm_containers_full_of_processes(self):
-        self.daemon.faas("set", "hostile", "--warm", "2", "-e", "AT_START=fork_at_start")
+        self.daemon.set("hostile", "--warm", "2", "-e", "AT_START=fork_at_start")
         self.daemon.wait_warm("hostile", 2)
         self.assertEqual(self.ask("/zombies"), 0)
-        self.daemon.faas("set", "hostile", "--warm", "0", "--unset-env", "AT_START")
+        self.daemon.set("hostile", "--warm", "0", "--unset-env", "AT_START")
 
 
 class Ordinary(HostileCase):
@@ -604,4 +604,4 @@ class Ordinary(HostileCase):
                     self.assertEqual(code, 0, out)
                     self.assertIn(expected, out)
         finally:
-            self.daemon.faas("rm", "ordinary")
+            self.daemon.remove("ordinary")

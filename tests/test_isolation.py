@@ -202,7 +202,7 @@ class Lasting(unittest.TestCase):
                 daemon.deploy(name)
             before = self.first_ids()
             self.assertEqual(len(set(before.values())), 3)
-            daemon.faas("rm", "b")
+            daemon.remove("b")
             daemon.stop()
             daemon.start()
             addresses = {name: daemon.deploy(name, support.handler_image(label="2")) for name in "ac"}

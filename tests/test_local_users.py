@@ -735,7 +735,7 @@ class Addresses(LocalUserCase):
     def test_put_back_by_itself(self):
         daemon = self.start()
         addresses = [daemon.deploy(name, support.small_image()) for name in "abc"]
-        daemon.faas("rm", "b")
+        daemon.remove("b")
         self.flush()
         wait_until(lambda: support.addresses() == ["10.0.0.10/32", "10.0.0.12/32"], "they are back")
         self.assertEqual([get(address)[0] for address in (addresses[0], addresses[2])], [200, 200])
@@ -771,7 +771,7 @@ class Promises(LocalUserCase):
         daemon.start()
         self.assertIn("functions were promised 4 warm containers, and --max-warm is 2", daemon.log())
         daemon.faas("new", "b", "--warm", "auto", stdin=support.small_image())
-        daemon.faas("set", "b", "--memory", "256m")
+        daemon.set("b", "--memory", "256m")
         result = daemon.faas("set", "b", "--warm", "1", check=False)
         self.assertIn("warm 1: only 0 of 2 warm containers are not promised to other functions", result.stderr)
 

@@ -442,19 +442,19 @@ class Modes(unittest.TestCase):
         self.assertEqual(requested(address, f"/try?{INTERNET}"), {INTERNET: "ENETUNREACH"})
         self.assertEqual((link_of("f"), support.mounts(f"{self.daemon.run_dir}/net")), (None, []))
 
-        self.daemon.faas("set", "f", "--net", "egress")
+        self.daemon.set("f", "--net", "egress")
         self.assertEqual(requested(address, f"/try?{INTERNET}"), BY_NAT)
         self.assertEqual(self.daemon.info("f")["options"]["net"], "egress")
         self.assertRegex(self.daemon.faas("info", "f").stdout, r"(?m)^net: +egress$")
 
-        self.daemon.faas("set", "f", "--net", "host")
+        self.daemon.set("f", "--net", "host")
         facts = requested(address, "/facts")
         self.assertTrue({"wan", "lan", "meta"} < set(facts["interfaces"]), facts)
         self.assertEqual((facts["resolv"], facts["sys"], facts["raw"]), (RESOLV_CONF, [], "EPERM"))
         self.assertEqual(requested(address, "/try?tcp:127.0.0.1:8080"), {"tcp:127.0.0.1:8080": "host saw 127.0.0.1"})
         self.assert_gone("f")
 
-        self.daemon.faas("set", "f", "--net", "none")
+        self.daemon.set("f", "--net", "none")
         self.assertEqual(requested(address, "/facts")["interfaces"], ["lo"])
 
     def assert_gone(self, name: str) -> None:
@@ -470,11 +470,11 @@ class Modes(unittest.TestCase):
         with socket.create_connection((address, 80), timeout=support.READY_SECONDS) as client:
             client.sendall(f"GET /late?{INTERNET} HTTP/1.1\r\n\r\n".encode())
             self.assertEqual(client.recv(100), b"connected\n")
-            self.daemon.faas("set", "g", "--net", "egress")
-            self.daemon.faas("rm", "g")
+            self.daemon.set("g", "--net", "egress")
+            self.daemon.remove("g")
             self.assertEqual((link_of("g"), os.listdir(self.daemon.run_dir / "net")), (None, ["f"]))
             self.assertEqual(len(re.findall(r'"faas\w+-\d+" \. ', run("nft", "list", "ruleset"))), 1)
-            self.daemon.faas("set", "f", "--net", "none")
+            self.daemon.set("f", "--net", "none")
             self.assertEqual(requested(address, "/facts")["interfaces"], ["lo"])
             client.sendall(b"x")
             answer = b"".join(iter(lambda: client.recv(1000), b""))
@@ -583,7 +583,7 @@ class Daemons(unittest.TestCase):
             status, body = daemon.api("PATCH", "/functions/f?net=egress")
             self.assertEqual((status, json.loads(body)["error"]),
                              (409, "net egress needs the nft program: apt install nftables"))
-            daemon.faas("rm", "f")
+            daemon.remove("f")
 
     def test_what_the_machine_lacks(self):
         """Each is one line, and the function goes on as it was."""
@@ -613,7 +613,7 @@ class Daemons(unittest.TestCase):
         refuse(409, "sysctl -w net.ipv4.ip_forward=1")
         set_sysctl("wan/forwarding", "1")       # as the message says, this is enough
         with rules(STRICT_FIREWALL):
-            daemon.faas("set", "f", "--net", "egress")
+            daemon.set("f", "--net", "egress")
         self.assertIn("chain forward of nftables table ip firewall drops what it does not know", daemon.log())
         self.assertEqual(requested(address, f"/try?{INTERNET}"), BY_NAT)
 

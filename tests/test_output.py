@@ -100,7 +100,7 @@ class Handlers(OutputCase):
         finally:
             daemon.process.send_signal(signal.SIGCONT)
         client.close()
-        wait_until(lambda: "| printed\n" in daemon.faas("logs", "f").stdout, "what was written before is in the log")
+        wait_until(lambda: "| printed\n" in daemon.function_log("f"), "what was written before is in the log")
 
     def test_who_holds_the_lock_of_its_pipe_does_not_go_on(self):
         """The next daemon starts without it; those who hold nothing go on."""
@@ -271,7 +271,7 @@ class OwnLog(OutputCase):
         self.assertGreater(told()[1], told()[0])
         busy.close()
         daemon.wait_idle("f")
-        log = daemon.faas("logs", "f").stdout
+        log = daemon.function_log("f")
         self.assertEqual(log.count("outcome=abandoned"), 1000)
         self.assertLess(max(map(len, (log + daemon.log()).splitlines())), 500)
 

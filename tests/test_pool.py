@@ -123,7 +123,7 @@ class Warm(PoolCase):
         self.daemon.post("PATCH", "/functions/f?warm=1")
         wait_until(lambda: not redeployed & set(support.list_containers(self.daemon)), "those before the change too")
         self.daemon.wait_warm("f", 1)
-        self.daemon.faas("rm", "f")
+        self.daemon.remove("f")
         self.assertEqual(support.list_containers(self.daemon), [])
 
 
@@ -162,7 +162,7 @@ class WarmOld(PoolCase):
         def replaced():
             counts.add(self.daemon.info("f")["warm"])
             return before not in support.list_containers(self.daemon)
-        wait_until(replaced, "the old one is replaced")
+        wait_until(replaced, "the old one is replaced", longest_pause=0.01)
         self.assertNotIn(0, counts)
 
 
@@ -220,7 +220,7 @@ class Admission(PoolCase):
         running.close()
         for client in waiting:
             self.assertIn(b"200 OK", response(client))
-        log = self.daemon.faas("logs", "f").stdout
+        log = self.daemon.function_log("f")
         self.assertEqual(re.findall(r"POST /(\d)", log), list("123456"))
 
     def test_waited_too_long(self):
@@ -243,7 +243,7 @@ class Admission(PoolCase):
         self.assertIn(b"hello /3", response(waiting[2]))
         self.daemon.wait_idle("f")
         self.assertEqual(self.daemon.outcomes("f"), {"answered": 2, "abandoned": 2})
-        log = self.daemon.faas("logs", "f").stdout
+        log = self.daemon.function_log("f")
         self.assertEqual(len(re.findall(r" - > outcome=abandoned", log)), 2)
 
     def test_client_that_closes_its_own_direction_still_gets_its_answer(self):

@@ -171,7 +171,7 @@ class FunctionCgroups(RestartCase):
         self.expect(daemon, *names)
         containers = {Path(path).name: Path(path).parent.name for path in support.container_cgroups(daemon)}
         self.assertEqual(sorted(containers.values()), sorted(f"function-{name}" for name in names))
-        daemon.faas("rm", "a")
+        daemon.remove("a")
         self.expect(daemon, *names[1:])
         daemon.kill()
         daemon.start()
@@ -208,7 +208,7 @@ class FunctionCgroups(RestartCase):
                 self.expect(daemon, "g")
                 self.release(daemon, "go")
                 self.assertTrue(client.rest().endswith("done\n"))
-                daemon.faas("rm", "g")
+                daemon.remove("g")
                 self.check_nothing_left(daemon)
                 self.assertEqual(daemon.stop(), 0)
                 self.assertEqual(support.remains(daemon), [])
@@ -554,7 +554,7 @@ class Kept(RestartCase):
         address = self.deploy(daemon)
         self.leave(daemon)
         manager.start()
-        daemon.faas("rm", "f")
+        daemon.remove("f")
         wait_until(lambda: manager.names() == [], "nothing is kept")
         self.assertEqual(self.deploy(daemon), address)
         self.assertEqual(get(address), (200, "1"))
@@ -591,15 +591,15 @@ class Kept(RestartCase):
         daemon, manager = self.managed()
         addresses = [self.deploy(daemon), daemon.deploy("reused")]
         before = self.measure(daemon, addresses)
-        daemon.faas("set", "f", "--warm", "auto")
-        daemon.faas("set", "reused", "--reuse", "20")
+        daemon.set("f", "--warm", "auto")
+        daemon.set("reused", "--reuse", "20")
         with steady_load(addresses * 2) as failures:
             for _ in range(RESTARTS):
                 self.leave(daemon)
                 manager.start()
         self.assertEqual(failures, [])
         for name in ("f", "reused"):
-            daemon.faas("set", name, "--warm", "0", "--reuse", "1")
+            daemon.set(name, "--warm", "0", "--reuse", "1")
         self.assertEqual(self.measure(daemon, addresses), before)
         self.assertEqual(len(manager.names()), 2)
 

@@ -77,7 +77,7 @@ class Soak(unittest.TestCase):
             self.daemon.post("PATCH", f"/functions/{name}?memory={256 + number % 2}m")
             self.daemon.post("POST", f"/functions/{name}/rollback")
             self.daemon.deploy("passing", self.images[0], "--warm", "2")
-            self.daemon.faas("rm", "passing")
+            self.daemon.remove("passing")
             if self.over.wait(2):
                 return
 
