@@ -208,8 +208,8 @@ class Runner:
 
     def _interrupt(self, number, frame) -> None:
         self.waiting = []
-        for process, _ in self.running.values():
-            process.send_signal(signal.SIGTERM)
+        for pid in self.running:                # none is reaped before _collect() has it
+            os.kill(pid, signal.SIGTERM)
 
     def _start(self, path: Path) -> None:
         environment = {**os.environ, "FAASD_TEST_CACHE": self.directory}
@@ -293,8 +293,8 @@ def main() -> int:
         print(f"skipped {name}: {reason}")
     for reason, count in collections.Counter(reason for report in reports for reason in report.reasons).most_common():
         print(f"skipped: {count}: {reason}")
-    passed, failed, skipped = (sum(counts) for counts in zip(
-        *((report.passed, report.failed, len(report.skipped)) for report in reports), strict=True))
+    passed, failed = sum(report.passed for report in reports), sum(report.failed for report in reports)
+    skipped = sum(len(report.skipped) for report in reports)
     print(f"{passed} passed, {failed} failed" + (f", {skipped} skipped" if skipped else ""), flush=True)
     return 0 if passed and not failed else 1
 

@@ -484,10 +484,14 @@ def remains(daemon: Daemon) -> list[str]:
 
 
 def leftovers() -> list[str]:
-    """Return what the tests of this process have left."""
-    found = [*processes(), *mounts(), *cgroup_directories(), *addresses(), *networks()]
-    found += [f"guard of {run_dir}" for run_dir in RUN_DIRS if guards(run_dir)]
-    return found + [str(path) for top in (tempfile.gettempdir(), "/var/tmp") for path in Path(top).glob(f"{PREFIX}*")]
+    """Return what the tests of this process have left, once what is on its way out is gone."""
+    def look() -> list[str]:
+        found = [*processes(), *mounts(), *cgroup_directories(), *addresses(), *networks()]
+        found += [f"guard of {run_dir}" for run_dir in RUN_DIRS if guards(run_dir)]
+        return found + [str(path) for top in (tempfile.gettempdir(), "/var/tmp") for path in Path(top).glob(f"{PREFIX}*")]
+    with contextlib.suppress(AssertionError):
+        wait_until(lambda: not look(), "all is gone", 5)
+    return look()
 
 
 def footprint(daemon: Daemon, before: dict | None = None) -> dict[str, object]:

@@ -81,10 +81,11 @@ class ClientLeaves(CutCase):
 class Stop(CutCase):
     def test_connections_that_the_kernel_has_completed_are_answered(self):
         daemon = self.start("--drain-timeout", "5m")
-        address = daemon.deploy("f", None, "--concurrency", "8", "--queue-timeout", "5m")   # the machine may be busy
+        address = daemon.deploy("f", support.small_image(), "--concurrency", "8", "--queue-timeout", "5m", "--timeout", "5m",
+                                "--start-timeout", "5m")       # the machine may be busy
         daemon.process.send_signal(signal.SIGSTOP)
         clients = []
-        for _ in range(150):
+        for _ in range(100):
             client = socket.create_connection((address, 80), timeout=support.READY_SECONDS)
             self.addCleanup(client.close)
             client.sendall(b"GET / HTTP/1.1\r\n\r\n")

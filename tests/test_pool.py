@@ -1,5 +1,6 @@
 """Warm pool, admission, reuse, and what is counted: a real daemon with real containers."""
 
+import contextlib
 import os
 import re
 import shutil
@@ -331,9 +332,13 @@ class Reuse(PoolCase):
         hanging = [request(address, "/hang") for _ in range(3)]
         self.assertEqual(get(address)[0], 200)
         self.daemon.wait_outcomes("f", {"answered": 4})
+        for client in hanging:                  # a container that is killed earlier would have its client go to the next
+            os.close(wait_until(lambda client=client: support.client_socket(self.daemon, client), "its handler has it"))
         self.assertEqual(self.daemon.info("f")["running"], 3)
-        for container in support.list_containers(self.daemon):
-            os.kill(init_pid(self.daemon, container), signal.SIGKILL)
+        for directory in support.container_cgroups(self.daemon):
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):    # it has ended by itself
+                for pid in Path(directory, "cgroup.procs").read_text().split():
+                    os.kill(int(pid), signal.SIGKILL)
         self.assertEqual({response(client)[:12] for client in hanging}, {b"HTTP/1.1 502"})
 
     def test_waiting_clients_cost_no_cpu(self):

@@ -33,15 +33,35 @@ class Skips(unittest.TestCase):
         pass
 '''
 
+LEAVES = '''
+import support, unittest
+class Leaves(unittest.TestCase):
+    def test_directory(self):
+        support.temporary_directory()
+'''
+PAIR = '''
+import pathlib, support, unittest
+class Pair(unittest.TestCase):
+    def test_other_is_there_too(self):
+        place = pathlib.Path(__file__)
+        place.with_suffix(".begun").touch()
+        other = place.with_name({"test_a.py": "test_b.begun", "test_b.py": "test_a.begun"}[place.name])
+        support.wait_until(other.exists, "the other file runs")
+        print("first half of", place.name, flush=True)
+        print("second half of", place.name, flush=True)
+'''
+
 
 class Runner(unittest.TestCase):
-    def run_tests(self, source: str, *wrapper: str, **more) -> str:
+    def run_tests(self, source: str, *wrapper: str, names: tuple[str, ...] = ("x",), status: int = 0, **more) -> str:
         with tempfile.TemporaryDirectory() as directory:
-            file = Path(directory, "test_x.py")
-            file.write_text(source)
-            result = subprocess.run([*wrapper, sys.executable, RUN, file], stdin=subprocess.DEVNULL, text=True,
-                                    stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False, **more)
-        self.assertEqual(result.returncode, 0, result.stdout)
+            files = [Path(directory, f"test_{name}.py") for name in names]
+            for file in files:
+                file.write_text(source)
+            command = [*wrapper, sys.executable, RUN, "--workers", str(len(files)), *files]
+            result = subprocess.run(command, stdin=subprocess.DEVNULL, text=True, stdout=subprocess.PIPE,
+                                    stderr=subprocess.STDOUT, check=False, **more)
+        self.assertEqual(result.returncode, status, result.stdout)
         return result.stdout
 
     def test_signals_ignored_or_blocked_around_it_are_not_inherited_by_what_tests_start(self):
@@ -55,6 +75,23 @@ class Runner(unittest.TestCase):
         self.assertEqual(re.findall("^skipped: .*$", out, re.MULTILINE),
                          ["skipped: 3: no node", "skipped: 1: no busybox"])
         self.assertTrue(out.endswith("1 passed, 0 failed, 2 skipped\n"), out)
+
+    def test_what_a_file_leaves_is_a_failure(self):
+        out = self.run_tests(LEAVES, status=1)
+        left, = re.findall(r"^--- test_x has left behind\n +(/\S+)$", out, re.MULTILINE)
+        self.addCleanup(Path(left).rmdir)
+        self.assertTrue(out.endswith("1 passed, 1 failed\n"), out)
+
+    def test_files_run_beside_each_other_and_each_prints_in_one_piece(self):
+        out = self.run_tests(PAIR, names=("a", "b"))
+        for name in "ab":
+            self.assertRegex(out, rf"(?m)^first half of test_{name}.py\nsecond half of test_{name}.py\n.*test_{name}.py  ")
+        self.assertTrue(out.endswith("2 passed, 0 failed\n"), out)
+
+    def test_process_that_dies_is_a_failure(self):
+        out = self.run_tests("import os\nos._exit(0)\n", status=1)
+        self.assertIn("ended with status 0", out)
+        self.assertTrue(out.endswith("0 passed, 1 failed\n"), out)
 
 
 if __name__ == "__main__":

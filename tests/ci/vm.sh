@@ -21,7 +21,7 @@ fi
 # What is asked at start; profiles, cgroups and their limits, out of memory; what the kernel refuses and counts; networks; the
 # unit below systemd 257, which does not run with cgroup v1, and what outlives the daemon.
 files=()
-for name in machine isolation packaging restart network hostile invocation zz_leftovers; do
+for name in machine isolation packaging restart network hostile invocation; do
     files+=("tests/test_$name.py")
 done
 [ $# -gt 0 ] || set -- "${files[@]}"
@@ -49,7 +49,7 @@ apparmor_parser -r packaging/apparmor-faasd-default
 echo "vm: \$(python3 --version), \$($runtime --version | head -n 1), \$(systemctl --version | head -n 1), kernel \$(uname -r)," \
     "\$(stat -f -c %T /sys/fs/cgroup), AppArmor \$(cat /sys/module/apparmor/parameters/enabled)"
 $export_runtime
-PYTHONUNBUFFERED=1 FAASD_TEST_PATIENCE=$patience ./test.sh $(printf '%q ' "$@")
+PYTHONUNBUFFERED=1 FAASD_TEST_PATIENCE=$patience ./test.sh --workers 1 $(printf '%q ' "$@")
 JOB
 cat >"$work/root/etc/systemd/system/job.service" <<UNIT
 [Service]
