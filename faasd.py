@@ -61,7 +61,7 @@ Top to bottom, in the order in which a request meets it:
     The warm pool               Pool, Demand, Starter
     A container                 Container, OutputReader, Workers
     What a container is made of Bundle, seccomp, Runtime, Cgroups
-    Its place on this machine   IdRanges, Network, ListenerStore, AddressGuard
+    Its place on this machine   IdRanges, Addresses, ListenerStore, AddressGuard
     Networks                    EgressNetworks, for --net egress
     Where containers live       ContainerHost, the trial container at start, Leftovers of the daemon before
     Logs and metrics            FunctionLog, Statistics
@@ -3331,21 +3331,16 @@ def inspect_process(pid: int) -> dict:
 # ---------------------------------------------------------------------------------------------------------------------
 
 SUBORDINATE_USER = "faasd"          # whose entry in /etc/subuid and /etc/subgid gives us other ids
+IDS = 65_536                        # user ids, and group ids, that a container has
+FIRST_ID, LAST_ID = 0x7000_0000, 0x7FFE_FFFF    # host ids for them where /etc/subuid has none for us: the ids that are
+                                    # nobody's and that every program can hold (systemd's UIDS-GIDS.md)
 
 
 def subordinate_ids(path: Path) -> range | None:
     """Return the ids that a file such as /etc/subuid gives us (subuid(5)), None if it has no entry for us."""
-    with contextlib.suppress(FileNotFoundError):
-        for line in path.read_text().splitlines():
-            match = re.fullmatch(rf"{SUBORDINATE_USER}:([0-9]{{1,10}}):([0-9]{{1,10}})", line.strip())
-            if match:
-                return range(int(match[1]), int(match[1]) + int(match[2]))
-    return None
-
-
-IDS = 65_536                        # user ids, and group ids, that a container has
-FIRST_ID, LAST_ID = 0x7000_0000, 0x7FFE_FFFF    # host ids for them where /etc/subuid has none for us: the ids that are
-                                    # nobody's and that every program can hold (systemd's UIDS-GIDS.md)
+    entry = rf"^[ \t]*{SUBORDINATE_USER}:([0-9]{{1,10}}):([0-9]{{1,10}})[ \t]*$"
+    match = re.search(entry, read_text(path), re.MULTILINE)
+    return range(int(match[1]), int(match[1]) + int(match[2])) if match else None
 
 
 def find_host_ids(directory: Path = Path("/etc")) -> range:
@@ -3374,7 +3369,7 @@ class IdRanges:
         self._taken: set[int] = set()
         self._namespaces: dict[int, int] = {}   # user namespaces with the ids of a range: first id → descriptor
         self._making = asyncio.Lock()
-        self.can_make = True                    # and the runtime joins what we make: see ContainerHost.probe
+        self.can_make = True                    # and the runtime joins what we make: see probe_machine
 
     def take(self) -> int:
         """Return the first id of a free range, which is taken from now on. Raises Conflict when there is none."""
@@ -3442,16 +3437,22 @@ def ip_json(*arguments: str) -> list[dict]:
         raise UsageError(f"faasd needs the ip of iproute2, not BusyBox's: apt install iproute2 ({error})") from error
 
 
-def find_user(subnet: ipaddress.IPv4Network, is_ours: Callable[[str, str], bool]) -> str | None:
+def ip_addresses(*arguments: str) -> Iterator[tuple[str, dict]]:
+    """Yield interface and description of the IPv4 addresses that `ip addr show` lists. Raises FaasdError."""
+    for link in ip_json("addr", "show", *arguments):
+        for entry in link.get("addr_info", []):
+            yield link["ifname"], entry
+
+
+def find_holder(subnet: ipaddress.IPv4Network, is_ours: Callable[[str, str], bool]) -> str | None:
     """Return to whom a part of subnet is assigned or routed, None if to nobody.
 
-    is_ours tells by interface and label (of an address) what does not count. Raises FaasdError.
+    What is_ours says of an interface and an address's label does not count. Raises FaasdError.
     """
-    for link in ip_json("addr", "show"):
-        for address in link.get("addr_info", []):
-            network = ipaddress.ip_network(f"{address['local']}/{address['prefixlen']}", strict=False)
-            if network.overlaps(subnet) and not is_ours(link["ifname"], address.get("label", "")):
-                return f"{network} is assigned to {link['ifname']}"
+    for interface, entry in ip_addresses():
+        network = ipaddress.ip_network(f"{entry['local']}/{entry['prefixlen']}", strict=False)
+        if network.overlaps(subnet) and not is_ours(interface, entry.get("label", "")):
+            return f"{network} is assigned to {interface}"
     for route in ip_json("route", "show", "table", "all"):
         if route.get("type", "unicast") == "unicast" and route["dst"] != "default":
             network = ipaddress.ip_network(route["dst"], strict=False)
@@ -3461,8 +3462,11 @@ def find_user(subnet: ipaddress.IPv4Network, is_ours: Callable[[str, str], bool]
     return None
 
 
+UCRED = struct.Struct("3i")         # struct ucred of unix(7): pid, uid, gid
+
+
 def is_roots_listener(name: bytes) -> bool:
-    """Whether root listens on a Unix socket (SO_PEERCRED in unix(7)). One that answers nobody is taken for nobody's."""
+    """Return whether root listens on a Unix socket (SO_PEERCRED in unix(7)). One that answers nobody is nobody's."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as probe:
         try:
             probe.connect(name)
@@ -3476,7 +3480,7 @@ ADDRESS_LABEL = "lo:faas"           # how our addresses are told from everybody 
 FIRST_HOST = 10                     # the first function's address is .10
 
 
-class Network:
+class Addresses:
     """Addresses of one subnet on `lo`, one for each function.
 
     Each is a /32: a /24 on lo would swallow the user's LAN. The label tells them from everybody else's.
@@ -3485,9 +3489,9 @@ class Network:
     def __init__(self, subnet: ipaddress.IPv4Network):
         self.subnet = subnet
         self._claim: socket.socket | None = None
-        self._added: set[str] = set()
-        self.missing: set[str] = set()          # of these, those that somebody has taken from lo
-        self._lingering: set[str] = set()       # not wanted any more, but `ip` failed to take them away
+        self._wanted: set[str] = set()
+        self._unwanted: set[str] = set()        # those that functions had; not all need to be gone
+        self.missing: set[str] = set()          # wanted, but somebody has taken them from lo
         self._lock = threading.Lock()           # held to change lo
 
     def claim(self) -> None:
@@ -3495,16 +3499,16 @@ class Network:
         loopback = next((link for link in ip_json("addr", "show") if link.get("ifname") == "lo"), {})
         if "UP" not in loopback.get("flags", []):
             raise UsageError("the loopback interface is down: ip link set lo up")
-        user = find_user(self.subnet, lambda interface, label: label == ADDRESS_LABEL)
-        if user:
-            self._refuse(user)
-        self._claim_from_daemons()
+        holder = find_holder(self.subnet, lambda interface, label: label == ADDRESS_LABEL) or self._find_rival()
+        if holder:
+            raise UsageError(f"subnet {self.subnet} is in use: {holder}; choose another with --subnet")
 
-    def _claim_from_daemons(self) -> None:
-        """Listen on an abstract Unix socket named after the subnet: those are per network namespace, as addresses are.
+    def _find_rival(self) -> str | None:
+        """Listen on an abstract Unix socket named after the subnet, and return what other daemon has claimed it so.
 
-        Anybody can make one, of any name. So each of ours ends in a number that nobody can have taken, and of the
-        others' only those count of which the kernel says that root listens there.
+        Such sockets are per network namespace, as addresses are. Anybody can make one, of any name. So each of ours
+        ends in a number that nobody can have taken, and of the others only those count of which the kernel says that
+        root listens there.
         """
         name = f"faasd/{self.subnet}/{secrets.token_hex(8)}".encode()
         self._claim = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
@@ -3519,12 +3523,13 @@ class Network:
             with contextlib.suppress(ValueError):
                 theirs = ipaddress.IPv4Network(subnet.decode())
                 if other != name and theirs.overlaps(self.subnet) and is_roots_listener(b"\0" + other):
-                    self._refuse(f"another faasd uses {theirs}")
+                    return f"another faasd uses {theirs}"
+        return None
 
     def greet(self, workers: Workers) -> None:
         """From now on, close the connections of daemons that want to know who listens: too many, and they get none.
 
-        In a thread: whoever closes a Unix socket may have to close what handlers left in theirs (before Linux 6.10).
+        In a thread: closing a Unix socket may take closing what handlers left in theirs (before Linux 6.10).
         """
         def accept() -> None:
             try:
@@ -3536,28 +3541,23 @@ class Network:
                 workers.loop.remove_reader(self._claim)
         workers.loop.add_reader(self._claim, accept)
 
-    def _refuse(self, reason: str) -> None:
-        raise UsageError(f"subnet {self.subnet} is in use: {reason}; choose another with --subnet")
-
     def has(self, address: str) -> bool:
         return ipaddress.ip_address(address) in self.subnet
 
     def lowest_free(self, taken: Iterable[str]) -> str:
         """Return the lowest address from .10 up that no function has. Raises Conflict when there is none."""
         used = set(taken)
-        first = int(self.subnet.network_address) + FIRST_HOST
-        for number in range(first, int(self.subnet.broadcast_address)):
-            address = str(ipaddress.IPv4Address(number))
-            if address not in used:
-                return address
+        for number in range(FIRST_HOST, self.subnet.num_addresses - 1):         # the last one is for broadcasts
+            if str(self.subnet[number]) not in used:
+                return str(self.subnet[number])
         raise Conflict(f"subnet {self.subnet} has no free address: remove a function, or start with a larger --subnet")
 
     def add(self, address: str) -> None:
         """Put a function's address on lo, where it may be already. Raises FaasdError."""
         with self._lock:
             self._put(address)
-            self._added.add(address)
-            self._lingering.discard(address)
+            self._wanted.add(address)
+            self._unwanted.discard(address)
 
     def _put(self, address: str) -> None:
         run_command(f"cannot add {address} to lo", "ip", "addr", "replace", f"{address}/32", "dev", "lo", "label",
@@ -3568,12 +3568,10 @@ class Network:
         """Put back the addresses that somebody has taken from lo; return whether they are there. Failure is logged."""
         with self._lock:
             try:
-                there = {entry["local"] for link in ip_json("addr", "show", "dev", "lo")
-                         for entry in link.get("addr_info", [])}
+                self.missing = self._wanted - {entry["local"] for _, entry in ip_addresses("dev", "lo")}
             except FaasdError as error:
                 log.error("%s", error)
                 return False
-            self.missing = self._added - there
             for address in sorted(self.missing):
                 log.warning("somebody has taken %s from lo: putting it back", address)
                 try:
@@ -3582,35 +3580,36 @@ class Network:
                     log.error("%s", error)
             return not self.missing
 
-    def remove(self, address: str) -> None:
-        """Take an address that we added from lo; failure is logged, and the next removal tries again."""
+    def remove(self, *addresses: str) -> None:
+        """Take addresses from lo that functions had; failure is logged, and the next removal tries again."""
         with self._lock:
-            if address in self._added:
-                self._added.discard(address)
-                self._lingering.add(address)
-            self._lingering = {address for address in self._lingering if not self._delete(address)}
+            self._wanted.difference_update(addresses)
+            self._unwanted.update(addresses)
+            try:
+                there = self._labelled()
+            except FaasdError as error:
+                log.error("%s", error)
+                return
+            for address in sorted(self._unwanted & there):
+                try_command(f"cannot remove {address} from lo", "ip", "addr", "del", f"{address}/32", "dev", "lo",
+                            "label", ADDRESS_LABEL)
 
     def remove_all(self) -> None:
-        for address in list(self._added):
-            self.remove(address)
+        self.remove(*self._wanted)
 
     def remove_stale(self, known: set[str]) -> None:
-        """Take addresses from lo that we have not added: with our label, and of our subnet or a function's.
+        """Take addresses from lo that no function wants: with our label, and of our subnet or a function's.
 
         For when all functions are back. Those of a function stay on lo all along: connections run on them.
         """
-        for link in ip_json("addr", "show", "dev", "lo"):
-            for entry in link.get("addr_info", []):
-                ours = entry["local"] in known or ipaddress.ip_address(entry["local"]) in self.subnet
-                if entry.get("label") == ADDRESS_LABEL and ours and entry["local"] not in self._added:
-                    log.warning("removing address %s that the daemon before left", entry["local"])
-                    self._delete(entry["local"])
+        stale = {address for address in self._labelled() if address in known or self.has(address)} - self._wanted
+        for address in stale:
+            log.warning("removing address %s that the daemon before left", address)
+        self.remove(*stale)
 
     @staticmethod
-    def _delete(address: str) -> bool:
-        """Take an address from lo; return whether that could be done. Failure is logged."""
-        return try_command(f"cannot remove {address} from lo", "ip", "addr", "del", f"{address}/32", "dev", "lo",
-                           "label", ADDRESS_LABEL)
+    def _labelled() -> set[str]:
+        return {entry["local"] for _, entry in ip_addresses("dev", "lo") if entry.get("label") == ADDRESS_LABEL}
 
 
 CLIENT_KEEPALIVE = (60, 10, 6)      # TCP_KEEPIDLE, _KEEPINTVL (seconds), _KEEPCNT: 2 min until a vanished host is gone
@@ -3670,26 +3669,21 @@ def notify_service_manager(state: str, *descriptors: int) -> None:
 LISTEN_FDS_START = 3                # the first descriptor that a service manager passes (sd_listen_fds(3))
 
 
-def inherited_descriptors() -> dict[int, str]:
-    """Return the descriptors that the service manager has passed to us, with their names (sd_listen_fds(3))."""
-    count, names, pid = (os.environ.pop(name, "") for name in ("LISTEN_FDS", "LISTEN_FDNAMES", "LISTEN_PID"))
-    if pid != str(os.getpid()):                 # they were meant for somebody else
-        return {}
-    numbers = range(LISTEN_FDS_START, LISTEN_FDS_START + int(count))
-    return dict(zip(numbers, itertools.chain(names.split(":"), itertools.repeat("unknown"))))
-
-
 class ListenerStore:
     """Opens listening sockets, which the service manager keeps while no daemon runs: nobody is refused meanwhile.
 
     This is systemd's file descriptor store (FileDescriptorStoreMax= in the unit). A socket goes there when it is made,
-    comes back when the service is restarted, and is recognised by what it is bound to. Where nobody keeps sockets,
-    they are only opened.
+    comes back when the service is restarted (sd_listen_fds(3)), and is recognised by what it is bound to. Where nobody
+    keeps sockets, they are only opened.
     """
 
     def __init__(self) -> None:
         self._kept: dict[tuple[str, int], socket.socket] = {}
-        for descriptor, name in inherited_descriptors().items():
+        count, names, pid = (os.environ.pop(name, "") for name in ("LISTEN_FDS", "LISTEN_FDNAMES", "LISTEN_PID"))
+        if pid != str(os.getpid()):             # they were meant for somebody else
+            return
+        descriptors = range(LISTEN_FDS_START, LISTEN_FDS_START + int(count))
+        for descriptor, name in zip(descriptors, itertools.chain(names.split(":"), itertools.repeat("unknown"))):
             os.set_inheritable(descriptor, False)
             listener = listener_of(descriptor)
             if listener is not None:
@@ -3765,7 +3759,7 @@ def keep_to_address(listener: socket.socket) -> None:
     listener.setsockopt(socket.SOL_SOCKET, SO_LOCK_FILTER, 1)
 
 
-SYS_FSOPEN = 430                    # likewise; then come fsconfig and fsmount (Linux 5.2)
+SYS_FSOPEN = 430                    # the same on every architecture; then come fsconfig and fsmount (Linux 5.2)
 SYS_BPF, SYS_UNSHARE = {"x86_64": 321}, {"x86_64": 272}        # 280 and 97 elsewhere
 
 
@@ -3776,12 +3770,9 @@ def mount_cgroup2() -> int:
     all mounts of cgroup v2 anew (nsdelegate, memory_recursiveprot).
     """
     system_call(SYS_UNSHARE.get(platform.machine(), 97), CLONE_NEWCGROUP)
-    context = system_call(SYS_FSOPEN, b"cgroup2", 1)                    # FSOPEN_CLOEXEC
-    try:
+    with kept_open(system_call(SYS_FSOPEN, b"cgroup2", 1)) as context:    # FSOPEN_CLOEXEC
         system_call(SYS_FSOPEN + 1, context, 6, 0, 0, 0)                # fsconfig: FSCONFIG_CMD_CREATE
         return system_call(SYS_FSOPEN + 2, context, 1, 0)               # fsmount: FSMOUNT_CLOEXEC
-    finally:
-        os.close(context)
 
 
 @contextlib.contextmanager
@@ -3790,10 +3781,8 @@ def top_cgroup() -> Iterator[int]:
     tops = [mount for mount, kind in read_mounts() if kind == "cgroup2"]
     with concurrent.futures.ThreadPoolExecutor(1) as executor:
         descriptor = os.open(tops[0], os.O_RDONLY) if tops else executor.submit(mount_cgroup2).result()
-    try:
+    with kept_open(descriptor):
         yield descriptor
-    finally:
-        os.close(descriptor)
 
 
 def bpf(command: int, layout: str, *values: int | bytes) -> int:
@@ -3828,12 +3817,9 @@ class AddressGuard:
         """Guard the addresses of the subnet; take away what the daemon before has left. Raises OSError."""
         with top_cgroup() as cgroup:
             for kind in GUARDED_CALLS:
-                program = self._load(kind)
-                try:
+                with kept_open(self._load(kind)) as program:
                     bpf(BPF_PROG_ATTACH, "5I", cgroup, program, kind, BPF_F_ALLOW_MULTI, 0)
                     self._detach(cgroup, kind, but=self._describe(program)[0])
-                finally:
-                    os.close(program)
 
     def detach(self) -> None:
         """Take away what attach() has left. Raises OSError."""
@@ -3847,12 +3833,9 @@ class AddressGuard:
         bpf(BPF_PROG_QUERY, "4IQ2I", cgroup, kind, 0, 0, ctypes.addressof(ids), len(ids), 0)
         for number in filter(None, ids):
             with contextlib.suppress(FileNotFoundError):        # another daemon has just taken its own away
-                program = bpf(BPF_PROG_GET_FD_BY_ID, "3I", number, 0, 0)
-                try:
-                    if self._describe(program)[1] == self._name and number != but:
+                with kept_open(bpf(BPF_PROG_GET_FD_BY_ID, "3I", number, 0, 0)) as program:
+                    if number != but and self._describe(program)[1] == self._name:
                         bpf(BPF_PROG_DETACH, "5I", cgroup, program, kind, 0, 0)
-                finally:
-                    os.close(program)
 
     @staticmethod
     def _describe(program: int) -> tuple[int, bytes]:
@@ -3934,9 +3917,6 @@ class NetlinkWatch:
             if kind == self._kind and self._mark in data[:length]:
                 self._on_change()
             data = data[max(16, length + 3 & ~3):]
-
-
-UCRED = struct.Struct("3i")             # struct ucred of unix(7): pid, uid, gid
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -4038,7 +4018,7 @@ class EgressNetworks:
     def _check_machine(self) -> None:
         if shutil.which("nft") is None:
             raise Conflict("net egress needs the nft program: apt install nftables")
-        user = find_user(self._subnet, lambda interface, label: interface.startswith(self._prefix))
+        user = find_holder(self._subnet, lambda interface, label: interface.startswith(self._prefix))
         if not user and self._subnet.overlaps(self._public):
             user = f"functions listen on {self._public}"
         if user:
@@ -7263,11 +7243,11 @@ DISCARD_SECONDS = 3.0               # for which a start, a stop or a deploy wait
 class Daemon:
     """Owns the functions and takes them through deploy, restart, removal and stop."""
 
-    def __init__(self, settings: Settings, network: Network, ids: IdRanges):
+    def __init__(self, settings: Settings, addresses: Addresses, ids: IdRanges):
         self.settings = settings
         self.loop = asyncio.get_running_loop()
         self.runtime_version = ""
-        self._network = network
+        self._addresses = addresses
         self._ids = ids
         self._egress = EgressNetworks(settings.run_dir, settings.egress_subnet, settings.subnet, settings.port)
         self._rules_watch = NetlinkWatch(NETLINK_NETFILTER, 1 << NFNLGRP_NFTABLES - 1, NFT_DELTABLE,
@@ -7316,7 +7296,7 @@ class Daemon:
         for warning in (runc_warning(self.runtime_version), *machine_warnings()):
             if warning:
                 log.warning("%s", warning)
-        self._network.greet(self._host.workers)
+        self._addresses.greet(self._host.workers)
         self._address_watch.open()
         self._in_background(self._keep_addresses())
         records = self._registry.load()
@@ -7338,7 +7318,7 @@ class Daemon:
                 log.warning("functions were promised %d warm containers, and --max-warm is %d: some get fewer",
                             self._promised(), self.settings.max_warm)
             self._listeners.forget_unclaimed()
-            self._network.remove_stale({record.address for record in records})
+            self._addresses.remove_stale({record.address for record in records})
             servers.insert(0, UnixControlServer(self.settings.run_dir / "faasd.sock", self))
             for server in servers:
                 server.open()
@@ -7421,7 +7401,7 @@ class Daemon:
         """
         function = self._functions[record.name] = self._make_function(record)
         try:
-            if not self._network.has(record.address):
+            if not self._addresses.has(record.address):
                 raise FaasdError(f"its address {record.address} is not in {self.settings.subnet}: start faasd with the "
                                  "--subnet that it was deployed under, or deploy it again for a new address")
             version = self._load_version(record.name, record.versions[0])
@@ -7488,7 +7468,7 @@ class Daemon:
             await asyncio.to_thread(self._guard.detach)
         except OSError as error:
             log.info("cannot take away the guard of the addresses: %s", error.strerror)
-        self._network.remove_all()
+        self._addresses.remove_all()
         await self._host.workers.run(self._leftovers.remove)       # there should be none
         await self._run_egress(self._egress.remove_all)
         for path in self.settings.run_dir.glob("resolv.conf.*"):
@@ -7762,7 +7742,7 @@ class Daemon:
         while await self._address_lost.wait():
             self._address_lost.clear()
             try:
-                restored = await asyncio.to_thread(self._network.restore)
+                restored = await asyncio.to_thread(self._addresses.restore)
             except RuntimeError as error:       # there is no thread to be had
                 log.error("cannot look for our addresses: %s", error)
                 restored = False
@@ -7811,8 +7791,8 @@ class Daemon:
     async def _open_new(self, name: str, old: Function | None, version: Version, container: Container) -> Function:
         """Give a new function, or a broken one, its address and write it down; undo all of it on an error."""
         taken = [function.record.address for function in self._functions.values()]
-        keep = old is not None and self._network.has(old.record.address)
-        address = old.record.address if keep else self._network.lowest_free(taken)
+        keep = old is not None and self._addresses.has(old.record.address)
+        address = old.record.address if keep else self._addresses.lowest_free(taken)
         created = old.record.created if old else timestamp()
         record = FunctionRecord(name, address, version.bundle.first_id, created, timestamp(),
                                 self._versions(old, version))
@@ -7832,7 +7812,7 @@ class Daemon:
     async def _replace(self, function: Function, version: Version, container: Container) -> None:
         """Make version the function's, for invocations that start from now on."""
         before = function.record
-        await asyncio.to_thread(self._network.add, before.address)      # somebody may have taken it from lo
+        await asyncio.to_thread(self._addresses.add, before.address)      # somebody may have taken it from lo
         function.record = replace(before, updated=timestamp(), versions=self._versions(function, version))
         try:
             await self._save(self._functions)
@@ -7890,11 +7870,11 @@ class Daemon:
     async def _open_function(self, function: Function) -> None:
         """Put the function's address on lo and listen there; undo it on an error. Raises FaasdError."""
         address = function.record.address
-        await asyncio.to_thread(self._network.add, address)
+        await asyncio.to_thread(self._addresses.add, address)
         try:
             function.listen(self._listeners.open(address, self.settings.port))
         except BaseException:
-            await asyncio.to_thread(self._network.remove, address)
+            await asyncio.to_thread(self._addresses.remove, address)
             raise
 
     async def _close_function(self, function: Function) -> None:
@@ -7902,7 +7882,7 @@ class Daemon:
         function.stop_listening()
         self._listeners.forget(function.record.address, self.settings.port)
         await function.drain(self.settings.drain_timeout)
-        await asyncio.to_thread(self._network.remove, function.record.address)
+        await asyncio.to_thread(self._addresses.remove, function.record.address)
 
     async def _forget_function(self, function: Function) -> None:
         async with self._commit:
@@ -7937,7 +7917,7 @@ class Daemon:
 
     def _describe(self, function: Function) -> dict:
         document = {**function.describe(), "port": self.settings.port}
-        if function.record.address in self._network.missing:
+        if function.record.address in self._addresses.missing:
             document.update(state="broken", error="somebody has taken its address from lo, and faasd cannot put it "
                                                   "back")
         return document
@@ -8356,8 +8336,8 @@ class EventsFirst(selectors.EpollSelector):
         return super().select(timeout) or (super().select(0) if timeout else [])
 
 
-async def serve(settings: Settings, network: Network, ids: IdRanges) -> None:
-    await Daemon(settings, network, ids).run()
+async def serve(settings: Settings, addresses: Addresses, ids: IdRanges) -> None:
+    await Daemon(settings, addresses, ids).run()
 
 
 def leave_behind_the_shell() -> None:
@@ -8418,10 +8398,10 @@ def main(argv: list[str]) -> int:
         outlive_containers(settings.run_dir)
         with lock_directory(settings.run_dir), lock_directory(settings.state_dir):
             lay_out(settings.state_dir)
-            network = Network(settings.subnet)
-            network.claim()
+            addresses = Addresses(settings.subnet)
+            addresses.claim()
             with asyncio.Runner(loop_factory=lambda: asyncio.SelectorEventLoop(EventsFirst())) as runner:
-                runner.run(serve(settings, network, ids))
+                runner.run(serve(settings, addresses, ids))
     except FaasdError as error:
         stderr.writer.add(f"faasd: {error}")
         return 2 if isinstance(error, UsageError) else 1

@@ -66,10 +66,10 @@ class Parsing(unittest.TestCase):
             self.assertRaises(faasd.BadRequest, faasd.Options().changed, {"net": [text]})
 
     def test_lowest_free_address(self):
-        network = faasd.Network(ipaddress.IPv4Network("10.0.0.0/28"))
-        self.assertEqual(network.lowest_free([]), "10.0.0.10")
-        self.assertEqual(network.lowest_free(["10.0.0.10", "10.0.0.12"]), "10.0.0.11")
-        self.assertRaises(faasd.Conflict, network.lowest_free, [f"10.0.0.{n}" for n in range(10, 15)])
+        addresses = faasd.Addresses(ipaddress.IPv4Network("10.0.0.0/28"))
+        self.assertEqual(addresses.lowest_free([]), "10.0.0.10")
+        self.assertEqual(addresses.lowest_free(["10.0.0.10", "10.0.0.12"]), "10.0.0.11")
+        self.assertRaises(faasd.Conflict, addresses.lowest_free, [f"10.0.0.{n}" for n in range(10, 15)])
 
 
 class OptionsOfNew(unittest.TestCase):
