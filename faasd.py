@@ -617,7 +617,7 @@ class Services:
     silent: Crowd               # clients that were accepted and have said nothing yet
     answering: Crowd            # clients that get an answer of our own
     lag: LoopLag
-    logs: LogWriter
+    logs: Writer                # of the functions' logs
 
 
 MAX_REQUEST = 200                   # characters of a request's first line in our logs
@@ -3649,9 +3649,6 @@ def open_listener(address: str, port: int) -> socket.socket:
     return listener
 
 
-FLUSH_SECONDS = 5.0                 # for those on their way when they are wanted, or when we end
-
-
 def notify_service_manager(state: str, *descriptors: int) -> None:
     """Tell systemd of a change, such as "READY=1" (sd_notify(3)); without systemd there is nobody to tell."""
     address = os.environ.get("NOTIFY_SOCKET")
@@ -3926,6 +3923,7 @@ class NetlinkWatch:
 LINK_PREFIX = "faas"                # the host's ends of veth pairs: faas, 6 digits that tell the run-dir, -, a number
 MAX_LINKS = 9999                    # such numbers, so that a name keeps within 15 bytes (IFNAMSIZ)
 METADATA_NETWORK = "169.254.0.0/16"     # link-local, where clouds hand out credentials
+NFT_FAILED = "nft cannot load the rules of net egress"
 RESOLV_CONFS = ("/etc/resolv.conf", "/run/systemd/resolve/resolv.conf")    # the first that names a usable resolver
 
 
@@ -3963,11 +3961,14 @@ class EgressNetworks:
             return
         if not self._numbers:
             self._warn_of_firewalls()
-        self._numbers[name] = self._free_number()
+        number = next(n for n in itertools.count(1) if n not in self._numbers.values())
+        if not self._fits(number):
+            raise Conflict(f"net egress: {self._subnet} has no free address: start faasd with a larger --egress-subnet")
+        self._numbers[name] = number
         try:
             self._directory.mkdir(mode=0o700, exist_ok=True)
             self._load_rules()          # before the link: a packet from a link that they do not know is dropped
-            self._make(name, self._numbers[name])
+            self._make(name, number)
         except BaseException as error:
             self.remove(name)
             if isinstance(error, OSError):
@@ -3978,7 +3979,7 @@ class EgressNetworks:
         """Remove functions' networks; what cannot be removed is logged."""
         ours = [name for name in names if name in self._numbers]
         for name in ours:
-            self._delete_link(self._link(self._numbers.pop(name)))
+            self._delete_link(self._numbers.pop(name))
             self._delete_namespace(namespace_path(self._run_dir, name))
         if ours:
             self._settle()
@@ -3988,13 +3989,13 @@ class EgressNetworks:
 
     def recover(self, wanted: set[str]) -> None:
         """Take over the networks that a killed daemon left of functions that want one, and remove all others."""
-        mounted = {Path(mount) for mount, kind in read_mounts() if kind == "nsfs"}
+        mounted = {mount for mount, kind in read_mounts() if kind == "nsfs"}
         links = self._links()
         for number, name in links.items():
-            if name in wanted and namespace_path(self._run_dir, name) in mounted and self._fits(number):
+            if name in wanted and str(namespace_path(self._run_dir, name)) in mounted and self._fits(number):
                 self._numbers[name] = number
             else:
-                self._delete_link(self._link(number))
+                self._delete_link(number)
         for path in self._directory.iterdir() if self._directory.is_dir() else ():
             if path.name not in self._numbers:
                 log.warning("removing the network of %s that a killed daemon left", path.name)
@@ -4004,25 +4005,21 @@ class EgressNetworks:
 
     def _links(self) -> dict[int, str]:
         """Return our links: number → function, or "" for one that is not whole, or of another subnet."""
-        gateways = {link["ifname"] for link in ip_json("addr", "show")
-                    if any(entry.get("local") == self._gateway for entry in link["addr_info"])}
-        links = {}
-        for link in ip_json("link", "show"):
-            match = re.fullmatch(re.escape(self._prefix) + "([0-9]+)", link["ifname"])
-            if match:
-                links[int(match[1])] = link.get("ifalias", "") if link["ifname"] in gateways else ""
-        return links
+        gateways = {interface for interface, entry in ip_addresses() if entry["local"] == self._gateway}
+        return {int(match[1]): link.get("ifalias", "") if link["ifname"] in gateways else ""
+                for link in ip_json("link", "show")
+                if (match := re.fullmatch(f"{self._prefix}([0-9]+)", link["ifname"]))}
 
     # -- what must be so for any of them to work --
 
     def _check_machine(self) -> None:
         if shutil.which("nft") is None:
             raise Conflict("net egress needs the nft program: apt install nftables")
-        user = find_holder(self._subnet, lambda interface, label: interface.startswith(self._prefix))
-        if not user and self._subnet.overlaps(self._public):
-            user = f"functions listen on {self._public}"
-        if user:
-            raise Conflict(f"net egress: {self._subnet} is in use: {user}; start faasd with another --egress-subnet")
+        holder = find_holder(self._subnet, lambda interface, label: interface.startswith(self._prefix))
+        if not holder and self._subnet.overlaps(self._public):
+            holder = f"functions listen on {self._public}"
+        if holder:
+            raise Conflict(f"net egress: {self._subnet} is in use: {holder}; start faasd with another --egress-subnet")
         # Answers come in by another interface than ours, so that one must forward. "all" is net.ipv4.ip_forward.
         forwarding = [path for path in Path("/proc/sys/net/ipv4/conf").glob("*/forwarding")
                       if path.parent.name not in ("lo", "default") and not path.parent.name.startswith(LINK_PREFIX)]
@@ -4030,11 +4027,11 @@ class EgressNetworks:
             raise Conflict("net egress needs a machine that forwards packets, which this one does not: sysctl -w "
                            "net.ipv4.ip_forward=1, or net.ipv4.conf.X.forwarding=1 for the interface X that leads out")
 
-    def _warn_of_firewalls(self) -> None:
+    @staticmethod
+    def _warn_of_firewalls() -> None:
         """Say so if another firewall drops what we would forward: an accept in our table cannot overrule it."""
         listed = json.loads(run_command("cannot list the chains of nftables", "nft", "-j", "list", "chains") or "{}")
-        chains = [item["chain"] for item in listed.get("nftables", []) if "chain" in item]
-        for chain in chains:
+        for chain in [item["chain"] for item in listed.get("nftables", []) if "chain" in item]:
             if (chain.get("hook"), chain.get("policy")) == ("forward", "drop") and chain["family"] in ("ip", "inet"):
                 log.warning("chain %s of nftables table %s %s drops what it does not know: have it accept packets from "
                             "and to %s*, or net egress leads nowhere", chain["name"], chain["family"], chain["table"],
@@ -4043,14 +4040,17 @@ class EgressNetworks:
     # -- what they share --
 
     def _load_rules(self) -> None:
+        def elements(items: Iterable[str]) -> str:
+            text = ", ".join(dict.fromkeys(items))
+            return f"elements = {{ {text} }}" if text else ""       # an empty list is a syntax error
         text, resolvers = fit_resolv_conf(map(read_text, RESOLV_CONFS))
         if not resolvers:
             log.warning("net egress: no resolver with an IPv4 address other than loopback in %s: functions cannot look "
                         "up names", " or ".join(RESOLV_CONFS))
-        pairs = [f'"{self._link(number)}" . {self._address(number)}' for number in self._numbers.values()]
-        self._nft(EGRESS_RULES.format(
+        run_command(NFT_FAILED, "nft", "-f", "-", stdin=EGRESS_RULES.format(
             table=self.table, prefix=self._prefix, subnet=self._subnet, public=self._public, port=self._port,
-            metadata=METADATA_NETWORK, functions=self._elements(pairs), resolvers=self._elements(resolvers)))
+            metadata=METADATA_NETWORK, resolvers=elements(resolvers), functions=elements(
+                f'"{self._prefix}{number}" . {self._address(number)}' for number in self._numbers.values())))
         try:
             write_anew(resolv_conf_path(self._run_dir, "egress"), text)
         except OSError as error:
@@ -4067,30 +4067,17 @@ class EgressNetworks:
         try:
             if self._numbers:
                 self._load_rules()
-            else:
-                self._dismantle()
+                return
+            resolv_conf_path(self._run_dir, "egress").unlink(missing_ok=True)
+            if shutil.which("nft"):
+                run_command(NFT_FAILED, "nft", "-f", "-",
+                            stdin=f"add table inet {self.table}\ndelete table inet {self.table}\n")
+            with contextlib.suppress(OSError):  # there is none, or not all could be removed from it
+                self._directory.rmdir()         # last: the daemon that finds it after a crash does this again
         except FaasdError as error:
             log.error("%s", error)
 
-    @staticmethod
-    def _elements(items: Iterable[str]) -> str:
-        text = ", ".join(dict.fromkeys(items))
-        return f"elements = {{ {text} }}" if text else ""       # an empty list is a syntax error
-
-    def _dismantle(self) -> None:
-        resolv_conf_path(self._run_dir, "egress").unlink(missing_ok=True)
-        if shutil.which("nft"):
-            self._nft(f"add table inet {self.table}\ndelete table inet {self.table}\n")
-        with contextlib.suppress(OSError):      # there is none, or not all could be removed from it
-            self._directory.rmdir()             # last: who finds it after a crash, does this again
-
-    def _nft(self, script: str) -> None:
-        run_command("nft cannot load the rules of net egress", "nft", "-f", "-", stdin=script)
-
     # -- one of them --
-
-    def _link(self, number: int) -> str:
-        return f"{self._prefix}{number}"
 
     def _address(self, number: int) -> str:
         return str(self._subnet[1 + number])
@@ -4098,36 +4085,29 @@ class EgressNetworks:
     def _fits(self, number: int) -> bool:
         return 1 <= number <= min(MAX_LINKS, self._subnet.num_addresses - 3)     # less network, gateway, broadcast
 
-    def _free_number(self) -> int:
-        number = next(n for n in itertools.count(1) if n not in self._numbers.values())
-        if not self._fits(number):
-            raise Conflict(f"net egress: {self._subnet} has no free address: start faasd with a larger --egress-subnet")
-        return number
-
     def _make(self, name: str, number: int) -> None:
-        link, address, namespace = self._link(number), self._address(number), namespace_path(self._run_dir, name)
+        def run(*argv: str, stdin: Iterable[str] = ()) -> None:
+            run_command(f"cannot make a network for net egress: {argv[0]}", *argv, stdin="\n".join(stdin))
+        def without_ipv6(link: str) -> list[str]:       # where the kernel has IPv6
+            return [f"link set {link} addrgenmode none"] if os.path.isdir("/proc/sys/net/ipv6/conf") else []
+        link, address = f"{self._prefix}{number}", self._address(number)
+        namespace = namespace_path(self._run_dir, name)
         namespace.touch(mode=0o600)
-        self._run("unshare", f"--net={namespace}", "ip", "link", "set", "lo", "up")
-        self._run("ip", "link", "add", link, "type", "veth", "peer", "name", "eth0", "netns", str(namespace))
-        self._run("ip", "-batch", "-", stdin="\n".join([
-            *self._without_ipv6(link), f"addr add {self._gateway}/32 dev {link}", f"link set {link} up",
-            f"route add {address}/32 dev {link}"]))
+        run("unshare", f"--net={namespace}", "ip", "link", "set", "lo", "up")
+        run("ip", "link", "add", link, "type", "veth", "peer", "name", "eth0", "netns", str(namespace))
+        run("ip", "-batch", "-", stdin=[*without_ipv6(link), f"addr add {self._gateway}/32 dev {link}",
+                                        f"link set {link} up", f"route add {address}/32 dev {link}"])
         try:
             Path(f"/proc/sys/net/ipv4/conf/{link}/forwarding").write_text("1")
         except OSError as error:
             raise FaasdError(f"cannot have {link} forward packets: {error.strerror}") from error
-        self._run("nsenter", f"--net={namespace}", "ip", "-batch", "-", stdin="\n".join([
-            *self._without_ipv6("eth0"), f"addr add {address}/32 dev eth0", "link set eth0 up",
-            f"route add {self._gateway}/32 dev eth0", f"route add default via {self._gateway}"]))
-        self._run("ip", "link", "set", link, "alias", name)
+        run("nsenter", f"--net={namespace}", "ip", "-batch", "-", stdin=[
+            *without_ipv6("eth0"), f"addr add {address}/32 dev eth0", "link set eth0 up",
+            f"route add {self._gateway}/32 dev eth0", f"route add default via {self._gateway}"])
+        run("ip", "link", "set", link, "alias", name)
 
-    @staticmethod
-    def _without_ipv6(link: str) -> list[str]:
-        """Return what keeps a link without an IPv6 address, where the kernel has IPv6."""
-        return [f"link set {link} addrgenmode none"] if Path("/proc/sys/net/ipv6/conf").is_dir() else []
-
-    @staticmethod
-    def _delete_link(link: str) -> None:
+    def _delete_link(self, number: int) -> None:
+        link = f"{self._prefix}{number}"
         if link in (name for _, name in socket.if_nameindex()):
             try_command(f"cannot remove {link}", "ip", "link", "del", link)
 
@@ -4140,9 +4120,6 @@ class EgressNetworks:
             path.unlink(missing_ok=True)
         except OSError as error:
             log.warning("cannot remove %s: %s", path, error.strerror)
-
-    def _run(self, *argv: str, stdin: str = "") -> None:
-        run_command(f"cannot make a network for net egress: {argv[0]}", *argv, stdin=stdin)
 
 
 # What egress means. Our own table, and only packets of our own links: others' rules are not ours to touch. Replaced as
@@ -4680,11 +4657,15 @@ class Writer:
         else:
             self._dropped += 1
 
-    def flush(self) -> concurrent.futures.Future:
+    def flushed(self) -> concurrent.futures.Future:
         """Return what is done when everything is written that was added before; wait for it with a limit."""
         done = concurrent.futures.Future()
         self._items.put(done)
         return done
+
+    async def flush(self) -> None:
+        """Return when everything is written that was added before, or the disk takes too long."""
+        await asyncio.wait([asyncio.wrap_future(self.flushed())], timeout=FLUSH_SECONDS)
 
     def _run(self) -> None:
         told = 0
@@ -4700,32 +4681,19 @@ class Writer:
                     item.set_result(None)
 
 
-MAX_UNWRITTEN_LINES = 100_000       # of all functions' logs
+FLUSH_SECONDS = 5.0                 # for what is on its way when it is wanted, or when we end
+MAX_UNWRITTEN_LINES = 100_000       # of all functions' logs; beyond, lines are dropped rather than memory filled
 
 
-class LogWriter:
-    """Appends to the functions' logs."""
-
-    def __init__(self) -> None:
-        self._writer = Writer(self._write, MAX_UNWRITTEN_LINES, LOG_DELAY)
-
-    def add(self, function_log: FunctionLog, line: bytes) -> None:
-        """Have a line written soon. When the disk takes none for long, lines are dropped rather than memory filled."""
-        self._writer.add((function_log, line))
-
-    @staticmethod
-    def _write(lines: list[tuple[FunctionLog, bytes]], dropped: int) -> None:
-        if dropped:
-            log.error("the disk is too slow for the functions' logs: %d lines were dropped", dropped)
-        batches: dict[FunctionLog, list[bytes]] = {}
-        for function_log, line in lines:
-            batches.setdefault(function_log, []).append(line)
-        for function_log, batch in batches.items():
-            function_log.append(batch)
-
-    async def flush(self) -> None:
-        """Return when everything is written that was added before, or the disk takes too long."""
-        await asyncio.wait([asyncio.wrap_future(self._writer.flush())], timeout=FLUSH_SECONDS)
+def write_logs(items: list[tuple[FunctionLog, bytes]], dropped: int) -> None:
+    """Append lines to the functions' logs."""
+    if dropped:
+        log.error("the disk is too slow for the functions' logs: %d lines were dropped", dropped)
+    batches: dict[FunctionLog, list[bytes]] = {}
+    for function_log, line in items:
+        batches.setdefault(function_log, []).append(line)
+    for function_log, batch in batches.items():
+        function_log.append(batch)
 
 
 LOG_FILE_SIZE = 8 * MIB             # NAME.log is renamed to NAME.log.1 above this, so a function keeps at most twice it
@@ -4738,8 +4706,9 @@ class FunctionLog:
     Lines are added on the loop's thread and written on the writer's; any thread may read, and wait for more.
     """
 
-    def __init__(self, path: Path, writer: LogWriter):
+    def __init__(self, path: Path, writer: Writer):
         self.path = path
+        self._previous = path.with_name(path.name + ".1")
         self._writer = writer
         self._failing = False
         self._ended = False
@@ -4750,7 +4719,8 @@ class FunctionLog:
 
     def write(self, container_id: str, mark: str, text: str) -> None:
         """Add a line; text has no control characters."""
-        self._writer.add(self, f"{timestamp()} {container_id} {mark} {text}\n".encode("utf-8", "backslashreplace"))
+        line = f"{timestamp()} {container_id} {mark} {text}\n"
+        self._writer.add((self, line.encode("utf-8", "backslashreplace")))
 
     def append(self, lines: list[bytes]) -> None:
         """Write lines to the file. Trouble with the disk must not end an invocation. On the writer's thread."""
@@ -4766,20 +4736,17 @@ class FunctionLog:
             self._grown.notify_all()
 
     def _append_part(self, lines: list[bytes]) -> None:
-        """Write as many of the lines as fit into the file, at least one, and take them off the list."""
+        """Write as many of the lines as fit into the file and take them off the list; rotate it if none does."""
         self.path.parent.mkdir(mode=0o700, exist_ok=True)       # somebody may clear the logs
         with self.path.open("ab", buffering=0) as file:
             size = file.tell()
-            if size and size + len(lines[0]) > LOG_FILE_SIZE:
+            ends = itertools.accumulate(map(len, lines), initial=size)
+            count = sum(end <= LOG_FILE_SIZE for end in ends) - 1
+            if size and count < 1:
                 self.path.replace(self._previous)
                 return
-            room = LOG_FILE_SIZE - size
-            count = 0
-            while count < len(lines) and (count == 0 or room >= len(lines[count])):
-                room -= len(lines[count])
-                count += 1
-            data = b"".join(lines[:count])
-            del lines[:count]                       # first: what cannot be written now is not tried again and again
+            data = b"".join(lines[:max(count, 1)])
+            del lines[:max(count, 1)]               # first: what cannot be written now is not tried again and again
             try:
                 write_all(file.fileno(), memoryview(data))
             except OSError:
@@ -4787,17 +4754,13 @@ class FunctionLog:
                     os.ftruncate(file.fileno(), size)       # no half line, to which the next would be added
                 raise
 
-    @property
-    def _previous(self) -> Path:
-        return self.path.with_name(self.path.name + ".1")
-
     def end(self) -> None:
         """End those who follow; lines that are still on their way are dropped.
 
         The writer's thread tells them: it may hold the lock for as long as a disk hangs.
         """
         self._ended = True
-        self._writer.add(self, b"")
+        self._writer.add((self, b""))
 
     def remove(self) -> None:
         """Remove the files; failure is logged, and the next start tries again. Blocks."""
@@ -4843,18 +4806,16 @@ class FunctionLog:
                 file.close()
 
     def _open(self) -> BinaryIO | None:
-        try:
+        with contextlib.suppress(FileNotFoundError):
             return self.path.open("rb")
-        except FileNotFoundError:
-            return None
+        return None
 
     def _moved(self, file: BinaryIO | None) -> bool:
         """Return whether the log is by now another file than the one being read: rotated, or begun."""
-        try:
-            current = os.stat(self.path).st_ino
-        except FileNotFoundError:
-            return False
-        return file is None or os.fstat(file.fileno()).st_ino != current
+        with contextlib.suppress(FileNotFoundError):
+            current = os.stat(self.path)
+            return file is None or not os.path.samestat(current, os.fstat(file.fileno()))
+        return False
 
 
 BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)   # seconds
@@ -4877,20 +4838,16 @@ class Histogram:
     def percentiles(self) -> dict[str, float] | None:
         """Return p50, p95 and p99 of the last samples in seconds, None if there are none."""
         ordered = sorted(self._recent)
-        if not ordered:
-            return None
-        return {f"p{percent}": ordered[len(ordered) * percent // 100] for percent in (50, 95, 99)}
+        return {f"p{n}": ordered[len(ordered) * n // 100] for n in (50, 95, 99)} if ordered else None
 
     def expose(self, name: str, labels: str = "") -> Iterator[str]:
         """Yield the samples in Prometheus' text format; labels are such as `function="a"`."""
         comma = "," if labels else ""
-        total = 0
-        for bound, count in zip([*map(repr, BUCKETS), "+Inf"], self.counts, strict=True):
-            total += count
+        for bound, total in zip([*map(repr, BUCKETS), "+Inf"], itertools.accumulate(self.counts), strict=True):
             yield f'{name}_bucket{{{labels}{comma}le="{bound}"}} {total}'
         braces = f"{{{labels}}}" if labels else ""
         yield f"{name}_sum{braces} {self.sum:.9g}"
-        yield f"{name}_count{braces} {total}"
+        yield f"{name}_count{braces} {sum(self.counts)}"
 
 
 OUTCOMES = ("answered", "closed", "no-answer", "out-of-memory", "timeout", "start-failed", "queue-full",
@@ -4921,7 +4878,7 @@ LAG_PROBE_SECONDS = 0.1
 
 
 class LoopLag:
-    """How late the loop comes to what is due: what everything else waits for while something in it takes its time.
+    """How late the loop comes to what is due, because something else in it takes its time.
 
     Probed by a timer that is set when a client comes and none is set yet, so that an idle daemon does not wake up.
     """
@@ -4940,22 +4897,22 @@ class LoopLag:
         self._timer = None
 
 
-def process_metrics() -> Iterator[str]:
-    """Yield the process metrics that every Prometheus client exports (proc_pid_stat(5))."""
-    fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
-    ticks, page = os.sysconf("SC_CLK_TCK"), os.sysconf("SC_PAGE_SIZE")
-    boot = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
-    for name, kind, value, text in (
-            ("process_cpu_seconds_total", "counter", (int(fields[11]) + int(fields[12])) / ticks, "CPU time used"),
-            ("process_resident_memory_bytes", "gauge", int(fields[21]) * page, "Resident memory"),
-            ("process_open_fds", "gauge", len(os.listdir("/proc/self/fd")) - 1, "Open file descriptors"),
-            ("process_start_time_seconds", "gauge", boot + int(fields[19]) / ticks, "Start time since the epoch")):
-        yield from metric_header(name, kind, text)
-        yield f"{name} {value}"
-
-
 def metric_header(name: str, kind: str, text: str) -> tuple[str, str]:
     return f"# HELP {name} {text}.", f"# TYPE {name} {kind}"
+
+
+def process_metrics() -> Iterator[str]:
+    """Yield the process metrics that every Prometheus client exports."""
+    resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    started = (time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
+               + int(start_time(os.getpid())) / os.sysconf("SC_CLK_TCK"))
+    for name, kind, value, text in (
+            ("process_cpu_seconds_total", "counter", time.process_time(), "CPU time used"),
+            ("process_resident_memory_bytes", "gauge", resident, "Resident memory"),
+            ("process_open_fds", "gauge", len(os.listdir("/proc/self/fd")) - 1, "Open file descriptors"),
+            ("process_start_time_seconds", "gauge", started, "Start time since the epoch")):
+        yield from metric_header(name, kind, text)
+        yield f"{name} {value}"
 
 
 def function_metrics(functions: list[Function]) -> Iterator[str]:
@@ -4988,11 +4945,10 @@ class LogFormatter(logging.Formatter):
         self._as_json = as_json
 
     def format(self, record: logging.LogRecord) -> str:
-        message = super().format(record)
+        message, level = super().format(record), record.levelname.lower()
         if self._as_json:
-            return json.dumps({"time": timestamp(), "level": record.levelname.lower(), "message": message})
-        lines = (escape_controls(line) for line in message.split("\n"))
-        return "\n".join(f"{timestamp()} {record.levelname.lower()} {line}" for line in lines)
+            return json.dumps({"time": timestamp(), "level": level, "message": message})
+        return "\n".join(f"{timestamp()} {level} {escape_controls(line)}" for line in message.split("\n"))
 
 
 MAX_UNWRITTEN_MESSAGES = 10_000     # of our own log, on their way to stderr
@@ -5019,7 +4975,7 @@ class StderrHandler(logging.Handler):
     def flush(self) -> None:
         """Called by logging when the process ends."""
         with contextlib.suppress(TimeoutError):
-            self.writer.flush().result(FLUSH_SECONDS)
+            self.writer.flushed().result(FLUSH_SECONDS)
 
 
 def configure_logging(as_json: bool, verbose: bool) -> StderrHandler:
@@ -7269,7 +7225,7 @@ class Daemon:
         self._services = Services(
             self._host, Starter(os.cpu_count() or 1, self.loop), WarmLimit(settings.max_warm),
             HangupWatch(self.loop), Crowd(min(MAX_SILENT, eighth)), Crowd(min(MAX_ANSWERING, eighth)),
-            LoopLag(self.loop), LogWriter())
+            LoopLag(self.loop), Writer(write_logs, MAX_UNWRITTEN_LINES, LOG_DELAY))
         self._tasks: set[asyncio.Task] = set()          # deploys, removals and retirements under way
         self._program = settings.run_dir / "program"
         self._stop_signals = asyncio.Queue()
