@@ -7203,7 +7203,7 @@ class Daemon:
         self.settings = settings
         self.loop = asyncio.get_running_loop()
         self.runtime_version = ""
-        self._addresses = addresses
+        self._network = addresses
         self._ids = ids
         self._egress = EgressNetworks(settings.run_dir, settings.egress_subnet, settings.subnet, settings.port)
         self._rules_watch = NetlinkWatch(NETLINK_NETFILTER, 1 << NFNLGRP_NFTABLES - 1, NFT_DELTABLE,
@@ -7252,7 +7252,7 @@ class Daemon:
         for warning in (runc_warning(self.runtime_version), *machine_warnings()):
             if warning:
                 log.warning("%s", warning)
-        self._addresses.greet(self._host.workers)
+        self._network.greet(self._host.workers)
         self._address_watch.open()
         self._in_background(self._keep_addresses())
         records = self._registry.load()
@@ -7274,7 +7274,7 @@ class Daemon:
                 log.warning("functions were promised %d warm containers, and --max-warm is %d: some get fewer",
                             self._promised(), self.settings.max_warm)
             self._listeners.forget_unclaimed()
-            self._addresses.remove_stale({record.address for record in records})
+            self._network.remove_stale({record.address for record in records})
             servers.insert(0, UnixControlServer(self.settings.run_dir / "faasd.sock", self))
             for server in servers:
                 server.open()
@@ -7357,7 +7357,7 @@ class Daemon:
         """
         function = self._functions[record.name] = self._make_function(record)
         try:
-            if not self._addresses.has(record.address):
+            if not self._network.has(record.address):
                 raise FaasdError(f"its address {record.address} is not in {self.settings.subnet}: start faasd with the "
                                  "--subnet that it was deployed under, or deploy it again for a new address")
             version = self._load_version(record.name, record.versions[0])
@@ -7424,7 +7424,7 @@ class Daemon:
             await asyncio.to_thread(self._guard.detach)
         except OSError as error:
             log.info("cannot take away the guard of the addresses: %s", error.strerror)
-        self._addresses.remove_all()
+        self._network.remove_all()
         await self._host.workers.run(self._leftovers.remove)       # there should be none
         await self._run_egress(self._egress.remove_all)
         for path in self.settings.run_dir.glob("resolv.conf.*"):
@@ -7698,7 +7698,7 @@ class Daemon:
         while await self._address_lost.wait():
             self._address_lost.clear()
             try:
-                restored = await asyncio.to_thread(self._addresses.restore)
+                restored = await asyncio.to_thread(self._network.restore)
             except RuntimeError as error:       # there is no thread to be had
                 log.error("cannot look for our addresses: %s", error)
                 restored = False
@@ -7747,8 +7747,8 @@ class Daemon:
     async def _open_new(self, name: str, old: Function | None, version: Version, container: Container) -> Function:
         """Give a new function, or a broken one, its address and write it down; undo all of it on an error."""
         taken = [function.record.address for function in self._functions.values()]
-        keep = old is not None and self._addresses.has(old.record.address)
-        address = old.record.address if keep else self._addresses.lowest_free(taken)
+        keep = old is not None and self._network.has(old.record.address)
+        address = old.record.address if keep else self._network.lowest_free(taken)
         created = old.record.created if old else timestamp()
         record = FunctionRecord(name, address, version.bundle.first_id, created, timestamp(),
                                 self._versions(old, version))
@@ -7768,7 +7768,7 @@ class Daemon:
     async def _replace(self, function: Function, version: Version, container: Container) -> None:
         """Make version the function's, for invocations that start from now on."""
         before = function.record
-        await asyncio.to_thread(self._addresses.add, before.address)      # somebody may have taken it from lo
+        await asyncio.to_thread(self._network.add, before.address)      # somebody may have taken it from lo
         function.record = replace(before, updated=timestamp(), versions=self._versions(function, version))
         try:
             await self._save(self._functions)
@@ -7826,11 +7826,11 @@ class Daemon:
     async def _open_function(self, function: Function) -> None:
         """Put the function's address on lo and listen there; undo it on an error. Raises FaasdError."""
         address = function.record.address
-        await asyncio.to_thread(self._addresses.add, address)
+        await asyncio.to_thread(self._network.add, address)
         try:
             function.listen(self._listeners.open(address, self.settings.port))
         except BaseException:
-            await asyncio.to_thread(self._addresses.remove, address)
+            await asyncio.to_thread(self._network.remove, address)
             raise
 
     async def _close_function(self, function: Function) -> None:
@@ -7838,7 +7838,7 @@ class Daemon:
         function.stop_listening()
         self._listeners.forget(function.record.address, self.settings.port)
         await function.drain(self.settings.drain_timeout)
-        await asyncio.to_thread(self._addresses.remove, function.record.address)
+        await asyncio.to_thread(self._network.remove, function.record.address)
 
     async def _forget_function(self, function: Function) -> None:
         async with self._commit:
@@ -7873,7 +7873,7 @@ class Daemon:
 
     def _describe(self, function: Function) -> dict:
         document = {**function.describe(), "port": self.settings.port}
-        if function.record.address in self._addresses.missing:
+        if function.record.address in self._network.missing:
             document.update(state="broken", error="somebody has taken its address from lo, and faasd cannot put it "
                                                   "back")
         return document
