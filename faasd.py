@@ -3445,9 +3445,9 @@ def ip_addresses(*arguments: str) -> Iterator[tuple[str, dict]]:
 
 
 def find_holder(subnet: ipaddress.IPv4Network, is_ours: Callable[[str, str], bool]) -> str | None:
-    """Return to whom a part of subnet is assigned or routed, None if to nobody.
+    """Return what a part of subnet is assigned or routed to, None if nothing.
 
-    What is_ours says of an interface and an address's label does not count. Raises FaasdError.
+    An interface, or the label of an address, for which is_ours is true does not count. Raises FaasdError.
     """
     for interface, entry in ip_addresses():
         network = ipaddress.ip_network(f"{entry['local']}/{entry['prefixlen']}", strict=False)
@@ -3475,8 +3475,8 @@ def is_roots_listener(name: bytes) -> bool:
         return UCRED.unpack(probe.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, UCRED.size))[1] == 0
 
 
-MAX_CLAIMS = 10_000                 # sockets named like a daemon's of which is asked at start who listens
-ADDRESS_LABEL = "lo:faas"           # how our addresses are told from everybody else's; at most 15 bytes (IFNAMSIZ)
+MAX_CLAIMS = 10_000                 # sockets named like a daemon's that are asked at start who listens
+ADDRESS_LABEL = "lo:faas"           # marks our addresses; at most 15 bytes (IFNAMSIZ)
 FIRST_HOST = 10                     # the first function's address is .10
 
 
@@ -3504,11 +3504,10 @@ class Addresses:
             raise UsageError(f"subnet {self.subnet} is in use: {holder}; choose another with --subnet")
 
     def _find_rival(self) -> str | None:
-        """Listen on an abstract Unix socket named after the subnet, and return what other daemon has claimed it so.
+        """Listen on an abstract Unix socket named after the subnet; return what other daemon has claimed a part of it.
 
-        Such sockets are per network namespace, as addresses are. Anybody can make one, of any name. So each of ours
-        ends in a number that nobody can have taken, and of the others only those count of which the kernel says that
-        root listens there.
+        Such sockets are per network namespace, as addresses are. Any user can make one, of any name. So each of ours
+        ends in a number that nobody can have taken, and another's counts only if the kernel says that root listens.
         """
         name = f"faasd/{self.subnet}/{secrets.token_hex(8)}".encode()
         self._claim = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
@@ -3527,9 +3526,9 @@ class Addresses:
         return None
 
     def greet(self, workers: Workers) -> None:
-        """From now on, close the connections of daemons that want to know who listens: too many, and they get none.
+        """From now on, close the connections of daemons that ask who listens: a full queue would take no more.
 
-        In a thread: closing a Unix socket may take closing what handlers left in theirs (before Linux 6.10).
+        In a thread: closing a Unix socket may mean closing what handlers left in theirs (before Linux 6.10).
         """
         def accept() -> None:
             try:
@@ -3701,7 +3700,7 @@ class ListenerStore:
         return listener
 
     def forget(self, address: str, port: int) -> None:
-        """Have a socket kept no longer."""
+        """Tell the service manager to keep a socket no longer."""
         notify_service_manager(f"FDSTOREREMOVE=1\nFDNAME={address}-{port}")
 
     def forget_unclaimed(self) -> None:
@@ -3867,7 +3866,7 @@ NFT_DELTABLE = 10 << 8 | 2                      # NFNL_SUBSYS_NFTABLES, NFT_MSG_
 
 
 class NetlinkWatch:
-    """Calls back when the kernel tells of one kind of change (netlink(7)), so that nothing polls. Lives on the loop.
+    """Calls back when the kernel reports one kind of change (netlink(7)), so that nothing polls. Lives on the loop.
 
     Firewalls that are reloaded flush everybody's tables (`nft flush ruleset` in Debian's nftables.conf), and a function
     must not meet the host's services from then on. Network managers flush addresses that are not theirs. No program can
@@ -4029,7 +4028,7 @@ class EgressNetworks:
 
     @staticmethod
     def _warn_of_firewalls() -> None:
-        """Say so if another firewall drops what we would forward: an accept in our table cannot overrule it."""
+        """Warn of a firewall that drops what we would forward: an accept in our table cannot overrule it."""
         listed = json.loads(run_command("cannot list the chains of nftables", "nft", "-j", "list", "chains") or "{}")
         for chain in [item["chain"] for item in listed.get("nftables", []) if "chain" in item]:
             if (chain.get("hook"), chain.get("policy")) == ("forward", "drop") and chain["family"] in ("ip", "inet"):
@@ -4177,10 +4176,10 @@ table inet {table} {{
 
 
 def fit_resolv_conf(texts: Iterable[str]) -> tuple[str, list[str]]:
-    """Return a resolv.conf for a network namespace of its own, and the resolvers in it.
+    """Return a resolv.conf for a network namespace of its own, and the resolvers in it; empty if there are none.
 
     It is made from the first of texts that names a resolver which can be reached from there: one with an IPv4 address
-    that is not loopback, as those of stubs on the host are (127.0.0.53). Empty if there is none.
+    that is not loopback, as those of stubs on the host are (127.0.0.53).
     """
     for text in texts:
         lines, resolvers = [], []
@@ -4658,13 +4657,13 @@ class Writer:
             self._dropped += 1
 
     def flushed(self) -> concurrent.futures.Future:
-        """Return what is done when everything is written that was added before; wait for it with a limit."""
+        """Return a future that is done when all that was added before is written; wait for it with a limit."""
         done = concurrent.futures.Future()
         self._items.put(done)
         return done
 
     async def flush(self) -> None:
-        """Return when everything is written that was added before, or the disk takes too long."""
+        """Return when all that was added before is written, or the disk takes too long."""
         await asyncio.wait([asyncio.wrap_future(self.flushed())], timeout=FLUSH_SECONDS)
 
     def _run(self) -> None:
@@ -4755,9 +4754,9 @@ class FunctionLog:
                 raise
 
     def end(self) -> None:
-        """End those who follow; lines that are still on their way are dropped.
+        """End followers; lines that are still on their way are dropped.
 
-        The writer's thread tells them: it may hold the lock for as long as a disk hangs.
+        The writer's thread wakes them: it may hold the lock for as long as a disk hangs.
         """
         self._ended = True
         self._writer.add((self, b""))
@@ -4823,7 +4822,7 @@ RECENT_SAMPLES = 1000               # of which percentiles are made
 
 
 class Histogram:
-    """How often a duration was how long: counted by upper bound since the start, and the last ones exactly."""
+    """Durations: counted by upper bound since the start, the last ones kept exactly."""
 
     def __init__(self) -> None:
         self.counts = [0] * (len(BUCKETS) + 1)
@@ -4916,7 +4915,7 @@ def process_metrics() -> Iterator[str]:
 
 
 def function_metrics(functions: list[Function]) -> Iterator[str]:
-    """Yield the metrics that there are of each function; a function's name needs no escapes."""
+    """Yield the metrics of each function; a function's name needs no escapes."""
     yield from metric_header("faasd_invocations_total", "counter", "Connections that asked for something, by outcome")
     for function in functions:
         for outcome, count in function.statistics.outcomes.items():
