@@ -988,7 +988,7 @@ class Function:
     async def _take_back(self, invocation: Invocation) -> None:
         """Take a client from a container that died before it took it. Others in it may have seen the socket."""
         log.info("function=%s container=%s died before it took its client", self.record.name, invocation.container.id)
-        await invocation.pool.end(invocation.container, 0)
+        await invocation.pool.kill(invocation.container)
         self._in_flight.discard(invocation)
         invocation.container, invocation.handed = None, 0.0
 
@@ -996,7 +996,7 @@ class Function:
 
     def _call(self, invocation: Invocation, call: Callable, *arguments) -> asyncio.Future:
         """Make a system call on the client's connection. A container that keeps us waiting is killed."""
-        overdue = invocation.container.kill if invocation.container else None
+        overdue = invocation.container.kill_soon if invocation.container else None
         return self._services.host.workers.run(call, *arguments, overdue=overdue)
 
     def _ask(self, invocation: Invocation) -> asyncio.Future[TcpState]:
@@ -1017,21 +1017,21 @@ class Function:
         container, pool = invocation.container, invocation.pool
         invocation.handled = self._loop.time()
         if said in CUTS:
-            invocation.exit_status = await pool.end(container, 0)
+            invocation.exit_status = await pool.kill(container)
             raise Refusal(*CUTS[said])
         gone = said is not Release.READY
         if gone:
             container.look_for_memory()         # now: its cgroups are about to be removed
         state = await self._ask(invocation)
         if gone and state.is_open and container.out_of_memory:
-            invocation.exit_status = await pool.end(container, 0)
+            invocation.exit_status = await pool.kill(container)
             raise Refusal(*OUT_OF_MEMORY)
         if container.killed and state.is_open:
-            invocation.exit_status = await pool.end(container, 0)
+            invocation.exit_status = await pool.kill(container)
             raise Refusal("no-answer", 502, "the handler kept its client's connection locked, and was killed")
         if state.can_answer or gone and state.is_open and container.may_have_run_out_of_memory:
             # Once nobody in the container has the socket any more, and all is known of its memory.
-            invocation.exit_status = await pool.end(container, EXIT_GRACE)
+            invocation.exit_status = await pool.end(container)
             if gone and container.out_of_memory:
                 raise Refusal(*OUT_OF_MEMORY)
         if state.can_answer:
@@ -1048,7 +1048,7 @@ class Function:
         if said is Release.READY and state.sent and container.served < pool.options.reuse and pool is self.pool:
             pool.put(container)
         else:
-            ending = self._loop.create_task(pool.end(container, EXIT_GRACE))
+            ending = self._loop.create_task(pool.end(container))
             self.dispatch()
         if state.unacknowledged:
             await self._drain(invocation, state)
@@ -1585,9 +1585,9 @@ class Pool:
     def start(self) -> asyncio.Task:
         """Start one container."""
         self.starting += 1
-        container = Container(self._services.host, self.version.bundle, self._function.log.write_output)
+        container = Container(self._services.host, self._function.record.name, self._function.log.write_output)
         self._alive.add(container)
-        task = self._loop.create_task(container.start(self.options.start_timeout))
+        task = self._loop.create_task(container.start(self.version.bundle, self.options.start_timeout))
         self._starts.add(task)
         task.add_done_callback(functools.partial(self._on_started, container))
         return task
@@ -1644,7 +1644,6 @@ class Pool:
             if not container.served:
                 self.failed(StartFailed(f"the handler let go of {CONTROL_SOCKET} before it had a client", [], 502))
             return
-        container.idle_since = self._loop.time()
         container.listen().add_done_callback(functools.partial(self._lost, container))
         self.idle.append(container)
         self._services.limit.idle += 1
@@ -1677,14 +1676,21 @@ class Pool:
 
     def dismiss(self, container: Container) -> None:
         """End a container in the background. End of file tells its handler that there is no more work."""
-        task = self._loop.create_task(self.end(container, EXIT_GRACE))
+        task = self._loop.create_task(self.end(container))
         self._endings.add(task)
         task.add_done_callback(self._endings.discard)
 
-    async def end(self, container: Container, grace: float) -> int | None:
-        """End a container, return its exit status; grace as in Container.finish."""
+    async def end(self, container: Container) -> int | None:
+        """Let a container end, and return its exit status."""
         try:
-            return await container.finish(grace)
+            return await container.finish()
+        finally:
+            self._remove(container)
+
+    async def kill(self, container: Container) -> int | None:
+        """Kill a container, and return its exit status."""
+        try:
+            return await container.kill()
         finally:
             self._remove(container)
 
@@ -1959,15 +1965,16 @@ class RuntimeFailed(StartFailed):
     """The runtime made no container: its handler never ran."""
 
 
-# What a program may print that has been refused a process or thread, so that it is worth to ask the kernel.
+# What a program may print that was refused a process or thread, so that it is worth asking the kernel.
 REFUSED_PROCESS = re.compile("thread|fork|clone|process|resource", re.IGNORECASE)
 REFUSED_THREAD = re.compile("start new thread|temporarily unavailable|cannot fork", re.IGNORECASE)      # by itself
-MAX_LOOKS = 100                         # at a container's pids.events: what it prints is its own affair
+MAX_LOOKS = 100                     # at a container's pids.events: it prints what it likes
 CONTROL_SOCKET = "/control.sock"
 SO_PASSRIGHTS = 83                  # Linux 6.16: whether a Unix socket takes descriptors
 KILL_RETRY = 0.02                   # seconds between two rounds of killing one container, and …
 MEMORY_LOOKS = 10                   # … between so many looks whether the kernel has, after it said that memory ran out
 KILL_TIMEOUT = 10.0                 # seconds before runc itself is killed and its remains are deleted
+EXIT_GRACE = 1.0                    # seconds a handler has between letting go of its client and being killed
 MAX_RUNTIME_LOG = 64 * KIB          # bytes read of what the runtime has to say about one container
 
 
@@ -1978,32 +1985,33 @@ class Container:
     handler says something on its control connection or is gone. There is a new one after each READY.
     """
 
-    def __init__(self, host: ContainerHost, bundle: Bundle | None, write_line: Callable[[str, str], None],
-                 survivor: Survivor | None = None):
-        """bundle is what to start; None for a container that runs already: see adopt."""
-        self.id = survivor.container_id if survivor else secrets.token_hex(6)
-        self.cgroup = survivor.cgroup if survivor else host.cgroups.path(bundle.name, self.id)
-        self._function = survivor.function if survivor else bundle.name
-        self.write_line = write_line                    # (container id, a line of its output)
+    def __init__(self, host: ContainerHost, function: str, write_line: Callable[[str, str], None],
+                 container_id: str = "", cgroup: str = ""):
+        """write_line takes an id and a line of output, in any thread; id and cgroup are those of one that runs."""
+        self.id = container_id or secrets.token_hex(6)
+        self.cgroup = cgroup or host.cgroups.path(function, self.id)
+        self.write_line = write_line
         self.said: asyncio.Future[Release] = host.loop.create_future()
         self.served = 0                                 # clients handed over
         self.killed = False                             # by us
-        self._hit_pids = ""                             # what to say of that, as far as was seen …
-        self._looks = MAX_LOOKS                         # … in so many looks, which are left
         self.out_of_memory = False                      # it, or one of its processes, was killed for that
         self.ready_at = 0.0                             # loop time of the connect
         self.start_seconds = 0.0                        # from the spawn to the connect
+        self.idle_since = 0.0                           # loop time
         self._host = host
-        self._bundle = bundle
+        self._function = function
         self._directory = f"{host.containers_dir}/{self.id}"
         self._listener: socket.socket | None = None     # until the handler connects: it may connect once
         self._control: socket.socket | None = None      # from then on
         self._output: OutputReader | None = None
         self._pid = 0                                   # of runc run
         self._pidfd = -1
+        self._hit_pids = ""                             # what to say of --pids, as far as was seen …
+        self._looks = MAX_LOOKS                         # … in so many looks, which are left
         self._memory = -1                               # tells when it may have run out of memory
         self._memory_told = False                       # that it may have
-        self._killed_before = 0                         # of its function's processes, for want of memory
+        # Of its function's processes, for want of memory.
+        self._killed_before = host.cgroups.memory_kills(posixpath.dirname(self.cgroup))
         self._killing: asyncio.Task | None = None       # held, for the loop does not
         self._connected: asyncio.Future[None] = host.loop.create_future()
         self._exited: asyncio.Future[int | None] = host.loop.create_future()
@@ -2013,57 +2021,53 @@ class Container:
         """Return a container that the daemon before has started, and that serves a client.
 
         Its control connection ended with that daemon, and the handler meets the end of file when it is done. So the one
-        release that comes is GONE, at the end of runc, which is no child of ours: its exit status stays unknown.
+        release that comes is GONE, at the end of runc.
         """
-        container = cls(host, None, write_line, survivor)
-        container._output = OutputReader(host.workers, survivor.output,
-                                         lambda text: container.write_line(container.id, text))
-        container._pid, container._pidfd = survivor.pid, survivor.pidfd
-        host.loop.add_reader(container._pidfd, container._on_exit)
+        container = cls(host, survivor.function, write_line, survivor.container_id, survivor.cgroup)
+        container._output = OutputReader(host.workers, survivor.output, container._on_output)
+        container._pid = survivor.pid
+        container._watch_exit(survivor.pidfd)
         container._watch_memory()
-        container._killed_before = host.cgroups.memory_kills(posixpath.dirname(container.cgroup))
         return container
 
     # -- start --
 
-    async def start(self, timeout: float) -> None:
+    async def start(self, bundle: Bundle, timeout: float) -> None:
         """Start the container and return when its handler has connected; timeout is in seconds.
 
         Raises StartFailed when it exits or the time is over; then nothing of it is left.
         """
-        joins = self._bundle.joins_user_namespace
-        user_namespace = await self._host.ids.user_namespace(self._bundle.first_id) if joins else ""
+        user_namespace = await self._host.ids.user_namespace(bundle.first_id) if bundle.joins_user_namespace else ""
         begin = self._host.loop.time()
         try:
             self._host.descriptors.check_start()
-            self._spawn(user_namespace)
-        except OSError as error:
-            await self.finish(0)
-            raise StartFailed(f"cannot start a container: {error.strerror or error}", [], 503) from error
-        try:
+            self._spawn(bundle, user_namespace)
             await asyncio.wait([self._connected, self._exited], timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+            if self._connected.done():
+                self._connected.result()
+                self.ready_at = self._host.loop.time()
+                self.start_seconds = self.ready_at - begin
+                return
+        except OSError as error:
+            await self.kill()
+            raise StartFailed(f"cannot start a container: {error.strerror or error}", [], 503) from error
         except asyncio.CancelledError:
-            await to_the_end(self.finish(0))
+            await to_the_end(self.kill())
             raise
-        if self._connected.done():
-            self.ready_at = self._host.loop.time()
-            self.start_seconds = self.ready_at - begin
-            return
         timed_out = not self._exited.done()
         out_of_memory = self.look_for_memory()
         error = self._runtime_error()
-        status = await self.finish(0)
+        status = await self.kill()
         tail = self._output.tail
         if error and not timed_out:
             if error not in "\n".join(tail):            # crun prints it to its log alone
                 self.write_line(self.id, escape_controls(error))
                 tail.append(escape_controls(error))
             raise RuntimeFailed(f"{self._host.runtime.name} could not make the container", tail, 502)
-        if out_of_memory:
-            raise StartFailed(f"the handler ran out of memory before it connected to {CONTROL_SOCKET}", tail, 502)
-        if timed_out:
+        if timed_out and not out_of_memory:
             raise StartFailed(f"the handler did not connect to {CONTROL_SOCKET} within {timeout:g} s", tail, 504)
-        raise StartFailed(f"the handler {self.describe_end(status)} before it connected to {CONTROL_SOCKET}", tail, 502)
+        end = "ran out of memory" if out_of_memory else self.describe_end(status)
+        raise StartFailed(f"the handler {end} before it connected to {CONTROL_SOCKET}", tail, 502)
 
     def _runtime_error(self) -> str:
         """Return what the runtime says kept it from making the container, "" if the handler has been run.
@@ -2080,91 +2084,65 @@ class Container:
                 error = entry["msg"] if entry["level"] in ("error", "fatal") else error
         return error
 
-    def _spawn(self, user_namespace: str) -> None:
-        self._killed_before = self._host.cgroups.memory_kills(posixpath.dirname(self.cgroup))
+    def _spawn(self, bundle: Bundle, user_namespace: str) -> None:
         os.mkdir(self._directory, 0o710)
-        os.chown(self._directory, 0, self._bundle.first_id)     # runc mounts control.sock as the container's root
+        os.chown(self._directory, 0, bundle.first_id)   # runc mounts control.sock as the container's root
         with open(f"{self._directory}/config.json", "xb") as file:
-            file.write(self._bundle.render(self.id, user_namespace))
-        self._listener = self._listen()
-        self._host.loop.add_reader(self._listener, self._on_connect)
-        self._output = OutputReader(self._host.workers, self._make_output(), self._on_output)
+            file.write(bundle.render(self.id, user_namespace))
+        self._listen()
+        output = f"{self._directory}/output"            # a name by which the next daemon finds it
+        os.mkfifo(output)
+        os.chmod(output, 0o666)         # the image's user may open /dev/stdout; others do not reach the directory
+        self._output = OutputReader(self._host.workers, os.open(output, os.O_RDONLY | os.O_NONBLOCK), self._on_output)
         # Open for reading as well: should we die, what the handler prints still has a reader, itself. It waits when
         # the pipe is full, until the next daemon reads on, rather than die of SIGPIPE.
-        writing = os.open(f"{self._directory}/output", os.O_RDWR)
+        writing = os.open(output, os.O_RDWR)
         try:
             self._pid = self._host.runtime.spawn(self._directory, self.id, writing)
         finally:
             os.close(writing)
         try:
             # All that the next daemon will believe of this container. A link is one call, and never half written.
-            os.symlink(f"{self._pid} {start_time(self._pid)} {self._bundle.name} {self._bundle.version}",
-                       f"{self._directory}/note")
-            self._pidfd = os.pidfd_open(self._pid)
+            os.symlink(f"{self._pid} {start_time(self._pid)} {bundle.name} {bundle.version}", f"{self._directory}/note")
+            self._watch_exit(os.pidfd_open(self._pid))
         except OSError:                 # out of descriptors: what cannot be watched must not run
             os.kill(self._pid, signal.SIGKILL)
             os.waitpid(self._pid, 0)
             self._pid = 0
             raise
-        self._host.loop.add_reader(self._pidfd, self._on_exit)
 
-    def _on_output(self, text: str) -> None:
-        self.write_line(self.id, text)
-        if self._looks and REFUSED_PROCESS.search(text):        # now: once it has exited, its cgroups go at once
-            self._looks -= 1
-            if self._host.cgroups.refused_processes(self.cgroup):
-                self._looks, self._hit_pids = 0, " after it had hit --pids"
-                self.write_line(self.id, "(it has hit --pids: a process or thread was refused)")
-            elif REFUSED_THREAD.search(text) and not self._host.cgroups.exists(self.cgroup):
-                self._hit_pids = " (did it hit --pids?)"
-
-    def describe_end(self, status: int | None) -> str:
-        """Return how it ended, with that exit status, in words."""
-        return describe_exit(status) + self._hit_pids
-
-    def _make_output(self) -> int:
-        """Make the pipe for the container's output, with a name by which the next daemon finds it; return its end."""
-        path = f"{self._directory}/output"
-        os.mkfifo(path)
-        os.chmod(path, 0o666)           # the image's user may open /dev/stdout; others do not reach the directory
-        return os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-
-    def _listen(self) -> socket.socket:
-        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        path = f"{self._directory}/control.sock"
+    def _listen(self) -> None:
+        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         with contextlib.suppress(OSError):              # ENOPROTOOPT: before Linux 6.16
-            listener.setsockopt(socket.SOL_SOCKET, SO_PASSRIGHTS, 0)     # what a handler sends would be ours to close
-        listener.bind(path)
+            # What a handler sends would be ours to close.
+            self._listener.setsockopt(socket.SOL_SOCKET, SO_PASSRIGHTS, 0)
+        path = f"{self._directory}/control.sock"
+        self._listener.bind(path)
         os.chmod(path, 0o666)           # the image's user connects; on the host the directory keeps others out
-        listener.listen(1)
-        listener.setblocking(False)
-        return listener
+        self._listener.listen(1)
+        self._listener.setblocking(False)
+        self._host.loop.add_reader(self._listener, self._on_connect)
 
     def _on_connect(self) -> None:
         try:
-            self._control, _ = self._listener.accept()
+            control, _ = self._listener.accept()
         except BlockingIOError:
             return
         except OSError as error:        # out of descriptors; trying again at once would spin
-            log.error("container=%s cannot accept its handler: %s", self.id, error.strerror)
-            self._close_listener()
+            self._close_sockets()
+            self._connected.set_exception(error)
             return
         self._listener.shutdown(socket.SHUT_RD)         # a second connection is refused
-        self._close_listener()
-        self._control.setblocking(False)
-        self._host.loop.add_reader(self._control, self._on_control)
+        self._close_sockets()
+        self._control = control
+        control.setblocking(False)
         # A handler may send out-of-band data, which keeps the connection readable, and no MSG_PEEK shows it.
-        self._control.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
+        control.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
+        self._host.loop.add_reader(control, self._on_control)
         self._watch_memory()
         with contextlib.suppress(FileNotFoundError):
             os.unlink(f"{self._directory}/config.json")         # the room is for those that start
         self._connected.set_result(None)
-
-    def _watch_memory(self) -> None:
-        with contextlib.suppress(OSError):              # it has ended already
-            self._memory = self._host.cgroups.watch_memory(self.cgroup)
-            if self._memory >= 0:
-                self._host.loop.add_reader(self._memory, self._on_memory)
 
     # -- work --
 
@@ -2187,6 +2165,7 @@ class Container:
 
     def listen(self) -> asyncio.Future[Release]:
         """Return the future of what it says while it has no client."""
+        self.idle_since = self._host.loop.time()
         self.said = self._host.loop.create_future()
         return self.said
 
@@ -2217,8 +2196,31 @@ class Container:
         except ConnectionResetError:    # it closed the connection with our message still unread in it
             release = Release.UNTAKEN
         if release != Release.READY or self.said.done():        # done: it talks out of turn
-            self._close_control()
+            self._close_sockets()
         self.say(release)
+
+    def _on_output(self, text: str) -> None:
+        """Log a line, and say so if it was printed for want of processes. Called by any thread."""
+        self.write_line(self.id, text)
+        if self._looks and REFUSED_PROCESS.search(text):        # now: once it has exited, its cgroups go at once
+            self._looks -= 1
+            if self._host.cgroups.refused_processes(self.cgroup):
+                self._looks, self._hit_pids = 0, " after it had hit --pids"
+                self.write_line(self.id, "(it has hit --pids: a process or thread was refused)")
+            elif REFUSED_THREAD.search(text) and not self._host.cgroups.exists(self.cgroup):
+                self._hit_pids = " (did it hit --pids?)"
+
+    def describe_end(self, status: int | None) -> str:
+        """Return how it ended, with that exit status, in words."""
+        return describe_exit(status) + self._hit_pids
+
+    # -- memory --
+
+    def _watch_memory(self) -> None:
+        with contextlib.suppress(OSError):              # it has ended already
+            self._memory = self._host.cgroups.watch_memory(self.cgroup)
+            if self._memory >= 0:
+                self._host.loop.add_reader(self._memory, self._on_memory)
 
     def _on_memory(self, looks: int = MEMORY_LOOKS) -> None:
         """One process is killed for want of memory: the others might wait for it for ever.
@@ -2229,7 +2231,7 @@ class Container:
         if self._memory < 0:                    # it has exited
             return
         if self.look_for_memory():
-            self.kill()
+            self.kill_soon()
         elif looks:
             self._host.loop.call_later(KILL_RETRY, self._on_memory, looks - 1)
 
@@ -2254,8 +2256,15 @@ class Container:
 
     # -- end --
 
+    def _watch_exit(self, pidfd: int) -> None:
+        self._pidfd = pidfd
+        self._host.loop.add_reader(pidfd, self._on_exit)
+
     def _on_exit(self) -> None:
-        status = None if self._bundle is None else os.waitstatus_to_exitcode(os.waitpid(self._pid, 0)[1])
+        try:
+            status = os.waitstatus_to_exitcode(os.waitpid(self._pid, 0)[1])
+        except ChildProcessError:               # the daemon before has started it: its status stays unknown
+            status = None
         if not self.look_for_memory() and not self.killed:
             # Nobody but us and the kernel sends SIGKILL to a container's first process, and its cgroup may be gone.
             self.out_of_memory = self._counted_kills if status is None else (
@@ -2263,10 +2272,9 @@ class Container:
         self._unwatch()
         self._exited.set_result(status)
         if self._control is not None:
-            self._on_control()          # UNTAKEN is worth knowing
-        if self._control is not None or self._bundle is None:       # somebody outside has it, or runc alone was killed
-            self._close_control()
-            self.say(Release.GONE)
+            self._on_control()                  # UNTAKEN is worth knowing
+        self._close_sockets()                   # somebody outside may have the other end, or runc alone was killed
+        self.say(Release.GONE)
 
     def _unwatch(self) -> None:
         for descriptor in (self._pidfd, self._memory):
@@ -2275,19 +2283,12 @@ class Container:
                 os.close(descriptor)
         self._pidfd = self._memory = -1
 
-    def _drop(self, ours: socket.socket | None) -> None:
-        """Stop watching a socket and close it, in a thread: see _on_control."""
-        if ours is not None:
+    def _close_sockets(self) -> None:
+        """Close what the handler connects to, or is connected to, in a thread: see _on_control."""
+        for ours in filter(None, (self._listener, self._control)):
             self._host.loop.remove_reader(ours)
             self._host.workers.run(ours.close)
-
-    def _close_control(self) -> None:
-        self._drop(self._control)
-        self._control = None
-
-    def _close_listener(self) -> None:
-        self._drop(self._listener)
-        self._listener = None
+        self._listener = self._control = None
 
     async def leave(self) -> None:
         """Let go of the container while its handler serves a client: the next daemon will adopt it.
@@ -2295,39 +2296,43 @@ class Container:
         But not if it holds the lock of its output's pipe: our end, as a process, waits for that.
         """
         if self._exited.done():                 # just now
-            await self.finish(0)
+            await self.kill()
             return
         self._unwatch()
-        self._close_control()
+        self._close_sockets()
         if not await self._output.close():
             log.warning("container=%s does not let go of its output: ending it", self.id)
             await self._host.killers.run(self._host.cgroups.kill, self.cgroup)
 
-    async def finish(self, grace: float) -> int | None:
-        """Wait grace seconds for the container to exit, kill it if it does not, remove all of it.
+    async def finish(self) -> int | None:
+        """End a container whose handler is done: it has EXIT_GRACE to exit by itself. Returns what kill does."""
+        self._close_sockets()                   # no more work
+        if self._pid:
+            await asyncio.wait([self._exited], timeout=EXIT_GRACE)
+        return await self.kill()
+
+    async def kill(self) -> int | None:
+        """Kill what is left of the container and remove all of it. Does no harm to one that is gone.
 
         Returns the exit status of runc run, which is the handler's, or 128 + the signal that ended it; None for that
         of an adopted container.
         """
-        self._close_control()
+        self._close_sockets()
         if self._pid:
-            if grace and not self._exited.done():
-                await asyncio.wait([self._exited], timeout=grace)
-            await self._kill()
+            await self._kill_processes()
         if self._host.runtime.has_state(self.id) or self._host.cgroups.exists(self.cgroup):     # runc was killed
             await self._host.workers.run(self._host.remove_remains, self.id, self.cgroup)
-        self._close_listener()
         if self._output is not None:
             await self._output.finish()
         self._remove_directory()
         self._host.count_ended(self._function)
         return self._exited.result() if self._exited.done() else -signal.SIGKILL
 
-    def kill(self) -> None:
-        """Kill the container in the background; finish() is still to come."""
-        self._killing = self._host.loop.create_task(self._kill())
+    def kill_soon(self) -> None:
+        """Kill the container's processes in the background; to remove it is still to come."""
+        self._killing = self._host.loop.create_task(self._kill_processes())
 
-    async def _kill(self) -> None:
+    async def _kill_processes(self) -> None:
         """Kill every process of the container until runc, which waits for the first of them, is done."""
         deadline = time.monotonic() + KILL_TIMEOUT
         self.killed = self.killed or not self._exited.done()
@@ -2343,9 +2348,10 @@ class Container:
                 await self._exited
 
     def _remove_directory(self) -> None:
+        """Remove what is there of it, without a descriptor: there may be none left."""
         try:
             for name in ("config.json", "control.sock", "output", "note", "runtime.log"):
-                with contextlib.suppress(FileNotFoundError):        # it was never made
+                with contextlib.suppress(FileNotFoundError):
                     os.unlink(f"{self._directory}/{name}")
             with contextlib.suppress(FileNotFoundError):
                 os.rmdir(self._directory)
@@ -2357,19 +2363,18 @@ def describe_exit(status: int | None) -> str:
     """Return an exit status in words. runc reports death by a signal as 128 + its number, as a shell does."""
     if status is None:
         return "ended"
-    if status > 128:
-        try:
-            name = signal.Signals(status - 128).name
-        except ValueError:
-            name = f"signal {status - 128}"
-        return f"was killed by {name}" + (" (out of memory?)" if name == "SIGKILL" else "")
     if status < 0:
         return f"vanished with runc, killed by signal {-status}"
-    return f"exited with status {status}"
+    if status <= 128:
+        return f"exited with status {status}"
+    try:
+        name = signal.Signals(status - 128).name
+    except ValueError:
+        name = f"signal {status - 128}"
+    return f"was killed by {name}" + (" (out of memory?)" if name == "SIGKILL" else "")
 
 
 PIPE_SIZE = MIB                     # what a pipe may have at most (pipe(7))
-EXIT_GRACE = 1.0                    # seconds a handler has between letting go of its client and being killed
 MAX_LINE = 8 * KIB                  # a longer line of a handler is cut into several
 MAX_OUTPUT = MIB                    # bytes of log kept of one container's output; the rest is read and dropped
 LINE_OVERHEAD = 48                  # bytes that the log adds to each line
@@ -2381,44 +2386,47 @@ TAIL_LINES = 20                     # lines of output shown when a deploy fails
 class OutputReader:
     """Reads a container's stdout and stderr from a pipe, line by line, for as long as anybody holds its other end.
 
-    Whoever writes to a pipe holds its lock, and can hold it for long: while what it writes is fetched from a disk, or
-    when its CPU time is used up. So workers read, now and then, until the container is gone.
+    A process that writes to a pipe holds its lock, and can hold it for long: while what it writes is fetched from a
+    disk, or when its CPU time is used up. So workers read, now and then, until the container is gone.
     """
 
     def __init__(self, workers: Workers, descriptor: int, write_line: Callable[[str], None]):
         """descriptor is a non-blocking one; write_line is called by any thread."""
+        self.tail: collections.deque[str] = collections.deque(maxlen=TAIL_LINES)
         self._workers = workers
         self._descriptor = descriptor
         self._write_line = write_line
-        self._partial = b""
+        self._partial = b""                     # the beginning of a line
         self._room = MAX_OUTPUT
-        self._pause_at = MAX_OUTPUT - OUTPUT_CHUNK      # of room
-        self._reading: asyncio.Future | None = None
-        self._closed = False
-        self._loop = asyncio.get_running_loop()
-        self._ended: asyncio.Future[None] = self._loop.create_future()
-        self.tail: collections.deque[str] = collections.deque(maxlen=TAIL_LINES)
-        self._watch()
+        self._stopping = False
+        self._takes_rest = False                # before it stops
+        self._wake = asyncio.Event()            # there is something to read, or it is stopping
+        self._task = workers.loop.create_task(self._follow())
 
-    def _watch(self) -> None:
-        if not self._closed:
-            self._loop.add_reader(self._descriptor, self._start_reading)
-
-    def _start_reading(self) -> None:
-        self._loop.remove_reader(self._descriptor)
-        self._reading = self._workers.run(self._read)
-        self._reading.add_done_callback(self._on_read)
-
-    def _on_read(self, reading: asyncio.Future) -> None:
-        self._reading = None
-        over = not reading.exception() and reading.result()
-        if over or self._closed:
-            self._end()
-        elif self._room > self._pause_at and not reading.exception():
-            self._watch()
-        else:                                   # it prints much: so that each read finds much
-            self._pause_at = self._room - OUTPUT_CHUNK
-            self._loop.call_later(LOG_DELAY, self._watch)
+    async def _follow(self) -> None:
+        """Read until nobody holds the other end, or we are stopped."""
+        over, pause_at = False, MAX_OUTPUT - OUTPUT_CHUNK
+        while not over and not self._stopping:
+            self._workers.loop.add_reader(self._descriptor, self._wake.set)
+            await self._wake.wait()
+            self._workers.loop.remove_reader(self._descriptor)
+            if self._stopping:
+                break
+            self._wake.clear()
+            failed = False
+            try:
+                over = await self._workers.run(self._read)
+            except OSError:                     # out of descriptors
+                failed = True
+            if failed or self._room <= pause_at:            # it prints much: so that each read finds much
+                pause_at = self._room - OUTPUT_CHUNK
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._wake.wait(), LOG_DELAY)
+        if self._takes_rest and not over:       # what was read last may be from before the last was written
+            with contextlib.suppress(OSError):
+                await self._workers.run(self._read)
+        self._emit_partial()
+        await self._workers.run(os.close, self._descriptor)
 
     def _read(self) -> bool:
         """Take what is there; return whether that was the last.
@@ -2429,38 +2437,36 @@ class OutputReader:
         rest = PIPE_SIZE
         with contextlib.suppress(BlockingIOError):
             while rest > 0 and self._room > 0:
-                size = self._take(os.read(self._descriptor, OUTPUT_CHUNK))
-                if size == 0:
+                data = os.read(self._descriptor, OUTPUT_CHUNK)
+                if not data:
                     return True
-                rest -= size
-            while self._room <= 0 and not self._closed:
+                self._take(data)
+                rest -= len(data)
+            while self._room <= 0 and not self._stopping:
                 with open(os.devnull, "wb") as null:
                     if not os.splice(self._descriptor, null.fileno(), PIPE_SIZE, flags=os.SPLICE_F_NONBLOCK):
                         return True
                 time.sleep(LOG_DELAY)
         return False
 
-    def _take(self, data: bytes) -> int:
-        """Log what was read; return its size."""
+    def _take(self, data: bytes) -> None:
         *lines, self._partial = (self._partial + data).split(b"\n")
-        while len(self._partial) >= MAX_LINE:
-            lines.append(self._partial[:MAX_LINE])
-            self._partial = self._partial[MAX_LINE:]
         for line in lines:
-            for start in range(0, max(len(line), 1), MAX_LINE):
-                self._emit(line[start:start + MAX_LINE])
-        if self._room <= 0:
+            self._emit(line)
+        if len(self._partial) >= MAX_LINE or self._room <= 0:
             self._emit_partial()
+        if self._room <= 0:
             with contextlib.suppress(OSError):          # so that it is large enough to be emptied now and then
                 fcntl.fcntl(self._descriptor, fcntl.F_SETPIPE_SZ, PIPE_SIZE)
             self._write_line(f"(output over {MAX_OUTPUT} bytes is dropped)")
-        return len(data)
 
     def _emit(self, line: bytes) -> None:
-        self._room -= len(line) + LINE_OVERHEAD         # many short lines cost as much as a few long ones
-        text = escape_controls(line.decode("utf-8", "backslashreplace").removesuffix("\r"))
-        self.tail.append(text)
-        self._write_line(text)
+        for start in range(0, len(line) or 1, MAX_LINE):
+            part = line[start:start + MAX_LINE]
+            self._room -= len(part) + LINE_OVERHEAD         # many short lines cost as much as a few long ones
+            text = escape_controls(part.decode("utf-8", "backslashreplace").removesuffix("\r"))
+            self.tail.append(text)
+            self._write_line(text)
 
     def _emit_partial(self) -> None:
         if self._partial:
@@ -2472,26 +2478,15 @@ class OutputReader:
 
         Even then somebody can hold the lock: another container of its network, to which it has sent the other end.
         """
-        if self._reading is not None:           # perhaps from before the last was written
-            await asyncio.wait([self._reading], timeout=EXIT_GRACE)
-        if self._reading is None and not self._closed:
-            self._start_reading()
+        self._takes_rest = True
         await self.close()
 
     async def close(self) -> bool:
         """Read no more: what is still in the pipe is for the next reader. Return whether it is closed soon."""
-        if not self._closed:
-            self._closed = True
-            self._loop.remove_reader(self._descriptor)
-            if self._reading is None:
-                self._end()
-        await asyncio.wait([self._ended], timeout=EXIT_GRACE)
-        return self._ended.done()
-
-    def _end(self) -> None:
-        self._closed = True
-        self._emit_partial()
-        self._workers.run(os.close, self._descriptor).add_done_callback(lambda _: self._ended.set_result(None))
+        self._stopping = True
+        self._wake.set()
+        await asyncio.wait([self._task], timeout=EXIT_GRACE)
+        return self._task.done()
 
 
 STUCK_SECONDS = 0.005               # until more threads come in, where all are kept waiting
@@ -2503,17 +2498,15 @@ class Workers:
 
     A handler can hold the lock of its client's socket or of its output's pipe for as long as it likes, in a write that
     sleeps in page faults while others of its container take all the CPU it may have. Nothing ends the wait of another
-    who wants the lock, not even SIGKILL, but the end of the container. So one call that does not come back must hold up
-    nobody. Yet most do at once, and a thread for each would cost more than they: more come in only while all are kept
-    waiting. Only calls that let go of Python's lock will do.
+    thread for that lock, not even SIGKILL, but the end of the container. So one call that does not come back must hold
+    up nobody. Yet most do at once, and a thread for each would cost more than they: more come in only while all are
+    kept waiting. Only calls that let go of Python's lock will do.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop):
         self.loop = loop
-        self._calls: queue.SimpleQueue = queue.SimpleQueue()        # None ends a thread
-        self._results: collections.deque = collections.deque()
-        self._told = False                      # the loop is about to deliver results
         self.pending: set[asyncio.Future] = set()
+        self._calls: queue.SimpleQueue = queue.SimpleQueue()        # None ends a thread
         self._limits: dict[asyncio.Future, tuple[int, Callable[[], None]]] = {}         # in looks; the oldest first
         self._looks = 0
         self._threads = 0
@@ -2546,26 +2539,18 @@ class Workers:
             future, function, arguments = call
             try:
                 outcome = function(*arguments)
-            except Exception as error:          # for whoever asked
+            except Exception as error:              # for the caller
                 outcome = error
-            self._results.append((future, outcome))
-            if not self._told:
-                self._told = True
-                with contextlib.suppress(RuntimeError):         # the loop is closed
-                    self.loop.call_soon_threadsafe(self._deliver)
+            with contextlib.suppress(RuntimeError):         # the loop is closed
+                self.loop.call_soon_threadsafe(self._deliver, future, outcome)
 
-    def _deliver(self) -> None:
-        self._told = False
-        while self._results:
-            future, outcome = self._results.popleft()
-            self.pending.discard(future)
-            self._limits.pop(future, None)
-            if future.cancelled():
-                continue
-            if isinstance(outcome, Exception):
-                future.set_exception(outcome)
-            else:
-                future.set_result(outcome)
+    def _deliver(self, future: asyncio.Future, outcome: Any) -> None:
+        self.pending.discard(future)
+        self._limits.pop(future, None)
+        if isinstance(outcome, Exception) and not future.cancelled():
+            future.set_exception(outcome)
+        elif not future.cancelled():
+            future.set_result(outcome)
         spare = self._threads - len(self.pending) - 1
         if spare > 0 and self._calls.empty():
             self._threads -= spare
@@ -2582,7 +2567,7 @@ class Workers:
             del self._limits[future]
             overdue()
         queued = self._calls.qsize()
-        if queued and self._threads <= len(self.pending) - len(self._results) - queued:
+        if queued and self._threads <= len(self.pending) - queued:
             self._start(min(queued, max(1, self._threads), MAX_WORKERS - self._threads))
         if queued or self._limits:              # else there is nothing to wake up for
             self._timer = self.loop.call_later(STUCK_SECONDS, self._look)
@@ -4339,7 +4324,7 @@ async def try_container(host: ContainerHost) -> str:
     try:
         bundle = Bundle("probe", {**PROBE, "first_id": host.ids.first}, Options(), rootfs, host.run_dir, host.cgroups,
                         host.apparmor, lay_out_probe(rootfs))
-        await Container(host, bundle, lambda container_id, line: None).start(PROBE_SECONDS)
+        await Container(host, bundle.name, lambda container_id, line: None).start(bundle, PROBE_SECONDS)
     except StartFailed as failure:
         if failure.status == 504:               # a machine that has just booted may be slow, but not for long
             log.warning("%s has not started a container within %g s: going on without knowing what it can do",
@@ -7658,7 +7643,7 @@ class Daemon:
                     await asyncio.shield(stored)
                 function = await to_the_end(self._make_current(name, version, container))
             except BaseException:
-                await to_the_end(container.finish(0))       # once more does no harm where its pool was closed
+                await to_the_end(container.kill())       # once more does no harm where its pool was closed
                 raise
         for line in output:
             function.log.write_output(container.id, line)
@@ -7726,9 +7711,9 @@ class Daemon:
         It takes no place among the starts allowed at a time: a deploy should not wait for a flood to end.
         """
         output: list[str] = []
-        container = Container(self._host, version.bundle, lambda container_id, text: output.append(text))
+        container = Container(self._host, name, lambda container_id, text: output.append(text))
         try:
-            await container.start(version.options.start_timeout)
+            await container.start(version.bundle, version.options.start_timeout)
         except StartFailed as failure:
             if isinstance(failure, RuntimeFailed):
                 if error := await try_container(self._host):        # by now the machine may be to blame, not the image
@@ -7890,7 +7875,7 @@ class Daemon:
             try:
                 return await self._host.workers.run(self._host.inspect, container)
             finally:
-                await to_the_end(container.finish(0))
+                await to_the_end(container.kill())
 
     async def function_log(self, name: str) -> FunctionLog:
         """Return a function's log, with all that has happened so far in it."""
