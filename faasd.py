@@ -2601,9 +2601,7 @@ class Bundle:
         self.joins_user_namespace = options.net != "egress"
         self._mark = f"@{secrets.token_hex(16)}@"       # stands for the id; nothing a user writes contains it
         self._namespace_mark = f"@{secrets.token_hex(16)}@"
-        spec = build_spec(name, image, options, str(rootfs), str(run_dir / "containers" / self._mark / "control.sock"),
-                          cgroups.path(name, self._mark), self._mark, cgroups.can_limit_swap, run_dir, apparmor,
-                          self._namespace_mark, {"memory.oom.group": "1"} if cgroups.kills_whole else None)
+        spec = build_spec(name, image, options, rootfs, run_dir, cgroups, self._mark, self._namespace_mark, apparmor)
         spec["mounts"][:0] = mounts
         self._template = json.dumps(spec)
         check_sizes(spec["process"], len(self._template))
@@ -2621,52 +2619,50 @@ MAX_OPEN_FILES = (1024, 4096)       # RLIMIT_NOFILE inside, soft and hard: a con
                                     # much that hangs on a descriptor is the kernel's memory, and nobody's in particular
 
 
-def build_spec(name: str, image: dict, options: Options, rootfs: str, control_socket: str, cgroup: str,
-               container_id: str, limit_swap: bool, run_dir: Path, apparmor: str = "",
-               user_namespace: str = "", unified: dict[str, str] | None = None) -> dict:
+def build_spec(name: str, image: dict, options: Options, rootfs: Path, run_dir: Path, cgroups: Cgroups,
+               container_id: str, user_namespace: str, apparmor: str = "") -> dict:
     """Return the OCI runtime configuration (runtime-spec config.md) of a function's container.
 
-    image is the content of image.json; rootfs, control_socket and cgroup are paths, cgroup below the cgroup mounts;
-    apparmor is the name of a profile that is loaded, or empty; user_namespace the path of one to join, or empty for a
-    new one; unified are files of cgroup v2 to write.
+    image is the content of image.json, user_namespace the path of the one to join, and apparmor the name of a profile
+    that is loaded, or empty.
     """
     process = image["process"]
     env = merge_env(process["env"], [*options.env, f"FAAS_FUNCTION={name}", f"FAAS_VERSION={image['version']}",
                                      f"FAAS_CONTAINER_ID={container_id}"])
     ids = [{"containerID": 0, "hostID": image["first_id"], "size": IDS}]
-    seccomp = seccomp_profile(platform.machine())
     soft, hard = MAX_OPEN_FILES
-    memory = {"limit": options.memory, **({"swap": options.memory} if limit_swap else {})}
+    seccomp = seccomp_profile(platform.machine())
+    network = {"none": [{"type": "network"}], "host": [],       # none of its own
+               "egress": [{"type": "network", "path": str(namespace_path(run_dir, name))}]}[options.net]
     return {
         "ociVersion": "1.0.2",
         "hostname": name,
-        "root": {"path": rootfs, "readonly": True},
+        "root": {"path": str(rootfs), "readonly": True},
         "process": {
             "terminal": False, "cwd": process["cwd"], "args": command_line(process, options), "env": env,
             "user": {"uid": process["uid"], "gid": process["gid"], "additionalGids": process["groups"]},
             # Not what an operator gave us against the OOM killer; to lower what is higher takes a capability.
-            "oomScoreAdj": max(0, int(read_text(Path("/proc/self/oom_score_adj")) or 0)),
+            "oomScoreAdj": max(0, int(read_text("/proc/self/oom_score_adj") or 0)),
             "noNewPrivileges": True, **({"apparmorProfile": apparmor} if apparmor else {}),
             **({"rlimits": [{"type": "RLIMIT_NOFILE", "soft": soft, "hard": hard}]} if can_set_limits() else {}),
             "capabilities": {kind: [] for kind in
                              ("bounding", "effective", "inheritable", "permitted", "ambient")},
         },
-        "mounts": [*bundle_mounts(process["volumes"], control_socket),
-                   *network_mounts(options.net, process, run_dir)],
+        "mounts": container_mounts(options.net, process, run_dir, container_id),
         "linux": {
-            "namespaces": [*({"type": kind} for kind in NAMESPACES), *network_namespace(options.net, name, run_dir),
-                           {"type": "user", **({"path": user_namespace} if user_namespace else {})}],
+            "namespaces": [*({"type": kind} for kind in NAMESPACES), *network,
+                           {"type": "user", "path": user_namespace}],
             "uidMappings": ids, "gidMappings": ids,
             **({"seccomp": seccomp} if seccomp else {}),
-            "cgroupsPath": cgroup,
+            "cgroupsPath": cgroups.path(name, container_id),
             "maskedPaths": [path for path in MASKED_PATHS if options.net == "none" or not path.startswith("/sys/")],
             "readonlyPaths": READONLY_PATHS,
             "resources": {
                 "devices": [{"allow": False, "access": "rwm"}],     # runc adds null, zero, tty and their like
-                "memory": memory,
+                "memory": {"limit": options.memory, **({"swap": options.memory} if cgroups.can_limit_swap else {})},
                 "cpu": {"quota": int(options.cpus * CPU_PERIOD), "period": CPU_PERIOD},
                 "pids": {"limit": options.pids},
-                **({"unified": unified} if unified else {}),
+                **({"unified": {"memory.oom.group": "1"}} if cgroups.kills_whole else {}),
             },
         },
     }
@@ -2677,16 +2673,15 @@ MAX_CONFIG_SIZE = 256 * KIB         # of a config.json; all containers' lie in o
 
 
 def check_sizes(process: dict, total: int) -> None:
-    """Raise BadRequest for a process that execve(2) would refuse, or a config.json that would fill RUN_DIR.
+    """Raise BadRequest for a process that execve(2) would refuse, or for a config.json that would fill RUN_DIR.
 
-    total is the size of all of config.json, of which each container has one. In a smaller one there is no room for more
-    variables and arguments than execve takes, which is 2 MiB.
+    total is the size of config.json. One that is small enough has no room for more than the 2 MiB that execve takes.
     """
     named = [*(("the command's argument", text) for text in process["args"]),
              *((f"the variable {text.partition('=')[0][:MAX_NAME_LENGTH]}", text) for text in process["env"])]
     for what, text in named:
-        if len(text.encode()) >= MAX_ARGUMENT:
-            raise BadRequest(f"{what} has {len(text.encode())} bytes: one may have at most {MAX_ARGUMENT - 1}")
+        if (size := len(text.encode())) >= MAX_ARGUMENT:
+            raise BadRequest(f"{what} has {size} bytes: one may have at most {MAX_ARGUMENT - 1}")
     if total > MAX_CONFIG_SIZE:
         env, args = (sum(len(text.encode()) + 1 for text in process[key]) for key in ("env", "args"))
         raise BadRequest(f"the environment of {env} bytes and the command of {args} make a config.json of {total} "
@@ -2706,62 +2701,44 @@ CAP_SYS_RESOURCE = 24               # linux/capability.h
 
 def can_set_limits() -> bool:
     """Whether the runtime may set limits in a function's user namespace: with CAP_SYS_RESOURCE (capabilities(7))."""
-    effective = re.search(r"^CapEff:\s*(\w+)$", Path("/proc/self/status").read_text(), re.MULTILINE)
-    return bool(int(effective[1], 16) >> CAP_SYS_RESOURCE & 1)
+    return bool(int(read_fields("/proc/self/status").get("CapEff", "0"), 16) >> CAP_SYS_RESOURCE & 1)
 
 
 TMP_SIZE, SHM_SIZE, DEV_SIZE, VOLUME_SIZE = "64m", "64m", "1m", "64m"      # tmpfs(5) size=
 MAX_TERMINALS = 16                  # ptys of one container; all containers of a machine share some 3,000 (pty.max)
 
 
-def bundle_mounts(volumes: list[dict], control_socket: str) -> list[dict]:
-    """Return the mounts of every container, whatever its network.
+def container_mounts(net: str, process: dict, run_dir: Path, container_id: str) -> list[dict]:
+    """Return the mounts of a container.
 
-    /dev must be a mount: without one runc writes device nodes into the rootfs, which other containers share.
+    /dev must be one: without it runc writes device nodes into the rootfs, which other containers share. The kernel
+    gives a container sysfs only with a network namespace that its own user namespace made. One that joins another gets
+    an empty /sys: the host's, bound there, would show the host's interfaces.
     """
     mounts = [
-        {"destination": "/proc", "type": "proc", "source": "proc", "options": ["nosuid", "noexec", "nodev"]},
-        {"destination": "/dev", "type": "tmpfs", "source": "tmpfs",
-         "options": ["nosuid", "noexec", "strictatime", "mode=755", f"size={DEV_SIZE}"]},
-        {"destination": "/dev/pts", "type": "devpts", "source": "devpts",
-         "options": ["nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620", "gid=5",
-                     f"max={MAX_TERMINALS}"]},
-        tmpfs_mount("/dev/shm", SHM_SIZE, "noexec", "mode=1777"),
-        {"destination": "/dev/mqueue", "type": "mqueue", "source": "mqueue", "options": ["nosuid", "noexec", "nodev"]},
-        tmpfs_mount("/tmp", TMP_SIZE, "mode=1777"),
+        mount("/proc", "proc", "noexec", "nodev"),
+        mount("/dev", "tmpfs", "noexec", "strictatime", "mode=755", f"size={DEV_SIZE}"),
+        mount("/dev/pts", "devpts", "noexec", "newinstance", "ptmxmode=0666", "mode=0620", "gid=5",
+              f"max={MAX_TERMINALS}"),
+        mount("/dev/shm", "tmpfs", "nodev", f"size={SHM_SIZE}", "noexec", "mode=1777"),
+        mount("/dev/mqueue", "mqueue", "noexec", "nodev"),
+        mount("/tmp", "tmpfs", "nodev", f"size={TMP_SIZE}", "mode=1777"),
     ]
-    for volume in volumes:
-        mounts.append(tmpfs_mount(volume["path"], VOLUME_SIZE, f"mode={volume['mode']:o}", f"uid={volume['uid']}",
-                                  f"gid={volume['gid']}", *(["tmpcopyup"] if volume["copy_up"] else [])))
-    mounts.append({"destination": CONTROL_SOCKET, "type": "bind", "source": control_socket,
-                   "options": ["bind", "nosuid", "nodev", "noexec"]})
-    return mounts
-
-
-def tmpfs_mount(destination: str, size: str, *options: str) -> dict:
-    return {"destination": destination, "type": "tmpfs", "source": "tmpfs",
-            "options": ["nosuid", "nodev", f"size={size}", *options]}
-
-
-def network_mounts(net: str, process: dict, run_dir: Path) -> list[dict]:
-    """Return what a container finds of its network at /sys and in resolv.conf.
-
-    The kernel gives a container sysfs only with a network namespace that its own user namespace made. One that joins
-    another gets an empty /sys: the host's, bound there, would show the host's interfaces.
-    """
+    for volume in process["volumes"]:
+        copy = ["tmpcopyup"] if volume["copy_up"] else []
+        mounts.append(mount(volume["path"], "tmpfs", "nodev", f"size={VOLUME_SIZE}", f"mode={volume['mode']:o}",
+                            f"uid={volume['uid']}", f"gid={volume['gid']}", *copy))
+    mounts.append(mount(CONTROL_SOCKET, "bind", "bind", "nodev", "noexec",
+                        source=f"{run_dir}/containers/{container_id}/control.sock"))
     if net == "none":
-        return [{"destination": "/sys", "type": "sysfs", "source": "sysfs",
-                 "options": ["nosuid", "noexec", "nodev", "ro"]}]
-    return [tmpfs_mount("/sys", "4k", "noexec", "ro", "mode=555"),
-            {"destination": process["resolv_conf"], "type": "bind", "source": str(resolv_conf_path(run_dir, net)),
-             "options": ["bind", "ro", "nosuid", "nodev", "noexec"]}]
+        return [*mounts, mount("/sys", "sysfs", "noexec", "nodev", "ro")]
+    return [*mounts, mount("/sys", "tmpfs", "nodev", "size=4k", "noexec", "ro", "mode=555"),
+            mount(process["resolv_conf"], "bind", "bind", "ro", "nodev", "noexec",
+                  source=str(resolv_conf_path(run_dir, net)))]
 
 
-def network_namespace(net: str, name: str, run_dir: Path) -> list[dict]:
-    """Return the entry of linux.namespaces; the host's network is none."""
-    return {"none": [{"type": "network"}],
-            "egress": [{"type": "network", "path": str(namespace_path(run_dir, name))}],
-            "host": []}[net]
+def mount(destination: str, kind: str, *options: str, source: str = "") -> dict:
+    return {"destination": destination, "type": kind, "source": source or kind, "options": ["nosuid", *options]}
 
 
 def namespace_path(run_dir: Path, name: str) -> Path:
@@ -3016,17 +2993,12 @@ def runc_warning(version: str) -> str | None:
     version is what `runc --version` prints first, such as "runc version 1.1.5+ds1".
     """
     match = re.match(r"runc version ([0-9]+)\.([0-9]+)\.([0-9]+)", version)
-    if not match:
+    number = tuple(map(int, match.groups())) if match else (math.inf,)
+    if (1, 2, 8) <= number < (1, 3, 0) or number >= (1, 3, 3):
         return None
-    number = tuple(map(int, match.groups()))
-    if number < (1, 1, 12):
-        holes = "leaked descriptors (CVE-2024-21626), masked paths and console (CVE-2025-31133, -52565, -52881)"
-    elif number < (1, 2, 8) or (1, 3, 0) <= number < (1, 3, 3):
-        holes = "masked paths and console (CVE-2025-31133, -52565, -52881)"
-    else:
-        return None
-    return (f"{version} is older than the release that fixed {holes}; "
-            "distributions backport such fixes, so check your package's changelog")
+    leaked = "leaked descriptors (CVE-2024-21626), " if number < (1, 1, 12) else ""
+    return (f"{version} is older than the release that fixed {leaked}masked paths and console (CVE-2025-31133, -52565, "
+            "-52881); distributions backport such fixes, so check your package's changelog")
 
 
 # Of cgroup v1 and v2 (kernel documentation, admin-guide/cgroup-v1 and cgroup-v2.rst).
@@ -3052,15 +3024,15 @@ class Cgroups:
         self.parent = f"/faasd{str(run_dir).replace('/', '-')}-{run_dir_mark(run_dir)}"
         mounts = dict(read_mounts())            # a later mount hides an earlier one
         self._hierarchies = [Path(mount) for mount, kind in mounts.items() if kind in ("cgroup", "cgroup2")]
+        version_1 = [h for h in self._hierarchies if (h / "memory.limit_in_bytes").exists()]
+        version_2 = [h for h in self._hierarchies if "memory" in read_text(h / "cgroup.controllers").split()]
+        self._memory = next(iter(version_2 or version_1), Path("/"))        # /: see check_controllers
+        self.kills_whole = bool(version_2)      # the kernel can be told to, of a container that runs out of memory
         # runc fails on a swap limit where a v1 kernel does not account for swap; on v2 it copes by itself.
-        version_1 = [h / "memory.limit_in_bytes" for h in self._hierarchies if (h / "memory.limit_in_bytes").exists()]
-        self.can_limit_swap = all(path.with_name("memory.memsw.limit_in_bytes").exists() for path in version_1)
+        self.can_limit_swap = all((h / "memory.memsw.limit_in_bytes").exists() for h in version_1)
         # crun takes cgroup v1 for a hybrid with v2, and where no v2 is mounted it leaves plain files.
         litter = Path("/sys/fs/cgroup/unified")
-        self._litter = litter if version_1 and litter not in self._hierarchies else None
-        version_2 = [h for h in self._hierarchies if "memory" in read_text(h / "cgroup.controllers").split()]
-        self._memory = version_2 or [path.parent for path in version_1]         # that with the memory controller
-        self.kills_whole = bool(version_2)      # the kernel can be told to, of a container that runs out of memory
+        self._litter = [litter] if version_1 and litter not in self._hierarchies else []
 
     def group(self, function: str) -> str:
         """Return the path of the cgroup of all of a function's containers; it looks like no container's."""
@@ -3074,12 +3046,15 @@ class Cgroups:
         # Asked at the end of every container, and a machine may have a dozen of v1: so not by Path.is_dir().
         return [Path(f"{h}{path}") for h in self._hierarchies if os.path.isdir(f"{h}{path}")]
 
-    def _parents(self) -> list[Path]:
-        """Return what there is of the parent; what is left of a container may be crun's litter alone."""
-        return self._directories(self.parent) + ([self._litter / self.parent[1:]] if self._litter else [])
+    def _plain_directories(self, path: str) -> list[Path]:
+        """Return what crun has left of a cgroup, which may be all that there is of it."""
+        return [Path(f"{litter}{path}") for litter in self._litter if os.path.isdir(f"{litter}{path}")]
 
     def exists(self, path: str) -> bool:
-        return bool(self._directories(path)) or self._litter is not None and (self._litter / path[1:]).exists()
+        return bool(self._directories(path) or self._plain_directories(path))
+
+    def _parents(self) -> list[Path]:
+        return self._directories(self.parent) + self._plain_directories(self.parent)
 
     def containers(self) -> dict[str, str]:
         """Return the paths of all containers that have a cgroup, by their ids. An older daemon has made PARENT/ID."""
@@ -3094,12 +3069,9 @@ class Cgroups:
             self.remove(f"{self.parent}/{name}")
 
     def processes(self, path: str) -> set[int]:
-        """Return the pids in a container's cgroups."""
-        pids: set[int] = set()
-        for directory in self._directories(path):
-            with contextlib.suppress(FileNotFoundError, OSError):       # runc may be removing it just now
-                pids.update(map(int, (directory / "cgroup.procs").read_text().split()))
-        return pids - {0}                       # a process that our pid namespace does not see
+        """Return the pids in a container's cgroups, but for 0: a process that our pid namespace does not see."""
+        return {int(pid) for directory in self._directories(path)
+                for pid in read_text(directory / "cgroup.procs").split()} - {0}
 
     def watch_memory(self, path: str) -> int:
         """Return an eventfd that tells when a container may have run out of memory; -1 where nobody needs to be told.
@@ -3108,11 +3080,11 @@ class Cgroups:
         """
         if self.kills_whole:
             return -1
-        directory = self._memory[0] / path[1:]
+        directory = f"{self._memory}{path}"
         event = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         try:
-            with open(directory / "memory.oom_control", "rb") as file:
-                (directory / "cgroup.event_control").write_text(f"{event} {file.fileno()}")
+            with open(f"{directory}/memory.oom_control", "rb") as file:
+                Path(f"{directory}/cgroup.event_control").write_text(f"{event} {file.fileno()}")
         except OSError:
             os.close(event)
             raise
@@ -3123,13 +3095,12 @@ class Cgroups:
 
         Of a function's cgroup on v2: of all its containers, those that are gone included.
         """
-        file = Path(f"{self._memory[0]}{path}/{'memory.events' if self.kills_whole else 'memory.oom_control'}")
-        found = re.search(r"^oom_kill (\d+)", read_text(file), re.MULTILINE)
-        return int(found[1]) if found else 0
+        file = "memory.events" if self.kills_whole else "memory.oom_control"
+        return int(read_fields(f"{self._memory}{path}/{file}").get("oom_kill", 0))
 
     def refused_processes(self, path: str) -> bool:
         """Whether a container was refused a process or thread."""
-        return any(re.search("^max [1-9]", read_text(directory / "pids.events"), re.MULTILINE)
+        return any(read_fields(directory / "pids.events").get("max", "0") != "0"
                    for directory in self._directories(path))
 
     def limits(self, path: str) -> dict[str, str]:
@@ -3172,8 +3143,8 @@ class Cgroups:
 
     def remove(self, path: str) -> None:
         """Remove a cgroup directory in every hierarchy if it is empty."""
-        if self._litter:
-            shutil.rmtree(self._litter / path[1:], ignore_errors=True)
+        for directory in self._plain_directories(path):
+            shutil.rmtree(directory, ignore_errors=True)
         for directory in self._directories(path):
             try:
                 directory.rmdir()
@@ -3182,15 +3153,13 @@ class Cgroups:
                     log.warning("cannot remove cgroup %s: %s", directory, error.strerror)
 
     def dying(self, group: str) -> int:
-        """Return how many memory cgroups there are below one that were removed. Raises OSError.
+        """Return how many memory cgroups there are below one that were removed. Raises OSError, LookupError.
 
         v1 tells only how many there are on this machine: more than it has directories.
         """
         if self.kills_whole:
-            text = Path(f"{self._memory[0]}{group}/cgroup.stat").read_text()
-            return int(re.search(r"^nr_dying_descendants (\d+)", text, re.MULTILINE)[1])
-        number = re.search(r"^memory\t\d+\t(\d+)", Path("/proc/cgroups").read_text(), re.MULTILINE)[1]
-        return int(number) - sum(1 for _ in os.walk(self._memory[0]))
+            return int(read_fields(f"{self._memory}{group}/cgroup.stat")["nr_dying_descendants"])
+        return int(read_fields("/proc/cgroups")["memory"].split()[1]) - sum(1 for _ in os.walk(self._memory))
 
     def reclaim(self, group: str) -> None:
         """Have the kernel drop what is cached for containers of a cgroup, also for those that are gone.
@@ -3198,12 +3167,18 @@ class Cgroups:
         In a child that can be killed: on v1 the kernel goes on for as long as a container reads as fast. On v2 it takes
         the bytes to drop, since Linux 5.19, and drops as many as it can. Blocks. Raises OSError.
         """
-        directory = f"{self._memory[0]}{group}"
-        file, value = (("memory.reclaim", Path(f"{directory}/memory.current").read_bytes()) if self.kills_whole else
-                       ("memory.force_empty", b"0"))
+        directory = f"{self._memory}{group}"
+        file, value = "memory.force_empty", b"0"
+        if self.kills_whole:
+            file, value = "memory.reclaim", Path(f"{directory}/memory.current").read_bytes()
         with contextlib.suppress(subprocess.TimeoutExpired):
             subprocess.run(["tee", f"{directory}/{file}"], input=value, timeout=RECLAIM_SECONDS,
                            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False)
+
+
+def read_fields(path: str | Path) -> dict[str, str]:
+    """Return the lines `name value` and `Name: value` of a file of the kernel's; none if it cannot be read."""
+    return dict(re.findall(r"^(\w+):?[ \t]+(.*)$", read_text(path), re.MULTILINE))
 
 
 def run_dir_mark(run_dir: Path) -> str:
@@ -3215,9 +3190,9 @@ def run_dir_mark(run_dir: Path) -> str:
     there = next(path for path in (run_dir, *run_dir.parents) if path.is_dir())
     with opened(there, os.O_PATH | os.O_DIRECTORY) as directory:
         device = os.fstat(directory).st_dev
-        mount = re.search(r"^mnt_id:\t([0-9]+)", Path(f"/proc/self/fdinfo/{directory}").read_text(), re.MULTILINE)[1]
+        mount_id = read_fields(f"/proc/self/fdinfo/{directory}")["mnt_id"]
     # In a chroot that is no mount, the mount's own root cannot be seen.
-    top, point = next((fields[3:5] for fields, _ in read_mountinfo() if fields[0] == mount), ("/", "/"))
+    top, point = next((fields[3:5] for fields, _ in read_mountinfo() if fields[0] == mount_id), ("/", "/"))
     path = os.path.normpath(f"{top}/{os.path.relpath(run_dir, point)}")
     return hashlib.sha256(f"{device}:{path}".encode(errors="surrogateescape")).hexdigest()[:6]
 
@@ -3256,8 +3231,8 @@ class DyingCgroups:
             if self.are_many(await self._workers.run(self._cgroups.dying, self._group)):
                 log.info("%s: reclaiming what ended containers keep", self._group)
                 await self._workers.run(self._cgroups.reclaim, self._group)
-        except OSError as error:                # the function was removed, or there is no thread to be had
-            log.info("%s: cannot reclaim: %s", self._group, error)
+        except (OSError, LookupError) as error:         # the function was removed, or there is no thread to be had
+            log.info("%s: cannot reclaim: %r", self._group, error)
         finally:
             self._ended = 0
 
@@ -3283,14 +3258,8 @@ def inspect_process(pid: int) -> dict:
     Not what we asked for, but what the kernel says there is.
     """
     process = Path(f"/proc/{pid}")
-    # Its name is its own choice, and need not be UTF-8.
-    lines = (process / "status").read_text(errors="replace").split("\n")
-    status = dict(line.split(":\t", 1) for line in lines if ":\t" in line)
+    status = read_fields(process / "status")        # a name in it is the process's own choice, and comes first
     namespaces = {entry.name: os.readlink(entry) for entry in (process / "ns").iterdir() if "_for_" not in entry.name}
-    try:
-        profile = (process / "attr/current").read_text().strip("\n\0")
-    except OSError:                     # EINVAL: the kernel has no security module that keeps one
-        profile = ""
     return {
         "namespaces": {kind: "own" if os.readlink(f"/proc/self/ns/{kind}") != name else "the host's"
                        for kind, name in sorted(namespaces.items())},
@@ -3300,7 +3269,7 @@ def inspect_process(pid: int) -> dict:
         "capabilities": {key.lower(): status[key] for key in ("CapEff", "CapPrm", "CapInh", "CapBnd", "CapAmb")},
         "no_new_privs": status["NoNewPrivs"] == "1",
         "seccomp": {"0": "none", "1": "strict", "2": "filter"}[status["Seccomp"]],
-        "apparmor": profile,
+        "apparmor": read_text(process / "attr/current").strip("\n\0"),     # unreadable without a security module
         "mounts": [{"target": before[4], "type": after[0], "options": before[5]}
                    for before, after in read_mountinfo(f"{process}/mountinfo")],
         "interfaces": [line.partition(":")[0].strip() for line in (process / "net/dev").read_text().splitlines()[2:]],

@@ -202,6 +202,14 @@ class RuntimeWarnings(unittest.TestCase):
         self.assertNotIn("CVE-2024-21626", faasd.runc_warning("runc version 1.1.12"))
 
 
+class NoCgroups:
+    can_limit_swap = kills_whole = True
+
+    @staticmethod
+    def path(function: str, container_id: str) -> str:
+        return f"/p/{function}/{container_id}"
+
+
 class Spec(unittest.TestCase):
     """One literal image; each test changes one thing."""
 
@@ -210,8 +218,8 @@ class Spec(unittest.TestCase):
         "volumes": []}}
 
     def spec(self, image: dict | None = None, options: faasd.Options = faasd.Options(), **changes) -> dict:  # noqa: B008
-        arguments = {"rootfs": "/r", "control_socket": "/c", "cgroup": "/g", "container_id": "ID", "limit_swap": True,
-                     "run_dir": Path("/run/x")}
+        arguments = {"rootfs": "/r", "run_dir": Path("/run/x"), "cgroups": NoCgroups(), "container_id": "ID",
+                     "user_namespace": "/u"}
         return faasd.build_spec("name", image or self.image, options, **{**arguments, **changes})
 
     def test_process(self):
@@ -293,7 +301,12 @@ class Spec(unittest.TestCase):
         self.assertEqual(resources["memory"], {"limit": 1 << 26, "swap": 1 << 26})
         self.assertEqual(resources["cpu"], {"quota": 50_000, "period": 100_000})
         self.assertEqual(resources["pids"], {"limit": 9})
-        self.assertNotIn("swap", self.spec(limit_swap=False)["linux"]["resources"]["memory"])
+        self.assertEqual(resources["unified"], {"memory.oom.group": "1"})
+        version_1 = NoCgroups()
+        version_1.can_limit_swap = version_1.kills_whole = False
+        resources = self.spec(cgroups=version_1)["linux"]["resources"]
+        self.assertNotIn("swap", resources["memory"])
+        self.assertNotIn("unified", resources)
 
     def test_command(self):
         self.assertEqual(self.spec(options=faasd.Options(cmd=("x", "y")))["process"]["args"], ["/e", "x", "y"])
@@ -311,15 +324,9 @@ class Spec(unittest.TestCase):
         self.assertEqual(mount["options"], ["nosuid", "nodev", "size=64m", "mode=750", "uid=5", "gid=6", "tmpcopyup"])
 
     def test_only_the_id_differs_between_containers(self):
-        class NoCgroups:
-            can_limit_swap = kills_whole = True
-
-            @staticmethod
-            def path(function, container_id):
-                return f"/p/{function}/{container_id}"
         # A user's text that looks like anything at all is left alone.
         options = faasd.Options(env=("X=@CONTAINER@ {} %s $ID",))
-        bundle = faasd.Bundle("name", self.image, options, Path("/r"), Path("/run/faasd"), NoCgroups)
+        bundle = faasd.Bundle("name", self.image, options, Path("/r"), Path("/run/faasd"), NoCgroups())
         first, second = bundle.render("aaaaaaaaaaaa"), bundle.render("bbbbbbbbbbbb")
         self.assertEqual(first.replace(b"a" * 12, b"b" * 12), second)
         self.assertEqual(first.count(b"a" * 12), 3)
