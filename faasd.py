@@ -2440,7 +2440,7 @@ class OutputReader:
                 data = os.read(self._descriptor, OUTPUT_CHUNK)
                 if not data:
                     return True
-                self._take(data)
+                self._log(data)
                 rest -= len(data)
             while self._room <= 0 and not self._stopping:
                 with open(os.devnull, "wb") as null:
@@ -2449,7 +2449,7 @@ class OutputReader:
                 time.sleep(LOG_DELAY)
         return False
 
-    def _take(self, data: bytes) -> None:
+    def _log(self, data: bytes) -> None:
         *lines, self._partial = (self._partial + data).split(b"\n")
         for line in lines:
             self._emit(line)
@@ -2800,9 +2800,8 @@ def seccomp_profile(machine: str) -> dict | None:
 SECCOMP_ARCHITECTURES = {"x86_64": "SCMP_ARCH_X86_64", "aarch64": "SCMP_ARCH_AARCH64", "riscv64": "SCMP_ARCH_RISCV64"}
 
 # What a handler may ask of the kernel, in the spirit of Docker's profile: what programs in Python, Node, Go, Java, Ruby
-# or C need to compute, to talk and to use the files they are given. Everything else is EPERM: mounts, namespaces,
-# modules, keys, tracing, bpf, perf, io_uring, userfaultfd, clocks, and what has not been invented yet. In groups, as
-# the man pages have them; names of another architecture's are passed over.
+# or C need to compute, to talk and to use the files they are given. In groups, as the man pages have them; names of
+# another architecture are passed over.
 ALLOWED_CALLS = """
     access chdir chmod chown close close_range copy_file_range creat dup dup2 dup3 faccessat faccessat2 fadvise64
     fallocate fchdir fchmod fchmodat fchmodat2 fchown fchownat fdatasync fgetxattr flistxattr flock fremovexattr
@@ -2830,8 +2829,7 @@ ALLOWED_CALLS = """
     clock_getres clock_gettime clock_nanosleep gettimeofday nanosleep time timer_create timer_delete timer_getoverrun
     timer_gettime timer_settime timerfd_create timerfd_gettime timerfd_settime
 
-    accept accept4 bind connect getpeername getsockname getsockopt listen recvfrom recvmmsg recvmsg 
-    shutdown 
+    accept accept4 bind connect getpeername getsockname getsockopt listen recvfrom recvmmsg recvmsg shutdown
 
     epoll_create epoll_create1 epoll_ctl epoll_pwait epoll_pwait2 epoll_wait eventfd eventfd2 pause pipe pipe2 poll
     ppoll pselect6 select signalfd signalfd4
@@ -2840,9 +2838,8 @@ ALLOWED_CALLS = """
     semop semtimedop shmat shmctl shmdt shmget
 """.split()
 
-# What programs ask for and take a no for, EPERM; what is in neither list does not exist, ENOSYS. So programs find
-# another way than a call that is newer than this list, and do not take a mount that is forbidden for a kernel that
-# has none.
+# What programs ask for and can be refused: EPERM. What is in neither list does not exist, ENOSYS, so that programs find
+# another way than a call that is newer than this list, but do not take a forbidden mount for a kernel without any.
 REFUSED_CALLS = """
     acct add_key adjtimex bpf chroot clock_adjtime clock_adjtime64 clock_settime clock_settime64 delete_module
     fanotify_init finit_module fsconfig fsmount fsopen fspick init_module io_uring_enter io_uring_register
@@ -2864,8 +2861,7 @@ def compare(index: int, value: int, mask: int = EVERY_BIT) -> dict:
 def all_but(index: int, numbers: Collection[int], bits: int) -> list[dict]:
     """Return conditions of which one holds for each number of so many bits but these.
 
-    The kernel looks at 32 bits of most arguments, but seccomp compares 64, so that "not equal" would let a number pass
-    that has others set.
+    "Not equal" would not do: the kernel looks at 32 bits of most arguments, seccomp at 64.
     """
     def within(first: int, bit: int) -> list[dict]:         # the numbers from first on that differ below this bit
         if not any(number >> bit == first >> bit for number in numbers):
@@ -2955,8 +2951,8 @@ class Runtime:
     def run_argv(self, bundle: str, container_id: str) -> list[str]:
         """Return the command that runs a container.
 
-        A session keyring for each would limit a function to 200 containers: so many keys may a user have that is not
-        root (kernel.keys.maxkeys). Where the seccomp filter leaves no call that could use one, none is needed.
+        A session keyring for each would limit a function to 200 containers (kernel.keys.maxkeys: of a user other than
+        root). Where the seccomp filter leaves no call that could use one, none is needed.
         """
         keyring = ["--no-new-keyring"] if platform.machine() in SECCOMP_ARCHITECTURES else []
         return [self.program, "--root", str(self.root), "--log", f"{bundle}/runtime.log", "--log-format", "json", "run",
@@ -2988,10 +2984,7 @@ class Runtime:
 
 
 def runc_warning(version: str) -> str | None:
-    """Return what to tell the user about this runc's known holes, or None if it has none (H.2).
-
-    version is what `runc --version` prints first, such as "runc version 1.1.5+ds1".
-    """
+    """Return what to tell about known holes of a runc, such as "runc version 1.1.5+ds1"; None if it has none (H.2)."""
     match = re.match(r"runc version ([0-9]+)\.([0-9]+)\.([0-9]+)", version)
     number = tuple(map(int, match.groups())) if match else (math.inf,)
     if (1, 2, 8) <= number < (1, 3, 0) or number >= (1, 3, 3):
@@ -3035,7 +3028,7 @@ class Cgroups:
         self._litter = [litter] if version_1 and litter not in self._hierarchies else []
 
     def group(self, function: str) -> str:
-        """Return the path of the cgroup of all of a function's containers; it looks like no container's."""
+        """Return the path of the cgroup above all of a function's containers; no container's looks like it."""
         return f"{self.parent}/function-{function}"
 
     def path(self, function: str, container_id: str) -> str:
@@ -3074,9 +3067,9 @@ class Cgroups:
                 for pid in read_text(directory / "cgroup.procs").split()} - {0}
 
     def watch_memory(self, path: str) -> int:
-        """Return an eventfd that tells when a container may have run out of memory; -1 where nobody needs to be told.
+        """Return an eventfd that tells when a container may have run out of memory, -1 if kills_whole. Raises OSError.
 
-        Of cgroup v1: kernel documentation, admin-guide/cgroup-v1/memory.rst. Raises OSError.
+        Of cgroup v1: kernel documentation, admin-guide/cgroup-v1/memory.rst.
         """
         if self.kills_whole:
             return -1
@@ -3091,9 +3084,9 @@ class Cgroups:
         return event
 
     def memory_kills(self, path: str) -> int:
-        """Return how many processes of a container the kernel has killed for want of memory; 0 once its cgroup is gone.
+        """Return how many processes of a cgroup the kernel has killed for want of memory; 0 once it is gone.
 
-        Of a function's cgroup on v2: of all its containers, those that are gone included.
+        On v2, a function's cgroup counts those of all its containers, those that are gone included.
         """
         file = "memory.events" if self.kills_whole else "memory.oom_control"
         return int(read_fields(f"{self._memory}{path}/{file}").get("oom_kill", 0))
@@ -3110,9 +3103,9 @@ class Cgroups:
                 for name in LIMIT_FILES for directory in directories if (directory / name).exists()}
 
     def members(self, path: str) -> Iterator[tuple[int, int]]:
-        """Yield pid and pidfd of each process of a container. What fails is logged: callers try again or do without.
+        """Yield pid and pidfd of each process of a container. Failure is logged: callers try again or do without.
 
-        The pid may have been taken over since we read it, but the descriptor holds one process fast.
+        The pid may be another process's by now, but the descriptor holds on to one.
         """
         for pid in self.processes(path):
             try:
@@ -3123,7 +3116,7 @@ class Cgroups:
                 self._complain(path, pid, error)
 
     def kill(self, path: str) -> None:
-        """Send SIGKILL to every process of a container. What fails is logged: callers try again while there are any.
+        """Send SIGKILL to every process of a container. Failure is logged: callers try again while there are any.
 
         At once, where the kernel can (cgroup v2, Linux 5.14), else one after the other. Blocks.
         """
@@ -3182,10 +3175,10 @@ def read_fields(path: str | Path) -> dict[str, str]:
 
 
 def run_dir_mark(run_dir: Path) -> str:
-    """Return what is in the names of things that all daemons of a machine have in one place: it tells run-dirs apart.
+    """Return what tells a run-dir from others in names that all daemons of a machine share, of cgroups, links, tables.
 
-    That is the file system it is on, and its path there. Its path alone would not do: another mount namespace can have
-    another directory there. Nor would its inode: what is left running must be found when the directory was made anew.
+    It is made of the file system and the path there. The path alone would not do: another mount namespace can have
+    another directory there. Nor would the inode: what is left running must be found when the directory was made anew.
     """
     there = next(path for path in (run_dir, *run_dir.parents) if path.is_dir())
     with opened(there, os.O_PATH | os.O_DIRECTORY) as directory:
@@ -3197,18 +3190,17 @@ def run_dir_mark(run_dir: Path) -> str:
     return hashlib.sha256(f"{device}:{path}".encode(errors="surrogateescape")).hexdigest()[:6]
 
 
-MANY_ENDED = 32                     # containers of a function until we look for the memory cgroups that they have left
-MANY_DYING = 64                     # of these more than there were, which are worth losing what is cached of the image
-MOST_DYING = 1024                   # where that did no good
+MANY_ENDED = 32                     # containers of a function that end before we count the memory cgroups they left
+MANY_DYING = 64                     # so many more than there were are worth losing what is cached of the image …
+MOST_DYING = 1024                   # … or so many, where that has done no good
 
 
 class DyingCgroups:
     """What the ended containers of one function leave: memory cgroups to which a page of its image is charged.
 
-    A handler can leave one each time, and the memory is nobody's. Any image leaves some, for who reads a page first is
-    charged with it; so what is cached is reclaimed only when there are many more than there have been. On v1 they may
-    be somebody else's. So when they stay, which our live containers too can cause, it takes twice as many the next
-    time.
+    A handler can leave one each time, and the memory is nobody's. Any image leaves some, because the first reader of a
+    page is charged with it; so what is cached is reclaimed only when there are many more than there have been. On v1
+    they may belong to others, and live containers can keep them: if they stay, it takes twice as many the next time.
     """
 
     def __init__(self, cgroups: Cgroups, group: str, workers: Workers):
@@ -3253,10 +3245,7 @@ MAX_REPORTED = 256                  # descriptors of one container that the isol
 
 
 def inspect_process(pid: int) -> dict:
-    """Return how a process is isolated, read from /proc (proc(5)), for people to see. Raises OSError if it is gone.
-
-    Not what we asked for, but what the kernel says there is.
-    """
+    """Return how a process is isolated: what the kernel says in /proc (proc(5)). Raises OSError if it is gone."""
     process = Path(f"/proc/{pid}")
     status = read_fields(process / "status")        # a name in it is the process's own choice, and comes first
     namespaces = {entry.name: os.readlink(entry) for entry in (process / "ns").iterdir() if "_for_" not in entry.name}
@@ -3264,8 +3253,7 @@ def inspect_process(pid: int) -> dict:
         "namespaces": {kind: "own" if os.readlink(f"/proc/self/ns/{kind}") != name else "the host's"
                        for kind, name in sorted(namespaces.items())},
         "host_ids": [int(status[key].split()[0]) for key in ("Uid", "Gid")],
-        "uid_map": " ".join((process / "uid_map").read_text().split()),
-        "gid_map": " ".join((process / "gid_map").read_text().split()),
+        **{name: " ".join((process / name).read_text().split()) for name in ("uid_map", "gid_map")},
         "capabilities": {key.lower(): status[key] for key in ("CapEff", "CapPrm", "CapInh", "CapBnd", "CapAmb")},
         "no_new_privs": status["NoNewPrivs"] == "1",
         "seccomp": {"0": "none", "1": "strict", "2": "filter"}[status["Seccomp"]],
