@@ -2004,6 +2004,7 @@ class Container:
         self._listener: socket.socket | None = None     # until the handler connects: it may connect once
         self._control: socket.socket | None = None      # from then on
         self._output: OutputReader | None = None
+        self._adopted = False                           # runc run is no child of ours, so its exit status stays unknown
         self._pid = 0                                   # of runc run
         self._pidfd = -1
         self._hit_pids = ""                             # what to say of --pids, as far as was seen …
@@ -2025,7 +2026,7 @@ class Container:
         """
         container = cls(host, survivor.function, write_line, survivor.container_id, survivor.cgroup)
         container._output = OutputReader(host.workers, survivor.output, container._on_output)
-        container._pid = survivor.pid
+        container._adopted, container._pid = True, survivor.pid
         container._watch_exit(survivor.pidfd)
         container._watch_memory()
         return container
@@ -2261,10 +2262,7 @@ class Container:
         self._host.loop.add_reader(pidfd, self._on_exit)
 
     def _on_exit(self) -> None:
-        try:
-            status = os.waitstatus_to_exitcode(os.waitpid(self._pid, 0)[1])
-        except ChildProcessError:               # the daemon before has started it: its status stays unknown
-            status = None
+        status = None if self._adopted else os.waitstatus_to_exitcode(os.waitpid(self._pid, 0)[1])
         if not self.look_for_memory() and not self.killed:
             # Nobody but us and the kernel sends SIGKILL to a container's first process, and its cgroup may be gone.
             self.out_of_memory = self._counted_kills if status is None else (
