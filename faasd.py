@@ -66,8 +66,9 @@ Top to bottom, in the order in which a request meets it:
     Where containers live       ContainerHost, the trial container at start, Leftovers of the daemon before
     Logs and metrics            FunctionLog, Statistics
     Images                      Archive, LayerApplier, resolve_process; they run in the unpacking child
-    Control API                 ControlServer, ControlHandler
-    The daemon                  Daemon: deploy, change, restart, stop
+    Control API                 ControlServer, ControlHandler, Answers
+    Deploys                     ImageStore, Attachments (addresses, networks), Deploys: deploy, change, remove
+    The daemon                  Restart, Daemon: start and stop
     The command line            parse_arguments, what must be so at start, main
 """
 
@@ -116,7 +117,6 @@ import selectors
 import shutil
 import signal
 import socket
-import socketserver
 import stat
 import struct
 import subprocess
@@ -349,10 +349,6 @@ async def to_the_end(coroutine):
         with contextlib.suppress(asyncio.CancelledError):
             await asyncio.wait([task])
     return task.result()
-
-
-async def as_task(coroutine) -> asyncio.Task:
-    return asyncio.ensure_future(coroutine)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -700,7 +696,6 @@ class Function:
         self.demand = Demand()
         self.statistics = Statistics()
         self._warnings = Warnings(record.name, services.host.loop)
-        self.changing = asyncio.Lock()          # held by who puts or removes image directories
         self._services = services
         self._loop = services.host.loop
         self._listener: socket.socket | None = None
@@ -6655,110 +6650,99 @@ class Refused(FaasdError):
 MAX_CONNECTIONS = 128               # at a time, of each listener; more are closed at once
 
 
-class ControlServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
-    """What the listeners of the control API share. The daemon's loop accepts, so that nothing here polls."""
+class ControlServer:
+    """A listener of the control API. The daemon's loop accepts, so that nothing here polls.
 
-    daemon_threads = True               # a client that never finishes must not keep the daemon from stopping
-    block_on_close = False
-    request_queue_size = 128
+    This one is on RUN_DIR/faasd.sock. Anyone who can open it has full control: besides root, the user who ran sudo, and
+    the group `faas` if there is one. The log records who did.
+    """
 
-    def __init__(self, address, daemon: Daemon):
-        self.daemon = daemon
+    def __init__(self, path: Path, answers: Answers):
+        self._name = str(path)
+        path.unlink(missing_ok=True)    # of a killed daemon; faasd.lock says that none runs
+        listener = socket.socket(socket.AF_UNIX)
+        listener.bind(self._name)
+        try:
+            group = grp.getgrnam("faas").gr_gid
+        except KeyError:
+            group = 0
+        os.chown(path, sudo_user(), group)
+        path.chmod(0o660)
+        self._listen(listener, answers)         # last: nobody can connect to what does not listen yet
+
+    def _listen(self, listener: socket.socket, answers: Answers) -> None:
+        self.answers, self._listener = answers, listener
         self._connections: set[socket.socket] = set()
-        super().__init__(address, ControlHandler)
-        self.socket.setblocking(False)
+        listener.listen()
+        listener.setblocking(False)
+
+    def __str__(self) -> str:
+        return self._name
 
     def check(self, headers: http.client.HTTPMessage, connection: socket.socket) -> None:
-        """Raise Refused unless whoever sends these headers may use the API."""
+        """Raise Refused unless the sender of these headers may use the API."""
+
+    def describe_client(self, connection: socket.socket, address: Any) -> str:
+        credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, UCRED.size)
+        return "pid={} uid={} gid={}".format(*UCRED.unpack(credentials))
 
     def open(self) -> None:
         """Accept from now on, unless it is closed already."""
-        if self.socket.fileno() >= 0:
-            self.daemon.loop.add_reader(self, self.accept)
+        if self._listener.fileno() >= 0:
+            self.answers.loop.add_reader(self._listener, self._accept)
 
-    def accept(self) -> None:
-        """Take one connection and answer it in a thread."""
+    def _accept(self) -> None:
         try:
-            request, peer = self.get_request()
+            connection, address = self._listener.accept()
         except BlockingIOError:
             return
         except OSError as error:        # out of descriptors: trying again at once would spin
             log.error("control API cannot accept: %s", error.strerror)
-            self.daemon.loop.remove_reader(self)
-            self.daemon.loop.call_later(ACCEPT_PAUSE, self.open)
+            self.answers.loop.remove_reader(self._listener)
+            self.answers.loop.call_later(ACCEPT_PAUSE, self.open)
             return
+        client = self.describe_client(connection, address)
         if len(self._connections) >= MAX_CONNECTIONS:
-            log.warning("control API: %s turned away: over %d connections", peer, MAX_CONNECTIONS)
-            request.close()
+            log.warning("control API: %s turned away: over %d connections", client, MAX_CONNECTIONS)
+            connection.close()
             return
-        request.setblocking(True)
-        self._connections.add(request)
+        self._connections.add(connection)
         try:
-            self.process_request(request, peer)
+            # A daemon thread: a client that never finishes must not keep us from stopping.
+            threading.Thread(target=self._answer, args=(connection, client), daemon=True).start()
         except RuntimeError as error:   # no more threads
             log.error("control API: %s", error)
-            self._connections.discard(request)
-            request.close()
+            self._connections.discard(connection)
+            connection.close()
 
-    def shutdown_request(self, request: socket.socket) -> None:
-        """End a connection. What its client still sends is dropped, so that a reset cannot destroy our answer."""
+    def _answer(self, connection: socket.socket, client: str) -> None:
+        """Answer a client, in a thread. What it still sends is dropped, so that a reset cannot destroy our answer."""
+        try:
+            ControlHandler(connection, client, self)
+        except Exception:
+            log.exception("control API failed")
         with contextlib.suppress(OSError):
-            request.shutdown(socket.SHUT_WR)
+            connection.shutdown(socket.SHUT_WR)
             deadline, room = time.monotonic() + LINGER_SECONDS, LINGER_BYTES
-            while room > 0 and is_readable(request, deadline - time.monotonic()) and (data := request.recv(COPY_CHUNK)):
+            while (room > 0 and is_readable(connection, deadline - time.monotonic())
+                   and (data := connection.recv(COPY_CHUNK))):
                 room -= len(data)
-        self._connections.discard(request)
-        self.close_request(request)
+        self._connections.discard(connection)
+        connection.close()
 
     @property
     def busy(self) -> bool:
         return bool(self._connections)
 
-    def end_uploads(self) -> None:
-        """Let threads that read from a client meet the end of file, so that they clean up before the daemon goes."""
+    def close(self) -> None:
+        """Accept no more. Threads that read from a client meet the end of file, so that they clean up before we go."""
+        self.answers.loop.remove_reader(self._listener)
+        if self._listener.family == socket.AF_UNIX:
+            Path(self._name).unlink(missing_ok=True)
+        self._listener.close()
         for connection in list(self._connections):
             with contextlib.suppress(OSError):          # the client was faster
                 connection.shutdown(socket.SHUT_RD)
-
-    def handle_error(self, request, client_address) -> None:
-        log.exception("control API failed")
-
-
-class UnixControlServer(ControlServer):
-    """Listens on RUN_DIR/faasd.sock. Anyone who can open it has full control; the log records who did."""
-
-    address_family = socket.AF_UNIX
-
-    def __init__(self, path: Path, daemon: Daemon):
-        self._path = path
-        path.unlink(missing_ok=True)    # of a killed daemon; faasd.lock says that none runs
-        before = os.umask(0o177)        # bind must not leave a moment in which anybody can connect
-        try:
-            super().__init__(str(path), daemon)
-        finally:
-            os.umask(before)
-        self._open_to_users()
-
-    def __str__(self) -> str:
-        return str(self._path)
-
-    def _open_to_users(self) -> None:
-        """Let in the user who ran sudo, and the group `faas` if there is one. Who may open this socket is root here."""
-        try:
-            group = grp.getgrnam("faas").gr_gid
-        except KeyError:
-            group = 0
-        os.chown(self._path, sudo_user(), group)
-        os.chmod(self._path, 0o660)
-
-    def get_request(self) -> tuple[socket.socket, str]:
-        connection, _ = self.socket.accept()
-        credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, UCRED.size)
-        return connection, "pid={} uid={} gid={}".format(*UCRED.unpack(credentials))
-
-    def server_close(self) -> None:
-        super().server_close()
-        self._path.unlink(missing_ok=True)
 
 
 class TcpControlServer(ControlServer):
@@ -6768,31 +6752,26 @@ class TcpControlServer(ControlServer):
     give its own name our address to become of one origin with us (DNS rebinding): the Host header still says that name.
     """
 
-    allow_reuse_address = True
-
-    def __init__(self, address: tuple[str, int], token: bytes, names: Iterable[str], daemon: Daemon):
-        self._address, self._token, self._names = address, token, names
-        self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
+    def __init__(self, address: tuple[str, int], token: bytes, names: Iterable[str], answers: Answers):
+        host, port = address
+        self._name = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+        self._token, self._names = token, names
+        listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
         try:
-            super().__init__(address, daemon)
+            if listener.family == socket.AF_INET6:      # else clients of IPv4 would come from ::ffff:127.0.0.1
+                listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)      # its connections inherit this
+            notice_vanished_clients(listener)           # such as those that follow a log
+            listener.bind(address)
+            self._listen(listener, answers)
         except OSError as error:
+            listener.close()
             raise UsageError(f"cannot listen on {self}: {os.strerror(error.errno)}; "
                              "choose another --api HOST:PORT") from error
 
-    def __str__(self) -> str:
-        host, port = self._address
-        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-
-    def server_bind(self) -> None:
-        if self.address_family == socket.AF_INET6:      # else clients of IPv4 would come from ::ffff:127.0.0.1
-            self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        notice_vanished_clients(self.socket)            # such as those that follow a log
-        super().server_bind()
-
-    def get_request(self) -> tuple[socket.socket, str]:
-        connection, address = self.socket.accept()
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        return connection, "peer=[{}]:{}".format(*address[:2]) if ":" in address[0] else "peer={}:{}".format(*address)
+    def describe_client(self, connection: socket.socket, address: Any) -> str:
+        return "peer=[{}]:{}".format(*address[:2]) if ":" in address[0] else "peer={}:{}".format(*address)
 
     def check(self, headers: http.client.HTTPMessage, connection: socket.socket) -> None:
         scheme, _, token = ",".join(headers.get_all("Authorization", [])).partition(" ")
@@ -6863,7 +6842,7 @@ class ControlHandler(http.server.BaseHTTPRequestHandler):
     client_address: str                     # as the log shows it
     requestline = command = ""              # until http.server has read them; its own error answers may come before
 
-    # -- plumbing --
+    # -- the head of a request --
 
     def setup(self) -> None:
         super().setup()
@@ -6935,34 +6914,104 @@ class ControlHandler(http.server.BaseHTTPRequestHandler):
         if encodings and [encoding.strip().lower() for encoding in encodings] != ["chunked"]:
             raise Refused(501, "the only Transfer-Encoding known here is chunked")
 
-    def _subject(self) -> str:
-        # Without the query: it carries environment variables, which may be secrets.
-        return self.requestline.partition("?")[0][:200]
+    # -- answers --
 
-    def log_message(self, format: str, *args) -> None:
-        log.debug("control API: " + format, *args)
+    def _dispatch(self) -> None:
+        try:
+            url = urllib.parse.urlsplit(self.path)
+            parts = [urllib.parse.unquote(part) for part in url.path.strip("/").split("/")]
+            query = urllib.parse.parse_qs(url.query, keep_blank_values=True, strict_parsing=bool(url.query),
+                                          max_num_fields=10_000)
+            route = self._route(parts)
+            names = [check_name(part) for part in parts[1:2]]
+            if "Transfer-Encoding" in self.headers or int(self.headers.get("Content-Length", "0")) > 0:
+                self.close_connection = True            # nobody knows how much of the body will be read
+            if route in (ControlHandler.deploy, ControlHandler.logs):
+                route(self, *names, query)
+            else:
+                self._reply(200, self._call(route(*names, query=query)))
+        except FaasdError as error:
+            self._refuse(error)
+        except ValueError as error:
+            self._refuse(BadRequest(f"bad address or query: {error}"))
 
-    def log_request(self, code="-", size="-") -> None:
-        log.info("control API: %s %r %d", self.client_address, self._subject(), code)
+    do_GET = do_POST = do_PATCH = do_DELETE = do_OPTIONS = _dispatch
+
+    def _route(self, parts: list[str]) -> Callable:
+        """Return what answers. Raises FaasdError: 404, or 405."""
+        pattern = tuple("*" if i == 1 and part else part for i, part in enumerate(parts))
+        methods = self.server.answers.routes.get(pattern)
+        if not methods:
+            raise FaasdError(f"no such resource: /{'/'.join(parts)}", status=404)
+        if self.command not in methods:
+            raise Refused(405, f"{self.command} is not possible here, {' or '.join(methods)} is",
+                          Allow=", ".join(methods))
+        return methods[self.command]
+
+    def deploy(self, name: str, query: dict) -> None:
+        """Have a child unpack the body, which it reads from the connection itself."""
+        options = Options().changed({key: texts for key, texts in query.items() if key != "tag"})
+        tag = query.get("tag", [""])[-1]
+        if self.headers.get_content_type() not in ARCHIVE_TYPES:        # none at all is what a page can send, too
+            raise Refused(415, f"an archive needs `Content-Type: {ARCHIVE_TYPES[0]}`")
+        length = "chunked" if "Transfer-Encoding" in self.headers else self.headers.get("Content-Length")
+        if not length:
+            raise Refused(411, "the request needs a Content-Length or chunked encoding")
+        if self._continue_expected:
+            self.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        try:
+            deploys = self.server.answers.deploys
+            created, document = self._call(deploys.deploy(name, self.connection, length, tag, options))
+        except OSError as error:
+            raise storage_error(error, "storing the image") from error
+        self._reply(201 if created else 200, document)
+
+    def logs(self, name: str, query: dict) -> None:
+        tail = parse_count(query["tail"][-1]) if "tail" in query else None
+        since = parse_since(query["since"][-1]) if "since" in query else ""
+        function_log = self._call(self.server.answers.function_log(name))
+        lines, file = function_log.read(tail, since)
+        self.send_response(200)
+        self.send_header("Content-Type", "text/plain; charset=utf-8")
+        if self.request_version == "HTTP/1.0":          # which knows no chunks
+            self.close_connection = True
+        else:
+            self.send_header("Transfer-Encoding", "chunked")
+        self.end_headers()
+        self._write_chunk(b"".join(lines))
+        if query.get("follow", ["0"])[-1] not in ("", "0", "false"):
+            for data in function_log.follow(file):
+                self._write_chunk(data)
+                if not data and self._client_left():
+                    break
+        elif file:
+            file.close()
+        if self.request_version != "HTTP/1.0":
+            self.wfile.write(b"0\r\n\r\n")
+
+    def _write_chunk(self, data: bytes) -> None:
+        for at in range(0, len(data), COPY_CHUNK):      # the timeout is that of one write; an empty chunk would end all
+            piece = data[at:at + COPY_CHUNK]
+            self.wfile.write(piece if self.request_version == "HTTP/1.0" else b"%x\r\n%s\r\n" % (len(piece), piece))
 
     def _call(self, coroutine):
-        """Run a coroutine on the daemon's loop and return its result. Ends it when the client leaves."""
-        loop = self.server.daemon.loop
-        task = asyncio.run_coroutine_threadsafe(as_task(coroutine), loop).result()
-        over = asyncio.run_coroutine_threadsafe(asyncio.wait([task]), loop)
+        """Run a coroutine on the daemon's loop and return its result. Cancels it when the client leaves."""
+        running: list[asyncio.Task] = []
+
+        async def run():
+            running.append(asyncio.current_task())
+            return await coroutine
+        loop = self.server.answers.loop
+        result = asyncio.run_coroutine_threadsafe(run(), loop)
         seconds_gone = 0                # how long ago the client has left
-        while True:
-            try:
-                over.result(timeout=1.0)
-                return task.result()
-            except (asyncio.CancelledError, concurrent.futures.CancelledError):
-                raise FaasdError("faasd is stopping, or you left", status=503) from None
-            except TimeoutError:
-                if over.done():
-                    raise
-                seconds_gone = seconds_gone + 1 if self._client_left() else 0
-                if seconds_gone == 2:   # once, and not before the unpacking child could say what its body lacked
-                    loop.call_soon_threadsafe(task.cancel)
+        while not concurrent.futures.wait([result], timeout=1.0).done:
+            seconds_gone = seconds_gone + 1 if self._client_left() else 0
+            if seconds_gone > 1 and running:            # once, after the unpacking child could say what its body lacked
+                loop.call_soon_threadsafe(running.pop().cancel)
+        try:
+            return result.result()
+        except concurrent.futures.CancelledError:
+            raise FaasdError("faasd is stopping, or you left", status=503) from None
 
     def _client_left(self) -> bool:
         """Return whether the client has closed and all that it sent is read; read nothing, for a child may."""
@@ -7004,84 +7053,15 @@ class ControlHandler(http.server.BaseHTTPRequestHandler):
             message = "name, command and environment are over 64 KiB together: put large values into the image"
         self._refuse(Refused(code, message or self.responses.get(code, ("error",))[0]))
 
-    # -- routes --
+    def _subject(self) -> str:
+        # Without the query: it carries environment variables, which may be secrets.
+        return self.requestline.partition("?")[0][:200]
 
-    def _dispatch(self) -> None:
-        try:
-            url = urllib.parse.urlsplit(self.path)
-            parts = [urllib.parse.unquote(part) for part in url.path.strip("/").split("/")]
-            query = urllib.parse.parse_qs(url.query, keep_blank_values=True, strict_parsing=bool(url.query),
-                                          max_num_fields=10_000)
-            route, names = self._route(parts)
-            if "Transfer-Encoding" in self.headers or int(self.headers.get("Content-Length", "0")) > 0:
-                self.close_connection = True            # nobody knows how much of the body will be read
-            if route in (ControlHandler.deploy, ControlHandler.logs):
-                route(self, *names, query)
-            else:
-                self._reply(200, self._call(route(self.server.daemon, *names, query)))
-        except FaasdError as error:
-            self._refuse(error)
-        except ValueError as error:
-            self._refuse(BadRequest(f"bad address or query: {error}"))
+    def log_message(self, format: str, *args) -> None:
+        log.debug("control API: " + format, *args)
 
-    do_GET = do_POST = do_PATCH = do_DELETE = do_OPTIONS = _dispatch
-
-    def _route(self, parts: list[str]) -> tuple[Callable, list[str]]:
-        """Return what of ROUTES answers, and the name of the function. Raises FaasdError: 404, or 405."""
-        pattern = tuple("*" if i == 1 and part else part for i, part in enumerate(parts))
-        if pattern not in ROUTES:
-            raise FaasdError(f"no such resource: /{'/'.join(parts)}", status=404)
-        methods = ROUTES[pattern]
-        if self.command not in methods:
-            raise Refused(405, f"{self.command} is not possible here, {' or '.join(methods)} is",
-                          Allow=", ".join(methods))
-        return methods[self.command], [check_name(part) for part in parts[1:2]]
-
-    def deploy(self, name: str, query: dict) -> None:
-        """Have a child unpack the body, which it reads from the connection itself."""
-        options = Options().changed({key: texts for key, texts in query.items() if key != "tag"})
-        tag = query.get("tag", [""])[-1]
-        if self.headers.get_content_type() not in ARCHIVE_TYPES:        # none at all is what a page can send, too
-            raise Refused(415, f"an archive needs `Content-Type: {ARCHIVE_TYPES[0]}`")
-        length = "chunked" if "Transfer-Encoding" in self.headers else self.headers.get("Content-Length")
-        if not length:
-            raise Refused(411, "the request needs a Content-Length or chunked encoding")
-        if self._continue_expected:
-            self.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        try:
-            created, document = self._call(self.server.daemon.deploy(name, self.connection, length, tag, options))
-        except OSError as error:
-            raise storage_error(error, "storing the image") from error
-        self._reply(201 if created else 200, document)
-
-    def logs(self, name: str, query: dict) -> None:
-        tail = parse_count(query["tail"][-1]) if "tail" in query else None
-        since = parse_since(query["since"][-1]) if "since" in query else ""
-        function_log = self._call(self.server.daemon.function_log(name))
-        lines, file = function_log.read(tail, since)
-        self.send_response(200)
-        self.send_header("Content-Type", "text/plain; charset=utf-8")
-        if self.request_version == "HTTP/1.0":
-            self.close_connection = True
-        else:
-            self.send_header("Transfer-Encoding", "chunked")
-        self.end_headers()
-        self._write_chunk(b"".join(lines))
-        if query.get("follow", ["0"])[-1] not in ("", "0", "false"):
-            for data in function_log.follow(file):
-                self._write_chunk(data)
-                if not data and self._client_left():
-                    break
-        elif file:
-            file.close()
-        if self.request_version != "HTTP/1.0":
-            self.wfile.write(b"0\r\n\r\n")
-
-    def _write_chunk(self, data: bytes) -> None:
-        for at in range(0, len(data), COPY_CHUNK):      # the timeout is that of one write; an empty chunk would end all
-            piece = data[at:at + COPY_CHUNK]
-            chunked = self.request_version != "HTTP/1.0"            # which knows no chunks
-            self.wfile.write(b"%x\r\n%s\r\n" % (len(piece), piece) if chunked else piece)
+    def log_request(self, code="-", size="-") -> None:
+        log.info("control API: %s %r %d", self.client_address, self._subject(), code)
 
 
 def parse_since(text: str) -> str:
@@ -7101,425 +7081,127 @@ def parse_since(text: str) -> str:
         raise BadRequest(f"bad time {text!r}: out of range") from None
 
 
+class Answers:
+    """What the control API answers. Lives on the loop; a query is the part after the ? of a request's address."""
+
+    def __init__(self, settings: Settings, services: Services, deploys: Deploys, runtime: str):
+        self.loop = services.host.loop
+        self.deploys = deploys
+        self._settings, self._services = settings, services
+        self._runtime = runtime         # its name and version
+        # For a path, in which "*" is a function's name, what answers a method.
+        self.routes: dict[tuple[str, ...], dict[str, Callable]] = {
+            ("healthz",): {"GET": self.health},
+            ("version",): {"GET": self.version},
+            ("metrics",): {"GET": self.metrics},
+            ("stats",): {"GET": self.statistics},
+            ("functions",): {"GET": self.functions},
+            ("functions", "*"): {"GET": self.function, "POST": ControlHandler.deploy, "PATCH": deploys.change,
+                                 "DELETE": deploys.remove},
+            ("functions", "*", "stats"): {"GET": self.statistics},
+            ("functions", "*", "versions"): {"GET": self.versions},
+            ("functions", "*", "isolation"): {"GET": deploys.inspect},
+            ("functions", "*", "rollback"): {"POST": deploys.roll_back},
+            ("functions", "*", "logs"): {"GET": ControlHandler.logs},
+        }
+
+    async def health(self, query: dict) -> dict:
+        return {"status": "ok"}
+
+    async def version(self, query: dict) -> dict:
+        return {"faasd": __version__, "python": platform.python_version(), "runtime": self._runtime,
+                "kernel": platform.release()}
+
+    async def functions(self, query: dict) -> dict:
+        return {"functions": [self.deploys.describe(function) for function in self.deploys.in_order()]}
+
+    async def function(self, name: str, query: dict) -> dict:
+        return self.deploys.describe(self.deploys.get(name))
+
+    async def function_log(self, name: str) -> FunctionLog:
+        """Return a function's log, with all that has happened so far in it."""
+        function = self.deploys.get(name)
+        await self._services.logs.flush()
+        return function.log
+
+    async def versions(self, name: str, query: dict) -> dict:
+        """Return the versions of a function, the one that runs first."""
+        documents = []
+        for number, entry in enumerate(self.deploys.get(name).record.versions):
+            try:
+                image = self.deploys.images.load(name, entry.version)
+            except FaasdError:
+                image = {"digest": "", "tag": "", "size": 0}
+            documents.append({"version": entry.version, "digest": image["digest"], "size": image["size"],
+                              "image": image["tag"] or entry.version, "deployed": entry.deployed,
+                              "current": number == 0, "options": entry.options.to_json()})
+        return {"versions": documents}
+
+    async def statistics(self, *names: str, query: dict) -> dict:
+        """Return counts and percentiles of functions, all of them for no names."""
+        functions = [self.deploys.get(name) for name in names] or self.deploys.in_order()
+        return {"time": time.time(), "functions": [function.describe_statistics() for function in functions]}
+
+    async def metrics(self, query: dict) -> str:
+        """Return everything that is counted in Prometheus' text format, version 0.0.4."""
+        functions = self.deploys.in_order()
+        build = f'version="{__version__}",python="{platform.python_version()}",runtime="{self._runtime}"'
+        lines = [*function_metrics(functions),
+                 *metric_header("faasd_loop_lag_seconds", "histogram", "How late the event loop comes to a timer"),
+                 *self._services.lag.histogram.expose("faasd_loop_lag_seconds"),
+                 *metric_header("faasd_functions", "gauge", "Functions deployed"), f"faasd_functions {len(functions)}",
+                 *metric_header("faasd_warm_containers_limit", "gauge", "Most warm containers of all functions"),
+                 f"faasd_warm_containers_limit {self._settings.max_warm}",
+                 *metric_header("faasd_build_info", "gauge", "What runs here"), f"faasd_build_info{{{build}}} 1",
+                 *process_metrics()]
+        return "\n".join(lines) + "\n"
+
+
 # ---------------------------------------------------------------------------------------------------------------------
-# The daemon: deploy, change, restart, stop
+# Deploys: from an archive to a function that serves; other options, rollback, removal
 # ---------------------------------------------------------------------------------------------------------------------
 
-
-@dataclass(frozen=True)
-class Settings:
-    """The command line."""
-    state_dir: Path
-    run_dir: Path
-    subnet: ipaddress.IPv4Network
-    port: int
-    egress_subnet: ipaddress.IPv4Network
-    runtime: str
-    drain_timeout: float        # seconds
-    max_image_size: int         # bytes
-    max_image_entries: int
-    max_warm: int               # containers
-    max_uploads: int            # archives that are received or unpacked at a time
-    keep_versions: int          # images of a function, the one that runs included
-    log_format: str
-    verbose: bool
-    api: tuple[str, int] | None = None              # address and port of the control API over TCP
-    api_token_file: Path | None = None
-    api_host: Iterable[str] = ()                    # names, besides its address, by which clients may call it
+IMAGE_FIELDS = {"digest": str, "tag": str, "size": int, "process": dict}        # checked when an image.json is loaded
+DISCARD_SECONDS = 3.0               # for which a start, a stop or a change waits until files are removed
 
 
-IMAGE_FIELDS = {"digest": str, "tag": str, "size": int, "process": dict}        # of an image.json, to be sure of
-STOP_SECONDS = 20.0                 # until a stop goes on without what should long have ended, and with it each wait
-ADDRESS_RETRY_SECONDS = 1.0         # between attempts to put an address back on lo
-UPLOAD_END_SECONDS = 5.0            # how long a stop waits until everybody has their answer
-DISCARD_SECONDS = 3.0               # for which a start, a stop or a deploy waits until files are removed
+class ImageStore:
+    """The unpacked images, STATE_DIR/images/NAME/VERSION. They come from STATE_DIR/tmp, and go there, by one rename."""
 
-
-class Daemon:
-    """Owns the functions and takes them through deploy, restart, removal and stop."""
-
-    def __init__(self, settings: Settings, addresses: Addresses, ids: IdRanges):
-        self.settings = settings
-        self.loop = asyncio.get_running_loop()
-        self.runtime_version = ""
-        self._network = addresses
-        self._ids = ids
-        self._egress = EgressNetworks(settings.run_dir, settings.egress_subnet, settings.subnet, settings.port)
-        self._rules_watch = NetlinkWatch(NETLINK_NETFILTER, 1 << NFNLGRP_NFTABLES - 1, NFT_DELTABLE,
-                                         f"{self._egress.table}\0".encode(), self._on_rules_deleted)
-        self._address_lost = asyncio.Event()
-        self._address_watch = NetlinkWatch(NETLINK_ROUTE, RTMGRP_IPV4_IFADDR, RTM_DELADDR, b"", self._address_lost.set)
-        self._egress_thread = concurrent.futures.ThreadPoolExecutor(1)      # one thing after the other, in order
-        self._guard = AddressGuard(settings.run_dir, settings.subnet)
-        self._listeners = ListenerStore()
-        # By its full name: it is started with a PATH that may differ from ours.
-        self._runtime = Runtime(shutil.which(settings.runtime) or settings.runtime, settings.run_dir / "runc")
-        self._host = ContainerHost(settings.run_dir, self._images_dir, self._runtime, ids)
-        self._leftovers = Leftovers(self._host)
-        self._registry = Registry(settings.state_dir / "registry.json")
-        self._functions: dict[str, Function] = {}
-        self._changes: dict[str, str] = {}              # name → what is being done to it; one thing at a time
-        self._commit = asyncio.Lock()                   # from choosing an address to writing it down
-        eighth = self._host.descriptors.limit // 8
-        self._services = Services(
-            self._host, Starter(os.cpu_count() or 1, self.loop), WarmLimit(settings.max_warm),
-            HangupWatch(self.loop), Crowd(min(MAX_SILENT, eighth)), Crowd(min(MAX_ANSWERING, eighth)),
-            LoopLag(self.loop), Writer(write_logs, MAX_UNWRITTEN_LINES, LOG_DELAY))
-        self._tasks: set[asyncio.Task] = set()          # deploys, removals and retirements under way
+    def __init__(self, settings: Settings, host: ContainerHost):
+        self._settings, self._host = settings, host
+        self._images, self._tmp = settings.state_dir / "images", settings.state_dir / "tmp"
         self._program = settings.run_dir / "program"
-        self._stop_signals = asyncio.Queue()
-        self._stopping = False
 
-    @property
-    def _images_dir(self) -> Path:
-        return self.settings.state_dir / "images"
-
-    # -- life --
-
-    async def run(self) -> None:
-        """Serve until SIGTERM or SIGINT, then drain, or until SIGHUP, then leave invocations to the next daemon.
-
-        A second signal ends the waiting. Raises FaasdError.
-        """
-        servers: list[ControlServer] = []
-        token = read_token(self.settings.api_token_file) if self.settings.api else b""
-        ignored = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else set()      # by nohup(1)
-        for number in {signal.SIGTERM, signal.SIGINT, signal.SIGHUP} - ignored:
-            self.loop.add_signal_handler(number, self._stop_signals.put_nowait, number)
-        self.runtime_version = self._runtime.version()
-        log.info("faasd %s, %s, Linux %s", __version__, self.runtime_version, platform.release())
-        for warning in (runc_warning(self.runtime_version), *machine_warnings()):
-            if warning:
-                log.warning("%s", warning)
-        self._network.greet(self._host.workers)
-        self._address_watch.open()
-        self._in_background(self._keep_addresses())
-        records = self._registry.load()
-        for record in records:
-            self._ids.claim(record.first_id)
-        try:
-            survivors = await self._clear_past(records)
-        except OSError as error:
-            raise storage_error(error, f"clearing what an earlier faasd left at {error.filename}") from error
-        number = None
-        try:
-            await probe_machine(self._host)
-            await asyncio.to_thread(self._guard_addresses)
-            if self.settings.api:       # clients wait until we are ready
-                servers.append(await self._bind(functools.partial(self._open_api, token), self.settings.api[1]))
-            for record in records:
-                await self._restore(record, [entry for entry in survivors if entry.function == record.name])
-            if self._promised() > self.settings.max_warm:
-                log.warning("functions were promised %d warm containers, and --max-warm is %d: some get fewer",
-                            self._promised(), self.settings.max_warm)
-            self._listeners.forget_unclaimed()
-            self._network.remove_stale({record.address for record in records})
-            servers.insert(0, UnixControlServer(self.settings.run_dir / "faasd.sock", self))
-            for server in servers:
-                server.open()
-            log.info("ready: %d functions, subnet %s, control API at %s", len(records), self.settings.subnet,
-                     ", ".join(map(str, servers)))
-            notify_service_manager("READY=1")
-            number = await self._stop_signals.get()
-        finally:
-            notify_service_manager("STOPPING=1")
-            # What has survived the daemon before should not end because this one cannot start.
-            await self._stop(servers, leave=number == signal.SIGHUP or number is None and bool(survivors))
-
-    def _guard_addresses(self) -> None:
-        """Keep handlers from using their client's socket for anything else; warn of what that leaves open. Blocks."""
-        first, last = map(int, Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split())
-        if first <= self.settings.port <= last:
-            log.warning("port %d is in net.ipv4.ip_local_port_range: any program, a handler too, may be given it while "
-                        "its function does not listen; choose another --port", self.settings.port)
-        try:
-            self._guard.attach()
-        except OSError as error:
-            log.warning("cannot guard the addresses of functions, which takes cgroup v2, CONFIG_CGROUP_BPF and Linux "
-                        "5.14: a handler can send from its client's socket, and take ports of this machine, with any "
-                        "--net (SECURITY.md, Networks): %s", error.strerror)
-            if self.settings.port >= int(Path("/proc/sys/net/ipv4/ip_unprivileged_port_start").read_text()):
-                log.warning("port %d is not privileged, so a handler can even use this machine's network while its "
-                            "function does not listen: choose a --port below 1024", self.settings.port)
-
-    async def _clear_past(self, records: list[FunctionRecord]) -> list[Survivor]:
-        """Remove what a daemon that was killed left: containers, uploads, half-deployed images, logs.
-
-        Returns the containers that serve clients.
-        """
-        self._host.prepare()
-        survivors = await self._leftovers.survivors({record.name: record.address for record in records})
+    async def clear(self, kept: Collection[tuple[str, str]]) -> None:
+        """Remove uploads, and all images but these (function, version); copy our program. Raises OSError."""
         # A child runs what this process runs, whatever becomes of the source meanwhile: an upgrade replaces it.
-        shutil.rmtree(self._program, ignore_errors=True)
+        self.remove_program()
         self._program.mkdir(mode=0o700)
         shutil.copyfile(__file__, self._program / "faasd.py")
-        self._registry.clear()
-        kept = {(record.name, entry.version) for record in records for entry in record.versions}
-        kept |= {(survivor.function, survivor.version) for survivor in survivors}
-        for directory in self._images_dir.glob("*/*"):
+        for directory in self._images.glob("*/*"):
             if (directory.parent.name, directory.name) not in kept:
                 log.warning("removing an image without a function: %s", directory)
-                directory.rename(self.settings.state_dir / "tmp" / secrets.token_hex(8))
-        await self._empty_tmp()
-        for directory in self._images_dir.glob("*/"):
+                directory.rename(self.unused_path())
+        for directory in self._images.glob("*/"):
             if not any(directory.iterdir()):
                 directory.rmdir()
-        for path in (self.settings.state_dir / "logs").glob("*.log*"):
-            if path.name.split(".")[0] not in {record.name for record in records}:
-                path.unlink()
-        self._egress.recover({record.name for record in records if record.options.net == "egress"})
-        return survivors
+        await self.empty_tmp()
 
-    async def _discard(self, paths: Iterable[Path]) -> None:
-        """Remove what is in STATE_DIR/tmp, for DISCARD_SECONDS; what takes longer goes on in a thread.
-
-        An image may have a million files, for which nobody should wait. If we end first, the next start removes them.
-        """
-        def discard() -> None:
-            for path in paths:
-                if path.is_dir() and not path.is_symlink():
-                    shutil.rmtree(path, ignore_errors=True)
-                else:
-                    path.unlink(missing_ok=True)
-        removal = self._host.workers.run(discard)
-        await asyncio.wait([removal], timeout=DISCARD_SECONDS)
-        if removal.done() and (error := removal.exception()):
-            log.warning("cannot empty %s: %s", self.settings.state_dir / "tmp", error)
-
-    async def _empty_tmp(self) -> None:
-        await self._discard(list((self.settings.state_dir / "tmp").iterdir()))
-
-    async def _restore(self, record: FunctionRecord, survivors: list[Survivor]) -> None:
-        """Bring a function back on its address, with its containers that serve clients.
-
-        One that cannot be is kept, marked as broken, whatever the reason; the others go on.
-        """
-        function = self._functions[record.name] = self._make_function(record)
-        try:
-            if not self._network.has(record.address):
-                raise FaasdError(f"its address {record.address} is not in {self.settings.subnet}: start faasd with the "
-                                 "--subnet that it was deployed under, or deploy it again for a new address")
-            version = self._load_version(record.name, record.versions[0])
-            await self._provide_network(record.name, record.options)
-            await self._bind(functools.partial(self._open_function, function), self.settings.port)
-            function.replace_version(version)
-            if survivors:
-                self._in_background(self._remove_old(function))
-                function.adopt(survivors)
-        except Exception as error:
-            function.error = str(error) if isinstance(error, FaasdError) else f"{error!r}; faasd's log has the detail"
-            log.error("function=%s is broken: %s", record.name, function.error,
-                      exc_info=None if isinstance(error, FaasdError) else error)
-        for survivor in survivors:
-            await self._host.workers.finished([self._host.workers.run(self._leftovers.end, survivor)])
-
-    async def _open_api(self, token: bytes) -> TcpControlServer:
-        return TcpControlServer(self.settings.api, token, self.settings.api_host, self)
-
-    async def _bind(self, open_: Callable, port: int):
-        """Return what open_ opens. If a container of ours has taken the port, end it and try again."""
-        try:
-            return await open_()
-        except (Conflict, UsageError):
-            if not await self._leftovers.end_holders(port):
-                raise
-        return await open_()
-
-    async def _stop(self, servers: list[ControlServer], leave: bool) -> None:
-        """Stop accepting, drain, leave nothing behind; or leave to the next daemon what serves a client."""
-        self._stopping = True
-        async with self._commit:                # whoever is in the middle of a change finishes it
-            pass
-        for server in servers:
-            self.loop.remove_reader(server)
-            server.server_close()
-            server.end_uploads()
-        left = {function for function in self._functions.values() if leave and not function.leaving}
-        for function in self._functions.values():
-            function.stop_listening(keep=function in left)
-        log.info("%s: %d invocations running", "leaving" if leave else "stopping",
-                 sum(f.running for f in self._functions.values()))
-        for task in self._tasks:
-            task.cancel()
-        await self._end_invocations(left)
-        await self._host.workers.finished(self._host.workers.pending)           # output that was being read
-        await self._services.logs.flush()
-        for function in self._functions.values():
-            function.log.end()
-        deadline = self.loop.time() + UPLOAD_END_SECONDS
-        while (self._changes or any(server.busy for server in servers)) and self.loop.time() < deadline:
-            await asyncio.sleep(0.01)
-        self._rules_watch.close()
-        self._address_watch.close()
-        if not leave:
-            await self._remove_all()
-        self._egress_thread.shutdown()
-        await self._empty_tmp()
-        log.info("left" if leave else "stopped")
-
-    async def _remove_all(self) -> None:
-        """Remove what functions and containers had in common, once none is left."""
-        try:
-            await asyncio.to_thread(self._guard.detach)
-        except OSError as error:
-            log.info("cannot take away the guard of the addresses: %s", error.strerror)
-        self._network.remove_all()
-        await self._host.workers.run(self._leftovers.remove)       # there should be none
-        await self._run_egress(self._egress.remove_all)
-        for path in self.settings.run_dir.glob("resolv.conf.*"):
-            path.unlink()
-        self._host.dismantle()
+    def remove_program(self) -> None:
         shutil.rmtree(self._program, ignore_errors=True)
 
-    async def _end_invocations(self, left: set[Function]) -> None:
-        """Drain functions, or leave them; until a second signal, clients have the drain timeout."""
-        def end_all(timeout: float) -> asyncio.Future:
-            return asyncio.gather(*(f.leave(timeout) if f in left else f.drain(timeout)
-                                    for f in self._functions.values()))
-        first = end_all(self.settings.drain_timeout)
-        second = asyncio.ensure_future(self._stop_signals.get())
-        limit = self.settings.drain_timeout + STOP_SECONDS
-        await asyncio.wait([first, second], timeout=limit, return_when=asyncio.FIRST_COMPLETED)
-        if not first.done():
-            log.warning("stopping at once")
-            await asyncio.wait([end_all(0)], timeout=STOP_SECONDS)
-        second.cancel()
-        done = asyncio.gather(first, *self._tasks, return_exceptions=True)
-        if not (await asyncio.wait([done], timeout=STOP_SECONDS))[0]:
-            log.error("not everything has ended: what is left of it is removed, or is for the next daemon")
+    def unused_path(self) -> Path:
+        """Return a path in STATE_DIR/tmp."""
+        return self._tmp / secrets.token_hex(8)
 
-    # -- one change of a function at a time --
+    async def unpack(self, connection: socket.socket, length: str, directory: Path, tag: str, first_id: int) -> dict:
+        """Have a child unpack an archive to a directory as it comes; return image.json.
 
-    def _refuse_if_stopping(self) -> None:
-        if self._stopping:
-            raise FaasdError("faasd is stopping", status=503)
-
-    @contextlib.asynccontextmanager
-    async def _changing(self, name: str, what: str) -> AsyncIterator[None]:
-        """Have a name for one deploy, change or removal. Raises FaasdError: 409, 503."""
-        self._refuse_if_stopping()
-        if name in self._changes:
-            raise Conflict(f"function {name}: a {self._changes[name]} is under way, try again when it is done")
-        if what == "deploy" and list(self._changes.values()).count(what) >= self.settings.max_uploads:
-            raise FaasdError(f"{self.settings.max_uploads} deploys are under way already (--max-uploads): "
-                             "try again later", status=503)
-        self._changes[name] = what
-        try:
-            with self._registered():
-                yield
-        finally:
-            del self._changes[name]
-
-    @contextlib.contextmanager
-    def _registered(self) -> Iterator[None]:
-        """Have _stop cancel the running task and wait for its cleaning."""
-        task = asyncio.current_task()
-        self._tasks.add(task)
-        try:
-            yield
-        finally:
-            self._tasks.discard(task)
-
-    # -- deploy --
-
-    async def deploy(self, name: str, connection: socket.socket, length: str, tag: str,
-                     options: Options) -> tuple[bool, dict]:
-        """Unpack an archive as it comes, prove that its handler comes up, and make it the function's version.
-
-        connection and length are as unpack_main takes them. Returns whether the function is new, and its description.
-        On any error nothing has changed. Raises FaasdError.
+        connection and length are as unpack_main takes them. Raises FaasdError with what the child said.
         """
-        unpacked = self.settings.state_dir / "tmp" / secrets.token_hex(8)
-        async with self._changing(name, "deploy"):
-            self._check_warm(name, options)
-            function = self._functions.get(name)
-            created = function is None
-            try:
-                async with self._id_range(name) as first_id:
-                    image = await self._unpack(connection, length, unpacked, tag, first_id)
-                    async with function.changing if function else contextlib.nullcontext():
-                        async with self._placed(name, unpacked, image) as (directory, stored):
-                            version = Version(name, directory, image, options, self._host)
-                            function = await self._install(name, version, stored)
-            finally:
-                await self._discard([unpacked])
-            self._note(function, "deployed")
-            for line in image["warnings"]:
-                log.warning("function=%s image: %s", name, line)
-            return created, {**self._describe(function), "warnings": image["warnings"]}
-
-    @contextlib.asynccontextmanager
-    async def _id_range(self, name: str) -> AsyncIterator[int]:
-        """Yield the first host id of a function's range: its own, or for a new one a free one that it keeps if it
-        comes to exist. Raises Conflict.
-        """
-        if name in self._functions:
-            yield self._functions[name].record.first_id
-            return
-        first_id = self._ids.take()
-        try:
-            yield first_id
-        finally:
-            if name not in self._functions:
-                self._ids.release(first_id)
-                await to_the_end(asyncio.to_thread(self._host.forget, name))
-
-    async def change(self, name: str, query: dict[str, list[str]]) -> dict:
-        """Change options of a function as a query names them; proved as a deploy is. Raises FaasdError."""
-        if not query:
-            raise BadRequest("nothing to change: name an option")
-        function = self._get(name)
-        async with self._changing(name, "change"):
-            entry = function.record.versions[0]
-            return await self._rerun(name, replace(entry, options=entry.options.changed(query)), "changed")
-
-    async def roll_back(self, name: str, query: dict[str, list[str]]) -> dict:
-        """Go back to an earlier version and the options it ran under. Raises FaasdError.
-
-        The query's `version` is the beginning of its name; without it, to the one before.
-        """
-        wanted = query.get("version", [""])[-1]
-        function = self._get(name)
-        async with self._changing(name, "rollback"):
-            earlier = function.record.versions[1:]
-            if not earlier:
-                raise Conflict(f"function {name} has no earlier version to go back to")
-            found = [entry for entry in earlier if entry.version.startswith(wanted)][:None if wanted else 1]
-            if len(found) != 1:
-                count = "more than one" if found else "no earlier"
-                raise FaasdError(f"function {name} has {count} version {wanted!r}: `faas versions {name}` shows them",
-                                 status=404)
-            return await self._rerun(name, found[0], "rolled back")
-
-    async def _rerun(self, name: str, entry: VersionRecord, what: str) -> dict:
-        """Make an image that is there what a function runs, proved as a deploy's is. Raises FaasdError."""
-        self._check_warm(name, entry.options)
-        version = self._load_version(name, entry)
-        async with self._functions[name].changing:
-            function = await self._install(name, version)
-        self._note(function, what)
-        return self._describe(function)
-
-    def _check_warm(self, name: str, options: Options) -> None:
-        """Raise Conflict if more warm containers are asked for than the daemon may have."""
-        free = self.settings.max_warm - self._promised(name)
-        if options.warm and options.warm > free:
-            raise Conflict(f"warm {options.warm}: only {max(free, 0)} of {self.settings.max_warm} warm containers are "
-                           "not promised to other functions; take fewer, or start faasd with a larger --max-warm")
-
-    def _promised(self, but: str = "") -> int:
-        """Return how many warm containers functions have been promised, but for one of them."""
-        return sum(f.record.options.warm or 0 for f in self._functions.values() if f.record.name != but)
-
-    def _note(self, function: Function, what: str) -> None:
-        version = function.record.version
-        function.log.write("-", ">", f"{what} version={version}")
-        log.info("function=%s version=%s %s at %s", function.record.name, version, what, function.record.address)
-
-    async def _unpack(self, connection: socket.socket, length: str, directory: Path, tag: str, first_id: int) -> dict:
-        """Run the unpacking child; return image.json. Raises FaasdError with what the child said."""
-        arguments = [str(os.getpid()), str(directory), tag, str(self.settings.max_image_size),
-                     str(self.settings.max_image_entries), str(first_id), length]
+        arguments = [str(os.getpid()), str(directory), tag, str(self._settings.max_image_size),
+                     str(self._settings.max_image_entries), str(first_id), length]
         try:
             child = await asyncio.create_subprocess_exec(
                 sys.executable, "-I", "-S", "-c", UNPACK, "unpack", str(self._program), *arguments, stdin=connection,
@@ -7545,205 +7227,71 @@ class Daemon:
             raise FaasdError(document["error"], status=document["status"])
         return document
 
-    @contextlib.asynccontextmanager
-    async def _placed(self, name: str, unpacked: Path,
-                      image: dict) -> AsyncIterator[tuple[Path, asyncio.Future | None]]:
-        """Move an unpacked image to where it belongs, and take it away again if what follows fails.
+    async def put(self, name: str, unpacked: Path, image: dict, undo: contextlib.AsyncExitStack) -> None:
+        """Move an unpacked image to where it belongs; return once it is on the disk. Raises FaasdError, OSError.
 
-        Yields its directory, and what is done when it is on the disk. An image that is there already stays: same
-        digest, same content, and invocations may be running on it.
+        A root that is there already stays: same digest, same content, and invocations may be running on it.
         """
-        directory = self._images_dir / name / image["version"]
+        directory = self._images / name / image["version"]
         try:
-            digest = self._load_image(name, image["version"])["digest"]
+            digest = self.load(name, image["version"])["digest"]
         except FaasdError:
             digest = ""                         # there is none, or it is damaged
-        if digest == image["digest"]:
-            yield directory, None
-            return
-        if digest:                              # somebody has looked for a pair of them
+        if digest not in ("", image["digest"]):         # somebody has looked for a pair of them
             raise Conflict(f"function {name} has an image with another digest that begins like this one's: {digest}")
-        try:
-            if directory.exists():
-                await asyncio.to_thread(shutil.rmtree, directory)
+        if digest:
+            (unpacked / "image.json").rename(directory / "image.json")
+            await self.discard(unpacked)
+        else:
+            await self.remove(name, [image["version"]])
             directory.parent.mkdir(exist_ok=True)
             admit_containers(directory.parent, image["first_id"])
             unpacked.rename(directory)
-        except OSError as error:
-            raise storage_error(error, "storing the image") from error
-        stored = asyncio.ensure_future(asyncio.to_thread(sync_file_system, directory))
-        try:
-            yield directory, stored
-        except BaseException:
-            await asyncio.gather(stored, return_exceptions=True)        # threads are not cancelled
-            await asyncio.to_thread(self._remove_image, directory)
-            raise
+            undo.push_async_callback(self.remove, name, [image["version"]])
+        # Before the registry names it: a disk that loses its power keeps things in whatever order it likes.
+        await asyncio.to_thread(sync_file_system, directory)
 
-    def _remove_image(self, directory: Path) -> None:
-        """Remove an image's directory, and that of its function if it was the last. Blocks."""
-        shutil.rmtree(directory)
-        with contextlib.suppress(OSError):
-            directory.parent.rmdir()    # not empty: the function has another version
+    async def remove(self, name: str, versions: Iterable[str]) -> None:
+        """Remove images of a function, and its directory if it has no other. Failure is logged."""
+        discarded = []
+        for directory in (self._images / name / version for version in versions):
+            try:
+                discarded.append(directory.rename(self.unused_path()))
+            except FileNotFoundError:
+                continue
+            except OSError as error:            # the next start tries again
+                log.error("cannot remove %s: %s", directory, error.strerror)
+        with contextlib.suppress(OSError):      # it is not empty, or there is none
+            (self._images / name).rmdir()
+        if discarded:
+            await self.discard(*discarded)
 
-    async def _install(self, name: str, version: Version, stored: asyncio.Future | None = None) -> Function:
-        """Prove a version and make it the function's, once its image is stored; return the function.
+    async def keep(self, name: str, versions: Collection[str]) -> None:
+        """Remove all images of a function but these."""
+        await self.remove(name, [path.name for path in (self._images / name).glob("*") if path.name not in versions])
 
-        On an error nothing has changed.
+    async def discard(self, *paths: Path) -> None:
+        """Remove what is in STATE_DIR/tmp, for DISCARD_SECONDS; what takes longer goes on in a thread.
+
+        An image may have a million files, for which nobody should wait. If we end first, the next start removes them.
         """
-        async with self._networked(name, version.options):
-            container, output = await self._prove(name, version)
-            try:
-                # Before the registry names it: a disk that loses its power keeps things in whatever order it likes.
-                if stored:
-                    await asyncio.shield(stored)
-                function = await to_the_end(self._make_current(name, version, container))
-            except BaseException:
-                await to_the_end(container.kill())       # once more does no harm where its pool was closed
-                raise
-        for line in output:
-            function.log.write_output(container.id, line)
-        return function
+        def discard() -> None:
+            for path in paths:
+                if path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(path, ignore_errors=True)
+                else:
+                    path.unlink(missing_ok=True)
+        removal = self._host.workers.run(discard)
+        await asyncio.wait([removal], timeout=DISCARD_SECONDS)
+        if removal.done() and (error := removal.exception()):
+            log.warning("cannot empty %s: %s", self._tmp, error)
 
-    @contextlib.asynccontextmanager
-    async def _networked(self, name: str, options: Options) -> AsyncIterator[None]:
-        """Provide the network of a version that is to be installed; take it away again if that fails."""
-        had = self._egress.has(name)
-        try:
-            await self._provide_network(name, options)
-            yield
-        except BaseException:
-            if not had:
-                await to_the_end(self._run_egress(self._egress.remove, name))
-            raise
+    async def empty_tmp(self) -> None:
+        await self.discard(*self._tmp.iterdir())
 
-    async def _provide_network(self, name: str, options: Options) -> None:
-        """Make what a function's containers need of the network. Raises FaasdError."""
-        if options.net == "egress":
-            self._rules_watch.open()
-            await self._run_egress(self._egress.provide, name)
-        elif options.net == "host":
-            path = resolv_conf_path(self.settings.run_dir, "host")
-            try:
-                await asyncio.to_thread(write_anew, path, read_text(RESOLV_CONFS[0]))
-            except OSError as error:
-                raise storage_error(error, f"writing {path}") from error
-
-    def _on_rules_deleted(self) -> None:
-        if not self._stopping:                  # by ourselves too, whenever we replace them
-            self._in_background(self._run_egress(self._egress.restore_rules))
-
-    async def _keep_addresses(self) -> None:
-        """Put back what somebody takes from lo, and try again for as long as that fails."""
-        while await self._address_lost.wait():
-            self._address_lost.clear()
-            try:
-                restored = await asyncio.to_thread(self._network.restore)
-            except RuntimeError as error:       # there is no thread to be had
-                log.error("cannot look for our addresses: %s", error)
-                restored = False
-            if not restored:
-                self.loop.call_later(ADDRESS_RETRY_SECONDS, self._address_lost.set)
-
-    async def _run_egress(self, function: Callable, *arguments) -> None:
-        await self.loop.run_in_executor(self._egress_thread, function, *arguments)
-
-    async def _make_current(self, name: str, version: Version, container: Container) -> Function:
-        """Make a version the function's, on disk and in service. Undoes what it did on an error."""
-        async with self._commit:
-            self._refuse_if_stopping()          # _stop waits for the lock, and then for nobody else
-            self._check_warm(name, version.options)     # again: another may have been promised them meanwhile
-            function = self._functions.get(name)
-            if function is None or function.pool is None:
-                function = await self._open_new(name, function, version, container)
-            else:
-                await self._replace(function, version, container)
-        self._in_background(self._remove_old(function))
-        return function
-
-    async def _prove(self, name: str, version: Version) -> tuple[Container, list[str]]:
-        """Start one container; return it once its handler has connected, and what it printed. Raises FaasdError.
-
-        It takes no place among the starts allowed at a time: a deploy should not wait for a flood to end.
-        """
-        output: list[str] = []
-        container = Container(self._host, name, lambda container_id, text: output.append(text))
-        try:
-            await container.start(version.bundle, version.options.start_timeout)
-        except StartFailed as failure:
-            if isinstance(failure, RuntimeFailed):
-                if error := await try_container(self._host):        # by now the machine may be to blame, not the image
-                    raise unfit_machine(self._runtime, error) from failure
-            raise FaasdError(f"function {name} does not start: {failure}", failure.output, 422) from failure
-        return container, output
-
-    def _versions(self, function: Function | None, version: Version) -> list[VersionRecord]:
-        """Return the versions to keep when version becomes the one that runs."""
-        others = [entry for entry in (function.record.versions if function else [])
-                  if entry.version != version.directory.name]
-        entry = VersionRecord(version.directory.name, timestamp(), version.options)
-        return [entry, *others[:self.settings.keep_versions - 1]]
-
-    async def _open_new(self, name: str, old: Function | None, version: Version, container: Container) -> Function:
-        """Give a new function, or a broken one, its address and write it down; undo all of it on an error."""
-        taken = [function.record.address for function in self._functions.values()]
-        keep = old is not None and self._network.has(old.record.address)
-        address = old.record.address if keep else self._network.lowest_free(taken)
-        created = old.record.created if old else timestamp()
-        record = FunctionRecord(name, address, version.bundle.first_id, created, timestamp(),
-                                self._versions(old, version))
-        function = self._make_function(record)
-        function.replace_version(version, container)
-        try:
-            await self._open_function(function)
-            await self._save({**self._functions, name: function})
-        except BaseException:
-            await self._close_function(function)
-            raise
-        if old:
-            old.log.end()
-        self._functions[name] = function
-        return function
-
-    async def _replace(self, function: Function, version: Version, container: Container) -> None:
-        """Make version the function's, for invocations that start from now on."""
-        before = function.record
-        await asyncio.to_thread(self._network.add, before.address)      # somebody may have taken it from lo
-        function.record = replace(before, updated=timestamp(), versions=self._versions(function, version))
-        try:
-            await self._save(self._functions)
-        except BaseException:
-            function.record = before
-            raise
-        function.replace_version(version, container)
-
-    async def _remove_old(self, function: Function) -> None:
-        """Remove images and a network that are not kept, once no container runs on any that was replaced."""
-        await function.old_versions_gone()
-        async with function.changing:           # a deploy may be about to use one of them again
-            if function.record.options.net != "egress" and self._functions.get(function.record.name) is function:
-                await self._run_egress(self._egress.remove, function.record.name)
-            kept = {entry.version for entry in function.record.versions}
-            for directory in (self._images_dir / function.record.name).glob("*"):
-                if directory.name not in kept:
-                    try:
-                        await asyncio.to_thread(self._remove_image, directory)
-                    except OSError as error:    # the next start tries again
-                        log.error("cannot remove %s: %s", directory, error)
-
-    def _in_background(self, coroutine) -> None:
-        task = self.loop.create_task(coroutine)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-
-    # -- functions --
-
-    def _make_function(self, record: FunctionRecord) -> Function:
-        path = self.settings.state_dir / "logs" / f"{record.name}.log"
-        return Function(record, self._services, FunctionLog(path, self._services.logs))
-
-    def _load_image(self, name: str, version: str) -> dict:
+    def load(self, name: str, version: str) -> dict:
         """Return the image.json of a version. Raises FaasdError if the image is not what it was."""
-        directory = self._images_dir / name / version
+        directory = self._images / name / version
         try:
             image = parse_json((directory / "image.json").read_bytes(), dict, "image.json")
             if not (directory / "rootfs").is_dir():
@@ -7755,75 +7303,391 @@ class Daemon:
         except (OSError, ImageError) as error:
             raise FaasdError(f"its image in {directory} is damaged ({error}): deploy it again") from None
 
-    def _load_version(self, name: str, entry: VersionRecord) -> Version:
-        image = self._load_image(name, entry.version)
+    def version(self, name: str, entry: VersionRecord) -> Version:
+        """Return what runs for a record. Raises FaasdError if its image is damaged."""
+        image = self.load(name, entry.version)
         try:
-            return Version(name, self._images_dir / name / entry.version, image, entry.options, self._host)
+            return Version(name, self._images / name / entry.version, image, entry.options, self._host)
         except (KeyError, TypeError, AttributeError) as error:
             raise FaasdError(f"its image {entry.version} is damaged ({error!r}): deploy it again") from None
 
-    async def _open_function(self, function: Function) -> None:
-        """Put the function's address on lo and listen there; undo it on an error. Raises FaasdError."""
-        address = function.record.address
-        await asyncio.to_thread(self._network.add, address)
+
+ADDRESS_RETRY_SECONDS = 1.0         # between attempts to put an address back on lo
+
+
+class Attachments:
+    """What ties functions to this machine's network: addresses on lo with listeners, and networks of --net egress.
+
+    Whatever runs a command does so in a thread. What others take away is put back.
+    """
+
+    def __init__(self, settings: Settings, addresses: Addresses, workers: Workers):
+        self._settings = settings
+        self._loop = workers.loop
+        self.addresses, self.listeners = addresses, ListenerStore()
+        self._guard = AddressGuard(settings.run_dir, settings.subnet)
+        self._address_lost = asyncio.Event()
+        self._address_watch = NetlinkWatch(NETLINK_ROUTE, RTMGRP_IPV4_IFADDR, RTM_DELADDR, b"", self._address_lost.set)
+        self._keeper = self._loop.create_task(self._keep_addresses())
+        self.egress = EgressNetworks(settings.run_dir, settings.egress_subnet, settings.subnet, settings.port)
+        self._egress_thread = concurrent.futures.ThreadPoolExecutor(1)      # one thing after the other, in order
+        self._rules_watch = NetlinkWatch(
+            NETLINK_NETFILTER, 1 << NFNLGRP_NFTABLES - 1, NFT_DELTABLE, f"{self.egress.table}\0".encode(),
+            lambda: self._run(self.egress.restore_rules))       # by ourselves too, whenever we replace them
+        addresses.greet(workers)
+        self._address_watch.open()
+
+    def close(self) -> None:
+        """Put nothing back any more."""
+        self._rules_watch.close()
+        self._address_watch.close()
+        self._keeper.cancel()
+
+    async def remove_all(self) -> None:
         try:
-            function.listen(self._listeners.open(address, self.settings.port))
+            await asyncio.to_thread(self._guard.detach)
+        except OSError as error:
+            log.info("cannot take away the guard of the addresses: %s", error.strerror)
+        self.addresses.remove_all()
+        await self._run(self.egress.remove_all)
+        for path in self._settings.run_dir.glob("resolv.conf.*"):
+            path.unlink()
+
+    def guard(self) -> None:
+        """Keep handlers from using their client's socket for anything else, and warn if that cannot be. Blocks."""
+        port = self._settings.port
+        first, last = map(int, Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split())
+        if first <= port <= last:
+            log.warning("port %d is in net.ipv4.ip_local_port_range: any program, a handler too, may be given it while "
+                        "its function does not listen; choose another --port", port)
+        try:
+            self._guard.attach()
+        except OSError as error:
+            log.warning("cannot guard the addresses of functions, which takes cgroup v2, CONFIG_CGROUP_BPF and Linux "
+                        "5.14: a handler can send from its client's socket, and take ports of this machine, with any "
+                        "--net (SECURITY.md, Networks): %s", error.strerror)
+            if port >= int(Path("/proc/sys/net/ipv4/ip_unprivileged_port_start").read_text()):
+                log.warning("port %d is not privileged, so a handler can even use this machine's network while its "
+                            "function does not listen: choose a --port below 1024", port)
+
+    async def listen(self, address: str) -> socket.socket:
+        """Put an address on lo and listen there; undo it on an error. Raises FaasdError."""
+        await asyncio.to_thread(self.addresses.add, address)
+        try:
+            return self.listeners.open(address, self._settings.port)
         except BaseException:
-            await asyncio.to_thread(self._network.remove, address)
+            await asyncio.to_thread(self.addresses.remove, address)
             raise
 
-    async def _close_function(self, function: Function) -> None:
-        """Stop accepting, let invocations finish, take the address from lo: in that order, for they need it."""
-        function.stop_listening()
-        self._listeners.forget(function.record.address, self.settings.port)
-        await function.drain(self.settings.drain_timeout)
-        await asyncio.to_thread(self._network.remove, function.record.address)
+    async def release(self, address: str) -> None:
+        """Take an address from lo, on which nobody listens any more."""
+        self.listeners.forget(address, self._settings.port)
+        await asyncio.to_thread(self.addresses.remove, address)
 
-    async def _forget_function(self, function: Function) -> None:
-        async with self._commit:
-            function.leaving = True
+    async def _keep_addresses(self) -> None:
+        """Put back what somebody takes from lo, and try again for as long as that fails."""
+        while await self._address_lost.wait():
+            self._address_lost.clear()
             try:
-                await self._save(self._functions)
-            except FaasdError:
-                function.leaving = False
-                raise
+                restored = await asyncio.to_thread(self.addresses.restore)
+            except RuntimeError as error:       # there is no thread to be had
+                log.error("cannot look for our addresses: %s", error)
+                restored = False
+            if not restored:
+                self._loop.call_later(ADDRESS_RETRY_SECONDS, self._address_lost.set)
 
-    async def _save(self, functions: dict[str, Function]) -> None:
-        records = [function.record for function in functions.values() if not function.leaving]
-        await asyncio.to_thread(self._registry.save, records)
+    async def provide(self, name: str, options: Options) -> None:
+        """Make what a function's containers need of the network. Raises FaasdError."""
+        if options.net == "egress":
+            self._rules_watch.open()
+            await self._run(self.egress.provide, name)
+        elif options.net == "host":
+            path = resolv_conf_path(self._settings.run_dir, "host")
+            try:
+                await asyncio.to_thread(write_anew, path, read_text(RESOLV_CONFS[0]))
+            except OSError as error:
+                raise storage_error(error, f"writing {path}") from error
 
-    def _get(self, name: str) -> Function:
-        if name not in self._functions:
+    def withdraw(self, name: str) -> asyncio.Future:
+        """Remove a function's egress network, if it has one, before any other is made."""
+        return self._run(self.egress.remove, name)
+
+    def _run(self, function: Callable, *arguments) -> asyncio.Future:
+        return self._loop.run_in_executor(self._egress_thread, function, *arguments)
+
+
+class Deploys:
+    """The functions there are, and the only way in which they change: proved first, then written down, then in service.
+
+    One change at a time goes on for each name. What is made for one is taken back, in reverse order, if it fails.
+    """
+
+    def __init__(self, settings: Settings, services: Services, addresses: Addresses):
+        self.functions: dict[str, Function] = {}
+        self.images = ImageStore(settings, services.host)
+        self.attachments = Attachments(settings, addresses, services.host.workers)
+        self.registry = Registry(settings.state_dir / "registry.json")
+        self._settings, self._services, self._host = settings, services, services.host
+        self._changes: dict[str, str] = {}              # name → what is being done to it
+        self._commit = asyncio.Lock()                   # from choosing an address to writing it down
+        self._tasks: set[asyncio.Task] = set()          # changes, inspections and removals of what is old, under way
+        self._stopping = False
+
+    def in_order(self) -> list[Function]:
+        return [self.functions[name] for name in sorted(self.functions)]
+
+    def get(self, name: str) -> Function:
+        if name not in self.functions:
             raise FaasdError(f"no function {name!r}: `faas list` shows those there are", status=404)
-        return self._functions[name]
+        return self.functions[name]
 
-    async def health(self) -> dict:
-        return {"status": "ok"}
+    def make_function(self, record: FunctionRecord) -> Function:
+        path = self._settings.state_dir / "logs" / f"{record.name}.log"
+        return Function(record, self._services, FunctionLog(path, self._services.logs))
 
-    async def describe_machine(self) -> dict:
-        return {"faasd": __version__, "python": platform.python_version(), "runtime": self.runtime_version,
-                "kernel": platform.release()}
-
-    async def describe_all(self) -> dict:
-        return {"functions": [self._describe(self._functions[name]) for name in sorted(self._functions)]}
-
-    async def describe(self, name: str) -> dict:
-        return self._describe(self._get(name))
-
-    def _describe(self, function: Function) -> dict:
-        document = {**function.describe(), "port": self.settings.port}
-        if function.record.address in self._network.missing:
+    def describe(self, function: Function) -> dict:
+        document = {**function.describe(), "port": self._settings.port}
+        if function.record.address in self.attachments.addresses.missing:
             document.update(state="broken", error="somebody has taken its address from lo, and faasd cannot put it "
                                                   "back")
         return document
 
-    async def inspect(self, name: str) -> dict:
+    # -- changes --
+
+    async def deploy(self, name: str, connection: socket.socket, length: str, tag: str,
+                     options: Options) -> tuple[bool, dict]:
+        """Make an archive, which is unpacked as it comes, what a function runs. Raises FaasdError, OSError.
+
+        connection and length are as unpack_main takes them. Returns whether the function is new, and its description.
+        """
+        created = name not in self.functions
+        async with self._changing(name, "deploy") as undo:
+            self._check_warm(name, options)
+            unpacked = self.images.unused_path()
+            undo.push_async_callback(self.images.discard, unpacked)
+            first_id = self._first_id(name, undo)
+            image = await self.images.unpack(connection, length, unpacked, tag, first_id)
+            await self.images.put(name, unpacked, image, undo)
+            document = await self._install(name, VersionRecord(image["version"], "", options), "deployed", undo)
+            for line in image["warnings"]:
+                log.warning("function=%s image: %s", name, line)
+            return created, {**document, "warnings": image["warnings"]}
+
+    def _first_id(self, name: str, undo: contextlib.AsyncExitStack) -> int:
+        """Return the first host id of a function's range, for a new one of a free range. Raises Conflict."""
+        if name in self.functions:
+            return self.functions[name].record.first_id
+        first_id = self._host.ids.take()
+        undo.push_async_callback(self._forget, name, first_id)
+        return first_id
+
+    async def _forget(self, name: str, first_id: int) -> None:
+        """Let go of what all containers of a function had in common."""
+        self._host.ids.release(first_id)
+        await asyncio.to_thread(self._host.forget, name)
+
+    async def change(self, name: str, query: dict[str, list[str]]) -> dict:
+        """Change options of a function as a query names them. Raises FaasdError."""
+        if not query:
+            raise BadRequest("nothing to change: name an option")
+        function = self.get(name)
+        async with self._changing(name, "change") as undo:
+            entry = function.record.versions[0]
+            return await self._install(name, replace(entry, options=entry.options.changed(query)), "changed", undo)
+
+    async def roll_back(self, name: str, query: dict[str, list[str]]) -> dict:
+        """Go back to an earlier version and the options it ran under. Raises FaasdError.
+
+        The query's `version` is the beginning of its name; without it, to the one before.
+        """
+        wanted = query.get("version", [""])[-1]
+        function = self.get(name)
+        async with self._changing(name, "rollback") as undo:
+            earlier = function.record.versions[1:]
+            if not earlier:
+                raise Conflict(f"function {name} has no earlier version to go back to")
+            found = [entry for entry in earlier if entry.version.startswith(wanted)][:None if wanted else 1]
+            if len(found) != 1:
+                count = "more than one" if found else "no earlier"
+                raise FaasdError(f"function {name} has {count} version {wanted!r}: `faas versions {name}` shows them",
+                                 status=404)
+            return await self._install(name, found[0], "rolled back", undo)
+
+    async def remove(self, name: str, query: dict) -> dict:
+        """Drain a function and remove its address, images and log. Raises FaasdError."""
+        function = self.get(name)
+        async with self._changing(name, "removal"):
+            await to_the_end(self._remove(function))        # a client that leaves must not leave it half removed
+        return {"removed": name}
+
+    async def _remove(self, function: Function) -> None:
+        name, record = function.record.name, function.record
+        # Written down first: what is removed from here on must not come back half after a crash.
+        async with self._commit:
+            await self._save(name, None)
+            function.leaving = True
+        # In this order: invocations need the address until they end.
+        function.stop_listening()
+        await function.drain(self._settings.drain_timeout)
+        await self.attachments.release(record.address)
+        await self.attachments.withdraw(name)
+        del self.functions[name]
+        await self.images.keep(name, ())
+        await self._forget(name, record.first_id)
+        await self._services.logs.flush()
+        await asyncio.to_thread(function.log.remove)
+        log.info("function=%s removed", name)
+
+    @contextlib.asynccontextmanager
+    async def _changing(self, name: str, what: str) -> AsyncIterator[contextlib.AsyncExitStack]:
+        """Have a name for one change; yield what takes it back if it fails. Raises FaasdError: 409, 503."""
+        with self._until_stop():
+            if name in self._changes:
+                raise Conflict(f"function {name}: a {self._changes[name]} is under way, try again when it is done")
+            if what == "deploy" and list(self._changes.values()).count(what) >= self._settings.max_uploads:
+                raise FaasdError(f"{self._settings.max_uploads} deploys are under way already (--max-uploads): "
+                                 "try again later", status=503)
+            self._changes[name] = what
+            undo = contextlib.AsyncExitStack()
+            try:
+                yield undo
+            finally:
+                try:
+                    await to_the_end(undo.aclose())
+                finally:
+                    del self._changes[name]
+                    self.remove_old_soon(name)
+
+    @contextlib.contextmanager
+    def _until_stop(self) -> Iterator[None]:
+        """Have stop() cancel the running task and wait for its cleaning. Raises FaasdError: 503."""
+        self._refuse_if_stopping()
+        task = asyncio.current_task()
+        self._tasks.add(task)
+        try:
+            yield
+        finally:
+            self._tasks.discard(task)
+
+    def _refuse_if_stopping(self) -> None:
+        if self._stopping:
+            raise FaasdError("faasd is stopping", status=503)
+
+    def _check_warm(self, name: str, options: Options) -> None:
+        """Raise Conflict if more warm containers are asked for than the daemon may have."""
+        free = self._settings.max_warm - self.promised(name)
+        if options.warm and options.warm > free:
+            raise Conflict(f"warm {options.warm}: only {max(free, 0)} of {self._settings.max_warm} warm containers are "
+                           "not promised to other functions; take fewer, or start faasd with a larger --max-warm")
+
+    def promised(self, but: str = "") -> int:
+        """Return how many warm containers functions have been promised, but for one of them."""
+        return sum(f.record.options.warm or 0 for name, f in self.functions.items() if name != but)
+
+    # -- the one way to run a version --
+
+    async def _install(self, name: str, entry: VersionRecord, what: str, undo: contextlib.AsyncExitStack) -> dict:
+        """Prove a version, whose image is there, and make it the function's; describe that. Raises FaasdError."""
+        self._check_warm(name, entry.options)
+        version = self.images.version(name, entry)
+        if not self.attachments.egress.has(name):
+            undo.push_async_callback(self.attachments.withdraw, name)
+        await self.attachments.provide(name, version.options)
+        container, output = await self._prove(name, version)
+        undo.push_async_callback(container.kill)        # once more does no harm where its pool was closed
+        function = await to_the_end(self._make_current(name, version, container))
+        undo.pop_all()                          # it is done
+        for line in output:
+            function.log.write_output(container.id, line)
+        record = function.record
+        function.log.write("-", ">", f"{what} version={record.version}")
+        log.info("function=%s version=%s %s at %s", name, record.version, what, record.address)
+        return self.describe(function)
+
+    async def _prove(self, name: str, version: Version) -> tuple[Container, list[str]]:
+        """Start one container; return it once its handler has connected, and what it printed. Raises FaasdError.
+
+        It takes no place among the starts allowed at a time: a deploy should not wait for a flood to end.
+        """
+        output: list[str] = []
+        container = Container(self._host, name, lambda container_id, text: output.append(text))
+        try:
+            await container.start(version.bundle, version.options.start_timeout)
+        except StartFailed as failure:
+            # By now the machine may be to blame, not the image.
+            if isinstance(failure, RuntimeFailed) and (error := await try_container(self._host)):
+                raise unfit_machine(self._host.runtime, error) from failure
+            raise FaasdError(f"function {name} does not start: {failure}", failure.output, 422) from failure
+        return container, output
+
+    async def _make_current(self, name: str, version: Version, container: Container) -> Function:
+        """Make a version the function's, on disk and in service. Undoes what it did on an error."""
+        async with self._commit:
+            self._refuse_if_stopping()          # stop() waits for the lock, and then for nobody else
+            self._check_warm(name, version.options)     # again: another may have been promised them meanwhile
+            function = self.functions.get(name)
+            record = self._next_record(name, function, version)
+            listener = None
+            if function and function.pool:      # else it is new, or broken
+                await asyncio.to_thread(self.attachments.addresses.add, record.address)  # somebody may have taken it
+            else:
+                listener = await self.attachments.listen(record.address)
+            try:
+                await self._save(name, record)
+            except BaseException:
+                if listener:
+                    refuse_connections(listener)
+                    await self.attachments.release(record.address)
+                raise
+            function = self.functions.setdefault(name, function or self.make_function(record))
+            function.record = record
+            function.replace_version(version, container)
+            if listener:
+                function.listen(listener)
+            return function
+
+    def _next_record(self, name: str, function: Function | None, version: Version) -> FunctionRecord:
+        """Return the record of a function with a version on top of those that are kept. Raises Conflict."""
+        before, now = function.record if function else None, timestamp()
+        addresses, taken = self.attachments.addresses, [other.record.address for other in self.functions.values()]
+        address = before.address if before and addresses.has(before.address) else addresses.lowest_free(taken)
+        entry = VersionRecord(version.directory.name, now, version.options)
+        others = [other for other in (before.versions if before else []) if other.version != entry.version]
+        return FunctionRecord(name, address, version.bundle.first_id, before.created if before else now, now,
+                              [entry, *others[:self._settings.keep_versions - 1]])
+
+    async def _save(self, name: str, record: FunctionRecord | None) -> None:
+        """Write the functions down, one with this record, or without it. Raises FaasdError; then all is as before."""
+        records = {function.record.name: function.record for function in self.functions.values()
+                   if not function.leaving} | {name: record}
+        await asyncio.to_thread(self.registry.save, list(filter(None, records.values())))
+
+    # -- what is old --
+
+    def remove_old_soon(self, name: str) -> None:
+        """Remove images and a network that a function does not need, once no container runs on a replaced version."""
+        if not self._stopping:
+            task = self._host.loop.create_task(self._remove_old(name))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    async def _remove_old(self, name: str) -> None:
+        if function := self.functions.get(name):
+            await function.old_versions_gone()
+            # What a change under way may need stays: it comes here again when it ends. So there is no await in between.
+            if self.functions.get(name) is function and name not in self._changes:
+                if function.record.options.net != "egress":
+                    self.attachments.withdraw(name)
+                await self.images.keep(name, [entry.version for entry in function.record.versions])
+
+    # -- for the daemon --
+
+    async def inspect(self, name: str, query: dict) -> dict:
         """Return how a container of a function is isolated: one that is there, or one that is started for it."""
-        pool = self._get(name).pool
+        pool = self.get(name).pool
         if pool is None:
             raise Conflict(f"function {name} is broken: `faas info {name}` says why")
-        with self._registered():
-            self._refuse_if_stopping()
+        with self._until_stop():
             if pool.idle:
                 return await self._host.workers.run(self._host.inspect, pool.idle[-1])
             container, _ = await self._prove(name, pool.version)
@@ -7832,88 +7696,222 @@ class Daemon:
             finally:
                 await to_the_end(container.kill())
 
-    async def function_log(self, name: str) -> FunctionLog:
-        """Return a function's log, with all that has happened so far in it."""
-        function = self._get(name)
+    @property
+    def busy(self) -> bool:
+        return bool(self._changes)
+
+    async def stop(self) -> list[asyncio.Task]:
+        """Begin no change any more, and give up those under way; return what ends once they are cleaned up.
+
+        What is being written down is finished first.
+        """
+        self._stopping = True
+        async with self._commit:
+            pass
+        for task in self._tasks:
+            task.cancel()
+        return list(self._tasks)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The daemon: restart, life, stop
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Restart:
+    """What the daemon before left: containers that serve clients go on, functions come back, all else is removed."""
+
+    def __init__(self, settings: Settings, host: ContainerHost, deploys: Deploys):
+        self._settings, self._host, self._deploys = settings, host, deploys
+        self.leftovers = Leftovers(host)
+        self._records: list[FunctionRecord] = []
+        self.survivors: list[Survivor] = []     # the containers that serve clients
+
+    async def clear(self) -> None:
+        """Find what goes on, and remove what was left half done: containers, images, uploads. Raises FaasdError."""
+        self._records = self._deploys.registry.load()
+        names = {record.name for record in self._records}
+        for record in self._records:
+            self._host.ids.claim(record.first_id)
+        try:
+            self._host.prepare()
+            self.survivors = await self.leftovers.survivors({record.name: record.address for record in self._records})
+            self._deploys.registry.clear()
+            kept = {(record.name, entry.version) for record in self._records for entry in record.versions}
+            kept |= {(survivor.function, survivor.version) for survivor in self.survivors}
+            await self._deploys.images.clear(kept)
+            for path in (self._settings.state_dir / "logs").glob("*.log*"):
+                if path.name.split(".")[0] not in names:
+                    path.unlink()
+            attachments = self._deploys.attachments
+            attachments.egress.recover({record.name for record in self._records if record.options.net == "egress"})
+        except OSError as error:
+            raise storage_error(error, f"clearing what an earlier faasd left at {error.filename}") from error
+
+    async def restore(self) -> None:
+        """Bring all functions back on their addresses, with their containers that serve clients."""
+        for record in self._records:
+            await self._restore(record, [entry for entry in self.survivors if entry.function == record.name])
+        if self._deploys.promised() > self._settings.max_warm:
+            log.warning("functions were promised %d warm containers, and --max-warm is %d: some get fewer",
+                        self._deploys.promised(), self._settings.max_warm)
+        self._deploys.attachments.listeners.forget_unclaimed()
+        self._deploys.attachments.addresses.remove_stale({record.address for record in self._records})
+
+    async def _restore(self, record: FunctionRecord, survivors: list[Survivor]) -> None:
+        """Bring a function back. Whatever the reason why it cannot be, it is kept, as broken, and the others go on."""
+        name = record.name
+        function = self._deploys.functions[name] = self._deploys.make_function(record)
+        try:
+            if not self._deploys.attachments.addresses.has(record.address):
+                raise FaasdError(f"its address {record.address} is not in {self._settings.subnet}: start faasd with "
+                                 "the --subnet that it was deployed under, or deploy it again for a new address")
+            version = self._deploys.images.version(name, record.versions[0])
+            await self._deploys.attachments.provide(name, record.options)
+            listener = await self.bind(lambda: self._deploys.attachments.listen(record.address), self._settings.port)
+            function.replace_version(version)
+            function.listen(listener)
+            if survivors:
+                self._deploys.remove_old_soon(name)
+                function.adopt(survivors)
+        except Exception as error:
+            function.error = str(error) if isinstance(error, FaasdError) else f"{error!r}; faasd's log has the detail"
+            log.error("function=%s is broken: %s", name, function.error,
+                      exc_info=None if isinstance(error, FaasdError) else error)
+        for survivor in survivors:              # adopt takes them off the list
+            await self._host.workers.finished([self._host.workers.run(self.leftovers.end, survivor)])
+
+    async def bind(self, open_: Callable, port: int):
+        """Return what open_ opens. If a container of ours has taken the port, end it and try again."""
+        try:
+            return await open_()
+        except (Conflict, UsageError):
+            if not await self.leftovers.end_holders(port):
+                raise
+        return await open_()
+
+
+STOP_SECONDS = 20.0                 # until a stop goes on without what should long have ended, and with it each wait
+UPLOAD_END_SECONDS = 5.0            # how long a stop waits until everybody has their answer
+
+
+class Daemon:
+    """The life of this process: it puts all parts together, serves until a signal comes, and stops."""
+
+    def __init__(self, settings: Settings, addresses: Addresses, ids: IdRanges):
+        self._settings = settings
+        self._loop = asyncio.get_running_loop()
+        # By its full name: it is started with a PATH that may differ from ours.
+        self._runtime = Runtime(shutil.which(settings.runtime) or settings.runtime, settings.run_dir / "runc")
+        self._host = ContainerHost(settings.run_dir, settings.state_dir / "images", self._runtime, ids)
+        eighth = self._host.descriptors.limit // 8
+        self._services = Services(
+            self._host, Starter(os.cpu_count() or 1, self._loop), WarmLimit(settings.max_warm),
+            HangupWatch(self._loop), Crowd(min(MAX_SILENT, eighth)), Crowd(min(MAX_ANSWERING, eighth)),
+            LoopLag(self._loop), Writer(write_logs, MAX_UNWRITTEN_LINES, LOG_DELAY))
+        self._deploys = Deploys(settings, self._services, addresses)
+        self._restart = Restart(settings, self._host, self._deploys)
+        self._servers: list[ControlServer] = []
+        self._stop_signals: asyncio.Queue[int] = asyncio.Queue()
+
+    async def run(self) -> None:
+        """Serve until SIGTERM or SIGINT, then drain, or until SIGHUP, then leave invocations to the next daemon.
+
+        A second signal ends the waiting. Raises FaasdError.
+        """
+        token = read_token(self._settings.api_token_file) if self._settings.api else b""
+        ignored = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else set()      # by nohup(1)
+        for number in {signal.SIGTERM, signal.SIGINT, signal.SIGHUP} - ignored:
+            self._loop.add_signal_handler(number, self._stop_signals.put_nowait, number)
+        runtime = self._runtime.version()
+        log.info("faasd %s, %s, Linux %s", __version__, runtime, platform.release())
+        for warning in filter(None, (runc_warning(runtime), *machine_warnings())):
+            log.warning("%s", warning)
+        await self._restart.clear()
+        stop = self._pass_on if self._restart.survivors else self._drain        # if this daemon cannot start
+        try:
+            await probe_machine(self._host)
+            await asyncio.to_thread(self._deploys.attachments.guard)
+            await self._serve(Answers(self._settings, self._services, self._deploys, runtime), token)
+            stop = self._pass_on if await self._stop_signals.get() == signal.SIGHUP else self._drain
+        finally:
+            notify_service_manager("STOPPING=1")
+            await stop()
+
+    async def _serve(self, answers: Answers, token: bytes) -> None:
+        """Bring the functions back, and let clients in."""
+        async def open_api() -> TcpControlServer:
+            return TcpControlServer(self._settings.api, token, self._settings.api_host, answers)
+        if self._settings.api:          # clients wait until we are ready
+            self._servers.append(await self._restart.bind(open_api, self._settings.api[1]))
+        await self._restart.restore()
+        self._servers.insert(0, ControlServer(self._settings.run_dir / "faasd.sock", answers))
+        for server in self._servers:
+            server.open()
+        log.info("ready: %d functions, subnet %s, control API at %s", len(self._deploys.functions),
+                 self._settings.subnet, ", ".join(map(str, self._servers)))
+        notify_service_manager("READY=1")
+
+    async def _drain(self) -> None:
+        """Stop: let all invocations finish, and leave nothing behind."""
+        await self._end("stopping", await self._deploys.stop(), set())
+        await self._host.workers.run(self._restart.leftovers.remove)       # there should be none
+        await self._deploys.attachments.remove_all()
+        self._host.dismantle()
+        self._deploys.images.remove_program()
+        log.info("stopped")
+
+    async def _pass_on(self) -> None:
+        """Stop: leave what serves a client, and all that it needs, to the next daemon."""
+        changes = await self._deploys.stop()
+        left = {function for function in self._deploys.functions.values() if not function.leaving}
+        await self._end("leaving", changes, left)
+        log.info("left")
+
+    async def _end(self, what: str, changes: list[asyncio.Task], left: set[Function]) -> None:
+        """Let nobody in any more; end what is under way, but for the invocations of functions that are left."""
+        functions = self._deploys.functions
+        for server in self._servers:
+            server.close()
+        for function in functions.values():
+            function.stop_listening(keep=function in left)
+        log.info("%s: %d invocations running", what, sum(function.running for function in functions.values()))
+        await self._end_invocations(left, changes)
+        await self._host.workers.finished(self._host.workers.pending)           # output that was being read
         await self._services.logs.flush()
-        return function.log
+        for function in functions.values():
+            function.log.end()
+        deadline = self._loop.time() + UPLOAD_END_SECONDS
+        while any(one.busy for one in (self._deploys, *self._servers)) and self._loop.time() < deadline:
+            await asyncio.sleep(0.01)
+        self._deploys.attachments.close()
+        await self._deploys.images.empty_tmp()
 
-    async def versions(self, name: str) -> dict:
-        """Return the versions of a function, the one that runs first."""
-        function = self._get(name)
-        documents = []
-        for number, entry in enumerate(function.record.versions):
-            try:
-                image = self._load_image(name, entry.version)
-            except FaasdError:
-                image = {"digest": "", "tag": "", "size": 0}
-            documents.append({"version": entry.version, "digest": image["digest"], "size": image["size"],
-                              "image": image["tag"] or entry.version, "deployed": entry.deployed,
-                              "current": number == 0, "options": entry.options.to_json()})
-        return {"versions": documents}
-
-    async def statistics(self, *names: str) -> dict:
-        """Return counts and percentiles of functions, all of them for no names."""
-        functions = [self._get(name) for name in names or sorted(self._functions)]
-        return {"time": time.time(), "functions": [function.describe_statistics() for function in functions]}
-
-    async def metrics(self) -> str:
-        """Return everything that is counted in Prometheus' text format, version 0.0.4."""
-        functions = [self._functions[name] for name in sorted(self._functions)]
-        build = f'version="{__version__}",python="{platform.python_version()}",runtime="{self.runtime_version}"'
-        lines = [*function_metrics(functions),
-                 *metric_header("faasd_loop_lag_seconds", "histogram", "How late the event loop comes to a timer"),
-                 *self._services.lag.histogram.expose("faasd_loop_lag_seconds"),
-                 *metric_header("faasd_functions", "gauge", "Functions deployed"), f"faasd_functions {len(functions)}",
-                 *metric_header("faasd_warm_containers_limit", "gauge", "Most warm containers of all functions"),
-                 f"faasd_warm_containers_limit {self.settings.max_warm}",
-                 *metric_header("faasd_build_info", "gauge", "What runs here"), f"faasd_build_info{{{build}}} 1",
-                 *process_metrics()]
-        return "\n".join(lines) + "\n"
-
-    async def remove(self, name: str) -> dict:
-        """Drain a function and remove its address, images and log. Raises FaasdError: 404, 409."""
-        function = self._get(name)
-        async with self._changing(name, "removal"):
-            await to_the_end(self._remove(function))        # a client that leaves must not leave it half removed
-        return {"removed": name}
-
-    async def _remove(self, function: Function) -> None:
-        # Written down first: what is removed from here on must not come back half after a crash.
-        await self._forget_function(function)
-        await self._close_function(function)
-        name = function.record.name
-        await self._run_egress(self._egress.remove, name)
-        del self._functions[name]
-        async with function.changing:
-            await asyncio.to_thread(shutil.rmtree, self._images_dir / name, True)
-        self._ids.release(function.record.first_id)
-        await asyncio.to_thread(self._host.forget, name)
-        await self._services.logs.flush()
-        await asyncio.to_thread(function.log.remove)
-        log.info("function=%s removed", name)
-
-
-# What the control API has: for a path, "*" a function's name, what answers a method, given daemon, name and query.
-ROUTES: dict[tuple[str, ...], dict[str, Callable]] = {
-    ("healthz",): {"GET": lambda daemon, query: daemon.health()},
-    ("version",): {"GET": lambda daemon, query: daemon.describe_machine()},
-    ("metrics",): {"GET": lambda daemon, query: daemon.metrics()},
-    ("stats",): {"GET": lambda daemon, query: daemon.statistics()},
-    ("functions",): {"GET": lambda daemon, query: daemon.describe_all()},
-    ("functions", "*"): {"GET": lambda daemon, name, query: daemon.describe(name), "POST": ControlHandler.deploy,
-                         "PATCH": Daemon.change, "DELETE": lambda daemon, name, query: daemon.remove(name)},
-    ("functions", "*", "stats"): {"GET": lambda daemon, name, query: daemon.statistics(name)},
-    ("functions", "*", "versions"): {"GET": lambda daemon, name, query: daemon.versions(name)},
-    ("functions", "*", "isolation"): {"GET": lambda daemon, name, query: daemon.inspect(name)},
-    ("functions", "*", "rollback"): {"POST": Daemon.roll_back},
-    ("functions", "*", "logs"): {"GET": ControlHandler.logs},
-}
+    async def _end_invocations(self, left: set[Function], changes: list[asyncio.Task]) -> None:
+        """Drain functions, or leave them; until a second signal, clients have the drain timeout."""
+        def end_all(timeout: float) -> asyncio.Future:
+            return asyncio.gather(*(function.leave(timeout) if function in left else function.drain(timeout)
+                                    for function in self._deploys.functions.values()))
+        first = end_all(self._settings.drain_timeout)
+        second = asyncio.ensure_future(self._stop_signals.get())
+        limit = self._settings.drain_timeout + STOP_SECONDS
+        await asyncio.wait([first, second], timeout=limit, return_when=asyncio.FIRST_COMPLETED)
+        if not first.done():
+            log.warning("stopping at once")
+            await asyncio.wait([end_all(0)], timeout=STOP_SECONDS)
+        second.cancel()
+        done = asyncio.gather(first, *changes, return_exceptions=True)
+        if not (await asyncio.wait([done], timeout=STOP_SECONDS))[0]:
+            log.error("not everything has ended: what is left of it is removed, or is for the next daemon")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The command line, and what must be so before the daemon runs
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+class Settings(argparse.Namespace):
+    """What parse_arguments makes of the command line: an attribute for each option."""
 
 
 def parse_arguments(argv: list[str]) -> Settings:
@@ -7950,7 +7948,7 @@ def parse_arguments(argv: list[str]) -> Settings:
     add("--log-format", choices=["text", "json"], default="text", help="of the daemon's own log")
     add("-v", "--verbose", action="store_true", help="log every invocation")
     add("--version", action="version", version=f"faasd {__version__}")
-    settings = Settings(**vars(parser.parse_args(argv)))
+    settings = parser.parse_args(argv, Settings(api=None, api_token_file=None, api_host=[]))
     if settings.api and not settings.api_token_file:
         parser.error(f"--api needs --api-token-file FILE; {MAKE_TOKEN}")
     if settings.api_token_file and not settings.api:

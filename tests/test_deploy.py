@@ -336,7 +336,8 @@ class FailedDeploy(DeployCase):
         process.send_signal(signal.SIGINT)
         self.assertEqual(process.wait(support.READY_SECONDS), 130)
         process.stderr.close()
-        wait_until(lambda: not list((self.daemon.state_dir / "images").iterdir()), "it is undone")
+        wait_until(lambda: not list(self.daemon.state_dir.glob("images/*")) + list(self.daemon.state_dir.glob("tmp/*")),
+                   "it is undone")
         self.assert_nothing_there("bad")
         self.assertEqual(self.daemon.deploy("bad", self.good), "10.0.0.10")
 

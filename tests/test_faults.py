@@ -341,7 +341,7 @@ class Processes(FaultCase):
         self.all_is_well()
 
     def test_disk_fails_to_take_an_image(self):
-        """EIO of syncfs, which runs while the handler is proved: the registry must not name the image."""
+        """EIO of syncfs: the registry must not name the image."""
         failing = False
 
         def decide(call: gate.Call) -> int | None:
