@@ -28,11 +28,10 @@ One invocation, in the names used below:
     Function._conclude     no byte sent (TCP_INFO, which only Workers may ask)? then 502 or 504 on our duplicate
     Container.finish       the container exits or is killed, runc removes its cgroups, faasd its directory
 
-Process and threads: one asyncio loop in the main thread owns listeners, containers, functions and the registry, so
-there are no locks around them. What a container, a disk or the reader of our log can keep waiting is left to daemon
-threads (Workers, Writer). The control API is a stdlib http.server on a Unix socket, with --api on a TCP port too,
-one thread a connection, which calls into the loop with run_coroutine_threadsafe. Images are unpacked by a child process
-(unpack_main): it is heavy, must not delay an invocation, and is where hostile bytes are parsed.
+One asyncio loop in the main thread owns listeners, containers, functions and the registry, so there are no locks. What
+a container, a disk or the reader of our log can hold up is left to daemon threads (Workers, Writer). The control API is
+a stdlib http.server with a thread for each connection, which calls into the loop. A child process unpacks each image
+(unpack_main): that is heavy, must not delay an invocation, and is where hostile bytes are parsed.
 
 SIGTERM drains and leaves nothing. SIGHUP leaves what serves a client to the next daemon. No container depends on the
 daemon that started it, so after SIGHUP, and after a crash too, the next one finds them, takes duplicates of their
@@ -51,7 +50,7 @@ On disk:
     RUN_DIR/containers/ID/                    config.json, control.sock, output and note of one container, on a tmpfs
     RUN_DIR/runc/                             runc --root
 
-Trusted: this host, and whoever may open faasd.sock or has the token of --api (equivalent to root on this machine).
+Trusted: this host, and users who can open faasd.sock or have the token of --api (equivalent to root on this machine).
 Not trusted: images, handlers and clients. Not done here: TLS, HTTP, load balancing, more than one machine.
 
 Top to bottom, in the order in which a request meets it:
@@ -203,7 +202,7 @@ def escape_controls(text: str) -> str:
 
 
 def quote(text: str, most: int) -> str:
-    """Return text in quotes, so that nothing in it looks like the end of a field, cut where it has become too long."""
+    """Return text in quotes, cut if it is too long; nothing in it looks like the end of a field."""
     escaped = escape_controls(text.replace("\\", "\\\\").replace('"', '\\"'))
     return f'"{escaped}"' if len(escaped) <= most else f'"{escaped[:most]}…"'
 
@@ -272,7 +271,7 @@ def run_command(what: str, *argv: str, stdin: str = "") -> str:
 
 
 def try_command(what: str, *argv: str) -> bool:
-    """Run a tool of which failure is logged; return whether it succeeded."""
+    """Run a tool and log its failure; return whether it succeeded."""
     try:
         run_command(what, *argv)
     except FaasdError as error:
@@ -288,7 +287,7 @@ def system_call(number: int, *arguments: int | bytes) -> int:
 
 
 def succeeded(result: int) -> int:
-    """Return what a function of libc has returned, unless it has failed. Raises OSError."""
+    """Return what a function of libc has returned. Raises OSError if it has failed."""
     if result < 0:
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
     return result
@@ -311,8 +310,8 @@ def opened(path: str | Path, flags: int, directory: int | None = None) -> contex
 def read_mountinfo(path: str = "/proc/self/mountinfo") -> Iterator[tuple[list[str], list[str]]]:
     """Yield the fields of each mount (proc_pid_mountinfo(5)), before and after the dash, in order of mounting.
 
-    The kernel escapes space, tab, newline and backslash. A user who may mount (FUSE) and an image with volumes choose
-    the rest of a name, of which Python takes a lot for the end of a line or of a word, or for no text at all.
+    The kernel escapes space, tab, newline and backslash. The rest of a name is chosen by users who may mount (FUSE) and
+    images with volumes: it may have what Python takes for the end of a line or of a word, or for no text at all.
     """
     for line in Path(path).read_bytes().split(b"\n")[:-1]:
         before, _, after = os.fsdecode(line).partition(" - ")
@@ -8002,9 +8001,8 @@ def parse_subnet(text: str, least: int = 16, advice: str = f"addresses start at 
     return network
 
 
-def parse_egress_subnet(text: str) -> ipaddress.IPv4Network:
-    """Return an IPv4 network with room for a gateway and a function. Raises BadRequest."""
-    return parse_subnet(text, 4, "use /30 or larger")
+# With room for a gateway and a function.
+parse_egress_subnet = functools.partial(parse_subnet, least=4, advice="use /30 or larger")
 
 
 def parse_port(text: str) -> int:
@@ -8073,12 +8071,11 @@ LOW_DESCRIPTORS = 4096              # a limit below is worth a warning: a functi
 
 
 def machine_warnings() -> Iterator[str]:
-    """Yield what of this machine faasd has to do without."""
-    if read_text(Path("/proc/sys/kernel/yama/ptrace_scope")).strip() == "3":
+    """Yield a line for each thing of this machine that faasd has to do without."""
+    if read_text("/proc/sys/kernel/yama/ptrace_scope").strip() == "3":
         yield ("kernel.yama.ptrace_scope is 3, so what serves clients over a restart goes on, but we cannot answer in "
                "its place: boot with a lower one if that matters")
-    cookies = Path("/proc/sys/net/ipv4/tcp_syncookies")
-    if not cookies.exists() or cookies.read_text().strip() == "0":
+    if read_text("/proc/sys/net/ipv4/tcp_syncookies").strip() in ("", "0"):
         yield ("SYN cookies are off, so clients that say nothing can keep others from connecting: "
                "sysctl net.ipv4.tcp_syncookies=1")
     descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -8121,7 +8118,7 @@ def lay_out(state: Path) -> None:
 def check_directory(option: str, directory: Path) -> None:
     """Raise UsageError if another user could replace a directory of ours, or put files of their own in it.
 
-    The path is without links: where one is by now, somebody has just made it. What passes cannot be changed by others.
+    The path has no links: if there is one now, somebody has just made it. Nobody else can change a path that passes.
     """
     status = directory.lstat()
     if not stat.S_ISDIR(status.st_mode) or status.st_uid != 0 or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
@@ -8137,12 +8134,12 @@ def check_directory(option: str, directory: Path) -> None:
             raise UsageError(f"{option} {directory}: {parent} belongs to another user (uid {status.st_uid}), who can "
                              f"rename what is in it: chown root {parent}, or choose another directory")
         if not mode & stat.S_IXOTH:
-            raise UsageError(f"{option} {directory}: containers run as unprivileged users, and {parent} lets these "
-                             f"not pass: chmod o+x {parent}, or choose another directory")
+            raise UsageError(f"{option} {directory}: containers run as unprivileged users, which {parent} does not "
+                             f"let pass: chmod o+x {parent}, or choose another directory")
 
 
 def admit_containers(directory: Path, first_id: int) -> None:
-    """Let a function's containers, and nobody else, pass a directory: devices and setuid files of images are below it.
+    """Let only a function's containers pass a directory: devices and setuid files of images are below it.
 
     The mount that makes an image the root of a container is made as the container's root, which passes as the group.
     """
@@ -8151,42 +8148,31 @@ def admit_containers(directory: Path, first_id: int) -> None:
 
 
 def lock_directory(directory: Path) -> BinaryIO:
-    """Lock DIRECTORY/faasd.lock until the process ends. Raises UsageError if another daemon has it."""
+    """Lock DIRECTORY/faasd.lock until the process ends. Raises UsageError if another daemon has it.
+
+    Whoever can open a file can lock it (flock(2)), so ours is root's alone. One that others can open counts only while
+    root holds it. We replace it: others may have it open still.
+    """
+    path = directory / "faasd.lock"
     try:
-        while (file := try_lock(directory / "faasd.lock")) is None:
-            continue
-    except BlockingIOError:
-        raise UsageError(f"faasd is already running on {directory}: stop it, or choose another --state-dir "
-                         "and --run-dir") from None
+        while True:
+            file = open(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600), "ab")
+            status = os.fstat(file.fileno())
+            private = status.st_uid == 0 and status.st_mode & 0o077 == 0
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if private or (holder := lock_holder(path)) and is_roots(holder):
+                    raise UsageError(f"faasd is already running on {directory}: stop it, or choose another --state-dir "
+                                     "and --run-dir") from None
+            with contextlib.suppress(FileNotFoundError):
+                if private and os.path.samestat(status, path.lstat()):      # else somebody has replaced it meanwhile
+                    return file
+            file.close()
+            if not private:
+                path.unlink(missing_ok=True)
     except OSError as error:
         raise UsageError(f"cannot write to {directory}: {error.strerror}") from error
-    return file
-
-
-def try_lock(path: Path) -> BinaryIO | None:
-    """Lock a file and return it; None if it was replaced, so that it takes another try.
-
-    Whoever can open a file can lock it (flock(2)), so ours is root's alone. One that others can open, which an earlier
-    faasd has made, counts only while root holds it. We replace it: others may have it open still. Raises OSError, which
-    is BlockingIOError if another daemon has it.
-    """
-    with contextlib.ExitStack() as stack:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-        file = stack.enter_context(open(descriptor, "ab"))
-        status = os.fstat(file.fileno())
-        private = status.st_uid == 0 and status.st_mode & 0o077 == 0
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if private or (holder := lock_holder(path)) and is_roots(holder):
-                raise
-        with contextlib.suppress(FileNotFoundError):
-            if private and os.path.samestat(status, path.lstat()):
-                stack.pop_all()
-                return file
-        if not private:
-            path.unlink(missing_ok=True)
-    return None
 
 
 def lock_holder(path: Path) -> int:
@@ -8198,7 +8184,7 @@ def lock_holder(path: Path) -> int:
 
 
 def is_dead_with_lock(path: Path) -> bool:
-    """Whether a process has been killed, and has a file locked still because not all of its threads have ended."""
+    """Return whether a process was killed, and still has a file locked because not all of its threads have ended."""
     with contextlib.suppress(OSError):          # there is no such file, or no such process any more
         pid = lock_holder(path)
         return bool(pid) and Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[0] == b"Z"
@@ -8206,9 +8192,9 @@ def is_dead_with_lock(path: Path) -> bool:
 
 
 def outlive_containers(run_dir: Path) -> None:
-    """End the containers of a daemon that was killed and of which they keep a thread waiting in the kernel.
+    """End the containers of a killed daemon, if they keep a thread of it waiting in the kernel (see Workers).
 
-    While it does (see Workers), its locks and sockets stay what they are.
+    As long as they do, it has its locks and sockets.
     """
     begin, cgroups = time.monotonic(), Cgroups(run_dir)
     while is_dead_with_lock(run_dir / "faasd.lock") and (passed := time.monotonic() - begin) < STOP_SECONDS:
@@ -8220,7 +8206,7 @@ def outlive_containers(run_dir: Path) -> None:
 
 
 class EventsFirst(selectors.EpollSelector):
-    """Of what has come while we were stopped, or had no CPU, the loop learns before its timers run out.
+    """Has the loop see what came while we were stopped, or had no CPU, before its timers run out.
 
     epoll_wait(2) that is interrupted by SIGSTOP may return nothing after its time, though much has happened.
     """
@@ -8234,7 +8220,7 @@ async def serve(settings: Settings, addresses: Addresses, ids: IdRanges) -> None
 
 
 def leave_behind_the_shell() -> None:
-    """Undo what we may have inherited of whoever started us, and containers of us: a nice value, blocked signals, …
+    """Undo what we have inherited from the shell, and containers would from us: a nice value, blocked signals, …
 
     Their limits are ours but for open files: to set them in a function's user namespace takes CAP_SYS_RESOURCE (see
     can_set_limits). We need four descriptors an invocation.
@@ -8269,16 +8255,11 @@ def set_limits() -> None:
                         kind, error)
 
 
-def open_missing_streams() -> None:
-    """Fill what is closed of descriptors 0 to 2, lest a file of ours becomes what others take for stderr."""
-    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
-        continue
-    os.close(descriptor)
-
-
 def main(argv: list[str]) -> int:
     """Run the daemon; return its exit status: 0 stopped, 1 failed, 2 called in a way that cannot work."""
-    open_missing_streams()
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:      # what is closed of stdin, stdout and stderr must
+        continue                                                    # not become a file of ours
+    os.close(descriptor)
     settings = parse_arguments(argv)
     stderr = configure_logging(settings.log_format == "json", settings.verbose)
     try:
