@@ -104,7 +104,6 @@ import json
 import logging
 import math
 import os
-import pickle
 import platform
 import posixpath
 import queue
@@ -131,7 +130,7 @@ from datetime import datetime, timedelta, timezone
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from tarfile import TarInfo
-from typing import Any, BinaryIO, NamedTuple, NoReturn
+from typing import Any, BinaryIO, NoReturn
 
 __version__ = "0.1.0"
 
@@ -4922,26 +4921,19 @@ def configure_logging(as_json: bool, verbose: bool) -> StderrHandler:
 # Images: which layers and which config an archive has. Runs in the unpacking child
 # ---------------------------------------------------------------------------------------------------------------------
 
-
-class ArchiveDamaged(ImageError):
-    """The archive itself cannot be read on, whatever is in it."""
-
-    def __init__(self, message: str = "the archive is cut short: did the command before the pipe fail?"):
-        super().__init__(message)
-
-
+CUT_SHORT = "the archive is cut short: did the command before the pipe fail?"
 COPY_CHUNK = 256 * KIB              # bytes read or written at a time
 
 
 class ByteStream:
     """Bytes that come in pieces, read once and forward, with as much of a file's interface as tarfile wants."""
 
-    cut_short = ArchiveDamaged          # made and raised where data should be and is not
-
-    def __init__(self, pieces: Generator[bytes]):
+    def __init__(self, pieces: Generator[bytes], cut_short: str = CUT_SHORT):
+        """cut_short is what an ImageError says where data should be and is not."""
         self._pieces = pieces
-        self._piece = memoryview(b"")   # the last one, of which …
-        self._at = 0                    # … so much has been taken
+        self._cut_short = cut_short
+        self._piece = memoryview(b"")   # the last one
+        self._at = 0                    # bytes of it that have been taken
         self._before = 0                # bytes of all pieces before it
 
     def take(self, count: int) -> memoryview:
@@ -4961,7 +4953,7 @@ class ByteStream:
         while count:
             piece = self.take(min(count, COPY_CHUNK))
             if not piece:
-                raise self.cut_short()
+                raise ImageError(self._cut_short)
             count -= len(piece)
             yield piece
 
@@ -5000,32 +4992,13 @@ class ByteStream:
         self._pieces.close()
 
 
-class Entry(NamedTuple):
-    """What the headers of one tar entry say, in the words of tarfile.TarInfo."""
-    name: str
-    type: bytes
-    size: int
-    mode: int
-    uid: int
-    gid: int
-    mtime: int | float
-    linkname: str
-    devmajor: int = 0
-    devminor: int = 0
-    sparse: list[tuple[int, int]] | None = None
-    pax_headers: dict[str, str] = {}        # nobody changes it
-
-    isreg, isdir, issym, islnk = TarInfo.isreg, TarInfo.isdir, TarInfo.issym, TarInfo.islnk
-    isfifo, ischr, isblk = TarInfo.isfifo, TarInfo.ischr, TarInfo.isblk
-
-
 # The header of a file, a link or a directory in ustar or GNU format whose numbers are octal, and that has no prefix.
 PLAIN_HEADER = re.compile(rb"(.{100})([0-7]{7})[\0 ]([0-7]{7})[\0 ]([0-7]{7})[\0 ]([0-7]{11})[\0 ]([0-7]{11})[\0 ]"
                           rb"([0-7]{6})\0 ([0125])(.{100})ustar(?:\x0000|  \0).{80}\0.{166}", re.DOTALL)
 
 
-def parse_plain_header(block: bytes) -> Entry | None:
-    """Parse what nearly all entries have, in a fifth of tarfile's time; None for all other headers."""
+def parse_plain_header(block: bytes) -> TarInfo | None:
+    """Parse what nearly all entries have, in a third of tarfile's time; None for all other headers."""
     match = PLAIN_HEADER.fullmatch(block)
     if not match:
         return None
@@ -5035,9 +5008,11 @@ def parse_plain_header(block: bytes) -> Entry | None:
     if total != (int(checksum, 8) + 1) % 65521:
         return None
     path = name.partition(b"\0")[0].decode("utf-8", "surrogateescape")
-    link = target.partition(b"\0")[0].decode("utf-8", "surrogateescape")
-    return Entry(path.rstrip("/") if kind == tarfile.DIRTYPE else path, kind, int(size, 8), int(mode, 8), int(uid, 8),
-                 int(gid, 8), int(mtime, 8), link)
+    entry = TarInfo(path.rstrip("/") if kind == tarfile.DIRTYPE else path)
+    entry.type, entry.size, entry.mode, entry.mtime = kind, int(size, 8), int(mode, 8), int(mtime, 8)
+    entry.uid, entry.gid = int(uid, 8), int(gid, 8)
+    entry.linkname = target.partition(b"\0")[0].decode("utf-8", "surrogateescape")
+    return entry
 
 
 MAX_RECORD_SIZE = MIB               # all headers of one tar entry: PAX records, long names, sparse maps
@@ -5055,7 +5030,7 @@ class TarReader:
 
     encoding, errors = "utf-8", "surrogateescape"       # so that any bytes in a name survive (rule C.5)
 
-    def __init__(self, stream):
+    def __init__(self, stream: ByteStream):
         self.fileobj = self
         self.offset = 0                 # of the next header; set by the parser
         self.ended = False              # saw the end-of-archive marker, rather than the end of the data
@@ -5085,7 +5060,7 @@ class TarReader:
     def tell(self) -> int:
         return self._stream.tell()
 
-    def __iter__(self) -> Iterator[Entry]:
+    def __iter__(self) -> Iterator[TarInfo]:
         while True:
             self._stream.seek(self.offset)
             self._block = self._stream.read(tarfile.BLOCKSIZE)
@@ -5100,12 +5075,12 @@ class TarReader:
                     return
             yield entry
 
-    def _parse_header(self) -> Entry | None:
+    def _parse_header(self) -> TarInfo | None:
         """Parse whatever headers the next entry has; None at the end."""
         self._budget = MAX_RECORD_SIZE
         at = self.offset
         try:
-            info = TarInfo.fromtarfile(self)
+            entry = TarInfo.fromtarfile(self)
         except tarfile.EOFHeaderError:
             self.ended = True
             return None
@@ -5115,28 +5090,9 @@ class TarReader:
             raise ImageError("the tar stream is cut short in the middle of a header") from None
         except (tarfile.TarError, ValueError, IndexError, OverflowError, RecursionError) as error:
             raise ImageError(f"bad tar header at byte {at}: {error}") from None
-        if info.size < 0 or self.offset < self.tell():      # either would lead back, and round for ever
+        if entry.size < 0 or self.offset < self.tell():     # either would lead back, and round for ever
             raise ImageError(f"bad tar header at byte {at}: negative size")
-        return Entry(*(getattr(info, field) for field in Entry._fields))
-
-
-def looks_like_layer(head: bytes) -> bool:
-    """Return whether a member's first block is that of a tar, or compressed and so certainly no JSON document."""
-    if find_decompressor(head) or other_compression(head):
-        return True
-    try:
-        TarInfo.frombuf(head, TarReader.encoding, TarReader.errors)
-    except (tarfile.TarError, ValueError):
-        return False
-    return True
-
-
-@dataclass
-class Member:
-    """A member of an archive, read: as a layer if it looks like one, else as a document if it is small enough."""
-    size: int
-    offset: int | None = None               # of a document in the spool
-    layer: StagedLayer | None = None
+        return entry
 
 
 MAX_ARCHIVE_MEMBERS = 100_000       # members of the outer archive
@@ -5145,20 +5101,18 @@ MAX_LINK_HOPS = 40                  # symbolic links followed for one path, as t
 
 
 class Archive:
-    """The members of an image archive by name, read from a stream, which comes but once.
+    """The members of an image archive by name, copied from a stream to a file as they are.
 
     Which of them are layers, and in which order they apply, is not known before manifest.json or index.json has come,
-    which are usually last. So whatever could be a layer is staged.
+    which are usually last. Nothing is unpacked that these do not name.
     """
 
-    def __init__(self, stream: ByteStream, staging: Staging):
-        self._staging = staging
-        self._members: dict[str, Member] = {}
+    def __init__(self, stream: ByteStream, file: BinaryIO):
+        """file is empty, open for reading and writing, and not buffered. Raises FaasdError, OSError."""
+        self._file = file
+        self._members: dict[str, tuple[int, int]] = {}      # name → offset in the file, size
         self._links: dict[str, str] = {}        # docker before 25 writes repeated layers as symbolic links (F.1)
         self._top: set[str] = set()             # first components, to recognise what is not an image
-        self._read(stream)
-
-    def _read(self, stream: ByteStream) -> None:
         reader = TarReader(stream)
         count = 0
         for count, entry in enumerate(reader, 1):
@@ -5168,61 +5122,48 @@ class Archive:
             name = self._normalise(entry.name)
             self._top.add(name.split("/")[0])
             if entry.isreg() and entry.sparse is None:
-                self._members[name] = self._read_member(entry.size, stream)
+                self._members[name] = file.tell(), entry.size
+                for piece in stream.take_all(entry.size):
+                    write_all(file.fileno(), piece)
             elif entry.issym() or entry.islnk():
                 base = posixpath.dirname(name) if entry.issym() else ""
                 self._links[name] = self._normalise(posixpath.join(base, entry.linkname))
-        self.complete = reader.ended
         if count == 0:
             raise ImageError("the archive is empty: did the command before the pipe fail?")
+        if not reader.ended:
+            raise ImageError(CUT_SHORT)
         stream.drain()
-
-    def _read_member(self, size: int, stream: ByteStream) -> Member:
-        pieces = stream.take_all(size)
-        head = b""
-        while len(head) < min(size, tarfile.BLOCKSIZE):
-            head += next(pieces)
-        pieces = itertools.chain([head], pieces)
-        if size > MAX_JSON_SIZE or looks_like_layer(head[:tarfile.BLOCKSIZE]):
-            return Member(size, layer=self._staging.stage_layer(pieces))
-        return Member(size, offset=self._staging.write(pieces))
 
     @staticmethod
     def _normalise(name: str) -> str:
         return posixpath.normpath(name).lstrip("/")
 
-    def find(self, name: str) -> Member | None:
-        """Return the member of that name, following links among them; None if there is none."""
+    def find(self, name: str) -> tuple[int, int] | None:
+        """Return where the member of that name is, following links among them; None if there is none."""
         name = self._normalise(name)
         for _ in range(MAX_LINK_HOPS):
-            if name in self._members:
-                return self._members[name]
-            if name not in self._links:
-                return None
+            if name in self._members or name not in self._links:
+                return self._members.get(name)
             name = self._links[name]
         raise ImageError(f"the archive's member {name!r} is a link to itself")
 
-    def _get(self, name: str) -> Member:
-        member = self.find(name)
-        if member is None:
-            raise ImageError(f"the archive lacks {name!r}" + ("" if self.complete else ": it is cut short"))
-        return member
-
-    def layer(self, name: str) -> StagedLayer:
-        """Return a member as a layer; if it is none, applying it tells. Raises ImageError if it is missing."""
-        member = self._get(name)
-        if member.layer is None:
-            member.layer = self._staging.stage_layer(iter([self._staging.read(member.offset, member.size)]))
-        return member.layer
+    def read(self, name: str) -> Iterator[bytes]:
+        """Yield a member in pieces. Raises ImageError if there is none."""
+        place = self.find(name)
+        if place is None:
+            raise ImageError(f"the archive lacks {name!r}")
+        at, end = place[0], sum(place)
+        while at < end:
+            data = os.pread(self._file.fileno(), min(end - at, COPY_CHUNK), at)
+            at += len(data)
+            yield data
 
     def read_document(self, name: str) -> bytes:
         """Return the bytes of a small member, checked against the digest in its name where it has one (E.2)."""
-        member = self._get(name)
-        if member.size > MAX_JSON_SIZE:
-            raise FaasdError(f"{name!r} has {member.size} bytes, over {MAX_JSON_SIZE} (MAX_JSON_SIZE)", status=413)
-        if member.offset is None:
-            raise ImageError(f"{name!r} is not valid JSON: it looks like a layer")
-        data = self._staging.read(member.offset, member.size)
+        _, size = self.find(name) or (0, 0)
+        if size > MAX_JSON_SIZE:
+            raise FaasdError(f"{name!r} has {size} bytes, over {MAX_JSON_SIZE} (MAX_JSON_SIZE)", status=413)
+        data = b"".join(self.read(name))
         match = re.search(r"(?:^|/)([0-9a-f]{64})(?:\.json)?$", name)
         if match and hashlib.sha256(data).hexdigest() != match[1]:
             raise ImageError(f"{name!r} is damaged: its content does not match its digest")
@@ -5256,10 +5197,6 @@ class Candidate:
     config: str                     # member name
     layers: tuple[str, ...]         # member names
 
-    @property
-    def label(self) -> str:
-        return self.tags[0] if self.tags else posixpath.basename(self.config)[:12]
-
 
 def parse_json(data: bytes, kind: type, what: str):
     """Return a JSON document of that type, else raise ImageError."""
@@ -5272,7 +5209,7 @@ def parse_json(data: bytes, kind: type, what: str):
     return document
 
 
-def take(document: dict, key: str, kind: type, what: str):
+def read_field(document: dict, key: str, kind: type, what: str):
     """Return document[key], or an empty kind() where it is null or absent (G.1); ImageError if it is another type."""
     value = document.get(key)
     if value is None:
@@ -5282,13 +5219,20 @@ def take(document: dict, key: str, kind: type, what: str):
     return value
 
 
-def take_strings(document: dict, key: str, what: str) -> list[str]:
+def read_strings(document: dict, key: str, what: str) -> list[str]:
     """Return document[key] as a list of strings that a process can be given."""
-    values = take(document, key, list, what)
+    values = read_field(document, key, list, what)
     if not all(isinstance(value, str) for value in values):
         raise ImageError(f"{what}: {key!r} is not a list of strings")
     for value in values:
         encode_text(value, f"{what}: {key!r}")
+    return values
+
+
+def check_objects(values: list, what: str) -> list[dict]:
+    """Return a list of a JSON document, else raise ImageError for what in it is not an object."""
+    if not all(isinstance(value, dict) for value in values):
+        raise ImageError(f"{what} is not an object")
     return values
 
 
@@ -5308,7 +5252,7 @@ DIGEST_PATTERN = re.compile(r"sha256:([0-9a-f]{64})")
 
 def blob_name(descriptor: dict) -> str:
     """Return the member that holds a descriptor's content (OCI image-layout.md)."""
-    match = DIGEST_PATTERN.fullmatch(take(descriptor, "digest", str, "a descriptor"))
+    match = DIGEST_PATTERN.fullmatch(read_field(descriptor, "digest", str, "a descriptor"))
     if not match:
         raise ImageError("a descriptor's digest is not sha256:…; other algorithms are not supported")
     return f"blobs/sha256/{match[1]}"
@@ -5316,15 +5260,10 @@ def blob_name(descriptor: dict) -> str:
 
 def docker_candidates(archive: Archive) -> list[Candidate]:
     """Return the images of a docker-archive's manifest.json."""
-    entries = parse_json(archive.read_document("manifest.json"), list, "manifest.json")
-    candidates = []
-    for entry in entries:
-        if not isinstance(entry, dict):
-            raise ImageError("manifest.json: an entry is not an object")
-        candidates.append(Candidate(tags=tuple(take_strings(entry, "RepoTags", "manifest.json")),
-                                    config=take(entry, "Config", str, "manifest.json"),
-                                    layers=tuple(take_strings(entry, "Layers", "manifest.json"))))
-    return candidates
+    what = "manifest.json"
+    entries = check_objects(parse_json(archive.read_document(what), list, what), f"{what}: an entry")
+    return [Candidate(tuple(read_strings(entry, "RepoTags", what)), read_field(entry, "Config", str, what),
+                      tuple(read_strings(entry, "Layers", what))) for entry in entries]
 
 
 MAX_INDEX_DEPTH = 4                 # OCI indexes inside indexes
@@ -5342,7 +5281,9 @@ class OciIndex:
     def candidates(self) -> list[Candidate]:
         found = []
         for descriptor in self._wanted("index.json"):
-            tags = self._tags(descriptor)
+            annotations = read_field(descriptor, "annotations", dict, "a descriptor")
+            tags = tuple(annotations[key] for key in ("io.containerd.image.name", "org.opencontainers.image.ref.name")
+                         if isinstance(annotations.get(key), str))
             found += [replace(candidate, tags=tags) for candidate in self._resolve(blob_name(descriptor), 1)]
         if not found and self._others:
             raise ImageError(f"the image is for {', '.join(dict.fromkeys(self._others))}; "
@@ -5361,11 +5302,9 @@ class OciIndex:
             nested = (self._resolve(blob_name(d), depth + 1) for d in self._wanted(member))
             found = next(filter(None, nested), [])
         else:
-            layers = take(document, "layers", list, member)
-            if not all(isinstance(layer, dict) for layer in layers):
-                raise ImageError(f"{member}: a layer is not an object")
-            found = [Candidate(tags=(), config=blob_name(take(document, "config", dict, member)),
-                               layers=tuple(blob_name(layer) for layer in layers))]
+            layers = check_objects(read_field(document, "layers", list, member), f"{member}: a layer")
+            found = [Candidate(tags=(), config=blob_name(read_field(document, "config", dict, member)),
+                               layers=tuple(map(blob_name, layers)))]
         self._found[member] = found
         return found
 
@@ -5379,10 +5318,9 @@ class OciIndex:
 
     def _wanted(self, member: str) -> Iterator[dict]:
         """Yield the descriptors of an index that may be for this machine."""
-        for descriptor in take(self._document(member), "manifests", list, member):
-            if not isinstance(descriptor, dict):
-                raise ImageError(f"{member}: an entry is not an object")
-            platform_ = take(descriptor, "platform", dict, "a descriptor")
+        descriptors = read_field(self._document(member), "manifests", list, member)
+        for descriptor in check_objects(descriptors, f"{member}: an entry"):
+            platform_ = read_field(descriptor, "platform", dict, "a descriptor")
             name = f"{platform_.get('os')}/{platform_.get('architecture')}"
             # Without a platform the config will tell; unknown/unknown are attestations (docker buildx).
             if not platform_ or name == f"linux/{self._architecture}":
@@ -5390,27 +5328,19 @@ class OciIndex:
             elif name != "unknown/unknown":
                 self._others.append(name)
 
-    @staticmethod
-    def _tags(descriptor: dict) -> tuple[str, ...]:
-        annotations = take(descriptor, "annotations", dict, "a descriptor")
-        names = (annotations.get("io.containerd.image.name"), annotations.get("org.opencontainers.image.ref.name"))
-        return tuple(name for name in names if isinstance(name, str))
-
-
-def tag_matches(tag: str, wanted: str) -> bool:
-    """Return whether a user who writes wanted may mean tag: `app` fits `app:latest` and `localhost/app:latest`."""
-    return any(tag == name or tag.endswith("/" + name) for name in (wanted, wanted + ":latest"))
-
-
-def list_tags(candidates: list[Candidate]) -> str:
-    return ", ".join(sorted({tag for candidate in candidates for tag in candidate.tags or (candidate.label,)}))
-
 
 def choose_candidate(candidates: list[Candidate], tag: str) -> Candidate:
-    """Return the one image meant, else raise an ImageError that lists the choice (F.3)."""
+    """Return the one image meant, else raise an ImageError that lists the choice (F.3).
+
+    `app` fits `app:latest` and `localhost/app:latest`.
+    """
+    def list_tags(some: list[Candidate]) -> str:
+        return ", ".join(sorted({name for c in some for name in c.tags or (posixpath.basename(c.config)[:12],)}))
+
     if not candidates:
         raise ImageError("the archive holds no image")
-    fitting = [c for c in candidates if not tag or any(tag_matches(t, tag) for t in c.tags)]
+    fitting = [c for c in candidates if not tag or any(f"/{name}".endswith((f"/{tag}", f"/{tag}:latest"))
+                                                       for name in c.tags)]
     if not fitting:
         raise ImageError(f"no image is tagged {tag!r}: the archive has {list_tags(candidates)}")
     if len({(c.config, c.layers) for c in fitting}) > 1:
@@ -5418,45 +5348,46 @@ def choose_candidate(candidates: list[Candidate], tag: str) -> Candidate:
     return fitting[0]
 
 
+ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64", "armv7l": "arm", "i686": "386",
+                 "ppc64le": "ppc64le", "s390x": "s390x", "riscv64": "riscv64"}      # uname -m → GOARCH
+
+
+def host_architecture() -> str:
+    """Return this machine's architecture in the words of image configs (GOARCH)."""
+    return ARCHITECTURES.get(platform.machine(), platform.machine())
+
+
 MAX_NAME_LENGTH = 255               # bytes of one component (NAME_MAX)
 MAX_TAG_LENGTH = 512                # characters; a registry's host, a name of 255 and a tag of 128 (OCI distribution)
 
 
-def choose_image(archive: Archive, tag: str, architecture: str) -> Image:
+def choose_image(archive: Archive, tag: str) -> Image:
     """Return the image to unpack from an archive: docker-archive first, then OCI layout (rules F)."""
+    architecture, what = host_architecture(), "the image config"
     if archive.find("manifest.json"):
         candidates = docker_candidates(archive)
     elif archive.find("index.json"):
         candidates = OciIndex(archive, architecture).candidates()
     elif archive.looks_like_root_filesystem():
         raise ImageError("this is a bare file system, not an image: use `docker save`, not `docker export`")
-    elif not archive.complete:
-        raise ArchiveDamaged
     else:
         raise ImageError("this tar holds no image: neither manifest.json nor index.json; use `docker save`")
     chosen = choose_candidate(candidates, tag)
-    if not archive.complete:
-        raise ArchiveDamaged
     data = archive.read_document(chosen.config)
-    config = parse_json(data, dict, "the image config")
-    check_platform(config, architecture)
+    config = parse_json(data, dict, what)
+    system = read_field(config, "os", str, what) or "linux"
+    machine = read_field(config, "architecture", str, what) or architecture
+    if (system, machine) != ("linux", architecture):
+        raise ImageError(f"the image is for {system}/{machine}; this machine is linux/{architecture}")
     tag = tag or (chosen.tags[0] if chosen.tags else "")
     if len(tag) > MAX_TAG_LENGTH:
         raise ImageError(f"the image's tag is over {MAX_TAG_LENGTH} characters: {tag[:MAX_NAME_LENGTH]}…")
     return Image(digest=hashlib.sha256(data).hexdigest(), tag=tag, config=config, layers=pair_layers(chosen, config))
 
 
-def check_platform(config: dict, architecture: str) -> None:
-    """Raise ImageError if the image was built for another machine."""
-    system = take(config, "os", str, "the image config") or "linux"
-    machine = take(config, "architecture", str, "the image config") or architecture
-    if (system, machine) != ("linux", architecture):
-        raise ImageError(f"the image is for {system}/{machine}; this machine is linux/{architecture}")
-
-
 def pair_layers(chosen: Candidate, config: dict) -> list[Layer]:
     """Return the layers with the digests that the config promises for them (E.3)."""
-    diff_ids = take_strings(take(config, "rootfs", dict, "the image config"), "diff_ids", "the image config")
+    diff_ids = read_strings(read_field(config, "rootfs", dict, "the image config"), "diff_ids", "the image config")
     if len(diff_ids) != len(chosen.layers):
         raise ImageError(f"the image lists {len(chosen.layers)} layers but {len(diff_ids)} diff_ids; "
                          "save it again (docker 25.0.0 wrote such archives)")
@@ -5468,15 +5399,6 @@ def pair_layers(chosen: Candidate, config: dict) -> list[Layer]:
         blob = re.fullmatch(r"(?:\./)?blobs/sha256/([0-9a-f]{64})", member)
         layers.append(Layer(member, match[1], blob[1] if blob else None))
     return layers
-
-
-ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64", "armv7l": "arm", "i686": "386",
-                 "ppc64le": "ppc64le", "s390x": "s390x", "riscv64": "riscv64"}      # uname -m → GOARCH
-
-
-def host_architecture() -> str:
-    """Return this machine's architecture in the words of image configs (GOARCH)."""
-    return ARCHITECTURES.get(platform.machine(), platform.machine())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -5492,16 +5414,28 @@ MAGIC_SIZE = 16                         # bytes in which all of these are
 PADDING = re.compile(rb"\0*")
 
 
-def gunzip(compressed: Iterator[bytes], budget: Budget) -> Iterator[bytes]:
-    return decompress_frames(compressed, "gzip", lambda: zlib.decompressobj(wbits=31), zlib.error, budget)
+def decompress(pieces: Iterator[bytes], budget: Budget, refusal: str) -> Iterator[bytes]:
+    """Yield what comes in pieces, decompressed if it begins like gzip or zstd: names and media types lie (E.1).
 
-
-def unzstd(compressed: Iterator[bytes], budget: Budget) -> Iterator[bytes]:
-    try:
-        from compression import zstd
-    except ImportError:                 # before Python 3.14
-        return unzstd_by_program(compressed)
-    return decompress_frames(compressed, "zstd", zstd.ZstdDecompressor, zstd.ZstdError, budget)
+    refusal says that it has a compression {name} which no image format has. Raises ImageError.
+    """
+    head = b""
+    while len(head) < MAGIC_SIZE and (data := next(pieces, b"")):
+        head += data
+    if match := OTHER_MAGIC.match(head):
+        raise ImageError(refusal.format(name=match.lastgroup))
+    whole = itertools.chain([head], pieces)
+    if GZIP_MAGIC.match(head):
+        yield from decompress_frames(whole, "gzip", lambda: zlib.decompressobj(wbits=31), zlib.error, budget)
+    elif not ZSTD_MAGIC.match(head):
+        yield from whole
+    else:
+        try:
+            from compression import zstd
+        except ImportError:                 # before Python 3.14
+            yield from unzstd_by_program(whole)
+        else:
+            yield from decompress_frames(whole, "zstd", zstd.ZstdDecompressor, zstd.ZstdError, budget)
 
 
 FIRST_CHUNK = 2 * KIB               # bytes of a compressed frame that are looked at first
@@ -5509,7 +5443,10 @@ FIRST_CHUNK = 2 * KIB               # bytes of a compressed frame that are looke
 
 def decompress_frames(compressed: Iterator[bytes], what: str, begin: Callable, failure: type[Exception],
                       budget: Budget) -> Iterator[bytes]:
-    """Decompress any number of gzip members or zstd frames, in pieces of bounded size (E.1)."""
+    """Decompress any number of gzip members or zstd frames, in pieces of bounded size (E.1).
+
+    gzip.GzipFile does not count the members, and copies what follows an empty one for each of millions.
+    """
     frame, size = None, 0
     for data in compressed:
         at = 0
@@ -5573,19 +5510,6 @@ def unzstd_by_program(compressed: Iterator[bytes]) -> Iterator[bytes]:
         raise ImageError("zstd data in the archive is damaged or cut short")
 
 
-def find_decompressor(head: bytes) -> Callable[[Iterator[bytes], Budget], Iterator[bytes]] | None:
-    """Return what decompresses a stream that begins with head, None if it is plain; media types and names lie (E.1)."""
-    if GZIP_MAGIC.match(head):
-        return gunzip
-    return unzstd if ZSTD_MAGIC.match(head) else None
-
-
-def other_compression(head: bytes) -> str:
-    """Return the name of a compression that image formats do not have, "" if it is none."""
-    match = OTHER_MAGIC.match(head)
-    return match.lastgroup if match else ""
-
-
 FREE_STEPS = 100_000                # components of paths looked at, for an image; a new directory counts as …
 STEPS_PER_ENTRY = 128               # … as many more for each entry
 FRAMES_PER_ENTRY = 2                # gzip members or zstd frames, for each of --max-image-entries; estargz has as many
@@ -5596,21 +5520,22 @@ class Budget:
 
     def __init__(self, max_size: int, max_entries: int):
         self._max_size, self._max_entries = max_size, max_entries
-        self.written = 0                # bytes of files, with the holes of sparse ones
-        self.read = 0                   # bytes of layers after decompression
+        self.size = 0                   # bytes of files, with the holes of sparse ones
         self.entries = 0
+        self._read = 0                  # bytes of layers after decompression
         self._frames = 0                # gzip members and zstd frames
         self._steps = 0                 # components of paths that were looked at, and what costs as much
 
-    def spend_written(self, count: int) -> None:
-        self.written += count
-        self._check_size(self.written)
+    def spend_size(self, count: int) -> None:
+        self.size += count
+        self.check_size(self.size)
 
     def spend_read(self, count: int) -> None:
-        self.read += count
-        self._check_size(self.read)
+        self._read += count
+        self.check_size(self._read)
 
-    def _check_size(self, size: int) -> None:
+    def check_size(self, size: int) -> None:
+        """Raise LimitExceeded for more bytes than there may be: of an archive, of its layers, of their files."""
         if size > self._max_size:
             raise FaasdError(f"the unpacked image is over {self._max_size} bytes (--max-image-size)", status=413)
 
@@ -5640,203 +5565,63 @@ class Sha256Thread:
 
     def __init__(self) -> None:
         self._hash = hashlib.sha256()
-        self._pieces: queue.Queue[bytes | None] = queue.Queue(HASH_AHEAD)
-        self._thread = threading.Thread(target=self._work, daemon=True)     # an error elsewhere ends the process
-        self._thread.start()
-
-    def _work(self) -> None:
-        while (data := self._pieces.get()) is not None:
-            self._hash.update(data)
+        self._thread = concurrent.futures.ThreadPoolExecutor(1)
+        self._updates: collections.deque[concurrent.futures.Future] = collections.deque()
 
     def update(self, data: bytes) -> None:
-        self._pieces.put(data)
+        self._updates.append(self._thread.submit(self._hash.update, data))
+        if len(self._updates) > HASH_AHEAD:
+            self._updates.popleft().result()
 
     def hexdigest(self) -> str:
         """Return the digest; no update may come after it."""
-        if self._thread.is_alive():
-            self._pieces.put(None)
-            self._thread.join()
+        self._thread.shutdown()
         return self._hash.hexdigest()
 
 
 class LayerStream(ByteStream):
     """The uncompressed bytes of one layer, hashed on both sides of the decompression."""
 
-    @staticmethod
-    def cut_short() -> ImageError:
-        return ImageError("a layer is cut short in the middle of a file")
-
-    def __init__(self, head: bytes, rest: Iterator[bytes], budget: Budget):
-        self._diff_hash = self._blob_hash = Sha256Thread()      # of the same bytes, unless they are compressed
+    def __init__(self, layer: Layer, pieces: Iterator[bytes], budget: Budget):
+        self._layer = layer
         self._budget = budget
-        self._source = itertools.chain([head], rest)
-        decompress = find_decompressor(head)
-        if decompress:
+        self._diff_hash = self._blob_hash = Sha256Thread()
+        if layer.blob_digest not in (None, layer.diff_id):      # compressed, if it is what it should be
             self._blob_hash = Sha256Thread()
-            self._source = decompress(self._hashed(self._source), budget)
-        super().__init__(self._counted())
+            pieces = self._hashed(pieces)
+        super().__init__(self._counted(pieces), "a layer is cut short in the middle of a file")
 
     def _hashed(self, pieces: Iterator[bytes]) -> Iterator[bytes]:
         for data in pieces:
             self._blob_hash.update(data)
             yield data
 
-    def _counted(self) -> Iterator[bytes]:
-        for data in self._source:
+    def _counted(self, pieces: Iterator[bytes]) -> Iterator[bytes]:
+        for data in decompress(pieces, self._budget, "a layer is compressed with {name}, which no image format has: "
+                                                     "save it again with gzip or zstd"):
             self._diff_hash.update(data)
             self._budget.spend_read(len(data))
             yield data
 
-    def close(self) -> None:
-        """End the decompression, the program that does it, and the hashing."""
-        if self._blob_hash is not self._diff_hash:
-            self._source.close()
-        self.digests()
-
-    def digests(self) -> tuple[str, str]:
-        """Return the SHA-256 of all that was read, uncompressed and as it came."""
-        return self._diff_hash.hexdigest(), self._blob_hash.hexdigest()
-
-
-@dataclass
-class StagedLayer:
-    """A layer whose digests are known and whose entries wait to be applied."""
-    offset: int                     # of its batches of entries in the spool
-    end: int = 0
-    diff_id: str = ""               # sha256 hex of the uncompressed tar, and …
-    blob_digest: str = ""           # … of the member as it is
-    error: ImageError | None = None # what is wrong with it behind the last of these entries
-
-    def verify(self, layer: Layer) -> None:
-        """Compare the digests with those that a layer should have. Raises ImageError (E.2)."""
-        if layer.blob_digest and self.blob_digest != layer.blob_digest:
+    def verify(self) -> None:
+        """Read to the end, and compare the digests with those that the layer should have. Raises ImageError (E.2)."""
+        self.drain()
+        layer = self._layer
+        if layer.blob_digest and self._blob_hash.hexdigest() != layer.blob_digest:
             raise ImageError(f"layer {layer.member} is damaged: its content does not match its digest")
-        if self.diff_id != layer.diff_id:
+        if self._diff_hash.hexdigest() != layer.diff_id:
             raise ImageError(f"layer {layer.member} is damaged: its content does not match diff_id "
                              f"sha256:{layer.diff_id[:12]}…")
 
-
-SMALL_FILE = 16 * KIB               # bytes; larger files are written where they are read, and …
-SPOOL_BATCH = 64 * KIB              # bytes of headers and small files set down in one go
-
-
-class Staging:
-    """Where an archive's content waits until it is known what it is for.
-
-    The data of large files is written to files of their own, with numbers for names, which are renamed to where they
-    belong when their layer is applied: they are most of an image, and are written once. All else goes one after the
-    other into one file, the spool: headers with the data of small files, and documents.
-    """
-
-    def __init__(self, directory: Path, budget: Budget):
-        self._directory = os.fsencode(directory)
-        self._budget = budget                   # of all that could be a layer
-        self._numbers = itertools.count()
-        self._spool = (directory / "spool").open("w+b")
-
     def close(self) -> None:
-        self._spool.close()
+        """End the decompression, the program that does it, and the hashing."""
+        super().close()
+        self._diff_hash.hexdigest()
+        self._blob_hash.hexdigest()
 
-    def path(self, number: int) -> bytes:
-        """Return the host's name of a staged file."""
-        return b"%s/%d" % (self._directory, number)
-
-    def write(self, pieces: Iterable[bytes]) -> int:
-        """Put a document into the spool; return its offset."""
-        offset = self._spool.tell()
-        self._spool.writelines(pieces)
-        return offset
-
-    def read(self, offset: int, size: int) -> bytes:
-        self._spool.seek(offset)
-        data = self._spool.read(size)
-        self._spool.seek(0, os.SEEK_END)
-        return data
-
-    def stage_layer(self, pieces: Iterator[bytes]) -> StagedLayer:
-        """Read a layer to its end, or as far as it can be read. Raises FaasdError for what is not its own fault."""
-        staged = StagedLayer(self._spool.tell())
-        head = next(pieces, b"")
-        with contextlib.closing(LayerStream(head, pieces, self._budget)) as stream:
-            try:
-                if name := other_compression(head):
-                    raise ImageError(f"a layer is compressed with {name}, which no image format has: "
-                                     "save it again with gzip or zstd")
-                self._stage_entries(stream)
-                stream.drain()
-                staged.diff_id, staged.blob_digest = stream.digests()
-            except ArchiveDamaged:
-                raise
-            except ImageError as error:
-                staged.error = error            # which only counts if the layer is wanted
-        staged.end = self._spool.tell()
-        return staged
-
-    def _stage_entries(self, stream: LayerStream) -> None:
-        batch, size = [], 0
-        try:
-            for entry in TarReader(stream):
-                self._budget.spend_entry()
-                content = self._stage_content(entry, stream) if entry.isreg() else None
-                batch.append((tuple(entry), content))
-                size += tarfile.BLOCKSIZE + (len(content) if isinstance(content, bytes) else 0)
-                if size > SPOOL_BATCH:
-                    pickle.dump(batch, self._spool)
-                    batch, size = [], 0
-        finally:
-            pickle.dump(batch, self._spool)     # what came before an error counts
-
-    def _stage_content(self, entry: Entry, stream: LayerStream) -> bytes | int:
-        """Return a small file's data, or the number under which a large one is staged, one with attributes too."""
-        if entry.size <= SMALL_FILE and entry.sparse is None and not has_xattrs(entry):
-            data = stream.read(entry.size)
-            if len(data) < entry.size:
-                raise stream.cut_short()
-            return data
-        self._budget.spend_written(entry.size)
-        number = next(self._numbers)
-        try:
-            descriptor = os.open(self.path(number), NEW_FILE_FLAGS, 0o600)
-            try:
-                write_content(entry, stream, descriptor)
-            finally:
-                os.close(descriptor)
-        except OSError as error:
-            raise unpack_error(os.fsencode(entry.name), error) from None
-        return number
-
-    def entries(self, staged: StagedLayer) -> Iterator[tuple[Entry, bytes | int | None]]:
-        """Yield a layer's entries with the content of files. Raises ImageError where it could not be read on."""
-        self._spool.seek(staged.offset)
-        while self._spool.tell() < staged.end:
-            for values, content in pickle.load(self._spool):
-                yield Entry(*values), content
-        if staged.error:
-            raise staged.error
-
-
-LARGE_FILE = MIB                    # … from this size on, go to the disk at once
-
-
-def write_content(entry: Entry, stream: LayerStream, descriptor: int) -> None:
-    """Write a file's pieces where they belong; the holes of a sparse one stay holes."""
-    for offset, count in [(0, entry.size)] if entry.sparse is None else entry.sparse:
-        if offset < 0 or count < 0 or offset + count > entry.size:
-            raise ImageError(f"{entry.name!r} has a bad sparse map")
-        os.lseek(descriptor, offset, os.SEEK_SET)
-        for piece in stream.take_all(count):
-            write_all(descriptor, piece)
-    os.ftruncate(descriptor, entry.size)
-    if entry.size >= LARGE_FILE:
-        # The disk can begin with it: in the end, a deploy waits for the disk. For small files it is no gain.
-        libc.sync_file_range(descriptor, ctypes.c_int64(0), ctypes.c_int64(0), SYNC_FILE_RANGE_WRITE)
-
-
-SYNC_FILE_RANGE_WRITE = 2               # sync_file_range(2)
 
 # Errors that are not the image's.
 HOST_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EMFILE, errno.ENFILE, errno.ENOMEM}
-NEW_FILE_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 def unpack_error(path: bytes, error: OSError) -> FaasdError:
@@ -5874,6 +5659,11 @@ class Rootfs:
         """Return the host's name of a resolved path."""
         return self.path + path
 
+    def new_file(self, path: bytes) -> BinaryIO:
+        """Open a file for writing that only root can read, where nothing is at a resolved path."""
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        return open(os.open(self.host(path), flags, 0o600), "wb", buffering=0)
+
     def make_directory(self, path: bytes) -> bytes:
         """Return the real path of a directory, made 0755 root:root with its parents where it is missing (A.6)."""
         real = self._resolved.get(path)
@@ -5891,7 +5681,9 @@ class Rootfs:
 
     def find_directory(self, path: bytes) -> bytes:
         """Return the real path of a directory. Raises Missing."""
-        return self._walk(path, self._refuse)
+        def refuse(here: bytes) -> None:
+            raise Missing(here)
+        return self._walk(path, refuse)
 
     def _walk(self, path: bytes, repair: Callable[[bytes], None]) -> bytes:
         """Follow path from the root; repair is called where something else than a directory is in the way."""
@@ -5950,10 +5742,6 @@ class Rootfs:
         os.chown(self.host(path), self.first_id, self.first_id)
         os.chmod(self.host(path), 0o755)                # whatever the umask is
 
-    @staticmethod
-    def _refuse(path: bytes) -> None:
-        raise Missing(path)
-
     def remove(self, path: bytes) -> None:
         """Remove whatever is there, with all below it and without following a link; nothing there is fine."""
         kind = self.kind(path)
@@ -5993,9 +5781,8 @@ class Rootfs:
         directory, _, name = path.rpartition(b"/")
         real = self.make_directory(directory) + b"/" + name
         self.remove(real)
-        descriptor = os.open(self.host(real), os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o644)
-        with open(descriptor, "wb") as file:
-            file.write(data)
+        with self.new_file(real) as file:
+            write_all(file.fileno(), memoryview(data))
             os.fchown(file.fileno(), self.first_id, self.first_id)
             os.fchmod(file.fileno(), 0o644)
 
@@ -6042,25 +5829,29 @@ class Losses:
                 for text, (count, name) in self._found.items()]
 
 
+LARGE_FILE = MIB                    # bytes; files from this size on go to the disk at once
+SYNC_FILE_RANGE_WRITE = 2           # sync_file_range(2)
+
+
 class LayerApplier:
     """Applies one layer's entries to a rootfs (rules A to D)."""
 
-    def __init__(self, rootfs: Rootfs, budget: Budget, staging: Staging, losses: Losses, again: bool = False):
+    def __init__(self, stream: LayerStream, rootfs: Rootfs, budget: Budget, losses: Losses):
+        """rootfs is an object of this layer's own: what one layer has resolved and made, the next may change."""
+        self._stream = stream
         self._rootfs = rootfs
         self._budget = budget
-        self._staging = staging
         self._losses = losses
-        self._place = shutil.copyfile if again else os.rename   # what is staged, if the layer applies again later
         self._own: set[bytes] = set()                   # paths of this layer and their parents: no whiteout hides them
         self._directory_times: dict[bytes, int] = {}    # set at the end, when nothing writes into them any more
 
-    def apply(self, staged: StagedLayer) -> None:
-        """Apply all entries of a layer."""
-        for entry, content in self._staging.entries(staged):
+    def apply(self) -> None:
+        """Apply all entries. Raises FaasdError."""
+        for entry in TarReader(self._stream):
             self._budget.spend_entry()
             name = entry.name.encode("utf-8", "surrogateescape")
             try:
-                self._apply_entry(entry, self._clean(entry, name), content)
+                self._apply_entry(entry, self._clean(entry, name))
             except OSError as error:
                 raise unpack_error(name, error) from None
             except (OverflowError, ValueError) as error:        # a number that no system call takes
@@ -6071,7 +5862,7 @@ class LayerApplier:
                 os.utime(self._rootfs.host(path), ns=(mtime, mtime))
 
     @staticmethod
-    def _clean(entry: Entry, name: bytes) -> bytes:
+    def _clean(entry: TarInfo, name: bytes) -> bytes:
         """Return an entry's path, clamped to the root and checked (A.1, A.5)."""
         if b"\0" in name or (not name and not entry.isdir()):
             raise ImageError("a layer's entry has an empty name or one with a NUL byte")
@@ -6085,7 +5876,7 @@ class LayerApplier:
             raise ImageError(f"a name in the image is over {MAX_NAME_LENGTH} bytes: {show(name)}")
         return path
 
-    def _apply_entry(self, entry: Entry, path: bytes, content: bytes | int | None) -> None:
+    def _apply_entry(self, entry: TarInfo, path: bytes) -> None:
         directory, _, name = path.rpartition(b"/")
         if b"/.wh." in path:
             self._apply_whiteout(directory, name, path)
@@ -6096,13 +5887,10 @@ class LayerApplier:
             self._set_metadata(b"", entry)
             return
         real = self._rootfs.make_directory(directory) + b"/" + name
-        self._create(entry, real, content)
-        self._claim(real)
-
-    def _claim(self, path: bytes) -> None:
-        while path not in self._own:
-            self._own.add(path)
-            path = path.rpartition(b"/")[0]
+        self._create(entry, real)
+        while real not in self._own:
+            self._own.add(real)
+            real = real.rpartition(b"/")[0]
 
     # -- whiteouts --
 
@@ -6139,9 +5927,9 @@ class LayerApplier:
 
     # -- objects --
 
-    def _create(self, entry: Entry, path: bytes, content: bytes | int | None) -> None:
+    def _create(self, entry: TarInfo, path: bytes) -> None:
         if entry.isreg():
-            self._create_file(entry, path, content)
+            self._create_file(entry, path)
         elif entry.islnk():
             self._create_hardlink(entry, path)
         elif entry.isdir():
@@ -6161,7 +5949,7 @@ class LayerApplier:
         self._losses.note("{count} named pipes are left out: containers of a function would share them",
                           os.fsdecode(path))
 
-    def _create_special(self, entry: Entry, path: bytes) -> None:
+    def _create_special(self, entry: TarInfo, path: bytes) -> None:
         host = self._rootfs.host(path)
         if entry.issym():
             os.symlink(entry.linkname.encode("utf-8", "surrogateescape"), host)     # verbatim (A.3)
@@ -6171,7 +5959,7 @@ class LayerApplier:
         else:
             raise ImageError(f"{show(path)} is of the unknown tar type {entry.type!r}")
 
-    def _create_hardlink(self, entry: Entry, path: bytes) -> None:
+    def _create_hardlink(self, entry: TarInfo, path: bytes) -> None:
         """Link to a file of this or a lower layer; the entry's own metadata counts for nothing (C.3)."""
         target = posixpath.normpath(b"/" + entry.linkname.encode("utf-8", "surrogateescape").lstrip(b"/"))
         directory, _, name = target.rpartition(b"/")
@@ -6191,24 +5979,24 @@ class LayerApplier:
         self._rootfs.remove(path)
         os.link(self._rootfs.host(real), self._rootfs.host(path), follow_symlinks=False)
 
-    def _create_file(self, entry: Entry, path: bytes, content: bytes | int) -> None:
-        """Make a new file of its data, or of a staged one. What is there is removed, not written through (C.1, C.2)."""
-        self._budget.spend_written(entry.size)
+    def _create_file(self, entry: TarInfo, path: bytes) -> None:
+        """Make a new file. What is there is removed, not written through (C.1, C.2); holes of a sparse one stay holes."""
+        self._budget.spend_size(entry.size)
         if not self._is_free(path):
             self._rootfs.remove(path)
-        if isinstance(content, int):
-            self._place(self._staging.path(content), self._rootfs.host(path))
-            self._set_metadata(path, entry)
-            return
-        descriptor = os.open(self._rootfs.host(path), NEW_FILE_FLAGS, 0o600)
-        try:
-            write_all(descriptor, memoryview(content))
-            os.chown(descriptor, *self._owner(entry))   # in the order that _set_metadata gives reasons for
-            os.chmod(descriptor, entry.mode & 0o7777)
-            mtime = modification_time(entry)
-            os.utime(descriptor, ns=(mtime, mtime))
-        finally:
-            os.close(descriptor)
+        with self._rootfs.new_file(path) as file:
+            for offset, count in [(0, entry.size)] if entry.sparse is None else entry.sparse:
+                if offset < 0 or count < 0 or offset + count > entry.size:
+                    raise ImageError(f"{entry.name!r} has a bad sparse map")
+                file.seek(offset)
+                for piece in self._stream.take_all(count):
+                    write_all(file.fileno(), piece)
+            if entry.sparse is not None:
+                file.truncate(entry.size)
+            if entry.size >= LARGE_FILE:
+                # The disk can begin with it: in the end, a deploy waits for the disk. For small files it is no gain.
+                libc.sync_file_range(file.fileno(), ctypes.c_int64(0), ctypes.c_int64(0), SYNC_FILE_RANGE_WRITE)
+        self._set_metadata(path, entry)
 
     def _is_free(self, path: bytes) -> bool:
         """Return whether nothing is at path, as far as we know without asking the kernel: most files are new."""
@@ -6217,7 +6005,7 @@ class LayerApplier:
 
     # -- metadata --
 
-    def _set_metadata(self, path: bytes, entry: Entry) -> None:
+    def _set_metadata(self, path: bytes, entry: TarInfo) -> None:
         """Set owner, extended attributes, mode, time, in this order: chown clears setuid and capabilities (D.1)."""
         host = self._rootfs.host(path)
         os.chown(host, *self._owner(entry), follow_symlinks=False)
@@ -6230,7 +6018,7 @@ class LayerApplier:
         else:
             os.utime(host, ns=(mtime, mtime), follow_symlinks=False)
 
-    def _owner(self, entry: Entry) -> tuple[int, int]:
+    def _owner(self, entry: TarInfo) -> tuple[int, int]:
         """Return the host ids of an entry's owner: the image's, moved into the function's range."""
         if min(entry.uid, entry.gid) < 0:
             raise ImageError(f"{entry.name!r} has a bad owner {entry.uid}:{entry.gid}")
@@ -6239,7 +6027,7 @@ class LayerApplier:
                               f"and now of {NOBODY}", entry.name)
         return host_id(entry.uid, self._rootfs.first_id), host_id(entry.gid, self._rootfs.first_id)
 
-    def _set_xattrs(self, host: bytes, entry: Entry) -> None:
+    def _set_xattrs(self, host: bytes, entry: TarInfo) -> None:
         if entry.isdir():                               # a directory over a directory takes nothing over (D.3)
             for name in os.listxattr(host, follow_symlinks=False):
                 if name != SELINUX_XATTR:               # the host's own label
@@ -6265,22 +6053,15 @@ class LayerApplier:
                                   "of the kind", entry.name)
 
 
-def has_xattrs(entry: Entry) -> bool:
-    return bool(entry.pax_headers) and any(key.startswith(XATTR_RECORD) for key in entry.pax_headers)
-
-
-def modification_time(entry: Entry) -> int:
+def modification_time(entry: TarInfo) -> int:
     """Return an entry's mtime in nanoseconds, exact where a PAX record has it, within what a file system can hold."""
-    text = entry.pax_headers.get("mtime")
-    if not text and isinstance(entry.mtime, int):
-        return min(max(entry.mtime, EARLIEST_TIME), LATEST_TIME) * 1_000_000_000
     try:
-        seconds = Decimal(text or entry.mtime)
+        seconds = Decimal(entry.pax_headers.get("mtime") or entry.mtime)
     except (InvalidOperation, ValueError):
         seconds = Decimal(0)
     if not seconds.is_finite():
         seconds = Decimal(0)
-    return int(min(max(seconds, Decimal(EARLIEST_TIME)), Decimal(LATEST_TIME)) * 1_000_000_000)
+    return int(min(max(seconds, EARLIEST_TIME), LATEST_TIME) * 1_000_000_000)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -6349,11 +6130,6 @@ def resolve_user(user: str, passwd: bytes, group: bytes) -> Account:
     own = parse_id(account[3], "group") or 0
     members = [int(line[2]) for line in groups if len(line) > 3 and account[0] in line[3].split(",")]
     return Account(uid, own, sorted(set(members) - {own}), home)
-
-
-def with_default(env: list[str], key: str, value: str) -> list[str]:
-    """Return env with KEY=value appended where KEY is not set (G.2)."""
-    return env if any(entry.startswith(key + "=") for entry in env) else [*env, f"{key}={value}"]
 
 
 MAX_PATH_LENGTH = 3072              # bytes of a path in an image config: PATH_MAX less what the rootfs is below
@@ -6437,30 +6213,28 @@ def prepare_mount_targets(rootfs: Rootfs) -> None:
         rootfs.write_file(b"/etc/hosts", HOSTS)
 
 
-def take_labels(settings: dict, what: str) -> dict[str, str]:
-    labels = take(settings, "Labels", dict, what)
-    if not all(isinstance(value, str) for value in labels.values()):
-        raise ImageError(f"{what} has a label that is no text")
-    return labels
-
-
 def resolve_process(config: dict, rootfs: Rootfs) -> dict:
     """Return what an image config says about its process, with users and volumes looked up in the rootfs (rules G)."""
-    settings = take(config, "config", dict, "the image config")
     what = "the image config"
-    account = resolve_user(take(settings, "User", str, what),
+    settings = read_field(config, "config", dict, what)
+    account = resolve_user(read_field(settings, "User", str, what),
                            rootfs.read_file(b"/etc/passwd", MAX_ACCOUNTS_SIZE),
                            rootfs.read_file(b"/etc/group", MAX_ACCOUNTS_SIZE))
-    cwd = prepare_working_directory(rootfs, take(settings, "WorkingDir", str, what))
-    env = [entry for entry in take_strings(settings, "Env", what) if "=" in entry]     # runc refuses one without
-    env = with_default(with_default(env, "PATH", DEFAULT_PATH), "HOME", account.home)
+    cwd = prepare_working_directory(rootfs, read_field(settings, "WorkingDir", str, what))
+    env = [entry for entry in read_strings(settings, "Env", what) if "=" in entry]     # runc refuses one without
+    for key, value in ("PATH", DEFAULT_PATH), ("HOME", account.home):
+        if not any(entry.startswith(key + "=") for entry in env):       # G.2
+            env.append(f"{key}={value}")
+    labels = read_field(settings, "Labels", dict, what)
+    if not all(isinstance(value, str) for value in labels.values()):
+        raise ImageError(f"{what} has a label that is no text")
     return {
-        "entrypoint": take_strings(settings, "Entrypoint", what), "cmd": take_strings(settings, "Cmd", what),
+        "entrypoint": read_strings(settings, "Entrypoint", what), "cmd": read_strings(settings, "Cmd", what),
         "env": env, "cwd": cwd, "uid": account.uid, "gid": account.gid, "groups": account.groups,
-        "volumes": prepare_volumes(rootfs, take(settings, "Volumes", dict, what)),
+        "volumes": prepare_volumes(rootfs, read_field(settings, "Volumes", dict, what)),
         "resolv_conf": prepare_resolv_conf(rootfs),
-        "labels": take_labels(settings, what), "stop_signal": take(settings, "StopSignal", str, what),
-        "exposed_ports": sorted(take(settings, "ExposedPorts", dict, what)),
+        "labels": labels, "stop_signal": read_field(settings, "StopSignal", str, what),
+        "exposed_ports": sorted(read_field(settings, "ExposedPorts", dict, what)),
     }
 
 
@@ -6511,28 +6285,14 @@ def chunk_sizes(stream: ByteStream) -> Iterator[int]:
             raise broken
 
 
-def read_archive(pieces: Iterator[bytes], budget: Budget) -> ByteStream:
-    """Return the tar that comes in pieces, which may be compressed: `docker load` takes that too."""
-    head = b""
-    while len(head) < MAGIC_SIZE and (data := next(pieces, b"")):
-        head += data
-    if name := other_compression(head):
-        raise ImageError(f"the archive is compressed with {name}: decompress it first, "
-                         f"{name} -dc FILE | faas new NAME")
-    whole = (piece for part in ([head], pieces) for piece in part)
-    decompress = find_decompressor(head)
-    return ByteStream(inflate(decompress(whole, budget), budget) if decompress else whole)
-
-
-def inflate(decompressed: Iterator[bytes], budget: Budget) -> Iterator[bytes]:
-    """Count the bytes of a compressed archive."""
-    with contextlib.closing(decompressed) as pieces:
-        try:
-            for data in pieces:
-                budget.spend_read(len(data))
-                yield data
-        except ImageError as error:
-            raise ArchiveDamaged(str(error)) from None
+def read_archive(pieces: Iterator[bytes], budget: Budget) -> Iterator[bytes]:
+    """Yield the tar that comes in pieces, which may be compressed: `docker load` takes that too."""
+    size = 0
+    for data in decompress(pieces, budget, "the archive is compressed with {name}: decompress it first, "
+                                           "{name} -dc FILE | faas new NAME"):
+        size += len(data)
+        budget.check_size(size)
+        yield data
 
 
 MAX_DESCRIPTION = MIB               # bytes of an image.json
@@ -6547,27 +6307,30 @@ def unpack_image(pieces: Iterator[bytes], directory: Path, tag: str, max_size: i
     Raises FaasdError.
     """
     try:
-        rootfs_path, staging_path = directory / "rootfs", directory / "staging"
-        for path, mode in (directory, 0o711), (rootfs_path, 0o755), (staging_path, 0o700):
+        rootfs_path = directory / "rootfs"
+        for path, mode in (directory, 0o711), (rootfs_path, 0o755):
             path.mkdir()
             path.chmod(mode)
         os.chown(rootfs_path, first_id, first_id)
-        budget = Budget(max_size, max_entries)
-        with contextlib.closing(Staging(staging_path, Budget(max_size, max_entries))) as staging, \
-                contextlib.closing(read_archive(pieces, Budget(max_size, max_entries))) as stream:
-            archive = Archive(stream, staging)
-            image = choose_image(archive, tag, host_architecture())
-            losses = apply_layers(image.layers, archive, staging, lambda: Rootfs(rootfs_path, first_id, budget), budget)
-            rootfs = Rootfs(rootfs_path, first_id, budget)
-            try:
-                process = resolve_process(image.config, rootfs)
-                prepare_mount_targets(rootfs)
-            except OSError as error:            # of the target of a link, say, which may be any text
-                path = os.fsencode(error.filename or "").removeprefix(rootfs.path)
-                raise unpack_error(path, error) from None
-        shutil.rmtree(staging_path)
+        budget, losses = Budget(max_size, max_entries), Losses()
+        with (directory / "archive").open("x+b", buffering=0) as file:
+            os.unlink(file.name)
+            with contextlib.closing(ByteStream(read_archive(pieces, budget))) as stream:
+                archive = Archive(stream, file)
+            image = choose_image(archive, tag)
+            for layer in image.layers:
+                with contextlib.closing(LayerStream(layer, archive.read(layer.member), budget)) as stream:
+                    LayerApplier(stream, Rootfs(rootfs_path, first_id, budget), budget, losses).apply()
+                    stream.verify()
+        rootfs = Rootfs(rootfs_path, first_id, budget)
+        try:
+            process = resolve_process(image.config, rootfs)
+            prepare_mount_targets(rootfs)
+        except OSError as error:            # of the target of a link, say, which may be any text
+            path = os.fsencode(error.filename or "").removeprefix(rootfs.path)
+            raise unpack_error(path, error) from None
         document = {"digest": f"sha256:{image.digest}", "version": image.digest[:12], "tag": image.tag,
-                    "first_id": first_id, "size": budget.written, "entries": budget.entries, "process": process,
+                    "first_id": first_id, "size": budget.size, "entries": budget.entries, "process": process,
                     "warnings": losses.lines()}
         text = json.dumps(document, indent=1)
         if len(text) > MAX_DESCRIPTION:         # the daemon reads it at each start
@@ -6577,20 +6340,6 @@ def unpack_image(pieces: Iterator[bytes], directory: Path, tag: str, max_size: i
         return document
     except OSError as error:
         raise storage_error(error, "unpacking the image") from error
-
-
-def apply_layers(layers: list[Layer], archive: Archive, staging: Staging, open_rootfs: Callable[[], Rootfs],
-                 budget: Budget) -> Losses:
-    """Apply an image's layers, the lowest first; return what of them is lost."""
-    losses = Losses()
-    staged = [archive.layer(layer.member) for layer in layers]
-    uses = collections.Counter(map(id, staged))         # one that is listed twice is applied twice (E.3)
-    for layer, found in zip(layers, staged, strict=True):
-        uses[id(found)] -= 1
-        # A rootfs of its own for each layer: what one has resolved, the next may change.
-        LayerApplier(open_rootfs(), budget, staging, losses, again=uses[id(found)] > 0).apply(found)
-        found.verify(layer)
-    return losses
 
 
 PR_SET_PDEATHSIG = 1                    # prctl(2)

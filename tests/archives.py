@@ -409,12 +409,10 @@ def apply_layers(rootfs: Path, layers: Iterable[bytes], losses: faasd.Losses, ma
     """Apply layers as unpack_image does, and return what they used."""
     budget = faasd.Budget(max_size, max_entries)
     for data in layers:
-        with tempfile.TemporaryDirectory(dir=rootfs.parent) as directory_, \
-                contextlib.closing(faasd.Staging(Path(directory_), faasd.Budget(max_size, max_entries))) as staging:
-            staged = staging.stage_layer(iter([data]))
-            faasd.LayerApplier(faasd.Rootfs(rootfs, FIRST_ID, budget), budget, staging,
-                               losses).apply(staged)
-            staged.verify(faasd.Layer("test", sha256(data), None))
+        wanted = faasd.Layer("test", sha256(data), None)
+        with contextlib.closing(faasd.LayerStream(wanted, iter([data]), budget)) as stream:
+            faasd.LayerApplier(stream, faasd.Rootfs(rootfs, FIRST_ID, budget), budget, losses).apply()
+            stream.verify()
     return budget
 
 
