@@ -5753,14 +5753,6 @@ class Rootfs:
         elif kind:
             os.unlink(self.host(path))
 
-    def make_real_directory(self, path: bytes) -> None:
-        """Make path and all its parents plain directories, putting them in the place of links and files (H.1)."""
-        real = b""
-        for name in path.split(b"/")[1:]:
-            real += b"/" + name
-            if self.kind(real) != stat.S_IFDIR:
-                self.place_directory(real)
-
     def read_file(self, path: bytes, limit: int) -> bytes:
         """Return the content of a small regular file, b"" if there is none; never follows a final link (G.3)."""
         directory, _, name = path.rpartition(b"/")
@@ -5887,7 +5879,16 @@ class LayerApplier:
             self._set_metadata(b"", entry)
             return
         real = self._rootfs.make_directory(directory) + b"/" + name
-        self._create(entry, real)
+        if entry.isreg():
+            self._create_file(entry, real)
+        elif entry.islnk():
+            self._create_hardlink(entry, real)
+        elif entry.isdir():
+            if self._rootfs.kind(real) != stat.S_IFDIR:
+                self._rootfs.place_directory(real)
+            self._set_metadata(real, entry)
+        else:
+            self._create_special(entry, real)
         while real not in self._own:
             self._own.add(real)
             real = real.rpartition(b"/")[0]
@@ -5927,30 +5928,12 @@ class LayerApplier:
 
     # -- objects --
 
-    def _create(self, entry: TarInfo, path: bytes) -> None:
-        if entry.isreg():
-            self._create_file(entry, path)
-        elif entry.islnk():
-            self._create_hardlink(entry, path)
-        elif entry.isdir():
-            if self._rootfs.kind(path) != stat.S_IFDIR:
-                self._rootfs.place_directory(path)
-            self._set_metadata(path, entry)
-        elif entry.isfifo():            # all containers of the function would share it: a way from one to the other
-            self._rootfs.remove(path)
-            self._leave_out_pipe(path)
-        else:
-            self._rootfs.remove(path)
-            self._create_special(entry, path)
-            self._set_metadata(path, entry)
-
-    def _leave_out_pipe(self, path: bytes) -> None:
-        self._losses.pipes.add(path)
-        self._losses.note("{count} named pipes are left out: containers of a function would share them",
-                          os.fsdecode(path))
-
     def _create_special(self, entry: TarInfo, path: bytes) -> None:
         host = self._rootfs.host(path)
+        self._rootfs.remove(path)
+        if entry.isfifo():              # all containers of the function would share it: a way from one to the other
+            self._leave_out_pipe(path)
+            return
         if entry.issym():
             os.symlink(entry.linkname.encode("utf-8", "surrogateescape"), host)     # verbatim (A.3)
         elif entry.ischr() or entry.isblk():
@@ -5958,6 +5941,12 @@ class LayerApplier:
             os.mknod(host, kind | 0o600, os.makedev(entry.devmajor, entry.devminor))
         else:
             raise ImageError(f"{show(path)} is of the unknown tar type {entry.type!r}")
+        self._set_metadata(path, entry)
+
+    def _leave_out_pipe(self, path: bytes) -> None:
+        self._losses.pipes.add(path)
+        self._losses.note("{count} named pipes are left out: containers of a function would share them",
+                          os.fsdecode(path))
 
     def _create_hardlink(self, entry: TarInfo, path: bytes) -> None:
         """Link to a file of this or a lower layer; the entry's own metadata counts for nothing (C.3)."""
@@ -5982,7 +5971,8 @@ class LayerApplier:
     def _create_file(self, entry: TarInfo, path: bytes) -> None:
         """Make a new file. What is there is removed, not written through (C.1, C.2); holes of a sparse one stay holes."""
         self._budget.spend_size(entry.size)
-        if not self._is_free(path):
+        made = self._rootfs.made                        # nothing is there yet, mostly: no need to ask the kernel
+        if path.rpartition(b"/")[0] not in made or path in made or path in self._own:
             self._rootfs.remove(path)
         with self._rootfs.new_file(path) as file:
             for offset, count in [(0, entry.size)] if entry.sparse is None else entry.sparse:
@@ -5997,11 +5987,6 @@ class LayerApplier:
                 # The disk can begin with it: in the end, a deploy waits for the disk. For small files it is no gain.
                 libc.sync_file_range(file.fileno(), ctypes.c_int64(0), ctypes.c_int64(0), SYNC_FILE_RANGE_WRITE)
         self._set_metadata(path, entry)
-
-    def _is_free(self, path: bytes) -> bool:
-        """Return whether nothing is at path, as far as we know without asking the kernel: most files are new."""
-        made = self._rootfs.made
-        return path.rpartition(b"/")[0] in made and path not in made and path not in self._own
 
     # -- metadata --
 
@@ -6055,12 +6040,13 @@ class LayerApplier:
 
 def modification_time(entry: TarInfo) -> int:
     """Return an entry's mtime in nanoseconds, exact where a PAX record has it, within what a file system can hold."""
-    try:
-        seconds = Decimal(entry.pax_headers.get("mtime") or entry.mtime)
-    except (InvalidOperation, ValueError):
-        seconds = Decimal(0)
-    if not seconds.is_finite():
-        seconds = Decimal(0)
+    seconds = entry.mtime
+    if text := entry.pax_headers.get("mtime"):
+        try:
+            exact = Decimal(text)
+        except InvalidOperation:
+            exact = Decimal("nan")
+        seconds = exact if exact.is_finite() else 0
     return int(min(max(seconds, EARLIEST_TIME), LATEST_TIME) * 1_000_000_000)
 
 
@@ -6206,7 +6192,8 @@ def prepare_mount_targets(rootfs: Rootfs) -> None:
     has to make itself is written into a rootfs that other containers share.
     """
     for target in (b"/dev", b"/proc", b"/sys", b"/tmp"):
-        rootfs.make_real_directory(target)
+        if rootfs.kind(target) != stat.S_IFDIR:
+            rootfs.place_directory(target)
     os.chmod(rootfs.host(b"/tmp"), 0o1777)      # runc 1.1 gives a tmpfs the mode of the directory below it
     rootfs.write_file(os.fsencode(CONTROL_SOCKET), b"")
     if not rootfs.read_file(b"/etc/hosts", MAX_ACCOUNTS_SIZE).strip():      # Docker gives every container one
