@@ -5653,7 +5653,6 @@ class Rootfs:
         self._budget = budget
         self._resolved: dict[bytes, bytes] = {}         # directory as named → as it really is
         self.followed: list[bytes] = []                 # links on the way to what was found last
-        self.made: set[bytes] = set()                   # directories that we made, of which none was removed since
 
     def host(self, path: bytes) -> bytes:
         """Return the host's name of a resolved path."""
@@ -5737,7 +5736,6 @@ class Rootfs:
         """Put a new directory, 0755 root:root, in the place of whatever is there."""
         self.remove(path)
         self._budget.spend_steps(STEPS_PER_DIRECTORY)   # nobody counts those that an entry only implies
-        self.made.add(path)
         os.mkdir(self.host(path))
         os.chown(self.host(path), self.first_id, self.first_id)
         os.chmod(self.host(path), 0o755)                # whatever the umask is
@@ -5747,7 +5745,6 @@ class Rootfs:
         kind = self.kind(path)
         if kind in (stat.S_IFDIR, stat.S_IFLNK):
             self._resolved.clear()
-            self.made.clear()
         if kind == stat.S_IFDIR:
             shutil.rmtree(self.host(path))
         elif kind:
@@ -5829,7 +5826,6 @@ class LayerApplier:
     """Applies one layer's entries to a rootfs (rules A to D)."""
 
     def __init__(self, stream: LayerStream, rootfs: Rootfs, budget: Budget, losses: Losses):
-        """rootfs is an object of this layer's own: what one layer has resolved and made, the next may change."""
         self._stream = stream
         self._rootfs = rootfs
         self._budget = budget
@@ -5971,9 +5967,7 @@ class LayerApplier:
     def _create_file(self, entry: TarInfo, path: bytes) -> None:
         """Make a new file. What is there is removed, not written through (C.1, C.2); holes of a sparse one stay holes."""
         self._budget.spend_size(entry.size)
-        made = self._rootfs.made                        # nothing is there yet, mostly: no need to ask the kernel
-        if path.rpartition(b"/")[0] not in made or path in made or path in self._own:
-            self._rootfs.remove(path)
+        self._rootfs.remove(path)
         with self._rootfs.new_file(path) as file:
             for offset, count in [(0, entry.size)] if entry.sparse is None else entry.sparse:
                 if offset < 0 or count < 0 or offset + count > entry.size:
@@ -6092,13 +6086,9 @@ def resolve_user(user: str, passwd: bytes, group: bytes) -> Account:
     group brings no supplementary groups, as in Docker. Raises ImageError for a name that is in neither file.
     """
     name, _, group_name = user.partition(":")
-    name = name or "0"
-    uid = parse_id(name, "user")
-    account = None
-    for line in account_lines(passwd, 6):
-        if line[0] == name if uid is None else int(line[2]) == uid:
-            account = line
-            break
+    uid = parse_id(name or "0", "user")
+    account = next((line for line in account_lines(passwd, 6)
+                    if (line[0] == name if uid is None else int(line[2]) == uid)), None)
     if account is None and uid is None:
         raise ImageError(f"the image's user {name!r} is not in its /etc/passwd, or has an id from {IDS} on")
     uid = int(account[2]) if account else uid
@@ -6305,11 +6295,11 @@ def unpack_image(pieces: Iterator[bytes], directory: Path, tag: str, max_size: i
             with contextlib.closing(ByteStream(read_archive(pieces, budget))) as stream:
                 archive = Archive(stream, file)
             image = choose_image(archive, tag)
+            rootfs = Rootfs(rootfs_path, first_id, budget)
             for layer in image.layers:
                 with contextlib.closing(LayerStream(layer, archive.read(layer.member), budget)) as stream:
-                    LayerApplier(stream, Rootfs(rootfs_path, first_id, budget), budget, losses).apply()
+                    LayerApplier(stream, rootfs, budget, losses).apply()
                     stream.verify()
-        rootfs = Rootfs(rootfs_path, first_id, budget)
         try:
             process = resolve_process(image.config, rootfs)
             prepare_mount_targets(rootfs)

@@ -404,14 +404,15 @@ class Refused:
     tree: dict | None = None            # what is in the rootfs then, where that matters
 
 
-def apply_layers(rootfs: Path, layers: Iterable[bytes], losses: faasd.Losses, max_size: int = MAX_IMAGE_SIZE,
+def apply_layers(path: Path, layers: Iterable[bytes], losses: faasd.Losses, max_size: int = MAX_IMAGE_SIZE,
                  max_entries: int = MAX_IMAGE_ENTRIES) -> faasd.Budget:
     """Apply layers as unpack_image does, and return what they used."""
     budget = faasd.Budget(max_size, max_entries)
+    rootfs = faasd.Rootfs(path, FIRST_ID, budget)
     for data in layers:
         wanted = faasd.Layer("test", sha256(data), None)
         with contextlib.closing(faasd.LayerStream(wanted, iter([data]), budget)) as stream:
-            faasd.LayerApplier(stream, faasd.Rootfs(rootfs, FIRST_ID, budget), budget, losses).apply()
+            faasd.LayerApplier(stream, rootfs, budget, losses).apply()
             stream.verify()
     return budget
 
