@@ -4998,7 +4998,7 @@ PLAIN_HEADER = re.compile(rb"(.{100})([0-7]{7})[\0 ]([0-7]{7})[\0 ]([0-7]{7})[\0
 
 
 def parse_plain_header(block: bytes) -> TarInfo | None:
-    """Parse what nearly all entries have, in a third of tarfile's time; None for all other headers."""
+    """Parse what nearly all entries have, in a quarter of tarfile's time; None for all other headers."""
     match = PLAIN_HEADER.fullmatch(block)
     if not match:
         return None
@@ -5209,7 +5209,7 @@ def parse_json(data: bytes, kind: type, what: str):
     return document
 
 
-def read_field(document: dict, key: str, kind: type, what: str):
+def json_field(document: dict, key: str, kind: type, what: str):
     """Return document[key], or an empty kind() where it is null or absent (G.1); ImageError if it is another type."""
     value = document.get(key)
     if value is None:
@@ -5219,9 +5219,9 @@ def read_field(document: dict, key: str, kind: type, what: str):
     return value
 
 
-def read_strings(document: dict, key: str, what: str) -> list[str]:
+def json_strings(document: dict, key: str, what: str) -> list[str]:
     """Return document[key] as a list of strings that a process can be given."""
-    values = read_field(document, key, list, what)
+    values = json_field(document, key, list, what)
     if not all(isinstance(value, str) for value in values):
         raise ImageError(f"{what}: {key!r} is not a list of strings")
     for value in values:
@@ -5252,7 +5252,7 @@ DIGEST_PATTERN = re.compile(r"sha256:([0-9a-f]{64})")
 
 def blob_name(descriptor: dict) -> str:
     """Return the member that holds a descriptor's content (OCI image-layout.md)."""
-    match = DIGEST_PATTERN.fullmatch(read_field(descriptor, "digest", str, "a descriptor"))
+    match = DIGEST_PATTERN.fullmatch(json_field(descriptor, "digest", str, "a descriptor"))
     if not match:
         raise ImageError("a descriptor's digest is not sha256:…; other algorithms are not supported")
     return f"blobs/sha256/{match[1]}"
@@ -5262,8 +5262,8 @@ def docker_candidates(archive: Archive) -> list[Candidate]:
     """Return the images of a docker-archive's manifest.json."""
     what = "manifest.json"
     entries = check_objects(parse_json(archive.read_document(what), list, what), f"{what}: an entry")
-    return [Candidate(tuple(read_strings(entry, "RepoTags", what)), read_field(entry, "Config", str, what),
-                      tuple(read_strings(entry, "Layers", what))) for entry in entries]
+    return [Candidate(tuple(json_strings(entry, "RepoTags", what)), json_field(entry, "Config", str, what),
+                      tuple(json_strings(entry, "Layers", what))) for entry in entries]
 
 
 MAX_INDEX_DEPTH = 4                 # OCI indexes inside indexes
@@ -5281,7 +5281,7 @@ class OciIndex:
     def candidates(self) -> list[Candidate]:
         found = []
         for descriptor in self._wanted("index.json"):
-            annotations = read_field(descriptor, "annotations", dict, "a descriptor")
+            annotations = json_field(descriptor, "annotations", dict, "a descriptor")
             tags = tuple(annotations[key] for key in ("io.containerd.image.name", "org.opencontainers.image.ref.name")
                          if isinstance(annotations.get(key), str))
             found += [replace(candidate, tags=tags) for candidate in self._resolve(blob_name(descriptor), 1)]
@@ -5302,8 +5302,8 @@ class OciIndex:
             nested = (self._resolve(blob_name(d), depth + 1) for d in self._wanted(member))
             found = next(filter(None, nested), [])
         else:
-            layers = check_objects(read_field(document, "layers", list, member), f"{member}: a layer")
-            found = [Candidate(tags=(), config=blob_name(read_field(document, "config", dict, member)),
+            layers = check_objects(json_field(document, "layers", list, member), f"{member}: a layer")
+            found = [Candidate(tags=(), config=blob_name(json_field(document, "config", dict, member)),
                                layers=tuple(map(blob_name, layers)))]
         self._found[member] = found
         return found
@@ -5318,9 +5318,9 @@ class OciIndex:
 
     def _wanted(self, member: str) -> Iterator[dict]:
         """Yield the descriptors of an index that may be for this machine."""
-        descriptors = read_field(self._document(member), "manifests", list, member)
+        descriptors = json_field(self._document(member), "manifests", list, member)
         for descriptor in check_objects(descriptors, f"{member}: an entry"):
-            platform_ = read_field(descriptor, "platform", dict, "a descriptor")
+            platform_ = json_field(descriptor, "platform", dict, "a descriptor")
             name = f"{platform_.get('os')}/{platform_.get('architecture')}"
             # Without a platform the config will tell; unknown/unknown are attestations (docker buildx).
             if not platform_ or name == f"linux/{self._architecture}":
@@ -5375,8 +5375,8 @@ def choose_image(archive: Archive, tag: str) -> Image:
     chosen = choose_candidate(candidates, tag)
     data = archive.read_document(chosen.config)
     config = parse_json(data, dict, what)
-    system = read_field(config, "os", str, what) or "linux"
-    machine = read_field(config, "architecture", str, what) or architecture
+    system = json_field(config, "os", str, what) or "linux"
+    machine = json_field(config, "architecture", str, what) or architecture
     if (system, machine) != ("linux", architecture):
         raise ImageError(f"the image is for {system}/{machine}; this machine is linux/{architecture}")
     tag = tag or (chosen.tags[0] if chosen.tags else "")
@@ -5387,7 +5387,7 @@ def choose_image(archive: Archive, tag: str) -> Image:
 
 def pair_layers(chosen: Candidate, config: dict) -> list[Layer]:
     """Return the layers with the digests that the config promises for them (E.3)."""
-    diff_ids = read_strings(read_field(config, "rootfs", dict, "the image config"), "diff_ids", "the image config")
+    diff_ids = json_strings(json_field(config, "rootfs", dict, "the image config"), "diff_ids", "the image config")
     if len(diff_ids) != len(chosen.layers):
         raise ImageError(f"the image lists {len(chosen.layers)} layers but {len(diff_ids)} diff_ids; "
                          "save it again (docker 25.0.0 wrote such archives)")
@@ -5965,7 +5965,7 @@ class LayerApplier:
         os.link(self._rootfs.host(real), self._rootfs.host(path), follow_symlinks=False)
 
     def _create_file(self, entry: TarInfo, path: bytes) -> None:
-        """Make a new file. What is there is removed, not written through (C.1, C.2); holes of a sparse one stay holes."""
+        """Make a new file; holes stay holes. What is there is removed, not written through (C.1, C.2)."""
         self._budget.spend_size(entry.size)
         self._rootfs.remove(path)
         with self._rootfs.new_file(path) as file:
@@ -6193,25 +6193,25 @@ def prepare_mount_targets(rootfs: Rootfs) -> None:
 def resolve_process(config: dict, rootfs: Rootfs) -> dict:
     """Return what an image config says about its process, with users and volumes looked up in the rootfs (rules G)."""
     what = "the image config"
-    settings = read_field(config, "config", dict, what)
-    account = resolve_user(read_field(settings, "User", str, what),
+    settings = json_field(config, "config", dict, what)
+    account = resolve_user(json_field(settings, "User", str, what),
                            rootfs.read_file(b"/etc/passwd", MAX_ACCOUNTS_SIZE),
                            rootfs.read_file(b"/etc/group", MAX_ACCOUNTS_SIZE))
-    cwd = prepare_working_directory(rootfs, read_field(settings, "WorkingDir", str, what))
-    env = [entry for entry in read_strings(settings, "Env", what) if "=" in entry]     # runc refuses one without
+    cwd = prepare_working_directory(rootfs, json_field(settings, "WorkingDir", str, what))
+    env = [entry for entry in json_strings(settings, "Env", what) if "=" in entry]     # runc refuses one without
     for key, value in ("PATH", DEFAULT_PATH), ("HOME", account.home):
         if not any(entry.startswith(key + "=") for entry in env):       # G.2
             env.append(f"{key}={value}")
-    labels = read_field(settings, "Labels", dict, what)
+    labels = json_field(settings, "Labels", dict, what)
     if not all(isinstance(value, str) for value in labels.values()):
         raise ImageError(f"{what} has a label that is no text")
     return {
-        "entrypoint": read_strings(settings, "Entrypoint", what), "cmd": read_strings(settings, "Cmd", what),
+        "entrypoint": json_strings(settings, "Entrypoint", what), "cmd": json_strings(settings, "Cmd", what),
         "env": env, "cwd": cwd, "uid": account.uid, "gid": account.gid, "groups": account.groups,
-        "volumes": prepare_volumes(rootfs, read_field(settings, "Volumes", dict, what)),
+        "volumes": prepare_volumes(rootfs, json_field(settings, "Volumes", dict, what)),
         "resolv_conf": prepare_resolv_conf(rootfs),
-        "labels": labels, "stop_signal": read_field(settings, "StopSignal", str, what),
-        "exposed_ports": sorted(read_field(settings, "ExposedPorts", dict, what)),
+        "labels": labels, "stop_signal": json_field(settings, "StopSignal", str, what),
+        "exposed_ports": sorted(json_field(settings, "ExposedPorts", dict, what)),
     }
 
 
