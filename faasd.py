@@ -5535,7 +5535,7 @@ class Budget:
         self.check_size(self._read)
 
     def check_size(self, size: int) -> None:
-        """Raise LimitExceeded for more bytes than there may be: of an archive, of its layers, of their files."""
+        """Raise FaasdError for more bytes than there may be: of an archive, of its layers, of their files."""
         if size > self._max_size:
             raise FaasdError(f"the unpacked image is over {self._max_size} bytes (--max-image-size)", status=413)
 
