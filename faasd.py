@@ -18,14 +18,14 @@ client and handler talk kernel to kernel; faasd neither parses nor copies a byte
       |<----- FIN ------| close our duplicate; reap runc; rmdir RUN_DIR/containers/ID
 
 One invocation, in the names used below:
-    Function._accept       accept from a listener with TCP_DEFER_ACCEPT
-    Function._serve        the rest of it, as one coroutine; what faasd itself answers is a Refusal
-    Function._turn         in the queue; dispatch gives the client that waits longest a warm container, if there is one,
+    Entrance._accept       accept from a listener with TCP_DEFER_ACCEPT
+    Invocation.serve       the rest of it, as one coroutine; what faasd itself answers is a Refusal
+    Function.take_turn     in the queue; dispatch gives the client that waits longest a warm container, if there is one,
                            and Pool.reconcile starts whatever is missing
     Container.start        private directory, config.json, control.sock, runc run, wait for the connect
     Container.hand_over    one sendmsg with one descriptor
-    Function._work         until Container.said: end of file (or a READY byte) on the control connection, or runc's exit
-    Function._conclude     no byte sent (TCP_INFO, which only Workers may ask)? then 502 or 504 on our duplicate
+    Invocation._work       until Container.said: end of file (or a READY byte) on the control connection, or runc's exit
+    Invocation._conclude   no byte sent (TCP_INFO, which only Workers may ask)? then 502 or 504 on our duplicate
     Container.finish       the container exits or is killed, runc removes its cgroups, faasd its directory
 
 One asyncio loop in the main thread owns listeners, containers, functions and the registry, so there are no locks. What
@@ -56,7 +56,7 @@ Not trusted: images, handlers and clients. Not done here: TLS, HTTP, load balanc
 Top to bottom, in the order in which a request meets it:
     Words                       units, errors, small tools
     What the user asks for      Options, FunctionRecord, Registry
-    An invocation               Function, Refusal, TcpState
+    An invocation               Entrance, Function, Invocation, Refusal, TcpState
     The warm pool               Pool, Demand, Starter
     A container                 Container, OutputReader, Workers
     What a container is made of Bundle, seccomp, Runtime, Cgroups
@@ -587,10 +587,9 @@ class Release(enum.Enum):
 
 
 class Refusal(Exception):
-    """An invocation ends without a handler's answer: what faasd says instead, with a status, and how it is counted."""
+    """An invocation ends without a handler's answer: how that is counted, and what faasd says, if there is a status."""
 
     def __init__(self, outcome: str, status: int = 0, reason: str = ""):
-        """status 0: there is nobody to tell."""
         super().__init__(reason)
         self.outcome, self.status, self.reason = outcome, status, reason
 
@@ -614,320 +613,218 @@ class Services:
     logs: Writer                # of the functions' logs
 
 
-MAX_REQUEST = 200                   # characters of a request's first line in our logs
+class Tasks(set):
+    """Tasks that are under way, held because the loop does not. One that fails is a fault of ours, and is logged."""
+
+    def __init__(self, what: str):
+        super().__init__()
+        self._what = what
+
+    def start(self, coroutine) -> asyncio.Task:
+        task = asyncio.get_running_loop().create_task(coroutine)
+        self.add(task)
+        task.add_done_callback(self._end)
+        return task
+
+    def _end(self, task: asyncio.Task) -> None:
+        self.discard(task)
+        if not task.cancelled() and (error := task.exception()):
+            log.error("%s failed inside faasd", self._what, exc_info=error)
+
+    def cancel(self) -> None:
+        for task in self:
+            task.cancel()
+
+    async def finish(self) -> None:
+        """Return when all are done."""
+        while self:
+            await asyncio.wait(self)
 
 
-@dataclass(eq=False, slots=True)
-class Invocation:
-    """One connection from accept to the last trace of its container. Times are the loop's."""
-    client: socket.socket
-    peer: str
-    request: bytes                      # as much of it as was there
-    accepted: float
-    turn: asyncio.Future[None] | None = None        # done when a handler has the client; a Refusal if none will
-    timer: asyncio.TimerHandle | None = None        # while it waits for that
-    container: Container | None = None
-    pool: Pool | None = None            # the container's
-    tries: int = 0                      # hand-overs; none by this daemon for an adopted one
-    handed: float = 0.0                 # the client was handed over
-    handled: float = 0.0                # the handler let go
-    outcome: str = ""
-    status: int = 0                     # of the answer that faasd itself gave, if it did
-    reason: str = ""
-    exit_status: int | None = None
-    received: int = 0                   # bytes on the client's connection
-    sent: int = 0
-
-    @property
-    def wait_seconds(self) -> float | None:
-        return self.handed - self.accepted if self.handed and self.tries else None
-
-    @property
-    def start_seconds(self) -> float | None:
-        """How long the container took to start; None unless this was its first client."""
-        return self.container.start_seconds if self.container and self.container.served == 1 else None
-
-    @property
-    def run_seconds(self) -> float | None:
-        return self.handled - self.handed if self.handed and self.handled else None
-
-    def line(self) -> str:
-        """Return the invocation as key=value for the log."""
-        first_line = self.request.partition(b"\n")[0].removesuffix(b"\r").decode("utf-8", "surrogateescape")
-        parts = [f"outcome={self.outcome} client={self.peer} request={quote(first_line, MAX_REQUEST)}"]
-        for key, seconds in (("wait", self.wait_seconds), ("start", self.start_seconds), ("run", self.run_seconds)):
-            parts.append(f"{key}=-" if seconds is None else f"{key}={seconds * 1000:.1f}ms")
-        exit_status = "-" if self.exit_status is None else self.exit_status
-        parts.append(f"received={self.received} sent={self.sent} exit={exit_status}")
-        if self.status:
-            parts.append(f"status={self.status}")
-        if self.reason:
-            parts.append(f"reason={quote(self.reason, MAX_MESSAGE)}")
-        return " ".join(parts)
-
-
-MAX_TRIES = 2                       # hand-overs of a client whose container dies before it has taken it
 FIRST_BYTE_SECONDS = 75             # for what is accepted without data; load balancers keep such ready for 60 s
-SCARCE_QUEUE = 16                   # connections that wait for one function while few descriptors are left
-DRAIN_SECONDS = 120.0               # for a client to take the rest of its answer from the kernel, without a --timeout
-DRAIN_LOOKS = (0.01, 0.25)          # seconds between two looks whether it has, first and at most
-LINGER_SECONDS = 2.0                # reading what the client still sends after our own 502 or 504
-LINGER_BYTES = 16 * MIB             # of it, at most
 ACCEPT_BATCH = 64                   # connections accepted before other events get their turn
 ACCEPT_PAUSE = 0.5                  # seconds without accepting when descriptors have run out
 
 
-class Function:
-    """Accepts connections on one address and gives each a container of its own. Lives on the loop's thread.
+class Entrance:
+    """Accepts a function's connections, and lets in those on which a client has said something."""
 
-    An invocation waits in `_waiting` until the pool has a container for it and fewer than `concurrency` are in flight.
-    It is in `_active` from admission until the last trace of its container is gone.
-    """
-
-    def __init__(self, record: FunctionRecord, services: Services, log_: FunctionLog):
-        self.record = record
-        self.log = log_
-        self.pool: Pool | None = None           # None: cannot run, error says why
-        self.error = ""
-        self.leaving = False                    # being removed: no longer written down
-        self.draining = False                   # serves whom it has accepted, and nobody else
-        self.demand = Demand()
-        self.statistics = Statistics()
-        self._warnings = Warnings(record.name, services.host.loop)
-        self._services = services
-        self._loop = services.host.loop
+    def __init__(self, function: Function):
+        self._function = function
+        self._loop = function.loop
         self._listener: socket.socket | None = None
-        self._waiting: collections.OrderedDict[Invocation, None] = collections.OrderedDict()
-        self._in_flight: set[Invocation] = set()        # a handler has, or had, the client, and we have it still
-        self._active: set[Invocation] = set()
-        self._quiet = asyncio.Event()           # nothing is active
-        self._quiet.set()
-        self._queue_empty = asyncio.Event()     # nobody waits
-        self._queue_empty.set()
-        self._old_pools: set[Pool] = set()      # of versions that were replaced, with containers left
-        self._silent: set[asyncio.Task] = set()         # connections that have said nothing yet
-        self._tasks: set[asyncio.Task] = set()          # an invocation each
+        self._silent = Tasks(f"function={function.record.name} waiting for a request")
 
-    @property
-    def version(self) -> Version | None:
-        return self.pool.version if self.pool else None
-
-    @property
-    def state(self) -> str:
-        if self.leaving:
-            return "removing"
-        return "ready" if self.pool else "broken"
-
-    @property
-    def queued(self) -> int:
-        return len(self._waiting)
-
-    @property
-    def in_flight(self) -> int:
-        return len(self._in_flight)
-
-    @property
-    def running(self) -> int:
-        """Invocations of which something is left, other than those that wait."""
-        return len(self._active) - len(self._waiting)
-
-    @property
-    def patient_until(self) -> float:
-        """The loop time until which clients wait for a container to come back; infinite if none does."""
-        if not self._waiting or self.record.options.reuse == 1:
-            return math.inf
-        return next(iter(self._waiting)).accepted + self.demand.patience
-
-    @property
-    def entitled(self) -> int:
-        """How many of the clients that wait may be served now."""
-        return max(0, min(len(self._waiting), self.record.options.concurrency - self.in_flight))
-
-    @property
-    def wanted(self) -> int:
-        """How many containers should be started for clients that wait."""
-        if self._loop.time() < self.patient_until < math.inf:
-            return max(0, self.entitled - self.in_flight)
-        return self.entitled
-
-    # -- accept --
-
-    def listen(self, listener: socket.socket) -> None:
-        """Take connections from a listening socket, which becomes the function's."""
+    def open(self, listener: socket.socket) -> None:
+        """Take connections from a listening socket, which becomes ours."""
         self._listener = listener
         self._loop.add_reader(listener, self._accept)
 
+    def close(self, end: Callable[[socket.socket], None]) -> None:
+        """Accept what the kernel has completed already, and no more; end closes the listening socket."""
+        if self._listener is not None:
+            while self._accept():
+                continue
+            self._loop.remove_reader(self._listener)
+            end(self._listener)
+            self._listener = None
+        self._silent.cancel()
+
     def _accept(self) -> bool:
         """Take connections that are there; return whether there may be more."""
+        listener, services = self._listener, self._function.services
         for _ in range(ACCEPT_BATCH):
             try:
-                self._services.host.descriptors.check_client()
-                client, (host, port) = self._listener.accept()
+                services.host.descriptors.check_client()
+                client, (host, port) = listener.accept()
             except BlockingIOError:
                 return False
             except ConnectionAbortedError:
                 continue
             except OSError as error:            # EMFILE, ENFILE, ENOBUFS, ENOMEM: trying again at once would spin
-                log.error("function=%s cannot accept: %s", self.record.name, error.strerror)
-                self._pause()
+                log.error("function=%s cannot accept: %s", self._function.record.name, error.strerror)
+                self._loop.remove_reader(listener)
+                self._loop.call_later(ACCEPT_PAUSE, lambda: self._listener is listener and self.open(listener))
                 return False
-            self._services.lag.probe()
+            services.lag.probe()
             self._receive(client, f"{host}:{port}")
         return True
 
-    def _pause(self) -> None:
-        self._loop.remove_reader(self._listener)
-        listener = self._listener
-        self._loop.call_later(ACCEPT_PAUSE,
-                              lambda: self._listener is listener and self._loop.add_reader(listener, self._accept))
-
-    def stop_listening(self, keep: bool = False) -> None:
-        """Accept what the kernel has completed already, then refuse new connections.
-
-        With keep, the next ones are for the next daemon, if somebody keeps the listening socket until then.
-        """
-        self.draining = True
-        if self._listener is not None:
-            while self._accept():
-                continue
-            self._loop.remove_reader(self._listener)
-            if keep:
-                self._listener.close()
-            else:
-                refuse_connections(self._listener)
-            self._listener = None
-        if self.pool:
-            self.pool.reconcile()
-
     def _receive(self, client: socket.socket, peer: str) -> None:
-        """Admit a client that has said something.
+        """Let in a client that has said something.
 
         TCP_DEFER_ACCEPT has normally waited for that. After its time, and when the kernel falls back to SYN cookies,
         a connection is accepted without data; it still costs no container until there is some.
         """
-        try:
-            request = peek(client)
-        except BlockingIOError:
-            task = self._loop.create_task(self._await_request(client, peer))
-            self._silent.add(task)
-            task.add_done_callback(self._silent.discard)
-            return
-        if request:
-            self._begin(Invocation(client, peer, request, self._loop.time()))
+        request = peek(client)
+        if request is None:
+            self._silent.start(self._await_request(client, peer))
+        elif request:
+            self._function.begin(Invocation(self._function, client, peer, request, self._loop.time()))
         else:
             client.close()
 
     async def _await_request(self, client: socket.socket, peer: str) -> None:
-        spoke = False
         with contextlib.suppress(asyncio.CancelledError):
-            spoke = await self._services.silent.hear(client, peer, FIRST_BYTE_SECONDS)
-        if spoke:
-            self._receive(client, peer)
-        else:
-            client.close()
+            if await self._function.services.silent.hear(client, peer, FIRST_BYTE_SECONDS):
+                self._receive(client, peer)
+                return
+        client.close()
 
-    def _begin(self, invocation: Invocation) -> None:
-        self._active.add(invocation)
-        self._quiet.clear()
+
+MAX_TRIES = 2                       # hand-overs of a client whose container dies before it has taken it
+SCARCE_QUEUE = 16                   # connections that wait for one function while few descriptors are left
+
+
+class Function:
+    """Gives each client of one address a container of its own. Lives on the loop's thread.
+
+    An invocation is in `waiting` until the pool has a container for it and fewer than `concurrency` are `in_flight`.
+    """
+
+    def __init__(self, record: FunctionRecord, services: Services, log_: FunctionLog):
+        self.record = record
+        self.log = log_
+        self.pool: Pool | None = None           # None: broken, error says why
+        self.error = ""
+        self.being_removed = False              # no longer written down
+        self.draining = False                   # serves those it has accepted, and nobody else
+        self.demand = Demand()
+        self.statistics = Statistics()
+        self.services = services
+        self.loop = services.host.loop
+        self.entrance = Entrance(self)
+        self.waiting: collections.OrderedDict[Invocation, None] = collections.OrderedDict()
+        self.in_flight: set[Invocation] = set()         # a handler has, or had, the client, and we have it still
+        self._invocations = Tasks(f"function={record.name} an invocation")
+        self.retirements = Tasks(f"function={record.name} a retirement")      # of versions, until no container is left
+        self._warnings = Warnings(record.name, self.loop)
+
+    @property
+    def running(self) -> int:
+        """Invocations of which something is left, other than those that wait."""
+        return len(self._invocations) - len(self.waiting)
+
+    @property
+    def entitled(self) -> int:
+        """How many of the clients that wait may be served now."""
+        return max(0, min(len(self.waiting), self.record.options.concurrency - len(self.in_flight)))
+
+    @property
+    def patient_until(self) -> float:
+        """The loop time until which clients wait for a container to come back; -inf if none does."""
+        if not self.waiting or self.record.options.reuse == 1:
+            return -math.inf
+        return next(iter(self.waiting)).accepted + self.demand.patience
+
+    @property
+    def wanted(self) -> int:
+        """How many containers should be started, or be starting, for clients that wait."""
+        if self.loop.time() < self.patient_until:
+            return max(0, self.entitled - len(self.in_flight))
+        return self.entitled
+
+    # -- clients --
+
+    def begin(self, invocation: Invocation) -> None:
         self.statistics.requests += 1
-        task = self._loop.create_task(self._serve(invocation))
-        self._tasks.add(task)
-        task.add_done_callback(self._forget)
+        self._invocations.start(invocation.serve())
 
-    def _forget(self, task: asyncio.Task) -> None:
-        self._tasks.discard(task)
-        if task.exception() is not None:
-            log.error("function=%s an invocation failed inside faasd", self.record.name, exc_info=task.exception())
-
-    # -- the life of an invocation --
-
-    async def _serve(self, invocation: Invocation) -> None:
-        """Wait for a container, let its handler work, and see to it that the client has an answer."""
-        try:
-            try:
-                if invocation.container is None:        # else it is adopted
-                    self._admit(invocation)
-                    await self._turn(invocation)
-                while (said := await self._work(invocation)) is Release.UNTAKEN and invocation.tries < MAX_TRIES:
-                    await self._take_back(invocation)
-                    await self._turn(invocation)
-                if said is Release.LEFT:
-                    await self._leave(invocation)
-                    return
-                await self._conclude(invocation, said)
-            except Refusal as refusal:
-                await self._refuse(invocation, refusal)
-            self._write_down(invocation)
-        finally:
-            self._inactive(invocation)
-            self._close(invocation)
-
-    def _admit(self, invocation: Invocation) -> None:
+    def admit(self, invocation: Invocation) -> None:
         """Raise Refusal if a client cannot wait here."""
         if was_reset(invocation.client):        # after it had sent its request
             raise Refusal("abandoned")
         self.demand.arrived(invocation.accepted)
-        options, waiting = self.record.options, len(self._waiting)
-        if self.in_flight + waiting >= options.concurrency + options.queue:
+        options, waiting = self.record.options, len(self.waiting)
+        if len(self.in_flight) + waiting >= options.concurrency + options.queue:
             raise Refusal("queue-full", 503, f"{options.concurrency} invocations are in flight and {options.queue} "
                                              "connections wait already")
-        if waiting >= SCARCE_QUEUE and self._services.host.descriptors.are_scarce(invocation.client.fileno()):
+        few = self.services.host.descriptors.limit * 3 // 4         # the client's was the lowest that was free
+        if waiting >= SCARCE_QUEUE and invocation.client.fileno() >= few:
             raise Refusal("queue-full", 503, f"faasd has few descriptors left, and {waiting} connections wait already")
 
-    # -- wait --
-
-    async def _turn(self, invocation: Invocation) -> None:
+    async def take_turn(self, invocation: Invocation) -> None:
         """Return when a handler has the client. Raises Refusal if none will; one that has waited before goes first."""
-        invocation.turn = self._loop.create_future()
-        self._waiting[invocation] = None
+        turn = invocation.turn = self.loop.create_future()
+        self.waiting[invocation] = None
         if invocation.tries:
-            self._waiting.move_to_end(invocation, last=False)
-        self._queue_empty.clear()
+            self.waiting.move_to_end(invocation, last=False)
         self.dispatch()
-        if not invocation.turn.done():
-            moment = invocation.accepted + self.record.options.queue_timeout
-            invocation.timer = self._loop.call_at(moment, self._on_queue_timeout, invocation)
-            self._services.hangups.watch(invocation.client, functools.partial(self._on_hangup, invocation))
-        await invocation.turn
+        if not turn.done():
+            self.services.hangups.watch(invocation.client, functools.partial(self._on_hangup, invocation))
+            options, until = self.record.options, invocation.accepted
+            for seconds in (options.queue_timeout, options.start_timeout):
+                until += seconds
+                await asyncio.wait([turn], timeout=until - self.loop.time())
+                # The first ones have a start under way, and may wait for its end; not for that of another after it.
+                if turn.done() or invocation not in itertools.islice(self.waiting, self.pool.starting):
+                    break
+            self.services.hangups.forget(invocation.client)
+            if not turn.done():
+                self._refuse(invocation, Refusal("queue-timeout", 503, "no container was free in time"))
+        turn.result()
 
     def dispatch(self) -> None:
         """Give clients that wait containers that wait, in order, and have the pool make what is missing."""
         limit = self.record.options.concurrency
-        while self._waiting and self.in_flight < limit and (container := self.pool.take()):
-            invocation = next(iter(self._waiting))
+        while self.waiting and len(self.in_flight) < limit and (container := self.pool.take()):
+            invocation = next(iter(self.waiting))
             invocation.tries += 1
             if container.hand_over(invocation.client):
-                self._in_flight.add(invocation)
+                self.in_flight.add(invocation)
                 invocation.container, invocation.pool = container, self.pool
-                invocation.handed = self._loop.time()
-                self._end_turn(invocation)
+                invocation.handed = self.loop.time()
+                del self.waiting[invocation]
+                invocation.turn.set_result(None)
                 continue
             self.pool.dismiss(container)
             if invocation.tries >= MAX_TRIES:
                 self.pool.failed(StartFailed("the handler connected, but cannot be handed a client", [], 502))
         self.pool.reconcile()
 
-    def _end_turn(self, invocation: Invocation, refusal: Refusal | None = None) -> None:
-        del self._waiting[invocation]
-        if not self._waiting:
-            self._queue_empty.set()
-        if invocation.timer:
-            invocation.timer.cancel()
-            invocation.timer = None
-            self._services.hangups.forget(invocation.client)
-        if refusal:
-            invocation.turn.set_exception(refusal)
-        else:
-            invocation.turn.set_result(None)
-
-    def _on_queue_timeout(self, invocation: Invocation) -> None:
-        # The first ones have a start under way, and may wait for its end; not for that of another after it.
-        moment = invocation.timer.when() + self.record.options.start_timeout
-        longest = invocation.accepted + self.record.options.queue_timeout + self.record.options.start_timeout
-        if invocation in itertools.islice(self._waiting, self.pool.starting) and moment <= longest:
-            invocation.timer = self._loop.call_at(moment, self._on_queue_timeout, invocation)
-        else:
-            self._end_turn(invocation, Refusal("queue-timeout", 503, "no container was free in time"))
+    def _refuse(self, invocation: Invocation, refusal: Refusal) -> None:
+        del self.waiting[invocation]
+        invocation.turn.set_exception(refusal)
 
     def _on_hangup(self, invocation: Invocation, events: int) -> None:
         """Drop a client that gave up, so that it costs no container.
@@ -935,185 +832,39 @@ class Function:
         One that has only closed its own direction looks the same as one that has left. Programs do that behind a
         request (`nc -N`), so it is giving up only if the request is not whole.
         """
+        if invocation.turn.done():              # just now: a handler may hold the lock of the client's socket
+            return
         if not events & (select.EPOLLHUP | select.EPOLLERR) and (invocation.tries or is_whole(invocation.client)):
-            self._services.hangups.allow_half_close(invocation.client)
+            self.services.hangups.allow_half_close(invocation.client)
         else:
-            self._end_turn(invocation, Refusal("abandoned"))
+            self._refuse(invocation, Refusal("abandoned"))
 
     def refuse_first(self, failure: StartFailed) -> bool:
         """Tell the client that waits longest that its container did not start; return False if there is none."""
         if not self.entitled:
             return False
-        self._end_turn(next(iter(self._waiting)), Refusal("start-failed", failure.status, str(failure)))
+        self._refuse(next(iter(self.waiting)), Refusal("start-failed", failure.status, str(failure)))
         return True
-
-    # -- work --
-
-    async def _work(self, invocation: Invocation) -> Release:
-        """Return how the handler has let go, or why it may not go on."""
-        container, timeout = invocation.container, invocation.pool.options.timeout
-        if not timeout:
-            return await container.said
-        timer = self._loop.call_at(invocation.handed + timeout, container.end_wait, Release.OVERDUE)
-        said = await container.said
-        timer.cancel()
-        return said
 
     def adopt(self, survivors: list[Survivor]) -> None:
         """Go on with invocations that the daemon before left; their containers will serve nobody else.
 
         When they began is not known any more, so `timeout` counts from now, as it is set now.
         """
-        pool = Pool(self, self.version, self._services)
-        self._old_pools.add(pool)
-        while survivors:                # what is left in the list after an error has not been adopted
-            survivor = survivors[-1]
-            container = Container.adopt(self._services.host, survivor, self.log.write_output)
-            survivors.pop()
-            invocation = Invocation(survivor.client, survivor.peer, b"", self._loop.time())
-            invocation.handed = invocation.accepted
-            invocation.container, invocation.pool = container, pool
-            pool.hold(container)
-            self._in_flight.add(invocation)
-            self._begin(invocation)
-        pool.close()
+        pool = Pool(self, self.pool.version)
+        try:
+            while survivors:            # what is left in the list after an error has not been adopted
+                survivor, now = survivors[-1], self.loop.time()
+                container = Container.adopt(self.services.host, survivor, self.log.write_output)
+                survivors.pop()
+                pool.containers.add(container)
+                invocation = Invocation(self, survivor.client, survivor.peer, b"", now, container, pool, handed=now)
+                self.in_flight.add(invocation)
+                self.begin(invocation)
+        finally:
+            self._retire(pool)
 
-    async def _take_back(self, invocation: Invocation) -> None:
-        """Take a client from a container that died before it took it. Others in it may have seen the socket."""
-        log.info("function=%s container=%s died before it took its client", self.record.name, invocation.container.id)
-        await invocation.pool.kill(invocation.container)
-        self._in_flight.discard(invocation)
-        invocation.container, invocation.handed = None, 0.0
-
-    # -- conclude --
-
-    def _call(self, invocation: Invocation, call: Callable, *arguments) -> asyncio.Future:
-        """Make a system call on the client's connection. A container that keeps us waiting is killed."""
-        overdue = invocation.container.kill_soon if invocation.container else None
-        return self._services.host.workers.run(call, *arguments, overdue=overdue)
-
-    def _ask(self, invocation: Invocation) -> asyncio.Future[TcpState]:
-        return self._call(invocation, TcpState.of, invocation.client)
-
-    def _let_go(self, invocation: Invocation) -> None:
-        """Close our descriptor of the client's connection.
-
-        It may be the last one. To close that takes the lock of each epoll set that the socket is in, and a handler can
-        hold its own, in an epoll_wait(2) that sleeps in page faults.
-        """
-        descriptor = invocation.client.detach()
-        if descriptor >= 0:
-            self._call(invocation, os.close, descriptor)
-
-    async def _conclude(self, invocation: Invocation, said: Release) -> None:
-        """See to the end of an invocation whose handler has let go. Raises Refusal if the answer must be ours."""
-        container, pool = invocation.container, invocation.pool
-        invocation.handled = self._loop.time()
-        if said in CUTS:
-            invocation.exit_status = await pool.kill(container)
-            raise Refusal(*CUTS[said])
-        gone = said is not Release.READY
-        if gone:
-            container.look_for_memory()         # now: its cgroups are about to be removed
-        state = await self._ask(invocation)
-        if gone and state.is_open and container.out_of_memory:
-            invocation.exit_status = await pool.kill(container)
-            raise Refusal(*OUT_OF_MEMORY)
-        if container.killed and state.is_open:
-            invocation.exit_status = await pool.kill(container)
-            raise Refusal("no-answer", 502, "the handler kept its client's connection locked, and was killed")
-        if state.can_answer or gone and state.is_open and container.may_have_run_out_of_memory:
-            # Once nobody in the container has the socket any more, and all is known of its memory.
-            invocation.exit_status = await pool.end(container)
-            if gone and container.out_of_memory:
-                raise Refusal(*OUT_OF_MEMORY)
-        if state.can_answer:
-            # One that let go, but stayed until we killed it, has no exit to speak of.
-            end = "let go" if container.killed else container.describe_end(invocation.exit_status)
-            raise Refusal("no-answer", 502, f"the handler {end} without an answer")
-        invocation.outcome = "answered" if state.sent else "closed"
-        invocation.received, invocation.sent = state.received, state.sent
-        self.demand.run.add(invocation.handled - invocation.handed)
-        if not state.unacknowledged:            # first: what follows is nothing the client should wait for
-            self._let_go(invocation)
-            self._in_flight.discard(invocation)
-        ending = None
-        if said is Release.READY and state.sent and container.served < pool.options.reuse and pool is self.pool:
-            pool.put(container)
-        else:
-            ending = self._loop.create_task(pool.end(container))
-            self.dispatch()
-        if state.unacknowledged:
-            await self._drain(invocation, state)
-        if ending:
-            invocation.exit_status = await ending
-        if container.out_of_memory:
-            invocation.reason = "the container ran out of memory after its answer"
-
-    async def _refuse(self, invocation: Invocation, refusal: Refusal) -> None:
-        """Answer a client, unless its handler, or the client itself, left nothing to answer on.
-
-        Half an answer that we have cut ends in a reset, lest it look whole.
-        """
-        invocation.outcome, invocation.reason = refusal.outcome, refusal.reason
-        if not refusal.status:
-            return
-        state = await self._ask(invocation)
-        if state.can_answer:
-            invocation.status = refusal.status
-            container = f" (container {invocation.container.id})" if invocation.container else ""
-            line = f"function {self.record.name}: {refusal.reason}{container}"
-            with contextlib.suppress(OSError):          # the client has left
-                await self._call(invocation, invocation.client.send, answer(refusal.status, line), socket.MSG_DONTWAIT)
-                await self._linger(invocation)
-        elif state.is_open:
-            await self._call(invocation, reset_connection, invocation.client)
-        elif state.unacknowledged:              # the handler has ended its answer, and did not let go
-            await self._drain(invocation, state)
-            return
-        state = await self._ask(invocation)
-        invocation.received, invocation.sent = state.received, state.sent
-
-    async def _linger(self, invocation: Invocation) -> None:
-        """End the answer, and read and drop what the client still sends. Raises OSError if it has left.
-
-        To close a socket with unread data sends a reset, which can destroy the answer before the client has read it.
-        """
-        client = invocation.client
-        client.setblocking(False)
-        await self._call(invocation, client.shutdown, socket.SHUT_WR)
-        room, until = LINGER_BYTES, self._loop.time() + LINGER_SECONDS
-        while room > 0 and await self._services.answering.hear(client, invocation.peer, until - self._loop.time()):
-            # A handler that has the socket still may have read it first, and made the socket a blocking one again.
-            data = await self._call(invocation, client.recv, COPY_CHUNK, socket.MSG_DONTWAIT)
-            if not data:
-                break
-            room -= len(data)
-
-    async def _drain(self, invocation: Invocation, state: TcpState) -> None:
-        """Wait until the client has taken all of its answer, for that is memory which no container answers for."""
-        with contextlib.suppress(OSError):
-            if state.unread:
-                await self._linger(invocation)
-            else:
-                await self._call(invocation, invocation.client.shutdown, socket.SHUT_WR)
-        pause, longest = DRAIN_LOOKS
-        until = self._loop.time() + (invocation.pool.options.timeout or DRAIN_SECONDS)
-        while (await self._ask(invocation)).unacknowledged and not self.draining:
-            if self._loop.time() > until:
-                await self._call(invocation, reset_connection, invocation.client)
-                break
-            await asyncio.sleep(pause)
-            pause = min(2 * pause, longest)
-        self._close(invocation)
-
-    def _close(self, invocation: Invocation) -> None:
-        self._let_go(invocation)
-        if invocation in self._in_flight:
-            self._in_flight.discard(invocation)
-            self.dispatch()
-
-    def _write_down(self, invocation: Invocation) -> None:
+    def write_down(self, invocation: Invocation) -> None:
         """Count an invocation and log it."""
         self.statistics.record(invocation)
         line = invocation.line()
@@ -1124,108 +875,328 @@ class Function:
         elif log.isEnabledFor(logging.DEBUG):
             log.debug("function=%s container=%s %s", self.record.name, container, line)
 
-    def _inactive(self, invocation: Invocation) -> None:
-        self._active.discard(invocation)
-        if not self._active:
-            self._quiet.set()
-
     # -- end --
+
+    def stop_accepting(self, end: Callable[[socket.socket], None]) -> None:
+        """Accept what the kernel has completed already, and nobody after that; end closes the listening socket."""
+        self.draining = True
+        self.entrance.close(end)
+        if self.pool:
+            self.pool.reconcile()
 
     async def drain(self, timeout: float) -> None:
         """Let all invocations finish for timeout seconds, then end them; their clients get a 503."""
-        for task in self._silent:
-            task.cancel()
         try:
             async with asyncio.timeout(timeout):
-                await self._quiet.wait()
+                await self._invocations.finish()
         except TimeoutError:
-            self._stop(self._active)
+            self._end_invocations(Release.STOPPED)
             if self.pool:
                 self.pool.close()               # an idle container may hold up one that should end
-            await self._quiet.wait()
-        await self._close_pools()
+        await self._close()
 
-    async def leave(self, timeout: float) -> None:
+    async def pass_on(self, timeout: float) -> None:
         """Leave invocations to the next daemon. Waiting clients are handed over first, or get a 503 after timeout."""
-        for task in self._silent:
-            task.cancel()
         await asyncio.sleep(0)                  # those that were accepted last are about to wait
-        try:
-            async with asyncio.timeout(timeout):
-                await self._queue_empty.wait()
-        except TimeoutError:
-            self._stop(self._waiting)
-        for invocation in self._in_flight:
+        until = self.loop.time() + timeout
+        while self.waiting and (seconds := until - self.loop.time()) > 0:
+            await asyncio.wait([invocation.turn for invocation in self.waiting], timeout=seconds)
+        self._end_invocations(Release.LEFT)
+        await self._close()
+
+    def _end_invocations(self, why: Release) -> None:
+        """Have nobody wait any longer: for a container, or for one that serves."""
+        for invocation in list(self.waiting):
+            self._refuse(invocation, Refusal(*CUTS[Release.STOPPED]))
+        for invocation in list(self.in_flight):
             if not invocation.handled:
-                invocation.container.say(Release.LEFT)
-        await self._quiet.wait()                # those that end anyway
-        await self._close_pools()
+                invocation.container.end_wait(why)
 
-    async def _leave(self, invocation: Invocation) -> None:
-        await invocation.pool.leave(invocation.container)
-        log.info("function=%s container=%s serves a client and is left running", self.record.name,
-                 invocation.container.id)
-
-    async def _close_pools(self) -> None:
+    async def _close(self) -> None:
+        await self._invocations.finish()
         if self.pool:
-            self.pool.close()
-            await self.pool.empty.wait()
-        await self.old_versions_gone()
-
-    def _stop(self, invocations: Iterable[Invocation]) -> None:
-        for invocation in list(invocations):
-            if invocation in self._waiting:
-                self._end_turn(invocation, Refusal(*CUTS[Release.STOPPED]))
-            elif invocation.container and not invocation.handled:
-                invocation.container.end_wait(Release.STOPPED)
+            self._retire(self.pool)
+        await self.retirements.finish()
 
     # -- versions --
 
     def replace_version(self, version: Version, container: Container | None = None) -> None:
         """Make version the one for invocations that start from now on; container is one of it that is ready."""
-        before, self.pool, self.error = self.pool, Pool(self, version, self._services), ""
-        if before:
-            self._old_pools.add(before)
-            before.close()
-        if container:
-            self.demand.last_used = self._loop.time()
-            self.pool.adopt(container)
+        if self.pool:
+            self._retire(self.pool)
+        self.pool = Pool(self, version)
+        if container:                           # it was started to prove a deploy
+            self.demand.last_used = self.loop.time()
+            container.write_line = self.log.write_output
+            self.pool.put(container)
         else:
             self.dispatch()
 
-    async def old_versions_gone(self) -> None:
-        """Return when no container of a version that was replaced is left."""
-        while self._old_pools:
-            pool = next(iter(self._old_pools))
-            await pool.empty.wait()
-            self._old_pools.discard(pool)
+    def _retire(self, pool: Pool) -> None:
+        pool.close()
+        self.retirements.start(pool.empty.wait())
+
+    # -- for the control API --
 
     def counts(self) -> dict:
-        """Return how many there are of what, for the control API."""
-        return {"running": self.running, "queued": self.queued, "warm": len(self.pool.idle) if self.pool else 0,
+        """Return how many there are of what."""
+        return {"running": self.running, "queued": len(self.waiting), "warm": len(self.pool.idle) if self.pool else 0,
                 "starting": self.pool.starting if self.pool else 0, "requests": self.statistics.requests,
                 "errors": self.statistics.errors}
 
+    def _summary(self) -> dict:
+        state = "ready" if self.pool else "broken"
+        if self.being_removed:
+            state = "removing"
+        return {"name": self.record.name, "address": self.record.address, "state": state, **self.counts()}
+
     def describe_statistics(self) -> dict:
-        """Return counts and percentiles, for the control API."""
         counted = self.statistics
-        return {"name": self.record.name, "address": self.record.address, "state": self.state, **self.counts(),
-                "rate": round(self.demand.rate.at(self._loop.time()), 3), "outcomes": dict(counted.outcomes),
+        return {**self._summary(), "rate": round(self.demand.rate(self.loop.time()), 3),
+                "outcomes": dict(counted.outcomes),
                 "latency": {name: histogram.percentiles() for name, histogram in counted.durations.items()}}
 
     def describe(self) -> dict:
-        """Return everything that is known of the function, for the control API."""
-        record, version = self.record, self.version
-        document = {"name": record.name, "address": record.address, "state": self.state,
-                    "version": record.version, "created": record.created, "updated": record.updated,
-                    **self.counts(), "options": record.options.to_json()}
-        if version is None:
+        """Return everything that is known of the function."""
+        record = self.record
+        document = {**self._summary(), "version": record.version, "created": record.created, "updated": record.updated,
+                    "options": record.options.to_json()}
+        if self.pool is None:
             return {**document, "error": self.error, "digest": "", "image": record.version, "command": [],
                     "user": "", "workdir": "", "size": 0}
-        process = version.image["process"]
-        return {**document, "digest": version.image["digest"], "image": version.image["tag"] or record.version,
-                "command": version.command, "user": f"{process['uid']}:{process['gid']}", "workdir": process["cwd"],
-                "size": version.image["size"]}
+        version, image = self.pool.version, self.pool.version.image
+        process = image["process"]
+        return {**document, "digest": image["digest"], "image": image["tag"] or record.version, "size": image["size"],
+                "command": version.command, "user": f"{process['uid']}:{process['gid']}", "workdir": process["cwd"]}
+
+
+MAX_REQUEST = 200                   # characters of a request's first line in our logs
+DRAIN_SECONDS = 120.0               # for a client to take the rest of its answer from the kernel, without a --timeout
+DRAIN_LOOKS = (0.01, 0.25)          # seconds between two looks whether it has, first and at most
+LINGER_SECONDS = 2.0                # reading what the client still sends after our own 502 or 504
+LINGER_BYTES = 16 * MIB             # of it, at most
+
+
+@dataclass(eq=False, slots=True)
+class Invocation:
+    """One connection from accept to the last trace of its container. Times are the loop's."""
+    function: Function
+    client: socket.socket
+    peer: str
+    request: bytes                      # as much of it as was there
+    accepted: float
+    container: Container | None = None
+    pool: Pool | None = None            # the container's
+    turn: asyncio.Future[None] | None = None        # done when a handler has the client; a Refusal if none will
+    tries: int = 0                      # hand-overs; none by this daemon for an adopted one
+    handed: float = 0.0                 # the client was handed over
+    handled: float = 0.0                # the handler let go
+    outcome: str = ""
+    status: int = 0                     # of the answer that faasd itself gave, if it did
+    reason: str = ""
+    exit_status: int | None = None
+    received: int = 0                   # bytes on the client's connection
+    sent: int = 0
+
+    async def serve(self) -> None:
+        """Wait for a container, let its handler work, and see to it that the client has an answer."""
+        try:
+            try:
+                if self.container is None:              # else it is adopted
+                    self.function.admit(self)
+                    await self.function.take_turn(self)
+                while (said := await self._work()) is Release.UNTAKEN and self.tries < MAX_TRIES:
+                    await self._take_back()
+                    await self.function.take_turn(self)
+                if said is Release.LEFT:
+                    await self.pool.pass_on(self.container)
+                    return
+                await self._conclude(said)
+            except Refusal as refusal:
+                await self._refuse(refusal)
+            self.function.write_down(self)
+        finally:
+            self._close()
+
+    async def _work(self) -> Release:
+        """Return how the handler has let go, or why it may not go on."""
+        moment = self.handed + (self.pool.options.timeout or math.inf)
+        timer = self.function.loop.call_at(moment, self.container.end_wait, Release.OVERDUE)
+        said = await self.container.said
+        timer.cancel()
+        return said
+
+    async def _take_back(self) -> None:
+        """Take the client from a container that died before it took it. Others in it may have seen the socket."""
+        log.info("function=%s container=%s died before it took its client", self.function.record.name,
+                 self.container.id)
+        await self.pool.kill(self.container)
+        self.function.in_flight.discard(self)
+        self.container, self.handed = None, 0.0
+
+    # -- the end --
+
+    def _call(self, call: Callable, *arguments) -> asyncio.Future:
+        """Make a system call on the client's connection. A container that keeps us waiting is killed."""
+        overdue = self.container.kill_soon if self.container else None
+        return self.function.services.host.workers.run(call, *arguments, overdue=overdue)
+
+    def _ask(self) -> asyncio.Future[TcpState]:
+        return self._call(TcpState.of, self.client)
+
+    def _let_go(self) -> None:
+        """Close our descriptor of the client's connection.
+
+        It may be the last one. To close that takes the lock of each epoll set that the socket is in, and a handler can
+        hold its own, in an epoll_wait(2) that sleeps in page faults.
+        """
+        descriptor = self.client.detach()
+        if descriptor >= 0:
+            self._call(os.close, descriptor)
+
+    def _close(self) -> None:
+        self._let_go()
+        if self in self.function.in_flight:
+            self.function.in_flight.discard(self)
+            self.function.dispatch()
+
+    async def _conclude(self, said: Release) -> None:
+        """See to the end of an invocation whose handler has let go. Raises Refusal if the answer must be ours."""
+        container, pool, function = self.container, self.pool, self.function
+        self.handled = function.loop.time()
+        if said in CUTS:
+            self.exit_status = await pool.kill(container)
+            raise Refusal(*CUTS[said])
+        state = await self._answered(gone=said is not Release.READY)
+        self.outcome = "answered" if state.sent else "closed"
+        self.received, self.sent = state.received, state.sent
+        function.demand.run.add(self.handled - self.handed)
+        if not state.unacknowledged:            # first: what follows is nothing the client should wait for
+            self._let_go()
+            function.in_flight.discard(self)
+        ending = None
+        if (said is Release.READY and state.sent and container.served < pool.options.reuse
+                and pool is function.pool):
+            pool.put(container)
+        else:
+            ending = function.loop.create_task(pool.end(container))
+            function.dispatch()
+        if state.unacknowledged:
+            await self._drain(state)
+        if ending:
+            self.exit_status = await ending
+        if container.out_of_memory:
+            self.reason = "the container ran out of memory after its answer"
+
+    async def _answered(self, gone: bool) -> TcpState:
+        """Return the state of the client's connection. Raises Refusal if its answer is missing, or may have been cut.
+
+        gone: the handler has not said that it could go on.
+        """
+        container = self.container
+        if gone:
+            container.look_for_memory()         # now: its cgroups are about to be removed
+        state, killed = await self._ask(), container.killed
+        if state.can_answer or state.is_open and (
+                killed or gone and (container.out_of_memory or container.may_have_run_out_of_memory)):
+            # Once nobody in the container has the socket any more, and all is known of its memory.
+            end = self.pool.kill if killed or container.out_of_memory else self.pool.end
+            self.exit_status = await end(container)
+            if gone and container.out_of_memory:
+                raise Refusal(*OUT_OF_MEMORY)
+            if killed:
+                raise Refusal("no-answer", 502, "the handler kept its client's connection locked, and was killed")
+            if state.can_answer:
+                # One that let go, but stayed until we killed it, has no exit to speak of.
+                how = "let go" if container.killed else container.describe_end(self.exit_status)
+                raise Refusal("no-answer", 502, f"the handler {how} without an answer")
+        return state
+
+    async def _refuse(self, refusal: Refusal) -> None:
+        """Answer the client, unless its handler, or the client itself, left nothing to answer on.
+
+        Half an answer that we have cut ends in a reset, lest it look whole.
+        """
+        self.outcome, self.reason = refusal.outcome, refusal.reason
+        if not refusal.status:
+            return
+        state = await self._ask()
+        if state.can_answer:
+            self.status = refusal.status
+            container = f" (container {self.container.id})" if self.container else ""
+            line = f"function {self.function.record.name}: {refusal.reason}{container}"
+            with contextlib.suppress(OSError):          # the client has left
+                await self._call(self.client.send, answer(refusal.status, line), socket.MSG_DONTWAIT)
+                await self._linger()
+        elif state.is_open:
+            await self._call(reset_connection, self.client)
+        elif state.unacknowledged:              # the handler has ended its answer, and did not let go
+            await self._drain(state)
+            return
+        state = await self._ask()
+        self.received, self.sent = state.received, state.sent
+
+    async def _linger(self) -> None:
+        """End the answer, and read and drop what the client still sends. Raises OSError if it has left.
+
+        To close a socket with unread data sends a reset, which can destroy the answer before the client has read it.
+        """
+        self.client.setblocking(False)
+        await self._call(self.client.shutdown, socket.SHUT_WR)
+        loop, crowd = self.function.loop, self.function.services.answering
+        room, until = LINGER_BYTES, loop.time() + LINGER_SECONDS
+        while room > 0 and await crowd.hear(self.client, self.peer, until - loop.time()):
+            # A handler that has the socket still may have read it first, and made the socket a blocking one again.
+            data = await self._call(self.client.recv, COPY_CHUNK, socket.MSG_DONTWAIT)
+            if not data:
+                break
+            room -= len(data)
+
+    async def _drain(self, state: TcpState) -> None:
+        """Wait until the client has taken all of its answer, for that is memory which no container answers for."""
+        with contextlib.suppress(OSError):
+            if state.unread:
+                await self._linger()
+            else:
+                await self._call(self.client.shutdown, socket.SHUT_WR)
+        pause, longest = DRAIN_LOOKS
+        until = self.function.loop.time() + (self.pool.options.timeout or DRAIN_SECONDS)
+        while (await self._ask()).unacknowledged and not self.function.draining:
+            if self.function.loop.time() > until:
+                await self._call(reset_connection, self.client)
+                break
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, longest)
+        self._close()
+
+    # -- what is written of it --
+
+    @property
+    def durations(self) -> dict[str, float]:
+        """How many seconds its stages took: those that there were, and that are known."""
+        seconds = {}
+        if self.handed and self.tries:
+            seconds["queue"] = self.handed - self.accepted
+        if self.container and self.container.served == 1:       # else it was started for another client
+            seconds["start"] = self.container.start_seconds
+        if self.handled:
+            seconds.update(run=self.handled - self.handed, total=self.handled - self.accepted)
+        return seconds
+
+    def line(self) -> str:
+        """Return the invocation as key=value for the log."""
+        first_line = self.request.partition(b"\n")[0].removesuffix(b"\r").decode("utf-8", "surrogateescape")
+        parts = [f"outcome={self.outcome} client={self.peer} request={quote(first_line, MAX_REQUEST)}"]
+        durations = self.durations
+        for key, name in (("wait", "queue"), ("start", "start"), ("run", "run")):
+            parts.append(f"{key}={durations[name] * 1000:.1f}ms" if name in durations else f"{key}=-")
+        exit_status = "-" if self.exit_status is None else self.exit_status
+        parts.append(f"received={self.received} sent={self.sent} exit={exit_status}")
+        if self.status:
+            parts.append(f"status={self.status}")
+        if self.reason:
+            parts.append(f"reason={quote(self.reason, MAX_MESSAGE)}")
+        return " ".join(parts)
 
 
 def answer(status: int, line: str) -> bytes:
@@ -1240,15 +1211,12 @@ def answer(status: int, line: str) -> bytes:
 PEEK_BYTES = 256                    # of the request, for the log line
 
 
-def peek(client: socket.socket) -> bytes:
-    """Return the first bytes of a request without taking them; b"" from a client that has left without a word.
-
-    Raises BlockingIOError if there is nothing yet.
-    """
+def peek(client: socket.socket) -> bytes | None:
+    """Return the first bytes of a request without taking them, or b"" if the client has left; None: nothing yet."""
     try:
         return client.recv(PEEK_BYTES, socket.MSG_PEEK | socket.MSG_DONTWAIT)
     except BlockingIOError:
-        raise
+        return None
     except OSError:                             # reset
         return b""
 
@@ -1308,8 +1276,7 @@ class TcpState:
     def of(cls, client: socket.socket) -> TcpState:
         buffer, size = ctypes.create_string_buffer(256), ctypes.c_uint(256)
         # Not client.getsockopt, which keeps all threads waiting with its own.
-        if libc.getsockopt(client.fileno(), socket.IPPROTO_TCP, socket.TCP_INFO, buffer, ctypes.byref(size)):
-            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+        succeeded(libc.getsockopt(client.fileno(), socket.IPPROTO_TCP, socket.TCP_INFO, buffer, ctypes.byref(size)))
         state = buffer.raw[0]
         acknowledged, received = struct.unpack_from("QQ", buffer, TCP_INFO_ACKED)
         sent, sent_again = struct.unpack_from("QQ", buffer, TCP_INFO_SENT)
@@ -1343,7 +1310,7 @@ MAX_WARNINGS, WARNING_SECONDS = 10, 1.0     # of one function's invocations in o
 
 
 class Warnings:
-    """What is said of a function's invocations in our own log: so little that no client can fill a disk with it."""
+    """Logs a function's failed invocations, so few lines that no client can fill a disk with them."""
 
     def __init__(self, name: str, loop: asyncio.AbstractEventLoop):
         self._name, self._loop = name, loop
@@ -1415,16 +1382,14 @@ MAX_ANSWERING = 1024                # clients that are read while they read our 
 
 
 class Crowd:
-    """A bounded set of clients of which we wait to hear. One too many, and the wait for another is abandoned.
+    """A bounded set of clients that are waited for. When it is full, one wait is abandoned: a newcomer has its chance.
 
-    What clients may take of ours by doing nothing is bounded so, and a newcomer still has its chance. The one to go is
-    the oldest of the address that has most, so that one stranger with many connections takes none from others.
+    That is the oldest of the address that has most, so that one stranger with many connections takes none from others.
     """
 
     def __init__(self, most: int):
         self._most = most
-        self._count = 0
-        self._members: dict[str, dict[asyncio.Future[bool], None]] = {}     # by address; of each the oldest first
+        self._members: dict[asyncio.Future[bool], str] = {}     # and the address of each; the oldest first
 
     async def hear(self, client: socket.socket, peer: str, seconds: float) -> bool:
         """Return whether a client sends something, or closes, in time; peer is its address and port."""
@@ -1432,21 +1397,17 @@ class Crowd:
         heard: asyncio.Future[bool] = loop.create_future()
         loop.add_reader(client, self._settle, heard, True)
         timer = loop.call_later(seconds, self._settle, heard, False)
-        source = peer.partition(":")[0]
-        self._members.setdefault(source, {})[heard] = None
-        self._count += 1
-        if self._count > self._most:
-            largest = max(self._members.values(), key=len)
-            self._settle(next((member for member in largest if not member.done()), heard), False)
+        self._members[heard] = peer.partition(":")[0]
+        if len(self._members) > self._most:
+            [(largest, _)] = collections.Counter(self._members.values()).most_common(1)
+            self._settle(next((member for member, address in self._members.items()
+                               if address == largest and not member.done()), heard), False)
         try:
             return await heard
         finally:
             timer.cancel()
             loop.remove_reader(client)
-            self._count -= 1
-            del self._members[source][heard]
-            if not self._members[source]:
-                del self._members[source]
+            del self._members[heard]
 
     @staticmethod
     def _settle(heard: asyncio.Future[bool], result: bool) -> None:
@@ -1472,23 +1433,22 @@ class Pool:
     of these may have changed, and by a timer that is set for the next moment at which time alone changes something.
     """
 
-    def __init__(self, function: Function, version: Version, services: Services):
+    def __init__(self, function: Function, version: Version):
         self.version = version
         self.options = version.options
-        self.idle: list[Container] = []         # the one that has waited longest first
-        self.starting = 0
+        self.idle: dict[Container, float] = {}          # since when (loop time) each waits, the longest first
+        self.containers: set[Container] = set()         # all of which something is left
         self.empty = asyncio.Event()            # closed, and no container is left
         self._function = function
-        self._services = services
-        self._loop = services.host.loop
-        self._alive: set[Container] = set()
-        self._starts: set[asyncio.Task] = set()
-        self._endings: set[asyncio.Task] = set()
+        self._services = function.services
+        self._loop = function.loop
+        self._starts = Tasks(f"function={function.record.name} a start")
+        self._endings = Tasks(f"function={function.record.name} the end of a container")
         self._timer: asyncio.TimerHandle | None = None
         self._closed = False
         self._failures = 0                      # in a row, of containers that nobody waited for
         self._retry_at = -math.inf              # loop time; until then none are made ahead
-        services.limit.add(self)
+        self._services.limit.add(self)
 
     # -- what should be --
 
@@ -1497,23 +1457,23 @@ class Pool:
         return self._function.demand.last_used
 
     @property
+    def starting(self) -> int:
+        return len(self._starts)
+
+    @property
     def ahead(self) -> int:
         """How many containers there are, or will be in a moment, for clients that have not come yet."""
         return len(self.idle) + max(0, self.starting - self._function.wanted)
 
-    @property
-    def returning(self) -> int:
-        """How many containers serve somebody now, and can serve others afterwards."""
-        return self._function.in_flight if self.options.reuse > 1 else 0
-
-    def target(self, now: float) -> int:
-        """Return how many should be there for clients that have not come yet."""
+    def _target(self, now: float) -> tuple[int, float]:
+        """Return how many should be there for clients that have not come yet, and until when if nobody comes."""
         if self._function.draining:
-            return 0
-        wanted = self.options.warm
+            return 0, math.inf
+        wanted, until, reused = self.options.warm, math.inf, self.options.reuse > 1
         if wanted is None:
-            wanted = self._function.demand.target(now, self.options.reuse > 1)
-        return max(0, min(wanted, self.options.concurrency) - self.returning)
+            wanted, until = self._function.demand.target(now, reused)
+        returning = len(self._function.in_flight) if reused else 0      # to serve others afterwards
+        return max(0, min(wanted, self.options.concurrency) - returning), until
 
     def lacks_now(self) -> bool:
         return not self._closed and self._function.wanted > self.starting
@@ -1522,52 +1482,48 @@ class Pool:
         now = self._loop.time()
         if self._closed or now < self._retry_at:
             return False
-        fresh = sum(1 for container in self.idle if now - container.ready_at < MAX_WARM_SECONDS)
-        started = max(0, self.starting - self._function.wanted)
-        return fresh + started < self.target(now) and self._services.limit.make_room(self)
+        return self.ahead - self._old(now) < self._target(now)[0] and self._services.limit.make_room(self)
+
+    def _old(self, now: float) -> int:
+        """Return how many should be replaced by new ones."""
+        return sum(1 for container in self.idle if now - container.ready_at >= MAX_WARM_SECONDS)
 
     def reconcile(self) -> None:
         """Start missing containers, end surplus ones, and set the timer for the next look."""
         if self._closed:
             return
         now = self._loop.time()
-        self._end_surplus(now)
+        target, until = self._target(now)
+        self._end_surplus(now, target)
         if self._function.wanted > self.starting:
             self._services.starter.need_now(self)
-        elif self.ahead < self.target(now) or (self.idle and now - self.idle[0].ready_at >= MAX_WARM_SECONDS):
+        elif self.ahead - self._old(now) < target:
             self._services.starter.need_ahead(self)
-        self._set_timer(now)
+        moments = [until]
+        moments += [moment for moment in (self._retry_at, self._function.patient_until) if moment > now]
+        if self.idle:
+            oldest, since = next(iter(self.idle.items()))
+            moments.append(max(oldest.ready_at + MAX_WARM_SECONDS, now + 1))
+            if len(self.idle) > target:
+                moments.append(since + SURPLUS_SECONDS)
+        self._set_timer(now, min(moments))
 
-    def _end_surplus(self, now: float) -> None:
+    def _end_surplus(self, now: float, target: int) -> None:
         """End containers that nobody asks for any more, after a while in which somebody might."""
-        target = self.target(now)
         lasting = (self.options.warm is None or self.options.reuse > 1) and not self._function.draining
         keep = SURPLUS_SECONDS if lasting else 0.0
         before = len(self.idle)
         while len(self.idle) > target:
-            oldest = self.idle[0]
-            if now - oldest.idle_since < keep and now - oldest.ready_at < MAX_WARM_SECONDS:
+            oldest, since = next(iter(self.idle.items()))
+            if now - since < keep and now - oldest.ready_at < MAX_WARM_SECONDS:
                 break
             self.give_up_one()
         if len(self.idle) < before:
             self._services.limit.freed()
 
-    def _set_timer(self, now: float) -> None:
-        moments = [math.inf]
-        if self._retry_at > now:
-            moments.append(self._retry_at)
-        if self.options.warm is None and not self._function.draining:
-            moments.append(self._function.demand.next_change(now, self.options.reuse > 1))
-        if self._function.patient_until > now:
-            moments.append(self._function.patient_until)
-        if self.idle:
-            oldest = self.idle[0]
-            moments.append(max(oldest.ready_at + MAX_WARM_SECONDS, now + 1))
-            if len(self.idle) > self.target(now):
-                moments.append(oldest.idle_since + SURPLUS_SECONDS)
-        moment = min(moments)
+    def _set_timer(self, now: float, moment: float) -> None:
         # Later than needed is a mistake, earlier only a wake-up: a busy pool would otherwise set one for each client.
-        if self._timer and self._timer.when() > now and self._timer.when() <= moment:
+        if self._timer and now < self._timer.when() <= moment:
             return
         if self._timer:
             self._timer.cancel()
@@ -1576,29 +1532,26 @@ class Pool:
     # -- containers --
 
     def start(self) -> asyncio.Task:
-        """Start one container."""
-        self.starting += 1
-        container = Container(self._services.host, self._function.record.name, self._function.log.write_output)
-        self._alive.add(container)
-        task = self._loop.create_task(container.start(self.version.bundle, self.options.start_timeout))
-        self._starts.add(task)
-        task.add_done_callback(functools.partial(self._on_started, container))
-        return task
+        """Start one container, to wait for a client."""
+        return self._starts.start(self._start())
 
-    def _on_started(self, container: Container, task: asyncio.Task) -> None:
-        """A start is over: the container is ready, or nothing of it is left."""
-        self.starting -= 1
-        self._starts.discard(task)
-        failure = None if task.cancelled() else task.exception()
-        if task.cancelled() or failure:
-            self._remove(container)
+    async def _start(self) -> None:
+        container = Container(self._services.host, self._function.record.name, self._function.log.write_output)
+        self.containers.add(container)
+        failure = None
+        try:
+            await container.start(self.version.bundle, self.options.start_timeout)
+        except StartFailed as error:
+            failure = error
+        finally:
+            self._starts.discard(asyncio.current_task())
+            if not container.ready_at:          # then nothing of it is left
+                self._remove(container)
+        if failure:
+            self.failed(failure)
         else:
             self._function.demand.start.add(container.start_seconds)
             self.put(container)
-        if isinstance(failure, StartFailed):
-            self.failed(failure)
-        elif failure:
-            log.error("function=%s a start failed inside faasd", self._function.record.name, exc_info=failure)
 
     def failed(self, failure: StartFailed) -> None:
         """Tell the client that waits longest; where there is none, try again after a while that grows."""
@@ -1615,31 +1568,16 @@ class Pool:
         log.warning("function=%s a warm container was lost, next one in %g s: %s", self._function.record.name, delay,
                     reason)
 
-    def adopt(self, container: Container) -> None:
-        """Take a container that was started elsewhere, to prove a deploy."""
-        self.hold(container)
-        container.write_line = self._function.log.write_output
-        self.put(container)
-
-    def hold(self, container: Container) -> None:
-        """Take a container that serves somebody already."""
-        self._alive.add(container)
-
-    async def leave(self, container: Container) -> None:
-        """Leave a container that serves somebody to the next daemon."""
-        await container.leave()
-        self._remove(container)
-
     def put(self, container: Container) -> None:
         """Take a container that could serve somebody."""
+        self.containers.add(container)
         if self._closed or not container.is_connected:
             self.dismiss(container)
             if not container.served:
                 self.failed(StartFailed(f"the handler let go of {CONTROL_SOCKET} before it had a client", [], 502))
             return
         container.listen().add_done_callback(functools.partial(self._lost, container))
-        self.idle.append(container)
-        self._services.limit.idle += 1
+        self.idle[container] = self._loop.time()
         self._function.dispatch()
         self._services.limit.trim()
 
@@ -1648,15 +1586,12 @@ class Pool:
         if not self.idle:
             return None
         self._failures = 0
-        self._services.limit.idle -= 1
-        return self.idle.pop()
+        return self.idle.popitem()[0]
 
     def _lost(self, container: Container, said: asyncio.Future[Release]) -> None:
         """A container that waited for a client is gone, or talks out of turn."""
-        if container not in self.idle:
+        if self.idle.pop(container, None) is None:
             return
-        self.idle.remove(container)
-        self._services.limit.idle -= 1
         self.dismiss(container)
         if self._loop.time() - container.ready_at < HEALTHY_SECONDS:
             self._back_off(f"container {container.id}: {said.result().value}")
@@ -1664,14 +1599,13 @@ class Pool:
 
     def give_up_one(self) -> None:
         """End the container that has waited longest."""
-        self._services.limit.idle -= 1
-        self.dismiss(self.idle.pop(0))
+        oldest = next(iter(self.idle))
+        del self.idle[oldest]
+        self.dismiss(oldest)
 
     def dismiss(self, container: Container) -> None:
         """End a container in the background. End of file tells its handler that there is no more work."""
-        task = self._loop.create_task(self.end(container))
-        self._endings.add(task)
-        task.add_done_callback(self._endings.discard)
+        self._endings.start(self.end(container))
 
     async def end(self, container: Container) -> int | None:
         """Let a container end, and return its exit status."""
@@ -1687,9 +1621,16 @@ class Pool:
         finally:
             self._remove(container)
 
+    async def pass_on(self, container: Container) -> None:
+        """Leave a container that serves somebody to the next daemon."""
+        await container.leave()
+        self._remove(container)
+        log.info("function=%s container=%s serves a client and is left running", self._function.record.name,
+                 container.id)
+
     def _remove(self, container: Container) -> None:
-        self._alive.discard(container)
-        if self._closed and not self._alive:
+        self.containers.discard(container)
+        if self._closed and not self.containers:
             self.empty.set()
 
     def close(self) -> None:
@@ -1700,78 +1641,58 @@ class Pool:
         self._services.limit.remove(self)
         if self._timer:
             self._timer.cancel()
-        for start in self._starts:
-            start.cancel()
+        self._starts.cancel()
         while self.idle:
             self.give_up_one()
-        if not self._alive and not self.starting:
+        if not self.containers:
             self.empty.set()
         self._services.limit.freed()
 
 
 WARM_SECONDS = 300.0                # a function used within these keeps at least one warm container
 WARM_HEADROOM = 2.0                 # times as many as come in while one starts
+RATE_SECONDS = 5.0                  # over which arrivals are averaged
 FIRST_START_SECONDS = 0.05          # taken for the start of a container until some have started
 
 
 class Demand:
-    """What a function's traffic asks for: how many containers should be there for clients that have not come yet."""
+    """What a function's traffic asks for: how many containers should be there for clients that have not come yet.
+
+    The rate of arrivals is an exponential average: each counts for less the longer ago it was.
+    """
 
     def __init__(self) -> None:
-        self.rate = ArrivalRate()
         self.last_used = -math.inf              # loop time
         self.start = Average(FIRST_START_SECONDS)       # from spawn to connect
         self.run = Average(0.0)                         # from hand-over to release
+        self._rate = 0.0                        # arrivals a second, as of …
+        self._time = 0.0                        # … the last one, in loop time
 
     def arrived(self, now: float) -> None:
-        self.rate.add(now)
-        self.last_used = now
+        self._rate = self.rate(now) + 1 / RATE_SECONDS
+        self.last_used = self._time = now
 
-    def _seconds_taken(self, reused: bool) -> float:
-        """Return for how long a client takes a container away: until it is back, or until another one has started."""
-        return self.run.seconds if reused else self.start.seconds
+    def rate(self, now: float) -> float:
+        """Return arrivals a second."""
+        return self._rate * math.exp((self._time - now) / RATE_SECONDS)
 
-    def target(self, now: float, reused: bool) -> int:
-        """Return 0 for a function nobody used for long, else 1 and those taken away at this rate, with headroom."""
+    def target(self, now: float, reused: bool) -> tuple[int, float]:
+        """Return how many containers should wait, and until which loop time that holds if nobody comes.
+
+        None for a function nobody used for long, else 1 and those taken away at this rate, with headroom. A client
+        takes a reused container away until it is back, any other one until another one has started.
+        """
         if now - self.last_used >= WARM_SECONDS:
-            return 0
-        return 1 + int(WARM_HEADROOM * self.rate.at(now) * self._seconds_taken(reused))
-
-    def next_change(self, now: float, reused: bool) -> float:
-        """Return the loop time at which target() falls next if nobody comes."""
-        more = self.target(now, reused) - 1
-        if more < 0:
-            return math.inf
-        if more == 0:
-            return self.last_used + WARM_SECONDS
-        return now + self.rate.seconds_until(more / (WARM_HEADROOM * self._seconds_taken(reused)), now)
+            return 0, math.inf
+        taken = WARM_HEADROOM * self.rate(now) * (self.run if reused else self.start).seconds
+        more = int(taken)
+        until = now + RATE_SECONDS * math.log(taken / more) if more else self.last_used + WARM_SECONDS
+        return 1 + more, until
 
     @property
     def patience(self) -> float:
         """How many seconds a client should rather wait for a container to come back than have another one started."""
         return 2 * self.start.seconds if self.run.seconds < self.start.seconds else 0.0
-
-
-RATE_SECONDS = 5.0                  # over which arrivals are averaged
-
-
-class ArrivalRate:
-    """Arrivals a second, each counting for less the longer ago it was: an exponential average over RATE_SECONDS."""
-
-    def __init__(self) -> None:
-        self._rate = 0.0
-        self._time = 0.0                # loop time of the last arrival
-
-    def add(self, now: float) -> None:
-        self._rate = self.at(now) + 1 / RATE_SECONDS
-        self._time = now
-
-    def at(self, now: float) -> float:
-        return self._rate * math.exp((self._time - now) / RATE_SECONDS)
-
-    def seconds_until(self, rate: float, now: float) -> float:
-        """Return how long it takes to fall to a rate that is over 0 if nobody comes."""
-        return RATE_SECONDS * math.log(self.at(now) / rate)
 
 
 class Average:
@@ -1800,43 +1721,36 @@ class Starter:
         """slots is how many starts there may be at a time, the one that is kept for others not counted."""
         self._free = slots + 1
         self._loop = loop
-        self._now: dict[Pool, None] = {}        # the next one first
-        self._ahead: dict[Pool, None] = {}
+        # For each line, by the test whether a pool still needs a start: its pools. Whose turn is next comes first.
+        self._lines: dict[Callable[[Pool], bool], dict[Pool, None]] = {Pool.lacks_now: {}, Pool.lacks_ahead: {}}
         self._timer: asyncio.TimerHandle | None = None
-        # The one whose turn it is first, with how a pool tells that it still needs one.
-        self._lines = [(self._now, Pool.lacks_now), (self._ahead, Pool.lacks_ahead)]
-        self._tasks: set[asyncio.Task] = set()
+        self._slots = Tasks("a slot for a start")
 
     def need_now(self, pool: Pool) -> None:
-        self._now.setdefault(pool)
-        self.fill()
+        self._lines[Pool.lacks_now].setdefault(pool)
+        self._fill()
 
     def need_ahead(self, pool: Pool) -> None:
         """Start a container for the pool in a moment: not before the one that was just taken has got to its answer."""
-        self._ahead.setdefault(pool)
+        self._lines[Pool.lacks_ahead].setdefault(pool)
         if self._timer is None:
-            self._timer = self._loop.call_later(HEAD_START_SECONDS, self._fill_later)
+            self._timer = self._loop.call_later(HEAD_START_SECONDS, self._fill)
 
-    def _fill_later(self) -> None:
+    def _fill(self) -> None:
         self._timer = None
-        self.fill()
-
-    def fill(self) -> None:
         while self._free > 0 and (pool := self._next()):
             self._free -= 1
-            task = self._loop.create_task(self._hold_slot(pool.start()))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            self._slots.start(self._hold_slot(pool.start()))
 
     def _next(self) -> Pool | None:
-        for line, lacks in self._lines:
+        for lacks, line in list(self._lines.items()):
             for pool in list(line):
                 if self._free == 1 and pool.starting:
                     continue                    # the last slot is for others
                 del line[pool]
                 if lacks(pool):
                     line[pool] = None           # at the end: it may need another, but others have their turn first
-                    self._lines = [entry for entry in self._lines if entry[0] is not line] + [(line, lacks)]
+                    self._lines[lacks] = self._lines.pop(lacks)
                     return pool
         return None
 
@@ -1844,7 +1758,7 @@ class Starter:
         """Keep a slot taken while a container starts. One that takes long sleeps more than it computes."""
         await asyncio.wait([start], timeout=START_SLOT_SECONDS)
         self._free += 1
-        self.fill()
+        self._fill()
 
 
 class WarmLimit:
@@ -1852,7 +1766,6 @@ class WarmLimit:
 
     def __init__(self, most: int):
         self.most = most
-        self.idle = 0                           # how many wait; each pool counts its own
         self._pools: set[Pool] = set()
         self._refused: set[Pool] = set()
 
@@ -1886,7 +1799,8 @@ class WarmLimit:
 
     def trim(self) -> None:
         """Enforce the limit: reused containers return to a pool and may exceed it."""
-        while self.idle > self.most and (giver := self._giver(self.most // len(self._pools))):
+        while (sum(len(pool.idle) for pool in self._pools) > self.most
+               and (giver := self._giver(self.most // len(self._pools)))):
             giver.give_up_one()
 
     def freed(self) -> None:
@@ -1912,26 +1826,23 @@ class Descriptors:
         self._spare = min(SPARE_DESCRIPTORS, self.limit // 16)
         self._probe = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
 
-    def are_scarce(self, latest: int) -> bool:
-        """Whether the latest descriptor says that three quarters are taken."""
-        return latest >= self.limit * 3 // 4
-
     def check_client(self) -> None:
         """Raise OSError if no connection should be accepted."""
-        latest = os.dup(self._probe)            # asked for every connection, so no more is done than must be
-        os.close(latest)
-        self._check(latest, 2 * self._spare)
+        self._check(1, 2 * self._spare)
 
     def check_start(self) -> None:
         """Raise OSError if no container should be started."""
-        with contextlib.ExitStack() as stack:
-            for _ in range(CONTAINER_DESCRIPTORS):
-                latest = os.dup(self._probe)
-                stack.callback(os.close, latest)
-        self._check(latest, self._spare)
+        self._check(CONTAINER_DESCRIPTORS, self._spare)
 
-    def _check(self, latest: int, spare: int) -> None:
-        if latest >= self.limit - spare:
+    def _check(self, needed: int, spare: int) -> None:
+        taken = []
+        try:
+            while len(taken) < needed:
+                taken.append(os.dup(self._probe))
+        finally:
+            for descriptor in taken:
+                os.close(descriptor)
+        if taken[-1] >= self.limit - spare:
             raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 
 
@@ -1990,7 +1901,6 @@ class Container:
         self.out_of_memory = False                      # it, or one of its processes, was killed for that
         self.ready_at = 0.0                             # loop time of the connect
         self.start_seconds = 0.0                        # from the spawn to the connect
-        self.idle_since = 0.0                           # loop time
         self._host = host
         self._function = function
         self._directory = f"{host.containers_dir}/{self.id}"
@@ -2159,7 +2069,6 @@ class Container:
 
     def listen(self) -> asyncio.Future[Release]:
         """Return the future of what it says while it has no client."""
-        self.idle_since = self._host.loop.time()
         self.said = self._host.loop.create_future()
         return self.said
 
@@ -4799,11 +4708,8 @@ class Statistics:
         self.outcomes[invocation.outcome] += 1
         if invocation.outcome != "answered" or invocation.exit_status:
             self.errors += 1
-        total = invocation.handled - invocation.accepted if invocation.handled else None
-        for name, seconds in (("queue", invocation.wait_seconds), ("start", invocation.start_seconds),
-                              ("run", invocation.run_seconds), ("total", total)):
-            if seconds is not None:
-                self.durations[name].add(seconds)
+        for name, seconds in invocation.durations.items():
+            self.durations[name].add(seconds)
 
 
 LAG_PROBE_SECONDS = 0.1
@@ -7250,9 +7156,9 @@ class Deploys:
         # Written down first: what is removed from here on must not come back half after a crash.
         async with self._commit:
             await self._save(name, None)
-            function.leaving = True
+            function.being_removed = True
         # In this order: invocations need the address until they end.
-        function.stop_listening()
+        function.stop_accepting(refuse_connections)
         await function.drain(self._settings.drain_timeout)
         await self.attachments.release(record.address)
         await self.attachments.withdraw(name)
@@ -7368,7 +7274,7 @@ class Deploys:
             function.record = record
             function.replace_version(version, container)
             if listener:
-                function.listen(listener)
+                function.entrance.open(listener)
             return function
 
     def _next_record(self, name: str, function: Function | None, version: Version) -> FunctionRecord:
@@ -7384,7 +7290,7 @@ class Deploys:
     async def _save(self, name: str, record: FunctionRecord | None) -> None:
         """Write the functions down, one with this record, or without it. Raises FaasdError; then all is as before."""
         records = {function.record.name: function.record for function in self.functions.values()
-                   if not function.leaving} | {name: record}
+                   if not function.being_removed} | {name: record}
         await asyncio.to_thread(self.registry.save, list(filter(None, records.values())))
 
     # -- what is old --
@@ -7398,7 +7304,7 @@ class Deploys:
 
     async def _remove_old(self, name: str) -> None:
         if function := self.functions.get(name):
-            await function.old_versions_gone()
+            await function.retirements.finish()
             # What a change under way may need stays: it comes here again when it ends. So there is no await in between.
             if self.functions.get(name) is function and name not in self._changes:
                 if function.record.options.net != "egress":
@@ -7414,7 +7320,7 @@ class Deploys:
             raise Conflict(f"function {name} is broken: `faas info {name}` says why")
         with self._until_stop():
             if pool.idle:
-                return await self._host.workers.run(self._host.inspect, pool.idle[-1])
+                return await self._host.workers.run(self._host.inspect, next(reversed(pool.idle)))
             container, _ = await self._prove(name, pool.version)
             try:
                 return await self._host.workers.run(self._host.inspect, container)
@@ -7495,7 +7401,7 @@ class Restart:
             await self._deploys.attachments.provide(name, record.options)
             listener = await self.bind(lambda: self._deploys.attachments.listen(record.address), self._settings.port)
             function.replace_version(version)
-            function.listen(listener)
+            function.entrance.open(listener)
             if survivors:
                 self._deploys.remove_old_soon(name)
                 function.adopt(survivors)
@@ -7589,7 +7495,7 @@ class Daemon:
     async def _pass_on(self) -> None:
         """Stop: leave what serves a client, and all that it needs, to the next daemon."""
         changes = await self._deploys.stop()
-        left = {function for function in self._deploys.functions.values() if not function.leaving}
+        left = {function for function in self._deploys.functions.values() if not function.being_removed}
         await self._end("leaving", changes, left)
         log.info("left")
 
@@ -7599,7 +7505,7 @@ class Daemon:
         for server in self._servers:
             server.close()
         for function in functions.values():
-            function.stop_listening(keep=function in left)
+            function.stop_accepting(socket.socket.close if function in left else refuse_connections)
         log.info("%s: %d invocations running", what, sum(function.running for function in functions.values()))
         await self._end_invocations(left, changes)
         await self._host.workers.finished(self._host.workers.pending)           # output that was being read
@@ -7615,7 +7521,7 @@ class Daemon:
     async def _end_invocations(self, left: set[Function], changes: list[asyncio.Task]) -> None:
         """Drain functions, or leave them; until a second signal, clients have the drain timeout."""
         def end_all(timeout: float) -> asyncio.Future:
-            return asyncio.gather(*(function.leave(timeout) if function in left else function.drain(timeout)
+            return asyncio.gather(*(function.pass_on(timeout) if function in left else function.drain(timeout)
                                     for function in self._deploys.functions.values()))
         first = end_all(self._settings.drain_timeout)
         second = asyncio.ensure_future(self._stop_signals.get())

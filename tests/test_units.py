@@ -346,31 +346,29 @@ class Demand(unittest.TestCase):
         return begin + seconds
 
     def test_nobody_yet(self):
-        self.assertEqual(self.demand.target(1000.0, False), 0)
-        self.assertEqual(self.demand.next_change(1000.0, False), float("inf"))
+        self.assertEqual(self.demand.target(1000.0, False), (0, float("inf")))
 
     def test_one_client_is_remembered_for_a_while(self):
         self.demand.arrived(1000.0)
-        self.assertEqual(self.demand.target(1000.0, False), 1)
-        self.assertEqual(self.demand.target(1000.0 + faasd.WARM_SECONDS - 1, False), 1)
-        self.assertEqual(self.demand.target(1000.0 + faasd.WARM_SECONDS, False), 0)
-        self.assertEqual(self.demand.next_change(1000.0, False), 1000.0 + faasd.WARM_SECONDS)
+        end = 1000.0 + faasd.WARM_SECONDS
+        self.assertEqual(self.demand.target(1000.0, False), (1, end))
+        self.assertEqual(self.demand.target(end - 1, False), (1, end))
+        self.assertEqual(self.demand.target(end, False)[0], 0)
 
     def test_rate_times_start_time_with_headroom(self):
         end = self.arrive(4000, 1000.0, 40.0)           # 100 a second: 5 during a start
-        self.assertEqual(self.demand.target(end, False), 1 + int(faasd.WARM_HEADROOM * 5))
+        self.assertEqual(self.demand.target(end, False)[0], 1 + int(faasd.WARM_HEADROOM * 5))
         self.demand.run.seconds = 0.0105                # reused containers are back after their run
-        self.assertEqual(self.demand.target(end, True), 1 + int(faasd.WARM_HEADROOM * 1))
+        self.assertEqual(self.demand.target(end, True)[0], 1 + int(faasd.WARM_HEADROOM * 1))
 
     def test_decays_at_the_moments_it_names(self):
         now = self.arrive(4000, 1000.0, 40.0)
-        target = self.demand.target(now, False)
+        target, change = self.demand.target(now, False)
         while target > 0:
-            change = self.demand.next_change(now, False)
-            self.assertEqual(self.demand.target(change - 0.001, False), target)
-            now = change + 0.001
-            self.assertEqual(self.demand.target(now, False), target - 1)
-            target -= 1
+            self.assertEqual(self.demand.target(change - 0.001, False)[0], target)
+            before, now = target, change + 0.001
+            target, change = self.demand.target(now, False)
+            self.assertEqual(target, before - 1)
 
 
 class Metrics(unittest.TestCase):
