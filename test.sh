@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Run all tests: sudo ./test.sh [-v] [--soak SECONDS] [tests/test_x.py…]
 #
-# Installs what they need if it is missing, and runs them in a network namespace of their own, so that no address or
+# Installs what they need if it is missing, and runs each file in a network namespace of its own, so that no address or
 # connection of theirs meets this machine's network. The last line is `N passed, N failed[, N skipped]`.
 # FAASD_TEST_RUNTIME=crun runs the daemons of the tests with crun in the place of runc.
 # Tests of images made by docker, skopeo, podman, buildah or umoci are skipped where those are not installed.
@@ -10,7 +10,8 @@ cd "$(dirname "$(readlink -f "$0")")"
 
 runtime=${FAASD_TEST_RUNTIME:-runc}
 # command:package
-needs=(python3:python3 "$runtime:$runtime" ip:iproute2 curl:curl unshare:util-linux ps:procps strace:strace zstd:zstd nft:nftables)
+needs=(python3:python3 "$runtime:$runtime" ip:iproute2 curl:curl unshare:util-linux ps:procps strace:strace zstd:zstd
+    nft:nftables)
 
 if [ "$(id -u)" -ne 0 ]; then
     echo "test.sh: the tests start containers and network addresses, which takes root: sudo ./test.sh" >&2

@@ -531,7 +531,8 @@ class Sandbox(unittest.TestCase):
         with tempfile.TemporaryFile("w+") as stdout, tempfile.TemporaryFile("w+") as stderr, \
                 tempfile.NamedTemporaryFile("r") as peak, path.open("rb") as source:
             command = [sys.executable, "-c", WATCH, peak.name, *before, sys.executable, "-I", "-S", "-c", faasd.UNPACK,
-                       "unpack", ROOT, parent, image, tag, str(max_size), str(max_entries), "0", str(path.stat().st_size)]
+                       "unpack", ROOT, parent, image, tag, str(max_size), str(max_entries), "0",
+                       str(path.stat().st_size)]
             child = subprocess.Popen(command, stdin=source, stdout=stdout, stderr=stderr, env=env,
                                      start_new_session=True)
             try:

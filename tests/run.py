@@ -1,13 +1,14 @@
 #!/usr/bin/env python3
 """Run faasd's tests with nothing but unittest: `python3 tests/run.py [-v] [--workers N] [tests/test_x.py…]`.
 
-Each file runs in a process and a network namespace of its own, and ends with a look for what it has left: processes, mounts,
-cgroups, addresses, directories. As many run at a time as there are CPUs, those that take long first. What a file
-prints comes in one piece when it has ended; with one at a time, as it goes.
+Each file runs in a process and a network namespace of its own, and ends with a look for what it has left: processes,
+mounts, cgroups, addresses, directories. As many run at a time as there are CPUs, those that take long first. What a
+file prints comes in one piece when it has ended; with one at a time, as it goes.
 
-One line per file, tracebacks of what failed, then what was skipped, a line `skipped: N: reason` for each reason, and the closing
-line `N passed, N failed[, N skipped]`. Exit status 1 if a test failed, or if none ran. A test counts once, however many
-of its subtests fail or are skipped; an error outside of a test (import, setUpClass, something left) counts as one failure.
+One line per file, tracebacks of what failed, then what was skipped, a line `skipped: N: reason` for each reason, and
+the closing line `N passed, N failed[, N skipped]`. Exit status 1 if a test failed, or if none ran. A test counts once,
+however many of its subtests fail or are skipped; an error outside of a test (import, setUpClass, something left) counts
+as one failure.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 TESTS = Path(__file__).resolve().parent
-LONGEST = ("hostile_clients", "deploy", "crash", "pool", "restart", "invocation", "hostile", "local_users", "output", "docker",
-           "daemon", "faults", "cut", "archive", "soak", "api_tcp", "pack", "cli", "bench")     # the longest first
+LONGEST = ("hostile_clients", "deploy", "crash", "pool", "restart", "invocation", "hostile", "local_users", "output",
+           "docker", "daemon", "faults", "cut", "archive", "soak", "api_tcp", "pack", "cli", "bench")  # begin first
 MAX_WORKERS = 4
 PR_SET_PDEATHSIG = 1
 TEST_SECONDS = 600 * int(os.environ.get("FAASD_TEST_PATIENCE", "1"))      # for one test; only a hang takes longer
@@ -255,8 +256,9 @@ def run_inside(path: Path, verbose: bool, report: Path) -> int:
 def reset_signals() -> None:
     """Give what tests start the dispositions and the mask that a shell would, whatever started us (nohup, cron, a CI).
 
-    Exec resets a signal that is handled, but not one that is ignored. So those stay without effect on us, and have their
-    own on daemons and handlers. SIGPIPE and SIGXFSZ are ignored by Python itself, which resets them in its children.
+    Exec resets a signal that is handled, but not one that is ignored. So those stay without effect on us, and have
+    their own on daemons and handlers. SIGPIPE and SIGXFSZ are ignored by Python itself, which resets them in its
+    children.
     """
     signal.pthread_sigmask(signal.SIG_SETMASK, [])
     for number in signal.valid_signals() - {signal.SIGPIPE, signal.SIGXFSZ}:

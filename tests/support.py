@@ -34,17 +34,16 @@ from pathlib import Path
 
 TOP = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(TOP))
+sys.path.insert(0, str(TOP / "tests"))
 import faasd  # noqa: E402
+from clients import PATIENCE, READY_SECONDS, get  # noqa: E402, F401
 
 PREFIX = f"faasd-test.{secrets.token_hex(3)}."         # of this run: another may be under way
 SCRATCH = None if "FAASD_TEST_CACHE" in os.environ else tempfile.TemporaryDirectory(prefix="faasd-tests.")
-CACHE = Path(os.environ.get("FAASD_TEST_CACHE") or SCRATCH.name)       # what all files of a run share: layers, byte code
+CACHE = Path(os.environ.get("FAASD_TEST_CACHE") or SCRATCH.name)    # what all files share: layers, byte code
 RUN_DIRS: set[Path] = set()                             # of all daemons of this run
 HANDLER = Path(__file__).with_name("handler.py")
 RUNTIME = os.environ.get("FAASD_TEST_RUNTIME", "runc")     # the --runtime of every daemon that does not ask for another
-# For anything that must happen at all; no test is about how fast. A machine that is emulated takes ten times as long.
-PATIENCE = int(os.environ.get("FAASD_TEST_PATIENCE", "1"))
-READY_SECONDS = 30 * PATIENCE
 DEPLOY_SECONDS = 10 * READY_SECONDS
 
 
@@ -308,6 +307,12 @@ class Daemon:
             status, answer = self.api("DELETE", f"/functions/{name}", seconds=DEPLOY_SECONDS)
             assert status == 200, answer
 
+    def remove_all(self) -> None:
+        """Remove all functions, however a test has left the daemon."""
+        if self.process.poll() is not None:
+            self.start()
+        self.remove(*(entry["name"] for entry in json.loads(self.api("GET", "/functions")[1])["functions"]))
+
     def function_log(self, name: str) -> str:
         return self.api("GET", f"/functions/{name}/logs")[1].decode()
 
@@ -365,6 +370,21 @@ class Daemon:
         wait_until(lambda: self.info(name)["running"] == 0, f"{name} is idle")
 
 
+class SharedDaemonCase(unittest.TestCase):
+    """One daemon for the tests of a class, each of which begins and ends without functions."""
+
+    arguments: tuple[str, ...] = ()
+    constants: dict[str, float] = {}
+
+    @classmethod
+    def setUpClass(cls):
+        cls.daemon = Daemon(*cls.arguments, constants=cls.constants).start()
+        cls.addClassCleanup(cls.daemon.close)
+
+    def setUp(self):
+        self.addCleanup(self.daemon.remove_all)
+
+
 class UnixConnection(http.client.HTTPConnection):
     def __init__(self, path: Path, seconds: float):
         super().__init__("localhost", timeout=seconds)
@@ -398,13 +418,6 @@ def curl(*arguments: str, check: bool = True) -> str:
     return result.stdout
 
 
-def get(address: str, path: str = "/", port: int = 80) -> tuple[int, str]:
-    """Return status and body of a GET by curl."""
-    out = curl("--write-out", "\n%{http_code}", f"http://{address}:{port}{path}")
-    body, _, status = out.rpartition("\n")
-    return int(status), body
-
-
 # -- what is there --
 
 def cgroup_directories(name: str = PREFIX) -> list[str]:
@@ -415,13 +428,15 @@ def cgroup_directories(name: str = PREFIX) -> list[str]:
 
 def container_cgroups(daemon: Daemon) -> list[str]:
     """Return the cgroups of a daemon's containers, in all hierarchies."""
-    return sorted(str(path) for parent in cgroup_directories(daemon.directory.name) for pattern in ("*/", "function-*/*/")
+    parents = cgroup_directories(daemon.directory.name)
+    return sorted(str(path) for parent in parents for pattern in ("*/", "function-*/*/")
                   for path in Path(parent).glob(pattern) if faasd.CONTAINER_ID.fullmatch(path.name))
 
 
 def function_cgroups(daemon: Daemon) -> set[str]:
     """Return the names of the cgroups that hold those of functions' containers."""
-    return {path.name for parent in cgroup_directories(daemon.directory.name) for path in Path(parent).glob("function-*/")}
+    parents = cgroup_directories(daemon.directory.name)
+    return {path.name for parent in parents for path in Path(parent).glob("function-*/")}
 
 
 def processes(name: str = PREFIX) -> list[str]:
@@ -488,7 +503,8 @@ def leftovers() -> list[str]:
     def look() -> list[str]:
         found = [*processes(), *mounts(), *cgroup_directories(), *addresses(), *networks()]
         found += [f"guard of {run_dir}" for run_dir in RUN_DIRS if guards(run_dir)]
-        return found + [str(path) for top in (tempfile.gettempdir(), "/var/tmp") for path in Path(top).glob(f"{PREFIX}*")]
+        tops = (tempfile.gettempdir(), "/var/tmp")
+        return found + [str(path) for top in tops for path in Path(top).glob(f"{PREFIX}*")]
     with contextlib.suppress(AssertionError):
         wait_until(lambda: not look(), "all is gone", 5)
     return look()

@@ -6,6 +6,7 @@ import subprocess
 import unittest
 
 import support
+from clients import exchange
 
 
 class ApiCase(unittest.TestCase):
@@ -15,16 +16,7 @@ class ApiCase(unittest.TestCase):
         cls.addClassCleanup(cls.daemon.close)
 
     def raw(self, data: bytes) -> bytes:
-        """Send bytes, half-close, return everything that comes."""
-        with socket.socket(socket.AF_UNIX) as client:
-            client.settimeout(support.READY_SECONDS)
-            client.connect(str(self.daemon.socket))
-            client.sendall(data)
-            client.shutdown(socket.SHUT_WR)
-            received = b""
-            while chunk := client.recv(65536):
-                received += chunk
-            return received
+        return exchange(self.daemon.socket, data)
 
     def tearDown(self):
         self.assertNotIn("Traceback", self.daemon.log()[-3000:])

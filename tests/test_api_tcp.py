@@ -15,6 +15,7 @@ import unittest
 from pathlib import Path
 
 import support
+from clients import connect, exchange, read_all
 from support import wait_until
 
 ADDRESS = ("127.0.0.1", 9000)
@@ -35,29 +36,6 @@ def token_file(test) -> str:
     return str(path)
 
 
-def connect(target) -> socket.socket:
-    """Connect to a Unix socket or a TCP address."""
-    client = socket.socket(socket.AF_INET if isinstance(target, tuple) else socket.AF_UNIX)
-    client.settimeout(support.READY_SECONDS)
-    client.connect(target if isinstance(target, tuple) else str(target))
-    return client
-
-
-def receive(client: socket.socket) -> bytes:
-    received = b""
-    while data := client.recv(65536):
-        received += data
-    return received
-
-
-def raw(target, request: str | bytes) -> bytes:
-    """Send a request, half-close, return all that comes."""
-    with connect(target) as client:
-        client.sendall(request.encode() if isinstance(request, str) else request)
-        client.shutdown(socket.SHUT_WR)
-        return receive(client)
-
-
 def split(answer: bytes) -> tuple[int, dict[str, str], bytes]:
     """Return status, headers in lower case, and body of one answer."""
     head, _, body = answer.partition(b"\r\n\r\n")
@@ -74,7 +52,7 @@ class TcpCase(unittest.TestCase):
         cls.addClassCleanup(cls.daemon.close)
 
     def status(self, request: str, target=ADDRESS) -> int:
-        return split(raw(target, request))[0]
+        return split(exchange(target, request))[0]
 
     def tearDown(self):
         self.assertNotIn("Traceback", self.daemon.log())
@@ -110,7 +88,7 @@ class Token(TcpCase):
                            f"Authorization: Bearer x\r\n{BEARER}", f"X-Authorization: Bearer {TOKEN}\r\n"):
                 with self.subTest(head=head, header=header):
                     request = f"{head} HTTP/1.1\r\n{HOST}{header}\r\n".encode("latin-1")
-                    status, headers, body = split(raw(ADDRESS, request))
+                    status, headers, body = split(exchange(ADDRESS, request))
                     self.assertEqual((status, headers["www-authenticate"]), (401, "Bearer"))
                     self.assertEqual(headers["connection"], "close")
                     self.assertIn("" if head == "HEAD /" else "Authorization: Bearer TOKEN", body.decode())
@@ -118,13 +96,13 @@ class Token(TcpCase):
 
     def test_with_it(self):
         for header in (BEARER, f"authorization: bearer   {TOKEN}  \r\n"):
-            answer = raw(ADDRESS, f"GET /healthz HTTP/1.1\r\n{HOST}{header}\r\n" * 3)
+            answer = exchange(ADDRESS, f"GET /healthz HTTP/1.1\r\n{HOST}{header}\r\n" * 3)
             self.assertEqual(answer.count(b"HTTP/1.1 200 OK"), 3)
         self.assertEqual(self.status(f"GET /metrics HTTP/1.1\r\n{HOST}{BEARER}\r\n"), 200)
         self.assertEqual(self.status(f"PUT / HTTP/1.1\r\n{HOST}{BEARER}\r\n"), 501)
 
     def test_it_is_asked_for_on_every_request_of_a_connection(self):
-        answer = raw(ADDRESS, f"GET /healthz HTTP/1.1\r\n{HOST}{BEARER}\r\nGET /healthz HTTP/1.1\r\n{HOST}\r\n")
+        answer = exchange(ADDRESS, f"GET /healthz HTTP/1.1\r\n{HOST}{BEARER}\r\nGET /healthz HTTP/1.1\r\n{HOST}\r\n")
         self.assertEqual(re.findall(rb"HTTP/1.1 (\d+)", answer), [b"200", b"401"])
 
     def test_the_unix_socket_needs_none(self):
@@ -135,14 +113,14 @@ class Token(TcpCase):
         with connect(ADDRESS) as client:
             client.sendall(f"POST /functions/f HTTP/1.1\r\n{HOST}{ARCHIVE}Content-Length: 8000000\r\n\r\n".encode())
             client.sendall(bytes(8_000_000))
-            self.assertEqual(split(receive(client))[0], 401)
+            self.assertEqual(split(read_all(client))[0], 401)
 
     def test_refusal_comes_before_the_continue(self):
         for header, status in (("", b"401"), (BEARER + "Content-Type: text/plain\r\n", b"415"), (BEARER, b"415")):
             with connect(ADDRESS) as client:
                 client.sendall(f"POST /functions/f HTTP/1.1\r\n{HOST}{header}Expect: 100-continue\r\n"
                                "Content-Length: 10\r\n\r\n".encode())
-                self.assertEqual(receive(client)[9:12], status)
+                self.assertEqual(read_all(client)[9:12], status)
 
 
 class WebPages(TcpCase):
@@ -184,19 +162,19 @@ class WebPages(TcpCase):
         for target, more in ((self.daemon.socket, ""), (ADDRESS, HOST), (ADDRESS, HOST + BEARER)):
             for what, request in requests.items():
                 with self.subTest(f"{what} to {target} with {more}"):
-                    status, headers, body = split(raw(target, request.replace("\r\n", f"\r\n{more}", 1)))
+                    status, headers, body = split(exchange(target, request.replace("\r\n", f"\r\n{more}", 1)))
                     self.assertIn(status, {401} if more == HOST else {403, 415}, body)
                     self.assertIn("error", json.loads(body))
                     self.assertEqual([name for name in headers if name.startswith("access-control")], [])
         self.assertEqual(self.daemon.api("GET", "/functions"), (200, b'{"functions": []}\n'))
         options = f"OPTIONS /functions/f HTTP/1.1\r\n{HOST}{BEARER}\r\n"
-        status, headers, _ = split(raw(ADDRESS, options))
+        status, headers, _ = split(exchange(ADDRESS, options))
         self.assertEqual((status, headers["allow"]), (405, "GET, POST, PATCH, DELETE"))
 
 
 class Requests(TcpCase):
     def test_the_log_says_who_asked(self):
-        raw(self.daemon.socket, "GET /version?secret=1 HTTP/1.1\r\n\r\n")
+        exchange(self.daemon.socket, "GET /version?secret=1 HTTP/1.1\r\n\r\n")
         line = f"pid={os.getpid()} uid={os.getuid()} gid={os.getgid()} 'GET /version' 200"
         wait_until(lambda: line in self.daemon.log(), line)
         with connect(ADDRESS) as client:
@@ -211,13 +189,13 @@ class Requests(TcpCase):
                         f"Transfer-Encoding: chunked\r\n\r\n{len(hidden):x}\r\n{hidden}\r\n0\r\n\r\n"):
             for head in ("GET /healthz", "DELETE /functions/none", "POST /functions/none/rollback", "GET /metrics"):
                 with self.subTest(head=head, framing=framing[:20]):
-                    answer = raw(ADDRESS, f"{head} HTTP/1.1\r\n{HOST}{BEARER}{framing}")
+                    answer = exchange(ADDRESS, f"{head} HTTP/1.1\r\n{HOST}{BEARER}{framing}")
                     self.assertEqual(answer.count(b"HTTP/1.1 "), 1)
                     self.assertEqual(split(answer)[1]["connection"], "close")
 
     def test_logs_for_http_1_0_are_not_chunked(self):
         self.daemon.deploy("f")
-        status, headers, body = split(raw(ADDRESS, f"GET /functions/f/logs HTTP/1.0\r\n{HOST}{BEARER}\r\n"))
+        status, headers, body = split(exchange(ADDRESS, f"GET /functions/f/logs HTTP/1.0\r\n{HOST}{BEARER}\r\n"))
         self.assertEqual((status, headers.get("transfer-encoding")), (200, None))
         self.assertRegex(body, rb"\A20\d\d-.* deployed ")
         self.daemon.faas("rm", "f")
@@ -230,7 +208,7 @@ class Requests(TcpCase):
             one.sendall(f"POST /functions/one?warm=0 HTTP/1.1\r\n{HOST}{BEARER}{head}".encode())
             two.sendall(f"POST /functions/two?warm=0 HTTP/1.1\r\n{head}".encode())
             wait_until(lambda: len(list((self.daemon.state_dir / "tmp").iterdir())) == 2, "both uploads have begun")
-            status, headers, body = split(raw(ADDRESS, f"POST /functions/three HTTP/1.1\r\n{HOST}{BEARER}{head}"))
+            status, headers, body = split(exchange(ADDRESS, f"POST /functions/three HTTP/1.1\r\n{HOST}{BEARER}{head}"))
             self.assertEqual((status, headers["retry-after"]), (503, "5"))
             self.assertIn("2 deploys are under way already", body.decode())
             result = self.daemon.faas("new", "three", stdin=image, check=False)
@@ -260,7 +238,7 @@ class Limits(unittest.TestCase):
                     stack.enter_context(connect(target)).sendall(b"GET ")
                 for _ in range(3):
                     with connect(target) as silent:
-                        self.assertEqual(receive(silent), b"")
+                        self.assertEqual(read_all(silent), b"")
                 with connect(other) as client:              # which has room of its own
                     client.sendall(f"GET /healthz HTTP/1.1\r\n{'' if head else HOST + BEARER}\r\n".encode())
                     self.assertEqual(client.recv(12), b"HTTP/1.1 200")
@@ -269,7 +247,7 @@ class Limits(unittest.TestCase):
 
     def is_answered(self, target, request: str) -> bool:
         try:
-            return raw(target, request).startswith(b"HTTP/1.1 200")
+            return exchange(target, request).startswith(b"HTTP/1.1 200")
         except OSError:                     # it is closed before we have sent all
             return False
 
@@ -283,7 +261,7 @@ class Limits(unittest.TestCase):
             self.assertEqual(daemon.api("GET", "/healthz")[0], 200)
             self.assertLess(len(os.listdir(f"/proc/{daemon.process.pid}/fd")), before + 20)
         wait_until(lambda: len(os.listdir(f"/proc/{daemon.process.pid}/fd")) <= before, "all is closed")
-        self.assertEqual(split(raw(ADDRESS, f"GET /healthz HTTP/1.1\r\n{HOST}{BEARER}\r\n"))[0], 200)
+        self.assertEqual(split(exchange(ADDRESS, f"GET /healthz HTTP/1.1\r\n{HOST}{BEARER}\r\n"))[0], 200)
 
     def test_drops_of_a_head_do_not_hold_a_thread(self):
         daemon = self.start(MAX_HEADER_SECONDS=0.5, LINGER_SECONDS=0.2)
@@ -295,10 +273,10 @@ class Limits(unittest.TestCase):
                     client.sendall(b"x")
                     time.sleep(0.05)
         with connect(ADDRESS) as silent:
-            self.assertEqual(receive(silent), b"")
+            self.assertEqual(read_all(silent), b"")
         with connect(ADDRESS) as kept:
             kept.sendall(f"GET /healthz HTTP/1.1\r\n{HOST}{BEARER}\r\n".encode())
-            self.assertEqual(receive(kept).count(b"200 OK"), 1)
+            self.assertEqual(read_all(kept).count(b"200 OK"), 1)
 
     def test_an_upload_may_take_longer_than_a_head(self):
         daemon = self.start(MAX_HEADER_SECONDS=1.0)

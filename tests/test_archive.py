@@ -866,7 +866,8 @@ class Cheap(Sandbox):
     def test_E4_millions_of_empty_members(self):
         """8 MB of them in 20 KB. Each must not be copied with all that follows: that took minutes."""
         members = gz(b"") * (faasd.FRAMES_PER_ENTRY * 200_000 + 1)
-        self.assert_child_refused(self.unpack_child(members, max_entries=200_000, timeout=60), 413, "--max-image-entries")
+        result = self.unpack_child(members, max_entries=200_000, timeout=60)
+        self.assert_child_refused(result, 413, "--max-image-entries")
 
 
 LONG_WAY = [*(symlink(f"l{at}", "d/../" * 800 + f"l{at + 1}") for at in range(39)), directory("d"), directory("l39")]
@@ -875,13 +876,15 @@ add_cases(Cheap, [
      "STEPS_PER_ENTRY", {}),
     ("E4 whiteouts through long links", [layer(*LONG_WAY), layer(*(whiteout("l0/x") for at in range(20)))],
      "STEPS_PER_ENTRY", {}),
-    ("E4 hard links through long links", [layer(*LONG_WAY, file("l39/x"), *(hardlink(f"h{at}", "l0/x") for at in range(20)))],
+    ("E4 hard links through long links",
+     [layer(*LONG_WAY, file("l39/x"), *(hardlink(f"h{at}", "l0/x") for at in range(20)))],
      "STEPS_PER_ENTRY", {}),
     ("E4 paths through links of slashes", [layer(*(symlink(f"l{at}", "/" * 4000 + f"l{at + 1}") for at in range(38)),
                                                 *(whiteout("l0/x") for at in range(20)))], "STEPS_PER_ENTRY", {}),
     ("E4 directories that are only implied", [layer(*(file(f"{at}/" + "d/" * 250 + "f") for at in range(60)))],
      "STEPS_PER_ENTRY", {}),
-    ("E4 opaque again and again", [layer(*(file(f"d/{at}") for at in range(1000)), *(opaque("d") for at in range(1000)))],
+    ("E4 opaque again and again",
+     [layer(*(file(f"d/{at}") for at in range(1000)), *(opaque("d") for at in range(1000)))],
      "STEPS_PER_ENTRY", {}),
 ], "check_cost")
 

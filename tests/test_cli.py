@@ -95,14 +95,14 @@ class Usage(unittest.TestCase):
 
     def test_stdout_is_closed(self):
         for command in ("list", f"pack {support.HANDLER}"):
-            result = subprocess.run(f"'{FAAS[0]}' '{FAAS[1]}' {command} >&-", shell=True, capture_output=True, text=True,
-                                    check=False)
+            result = subprocess.run(f"'{FAAS[0]}' '{FAAS[1]}' {command} >&-", shell=True, capture_output=True,
+                                    text=True, check=False)
             self.assertEqual((result.returncode, result.stderr), (2, "faas: stdout is closed: use >/dev/null\n"))
 
     def test_stdin_is_closed(self):
         for command in ("new f", "new f -f -"):
-            result = subprocess.run(f"'{FAAS[0]}' '{FAAS[1]}' {command} <&-", shell=True, capture_output=True, text=True,
-                                    check=False)
+            result = subprocess.run(f"'{FAAS[0]}' '{FAAS[1]}' {command} <&-", shell=True, capture_output=True,
+                                    text=True, check=False)
             self.assertEqual((result.returncode, result.stdout), (2, ""))
             self.assertRegex(result.stderr, r"\Afaas: an image archive is needed: [^\n]+\n\Z")
 
@@ -322,7 +322,7 @@ class WithDaemon(unittest.TestCase):
             self.assertTrue(shown.endswith(b"\x1b[?25h\x1b[?1049l"), shown[-100:])
 
     def test_no_image_reaches_the_terminal_raw(self):
-        """Tag, command, working directory and descriptors of a hostile image: each command prints as many lines as ever."""
+        """Tag, command, directory and descriptors of a hostile image: each command prints as many lines as ever."""
         evil = "\x1b]52;c;aGk=\x07\x1b[2J\x9b\nforged  10.0.0.66  ready"
         source = f"""import os
 for number in range(50):

@@ -11,7 +11,8 @@ import time
 import unittest
 
 import support
-from support import get, wait_until
+from clients import get, request
+from support import wait_until
 
 SLOW_SYNC = {"os.fsync": "lambda descriptor: __import__('time').sleep(1)"}      # the registry's: a save takes 2 s
 
@@ -61,9 +62,8 @@ class ClientLeaves(CutCase):
     def test_while_a_removal_drains_it_is_removed_all_the_same(self):
         daemon = self.start()
         address = daemon.deploy("f", None, "--timeout", "3")
-        hanging = socket.create_connection((address, 80))
+        hanging = request(address, "/hang")
         self.addCleanup(hanging.close)
-        hanging.sendall(b"GET /hang HTTP/1.1\r\n\r\n")
         wait_until(lambda: daemon.info("f")["running"] == 1, "it is in flight")
         removal = self.client(daemon, "rm", "f")
         wait_until(lambda: daemon.info("f")["state"] == "removing", "the removal drains")
@@ -81,14 +81,13 @@ class ClientLeaves(CutCase):
 class Stop(CutCase):
     def test_connections_that_the_kernel_has_completed_are_answered(self):
         daemon = self.start("--drain-timeout", "5m")
-        address = daemon.deploy("f", support.small_image(), "--concurrency", "8", "--queue-timeout", "5m", "--timeout", "5m",
-                                "--start-timeout", "5m")       # the machine may be busy
+        patience = [word for option in ("queue-", "start-", "") for word in (f"--{option}timeout", "5m")]
+        address = daemon.deploy("f", support.small_image(), "--concurrency", "8", *patience)  # the machine may be busy
         daemon.process.send_signal(signal.SIGSTOP)
         clients = []
         for _ in range(100):
-            client = socket.create_connection((address, 80), timeout=support.READY_SECONDS)
+            client = request(address, "/")
             self.addCleanup(client.close)
-            client.sendall(b"GET / HTTP/1.1\r\n\r\n")
             clients.append(client)
         daemon.process.send_signal(signal.SIGTERM)
         daemon.process.send_signal(signal.SIGCONT)
@@ -98,9 +97,8 @@ class Stop(CutCase):
         daemon = self.start("--drain-timeout", "100ms")
         address = daemon.deploy("f", None, "--warm", "2")
         for _ in range(12):
-            client = socket.create_connection((address, 80))
+            client = request(address, "/hang")
             self.addCleanup(client.close)
-            client.sendall(b"GET /hang HTTP/1.1\r\n\r\n")
         wait_until(lambda: daemon.info("f")["running"] > 6, "they hang")
         daemon.process.send_signal(signal.SIGTERM)
         for _ in range(10):             # one of them comes at the wrong moment

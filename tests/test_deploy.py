@@ -22,11 +22,7 @@ EXITS = "import sys; print('on stdout'); print('no config \\x1b[2J', file=sys.st
 SLEEPS = "import time; print('waiting for nothing', flush=True); time.sleep(3600)"
 
 
-class DeployCase(unittest.TestCase):
-    def setUp(self):
-        self.daemon = support.Daemon().start()
-        self.addCleanup(self.daemon.close)
-
+class DeployCase(support.SharedDaemonCase):
     def assert_nothing_there(self, name: str):
         """No directory, address, registry entry or log of a function that was refused."""
         self.assertEqual(list((self.daemon.state_dir / "images").iterdir()), [])
@@ -54,7 +50,8 @@ class TooLarge(DeployCase):
         large, word = "x" * (128 << 10), r"\Afaas: "
         variable = word + r"the variable BIG has 131076 bytes: one may have at most 131071\Z"
         argument = word + r"the command's argument has 131072 bytes: one may have at most 131071\Z"
-        together = word + r"the environment of \d+ bytes and the command of \d+ make a config.json of \d+ bytes, over 262"
+        together = word + (r"the environment of \d+ bytes and the command of \d+ make a config.json of \d+ bytes, "
+                           r"over 262")
         many = [f"V{number}=" + "x" * 60_000 for number in range(10)]
         for config, message in (({"Env": ["BIG=" + large]}, variable), ({"Cmd": [large]}, argument),
                                 ({"Env": many}, together), ({"Cmd": ["x" * 60_000] * 10}, together),
@@ -96,15 +93,18 @@ def start(count):
         """Its cgroup may be gone before we can look."""
         source = self.THREADS.replace("WAIT", "0") + "start(130)\n"
         first, *rest = self.refuse("new", "f", "--pids", "64", stdin=support.handler_image(source))
-        self.assertRegex(first, r"exited with status 1 (after it had hit --pids|\(did it hit --pids\?\)) before it", rest)
+        self.assertRegex(first, r"exited with status 1 (after it had hit --pids|\(did it hit --pids\?\)) before it",
+                         rest)
 
     def test_a_handler_that_is_refused_threads(self):
-        source = self.THREADS.replace("WAIT", "2") + support.HANDLER.read_text().replace("def respond(", "def respond(*_):\n    start(130)\n\n"
-                                                                    "def unused(")
+        handler = support.HANDLER.read_text()
+        refused = handler.replace("def respond(", "def respond(*_):\n    start(130)\n\ndef unused(")
+        source = self.THREADS.replace("WAIT", "2") + refused
         address = self.daemon.deploy("f", support.handler_image(source), "--pids", "64")
         status, body = get(address)
         self.assertEqual(status, 502)
         self.assertIn("after it had hit --pids without an answer", body)
+        self.daemon.wait_idle("f")
         self.assertIn("(it has hit --pids: a process or thread was refused)", self.daemon.function_log("f"))
 
     def test_who_only_prints_so_has_not(self):
@@ -409,7 +409,7 @@ class Redeploy(DeployCase):
         stop = threading.Event()
 
         def load():
-            while not stop.is_set():
+            while not stop.wait(0.1):           # each takes a container, and the deploys need the CPUs too
                 answers.append(get(address, "/label"))
         clients = [threading.Thread(target=load) for _ in range(4)]
         for client in clients:

@@ -11,7 +11,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import tempfile
 import threading
@@ -22,7 +21,8 @@ from pathlib import Path
 
 import gate
 import support
-from support import get, wait_until
+from clients import get, read_all, request
+from support import wait_until
 
 import faasd
 
@@ -36,10 +36,7 @@ def run(*argv: str) -> None:
 
 def ask(address: str, path: str = "/") -> str:
     """Send one request and return all of the answer."""
-    with socket.create_connection((address, 80), timeout=support.READY_SECONDS) as client:
-        client.sendall(f"GET {path} HTTP/1.0\r\n\r\n".encode())
-        with client.makefile("rb") as answer:
-            return answer.read().decode()
+    return read_all(request(address, path)).decode()
 
 
 def fill_file(path: Path) -> None:
@@ -517,7 +514,8 @@ class Registry(unittest.TestCase):
                 self.assertIn(words, self.refuse(json.dumps({**self.good, "functions": [first, second]}).encode()))
 
     def test_newer_faasd(self):
-        for change, words in (({"format": 99}, "has format 99"), ({"format": 2}, "has format 2"), ({"format": "2.1"}, "has format '2.1'")):
+        for change, words in (({"format": 99}, "has format 99"), ({"format": 2}, "has format 2"),
+                              ({"format": "2.1"}, "has format '2.1'")):
             with self.subTest(change):
                 line = self.refuse(json.dumps({**self.good, **change}).encode())
                 self.assertIn(words, line)

@@ -372,7 +372,8 @@ class ControlApi(unittest.TestCase):
         self.daemon.wait_warm("good", 1)
         wait_until(lambda: self.count()[0] <= descriptors,
                    f"as before, {descriptors} descriptors are open (FAASD_FUZZ_SEED={SEED})")
-        wait_until(lambda: self.count()[1] <= threads + (os.cpu_count() or 1) + 4, "threads are those of asyncio.to_thread")
+        wait_until(lambda: self.count()[1] <= threads + (os.cpu_count() or 1) + 4,
+                   "threads are those of asyncio.to_thread")
         self.assertEqual(support.get(self.good)[0], 200)
 
 

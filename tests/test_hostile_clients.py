@@ -1,7 +1,7 @@
 """Clients that mean harm: silent, slow, leaving, vanishing, sending garbage. Real daemon, real sockets.
 
 Of each attack: nothing of it stays behind, and what it has not to do with goes on. Random resets last 3 s, or as long
-as --soak says: `sudo ./test.sh --soak 600 tests/test_hostile_clients.py`
+as --soak says, with which there are more clients, too: `sudo ./test.sh --soak 600 tests/test_hostile_clients.py`
 """
 
 import collections
@@ -20,14 +20,16 @@ import unittest
 from pathlib import Path
 
 import support
-from support import get, wait_until
+from clients import RESET, connect, get, read_until_cut, reset
+from support import wait_until
 
 import faasd
 
 SOAK_SECONDS = float(os.environ.get("FAASD_SOAK_SECONDS", "3"))
 SYN_COOKIES = Path("/proc/sys/net/ipv4/tcp_syncookies")         # of our network namespace
-IDLE_CLIENTS = 10_000
-RESET = b"\1\0\0\0\0\0\0\0"                                     # struct linger: on, 0 s
+AT_LENGTH = "FAASD_SOAK_SECONDS" in os.environ
+IDLE_CLIENTS = 10_000 if AT_LENGTH else 3_000                   # several times MAX_SILENT
+LEAVING_CLIENTS = 2000 if AT_LENGTH else 500
 TLS_HELLO = bytes.fromhex("16030100c8010000c40303") + bytes(range(194))
 # A request line, and what would be lines of the log if nothing were escaped.
 FORGERY = (b'GET /exit?0 \x1b[2J\x00"\\ outcome=answered\xff\xfe\xe2\x80\xa8\xc2\x85\r'
@@ -40,21 +42,6 @@ def setUpModule():
     needed = IDLE_CLIENTS + 1000
     resource.setrlimit(resource.RLIMIT_NOFILE, (needed, max(hard, needed)))
     unittest.addModuleCleanup(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, max(hard, needed)))
-
-
-def reset(client: socket.socket) -> None:
-    """Leave as a program does that crashes with unread data: RST in the place of FIN."""
-    client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
-    client.close()
-
-
-def read_all(client: socket.socket) -> bytes:
-    """Return all that comes until the end of file, or until a reset."""
-    received = b""
-    with contextlib.suppress(ConnectionResetError):
-        while data := client.recv(65536):
-            received += data
-    return received
 
 
 class HostileCase(unittest.TestCase):
@@ -109,9 +96,8 @@ class HostileCase(unittest.TestCase):
     # -- attackers --
 
     def connect(self, data: bytes = b"", source: str = "") -> socket.socket:
-        client = socket.create_connection((self.address, 80), support.READY_SECONDS, (source, 0) if source else None)
+        client = connect(self.address, data, source)
         self.addCleanup(client.close)
-        client.sendall(data)
         return client
 
     def request(self, path: str, **more) -> socket.socket:
@@ -179,7 +165,7 @@ class Silent(HostileCase):
             clients.append(client)
         return clients
 
-    def test_10000_idle_connections(self):
+    def test_idle_connections_by_the_thousand(self):
         self.with_syn_cookies("1")                      # as Linux has it by default
         memory = support.resident_memory(self.pid)
         most = 0
@@ -207,7 +193,7 @@ class Silent(HostileCase):
     def test_urgent_byte_alone_is_nothing_said(self):
         client = self.connect()
         client.send(b"!", socket.MSG_OOB)
-        self.assertEqual(read_all(client), b"")
+        self.assertEqual(read_until_cut(client), b"")
         self.assertEqual(self.outcomes(), {})
 
     def test_close_without_a_word(self):
@@ -237,12 +223,12 @@ class Crowds(HostileCase):
         clients = [self.connect() for _ in range(8)]
         wait_until(lambda: self.descriptors() == 8, "all are accepted")
         clients += [self.connect() for _ in range(4)]
-        self.assertEqual([read_all(client) for client in clients[:4]], [b""] * 4)
+        self.assertEqual([read_until_cut(client) for client in clients[:4]], [b""] * 4)
         self.assertEqual(self.descriptors(), 8)
         self.assertEqual(self.outcomes(), {})
         for client in clients[4:]:                      # and who speaks at last is heard
             client.sendall(b"GET /late HTTP/1.1\r\n\r\n")
-            self.assertIn(b"hello /late", read_all(client))
+            self.assertIn(b"hello /late", read_until_cut(client))
             self.settle()
 
     def test_stranger_with_many_takes_none_of_others(self):
@@ -250,12 +236,12 @@ class Crowds(HostileCase):
         others = [self.connect(source="127.0.0.2") for _ in range(3)]
         wait_until(lambda: self.descriptors() == 3, "they are accepted")
         strangers = [self.connect(source="127.0.0.3") for _ in range(20)]
-        self.assertEqual([read_all(client) for client in strangers[:15]], [b""] * 15)
+        self.assertEqual([read_until_cut(client) for client in strangers[:15]], [b""] * 15)
         for client in strangers:
             client.close()
         for client in others:
             client.sendall(b"GET /late HTTP/1.1\r\n\r\n")
-            self.assertIn(b"hello /late", read_all(client))
+            self.assertIn(b"hello /late", read_until_cut(client))
             self.settle()
 
     def test_refused_ones_that_keep_their_connection_cannot_gather(self):
@@ -265,7 +251,8 @@ class Crowds(HostileCase):
         with self.neighbour():
             refused = [self.request("/") for _ in range(40)]
             for client in refused:
-                self.assertRegex(read_all(client), rb"(?s)^HTTP/1.1 503 .*\r\nRetry-After: 1\r\n.*0 connections wait")
+                self.assertRegex(read_until_cut(client),
+                                 rb"(?s)^HTTP/1.1 503 .*\r\nRetry-After: 1\r\n.*0 connections wait")
         wait_until(lambda: self.descriptors() <= held + 8, "those before the last 8 are let go")
         for client in [*refused, busy]:
             client.close()
@@ -315,7 +302,7 @@ class Slow(HostileCase):
         for size in (0, 100_000, 4 << 20):
             client = self.connect(b"POST / HTTP/1.1\r\nContent-Length: %d\r\n\r\n" % size)
             client.sendall(bytes(size))                 # all of it, before it reads
-            self.assertRegex(read_all(client), rb"(?s)^HTTP/1.1 503 .*\r\nRetry-After: 1\r\n.*3 connections wait")
+            self.assertRegex(read_until_cut(client), rb"(?s)^HTTP/1.1 503 .*\r\nRetry-After: 1\r\n.*3 connections wait")
         for client in busy:
             reset(client)
 
@@ -345,11 +332,11 @@ class Leaving(HostileCase):
     def test_connect_and_leave_flood(self):
         busy = self.occupy()
         with self.neighbour():
-            for _ in range(2000):
+            for _ in range(LEAVING_CLIENTS):
                 reset(self.connect(b"GET /left HTTP/1.1\r\n\r\n"))
             wait_until(lambda: self.counts() == (2, 0), "none of them waits")
         self.release(busy)
-        self.assert_no_container("abandoned", 2000)
+        self.assert_no_container("abandoned", LEAVING_CLIENTS)
 
     def test_half_closed_behind_a_whole_request(self):
         busy = self.occupy()
@@ -362,7 +349,7 @@ class Leaving(HostileCase):
             client.shutdown(socket.SHUT_WR)
         self.release(busy)
         for client, answer in zip(clients, (b"hello /a", b"hello /b", b"hello /c", b"hello /"), strict=True):
-            self.assertTrue(read_all(client).endswith(answer))
+            self.assertTrue(read_until_cut(client).endswith(answer))
 
     def test_half_closed_in_the_middle_of_a_request(self):
         busy = self.occupy()
@@ -559,7 +546,7 @@ class SlowReaders(HostileCase):
         received = 0
         while data := client.recv(1 << 20):             # all of it, and an end of file
             received += len(data)
-        self.assertIn(b"hello /next", read_all(other))
+        self.assertIn(b"hello /next", read_until_cut(other))
         self.settle()
         self.assertRegex(self.lines()[0], rf"^outcome=answered .* sent={received} exit=0$")
 
@@ -577,7 +564,7 @@ class SlowReaders(HostileCase):
         self.wait_counts(1, 1)
         while client.recv(1 << 20):                     # all of it, and an end of file
             continue
-        self.assertIn(b"hello /next", read_all(other))
+        self.assertIn(b"hello /next", read_until_cut(other))
         self.settle()
         self.assertRegex(self.lines()[0], "^outcome=timeout .* exit=137")
 
@@ -601,7 +588,7 @@ class LockedSocket(HostileCase):
         with self.neighbour():
             clients = [self.request("/hold-lock") for _ in range(2)]
             for client in clients:
-                read_all(client)
+                read_until_cut(client)
         self.assertEqual(sum(self.outcomes().values()), 2)
         for line in self.lines():
             self.assertRegex(line, "^outcome=(no-answer|timeout) .* exit=137|^outcome=answered ")
@@ -613,7 +600,7 @@ class LockedSocket(HostileCase):
         try:
             with support.lock_held(held, cgroups), self.neighbour():
                 self.daemon.release("f", "held")
-                self.assertRegex(read_all(client), b"(?s)^HTTP/1.1 502 .*kept its client's connection locked")
+                self.assertRegex(read_until_cut(client), b"(?s)^HTTP/1.1 502 .*kept its client's connection locked")
         finally:
             os.close(held)
         self.settle()
@@ -636,11 +623,12 @@ class Garbage(HostileCase):
                     client = self.connect(data)
                     client.shutdown(socket.SHUT_WR)
                     # One that ends in the middle of a request has given up, if that is seen before a handler has it.
-                    self.assertRegex(read_all(client), rb"^HTTP/1.1 (200|502) " + (b"|^$" if name == "half" else b""))
+                    nothing = b"|^$" if name == "half" else b""
+                    self.assertRegex(read_until_cut(client), rb"^HTTP/1.1 (200|502) " + nothing)
 
     def test_pipelined_garbage(self):
         client = self.connect(b"GET /first HTTP/1.1\r\n\r\n" + b"GET /x HTTP/1.1\r\n\r\n" * 1000 + TLS_HELLO)
-        self.assertIn(b"hello /first", read_all(client))
+        self.assertIn(b"hello /first", read_until_cut(client))
         self.assertEqual(self.outcomes(), {"answered": 1})
 
     def test_header_line_of_a_gigabyte(self):
@@ -659,11 +647,11 @@ class Garbage(HostileCase):
         client = self.connect(b"GET /urg")
         client.send(b"!", socket.MSG_OOB)
         client.sendall(b"ent HTTP/1.1\r\n\r\n")
-        self.assertIn(b"hello /urgent", read_all(client))
+        self.assertIn(b"hello /urgent", read_until_cut(client))
 
     def test_log_cannot_be_forged(self):
         start = len(self.daemon.log())
-        self.assertIn(b"502 Bad Gateway", read_all(self.connect(FORGERY)))
+        self.assertIn(b"502 Bad Gateway", read_until_cut(self.connect(FORGERY)))
         self.settle()
         wait_until(lambda: "exit?0" in self.log_of("f")[self.log_start:], "it is logged")
         for text in (self.log_of("f")[self.log_start:], self.daemon.log()[start:]):
@@ -695,7 +683,7 @@ class FewDescriptors(HostileCase):
         refused = [client for client in clients if client.fileno() in spoken_to]
         self.assertGreater(len(refused), 200)
         for client in refused:
-            self.assertRegex(read_all(client), b"(?s)^HTTP/1.1 503 .*Retry-After: 1.*has few descriptors left")
+            self.assertRegex(read_until_cut(client), b"(?s)^HTTP/1.1 503 .*Retry-After: 1.*has few descriptors left")
         for client in [*clients, *running]:
             reset(client)
         self.assertEqual(self.outcomes(), {"answered": 4, "abandoned": 700 - len(refused), "queue-full": len(refused)})
@@ -706,11 +694,11 @@ class TooFewDescriptors(HostileCase):
     """Fewer than the invocations in flight take, which has others go without; but all of it ends."""
 
     wrapper = ("prlimit", "--nofile=128:128")
-    options = ("--timeout", "1", "--queue-timeout", "3")
+    options = ("--timeout", "1", "--queue-timeout", "3", "--start-timeout", "1m")
 
     def test_flood(self):
         clients = [self.request("/hang") for _ in range(200)]
-        answers = collections.Counter(read_all(client)[9:12] for client in clients)
+        answers = collections.Counter(read_until_cut(client)[9:12] for client in clients)
         self.assertEqual(set(answers), {b"503", b"504"})
         outcomes = self.outcomes()
         self.assertEqual((outcomes["timeout"], sum(outcomes.values())), (answers[b"504"], 200))

@@ -13,7 +13,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import support
-from support import curl, get, wait_until
+from clients import connect, exchange, get, read_all, request, reset
+from support import curl, wait_until
 
 import faasd
 
@@ -68,18 +69,15 @@ class InvocationCase(unittest.TestCase):
         return wait_until(line, "the invocation is logged")
 
     def connect(self) -> socket.socket:
-        client = socket.create_connection((self.address, 80), timeout=support.READY_SECONDS)
+        client = connect(self.address)
         self.addCleanup(client.close)
         return client
 
     def exchange(self, path: str) -> bytes:
         """Send a request and return all that comes until the end of file."""
-        client = self.connect()
-        client.sendall(f"GET {path} HTTP/1.1\r\nHost: f\r\n\r\n".encode())
-        received = b""
-        while data := client.recv(65536):
-            received += data
-        return received
+        client = request(self.address, path)
+        client.settimeout(10 * support.READY_SECONDS)
+        return read_all(client)
 
     def assert_cut(self, client: socket.socket, received: bytes):
         """Assert that this, and no end of file, is all that comes: half an answer must not look whole."""
@@ -107,19 +105,13 @@ class GoodHandler(InvocationCase):
         self.assertEqual(out, "hello /y")
 
     def test_half_closed_client_is_answered(self):
-        client = self.connect()
-        client.sendall(b"GET /half HTTP/1.0\r\n\r\n")
-        client.shutdown(socket.SHUT_WR)
-        received = b""
-        while data := client.recv(65536):
-            received += data
+        received = exchange(self.address, "GET /half HTTP/1.0\r\n\r\n")
         self.assertTrue(received.endswith(b"hello /half"), received)
 
     def test_client_that_hangs_up_at_once_harms_nobody(self):
         client = self.connect()
         client.sendall(b"GET / HTTP/1.0\r\n\r\n")
-        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
-        client.close()
+        reset(client)
         self.assertRegex(self.last_line(), "outcome=(abandoned|no-answer|closed|answered)")
 
     def test_silent_client_costs_no_container(self):
@@ -439,7 +431,7 @@ class OutOfMemory(InvocationCase):
 class Load(InvocationCase):
     """Many connections, and beside them one that stays open all the time (--timeout 0)."""
 
-    options = ("--queue-timeout", "10m")        # the machine may be busy
+    options = ("--queue-timeout", "10m", "--timeout", "10m", "--start-timeout", "10m")      # the machine may be busy
 
     @classmethod
     def setUpClass(cls):
@@ -484,7 +476,8 @@ class Load(InvocationCase):
             nonlocal most
             while not stop.is_set():
                 # By id: a child of runc has its command line for a moment, until it is `runc init`.
-                running = {line.split()[-1] for line in support.processes(self.daemon.directory.name) if root in line and " run " in line}
+                running = {line.split()[-1] for line in support.processes(self.daemon.directory.name)
+                           if root in line and " run " in line}
                 most = max(most, sum(not self.is_ready(container) for container in running))
         watcher = threading.Thread(target=watch)
         watcher.start()

@@ -356,7 +356,8 @@ while True:
             poll.register(held, select.EPOLLOUT)
             os.close(held)
             memory = self.missing_page()
-            polling = threading.Thread(target=self.libc.epoll_wait, args=(poll.fileno(), ctypes.c_void_p(memory), 1, -1))
+            polling = threading.Thread(target=self.libc.epoll_wait,
+                                       args=(poll.fileno(), ctypes.c_void_p(memory), 1, -1))
             polling.start()
             try:
                 self.wait_for_fault()
@@ -375,10 +376,12 @@ while True:
         address = self.deploy(daemon, "--concurrency", "1", "--queue-timeout", "60s")
         busy = self.client(address, "/silent?go")
         self.handed_over(daemon, 1)
-        with select.epoll() as outer, select.epoll() as inner, socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as writable:
+        with select.epoll() as outer, select.epoll() as inner, \
+                socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as writable:
             inner.register(writable, select.EPOLLOUT)
             memory = self.missing_page()
-            polling = threading.Thread(target=self.libc.epoll_wait, args=(inner.fileno(), ctypes.c_void_p(memory), 1, -1))
+            polling = threading.Thread(target=self.libc.epoll_wait,
+                                       args=(inner.fileno(), ctypes.c_void_p(memory), 1, -1))
             polling.start()
             self.wait_for_fault()
             event = struct.pack("=IQ", select.EPOLLIN, 0) if platform.machine() == "x86_64" else bytes(16)
@@ -598,7 +601,8 @@ class Files(LocalUserCase):
         os.chown(daemon.directory, 65534, 0)
         result = self.refused(daemon)
         self.assertEqual(result.returncode, 2, result.stderr)
-        self.assertIn(f"{daemon.directory} belongs to another user (uid 65534), who can rename what is in it", result.stderr)
+        self.assertIn(f"{daemon.directory} belongs to another user (uid 65534), who can rename what is in it",
+                      result.stderr)
         daemon.env = {"SUDO_UID": "65534"}              # it is that user who starts us
         self.assertEqual(daemon.start().stop(), 0)
 
@@ -722,7 +726,8 @@ elif command == "/silent":""")
             daemon.arguments = ("--api", "127.0.0.1:8000", "--api-token-file", str(daemon.directory / "token"))
             result = self.refused(daemon)
         self.assertEqual(result.returncode, 2)
-        self.assertRegex(result.stderr, r"\nfaasd: cannot listen on http://127.0.0.1:8000: Address already in use; .*\s\Z")
+        self.assertRegex(result.stderr,
+                         r"\nfaasd: cannot listen on http://127.0.0.1:8000: Address already in use; .*\s\Z")
         self.assertEqual(support.remains(daemon), [])
 
 

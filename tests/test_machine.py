@@ -87,7 +87,8 @@ class Lacking(MachineCase):
             mount, = (before[4] for before, after in faasd.read_mountinfo()
                       if after[0] == "cgroup" and name in after[2].split(","))
             with self.subTest(name):
-                self.assertIn(f"cgroup_enable={name}", self.refused(self.daemon(wrapper=in_namespaces(f"umount {mount}"))))
+                daemon = self.daemon(wrapper=in_namespaces(f"umount {mount}"))
+                self.assertIn(f"cgroup_enable={name}", self.refused(daemon))
 
     @unittest.skipUnless(BUSYBOX, "there is no BusyBox")
     def test_ip_of_busybox(self):
@@ -107,7 +108,8 @@ class Lacking(MachineCase):
         self.assertRegex(self.refused(daemon), "runtime cannot start a container on this machine.*no luck today")
 
     def test_directories_of_others(self):
-        for change in (lambda path: path.chmod(0o777), lambda path: path.chmod(0o775), lambda path: os.chown(path, 65534, 0)):
+        for change in (lambda path: path.chmod(0o777), lambda path: path.chmod(0o775),
+                       lambda path: os.chown(path, 65534, 0)):
             for name in ("state", "run"):
                 daemon = self.daemon()
                 (daemon.directory / name).mkdir(mode=0o755)
@@ -163,7 +165,8 @@ class DoneWithout(MachineCase):
         (directory / "yama").mkdir()
         (directory / "yama/ptrace_scope").write_text("3\n")
         # With a mount below /proc the kernel gives containers none of their own, so the warning alone is looked at.
-        code = f"import sys; sys.path.insert(0, {str(TOP)!r}); import faasd; print(*faasd.machine_warnings(), sep='\\n')"
+        code = f"import sys; sys.path.insert(0, {str(TOP)!r}); import faasd; " \
+               "print(*faasd.machine_warnings(), sep='\\n')"
         command = [*in_namespaces(f"mount --bind {directory} /proc/sys/kernel"), sys.executable, "-c", code]
         out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         self.assertEqual(len(re.findall("ptrace_scope is 3", out)), 1)
@@ -316,9 +319,11 @@ class Inherited(MachineCase):
         limits = {line[:25].strip(): line[26:].split()[:2] for line in
                   Path(f"/proc/{pid}/limits").read_text().splitlines()}
         unlimited = ["unlimited"] * 2
-        self.assertEqual([limits[f"Max {name}"] for name in ("file size", "cpu time", "address space")], [unlimited] * 3)
+        names = ("file size", "cpu time", "address space")
+        self.assertEqual([limits[f"Max {name}"] for name in names], [unlimited] * 3)
         self.assertEqual(limits["Max stack size"], ["8388608", "unlimited"])
-        self.assertEqual(limits["Max locked memory"], [str(min(8 << 20, resource.getrlimit(resource.RLIMIT_MEMLOCK)[1]))] * 2)
+        locked = min(8 << 20, resource.getrlimit(resource.RLIMIT_MEMLOCK)[1])
+        self.assertEqual(limits["Max locked memory"], [str(locked)] * 2)
         status = Path(f"/proc/{pid}/status").read_text()
         inherited = sum(1 << number - 1 for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGCHLD))
         for field in ("SigBlk", "SigIgn"):

@@ -129,9 +129,11 @@ class Handlers(OutputCase):
             with support.lock_held(self.output(daemon, container), cgroups):
                 killed.send_signal(signal.SIGCONT)
                 threads = Path(f"/proc/{killed.pid}/task")
-                wait_until(lambda: any("pipe" in (path / "wchan").read_text() for path in threads.iterdir()), "it waits")
+                wait_until(lambda: any("pipe" in (path / "wchan").read_text() for path in threads.iterdir()),
+                           "it waits")
                 killed.kill()
-                wait_until(lambda: re.search(r"State:\tZ", Path(f"/proc/{killed.pid}/status").read_text()), "it is dead")
+                wait_until(lambda: re.search(r"State:\tZ", Path(f"/proc/{killed.pid}/status").read_text()),
+                           "it is dead")
                 daemon.log_file.close()
                 daemon.start()
                 self.assertEqual(get(address), (200, "1"))

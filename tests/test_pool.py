@@ -14,7 +14,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import support
-from support import get, wait_until
+from clients import get, read_all, request, reset
+from support import wait_until
 
 
 def init_pid(daemon: support.Daemon, container: str) -> int:
@@ -25,32 +26,7 @@ def init_pid(daemon: support.Daemon, container: str) -> int:
     raise AssertionError(f"no container {container}")
 
 
-def request(address: str, path: str = "/", body: bytes = b"") -> socket.socket:
-    """Send a request and return the connection."""
-    client = socket.create_connection((address, 80), timeout=support.READY_SECONDS)
-    client.sendall(b"POST %s HTTP/1.1\r\nHost: f\r\nContent-Length: %d\r\n\r\n%s" % (path.encode(), len(body), body))
-    return client
-
-
-def response(client: socket.socket) -> bytes:
-    """Return all that comes until the end of file."""
-    with client:
-        received = b""
-        while data := client.recv(65536):
-            received += data
-        return received
-
-
-class PoolCase(unittest.TestCase):
-    arguments: tuple[str, ...] = ()
-    constants: dict[str, float] = {}
-
-    def setUp(self):
-        self.daemon = support.Daemon(*self.arguments, constants=self.constants).start()
-        self.addCleanup(self.daemon.close)
-
-
-class Warm(PoolCase):
+class Warm(support.SharedDaemonCase):
     def test_container_that_proved_the_deploy_serves_the_first_client(self):
         address = self.daemon.deploy("f", None, "--warm", "auto")
         proof, = self.daemon.wait_warm("f", 1)
@@ -100,7 +76,7 @@ class Warm(PoolCase):
         client = request(address, "/id")
         wait_until(lambda: self.daemon.info("f")["running"] == 1, "the client is handed over")
         os.kill(pid, signal.SIGKILL)
-        answer = response(client)
+        answer = read_all(client)
         self.assertIn(b"200 OK", answer)
         self.assertNotIn(container.encode(), answer)
         self.daemon.wait_idle("f")
@@ -128,12 +104,12 @@ class Warm(PoolCase):
         self.assertEqual(support.list_containers(self.daemon), [])
 
 
-class WarmInTime(PoolCase):
+class WarmInTime(support.SharedDaemonCase):
     """With the minutes of the constants made seconds."""
     constants = {"WARM_SECONDS": 3.0, "SURPLUS_SECONDS": 1.0, "RATE_SECONDS": 1.0, "WARM_HEADROOM": 100.0}
 
     def test_traffic_asks_for_more_and_when_it_ends_for_none(self):
-        address = self.daemon.deploy("f", None, "--warm", "auto")
+        address = self.daemon.deploy("f", None, "--warm", "auto", "--timeout", "5m", "--start-timeout", "5m")
         enough = threading.Event()
 
         def ask() -> set[int]:
@@ -152,7 +128,7 @@ class WarmInTime(PoolCase):
         wait_until(lambda: not support.list_containers(self.daemon), "all are gone")
 
 
-class WarmOld(PoolCase):
+class WarmOld(support.SharedDaemonCase):
     constants = {"MAX_WARM_SECONDS": 2.0}
 
     def test_old_one_is_replaced_before_it_is_ended(self):
@@ -167,7 +143,7 @@ class WarmOld(PoolCase):
         self.assertNotIn(0, counts)
 
 
-class WarmLimit(PoolCase):
+class WarmLimit(support.SharedDaemonCase):
     arguments = ("--max-warm", "2")
 
     def test_coldest_function_gives_up_first(self):
@@ -186,7 +162,7 @@ class WarmLimit(PoolCase):
         self.assertEqual(self.daemon.info("a")["options"]["warm"], 2)
 
 
-class Admission(PoolCase):
+class Admission(support.SharedDaemonCase):
     def deploy(self, *options: str) -> str:
         return self.daemon.deploy("f", None, *options)
 
@@ -208,10 +184,10 @@ class Admission(PoolCase):
     def test_over_the_queue_is_told_to_come_back(self):
         address = self.deploy("--concurrency", "1", "--queue", "2")
         running, *waiting = self.fill(address, 1, 2)
-        refused = response(request(address, "/too-many", b"x" * (1 << 20)))      # and reads it, whatever it sent
+        refused = read_all(request(address, "/too-many", b"x" * (1 << 20)))      # and reads it, whatever it sent
         self.assertRegex(refused, rb"(?s)^HTTP/1.1 503 .*\r\nRetry-After: 1\r\n.*2 connections wait already")
         running.close()
-        self.assertEqual([response(client).rpartition(b"\n")[2] for client in waiting], [b"hello /1", b"hello /2"])
+        self.assertEqual([read_all(client).rpartition(b"\n")[2] for client in waiting], [b"hello /1", b"hello /2"])
         self.daemon.wait_idle("f")
         self.assertEqual(self.daemon.outcomes("f"), {"answered": 3, "queue-full": 1})
 
@@ -220,14 +196,14 @@ class Admission(PoolCase):
         running, *waiting = self.fill(address, 1, 6)
         running.close()
         for client in waiting:
-            self.assertIn(b"200 OK", response(client))
-        log = self.daemon.function_log("f")
-        self.assertEqual(re.findall(r"POST /(\d)", log), list("123456"))
+            self.assertIn(b"200 OK", read_all(client))
+        self.daemon.wait_idle("f")
+        self.assertEqual(re.findall(r"(?:GET|POST) /(\d)", self.daemon.function_log("f")), list("123456"))
 
     def test_waited_too_long(self):
         address = self.deploy("--concurrency", "1", "--queue-timeout", "500ms")
         running, waiting = self.fill(address, 1, 1)
-        self.assertRegex(response(waiting),
+        self.assertRegex(read_all(waiting),
                          rb"(?s)^HTTP/1.1 503 .*\r\nRetry-After: 1\r\n.*no container was free in time")
         running.close()
         self.daemon.wait_idle("f")
@@ -237,11 +213,10 @@ class Admission(PoolCase):
         address = self.deploy("--concurrency", "1")
         running, *waiting = self.fill(address, 1, 3)
         for client in waiting[:2]:
-            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
-            client.close()
+            reset(client)
         wait_until(lambda: self.counts() == (1, 1), "two have left the queue")
         running.close()
-        self.assertIn(b"hello /3", response(waiting[2]))
+        self.assertIn(b"hello /3", read_all(waiting[2]))
         self.daemon.wait_idle("f")
         self.assertEqual(self.daemon.outcomes("f"), {"answered": 2, "abandoned": 2})
         log = self.daemon.function_log("f")
@@ -255,7 +230,7 @@ class Admission(PoolCase):
         wait_until(lambda: self.counts() == (1, 1), "it waits")
         time.sleep(0.2)                         # for whatever might come of it
         running.close()
-        self.assertIn(b"hello /half-closed", response(client))
+        self.assertIn(b"hello /half-closed", read_all(client))
 
     def test_function_that_does_not_start_does_not_keep_others_from_starting(self):
         self.daemon.deploy("bad", None, "--start-timeout", "5")
@@ -265,10 +240,10 @@ class Admission(PoolCase):
         wait_until(lambda: self.daemon.info("bad")["starting"] == len(clients), "all hang in their start")
         self.assertEqual(get(good)[0], 200)
         self.assertEqual(self.daemon.outcomes("bad"), {})
-        self.assertEqual({response(client)[:12] for client in clients}, {b"HTTP/1.1 504"})
+        self.assertEqual({read_all(client)[:12] for client in clients}, {b"HTTP/1.1 504"})
 
 
-class Slots(PoolCase):
+class Slots(support.SharedDaemonCase):
     constants = {"START_SLOT_SECONDS": 60}
 
     def test_function_whose_starts_hang_leaves_a_slot_to_others(self):
@@ -284,7 +259,7 @@ class Slots(PoolCase):
             client.close()
 
 
-class Reuse(PoolCase):
+class Reuse(support.SharedDaemonCase):
     def ids(self, address: str, count: int) -> list[str]:
         answers = []
         for _ in range(count):
@@ -332,14 +307,14 @@ class Reuse(PoolCase):
         hanging = [request(address, "/hang") for _ in range(3)]
         self.assertEqual(get(address)[0], 200)
         self.daemon.wait_outcomes("f", {"answered": 4})
-        for client in hanging:                  # a container that is killed earlier would have its client go to the next
+        for client in hanging:                  # one that is killed earlier would have its client go to the next
             os.close(wait_until(lambda client=client: support.client_socket(self.daemon, client), "its handler has it"))
         self.assertEqual(self.daemon.info("f")["running"], 3)
         for directory in support.container_cgroups(self.daemon):
             with contextlib.suppress(FileNotFoundError, ProcessLookupError):    # it has ended by itself
                 for pid in Path(directory, "cgroup.procs").read_text().split():
                     os.kill(int(pid), signal.SIGKILL)
-        self.assertEqual({response(client)[:12] for client in hanging}, {b"HTTP/1.1 502"})
+        self.assertEqual({read_all(client)[:12] for client in hanging}, {b"HTTP/1.1 502"})
 
     def test_waiting_clients_cost_no_cpu(self):
         address = self.daemon.deploy("f", None, "--reuse", "1000", "--warm", "0", "--concurrency", "2")
@@ -354,10 +329,10 @@ class Reuse(PoolCase):
         self.assertLess(support.cpu_ticks(self.daemon.process.pid) - before, os.sysconf("SC_CLK_TCK") / 5)
         for client in busy:
             client.close()
-        self.assertIn(b"200 OK", response(waiting))
+        self.assertIn(b"200 OK", read_all(waiting))
 
 
-class ReuseInTime(PoolCase):
+class ReuseInTime(support.SharedDaemonCase):
     constants = {"SURPLUS_SECONDS": 1.0}
 
     def test_idle_one_is_ended(self):
@@ -366,7 +341,7 @@ class ReuseInTime(PoolCase):
         wait_until(lambda: not support.list_containers(self.daemon), "it is gone")
 
 
-class Versions(PoolCase):
+class Versions(support.SharedDaemonCase):
     arguments = ("--keep-versions", "2")
 
     def versions(self) -> list[str]:
@@ -427,7 +402,7 @@ class Versions(PoolCase):
         self.assertEqual(self.daemon.info("f")["options"]["cmd"], ["-c", "import nothing_like_it"])
 
 
-class Counted(PoolCase):
+class Counted(support.SharedDaemonCase):
     def metrics(self) -> str:
         return self.daemon.api("GET", "/metrics")[1].decode()
 
@@ -454,7 +429,7 @@ class Counted(PoolCase):
         self.assertEqual((checked.returncode, checked.stdout + checked.stderr), (0, ""))
 
 
-class Idle(PoolCase):
+class Idle(support.SharedDaemonCase):
     def test_idle_daemon_does_not_wake_up(self):
         address = self.daemon.deploy("f", None, "--warm", "2")
         self.assertEqual(get(address)[0], 200)

@@ -294,7 +294,8 @@ add_cases(Processes, [
      "CVE-2024-21626"),
     ("G2 WorkingDir is a chain of links to /proc", [symlink("w", "x"), symlink("x", "y/../proc/self/cwd")],
      {"WorkingDir": "/w"}, 400, "CVE-2024-21626"),
-    *[(f"G2 {what} {path} of the image", [file("etc/passwd", PASSWD), device("c", b"3", 1, 3), symlink("l", "etc/passwd")],
+    *[(f"G2 {what} {path} of the image",
+       [file("etc/passwd", PASSWD), device("c", b"3", 1, 3), symlink("l", "etc/passwd")],
        setting, 400, f"{what}: {real} of the image is not a directory")
       for path, real in (("/etc/passwd", "/etc/passwd"), ("/etc/passwd/x", "/etc/passwd"), ("/c", "/c"),
                          ("/l", "/etc/passwd"))

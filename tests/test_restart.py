@@ -6,7 +6,6 @@ import re
 import shutil
 import signal
 import socket
-import struct
 import subprocess
 import sys
 import threading
@@ -14,7 +13,8 @@ import unittest
 from pathlib import Path
 
 import support
-from support import get, wait_until
+from clients import get, read_all, request, reset
+from support import wait_until
 
 import faasd
 
@@ -65,8 +65,7 @@ class Client:
     """A connection that has sent a request, and reads its answer in its own time."""
 
     def __init__(self, address: str, path: str):
-        self.socket = socket.create_connection((address, 80), timeout=support.READY_SECONDS)
-        self.socket.sendall(f"GET {path} HTTP/1.1\r\nHost: test\r\n\r\n".encode())
+        self.socket = request(address, path)
         self.received = ""
 
     def read_line(self) -> str:
@@ -83,14 +82,11 @@ class Client:
         return int(line)
 
     def rest(self) -> str:
-        while data := self.socket.recv(65536):
-            self.received += data.decode()
-        self.socket.close()
+        self.received += read_all(self.socket).decode()
         return self.received
 
     def reset(self) -> None:
-        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        self.socket.close()
+        reset(self.socket)
 
 
 @contextlib.contextmanager
@@ -159,7 +155,8 @@ class FunctionCgroups(RestartCase):
     """Each function has a cgroup above those of its containers."""
 
     def expect(self, daemon: support.Daemon, *functions: str) -> None:
-        self.assertEqual(support.function_cgroups(daemon) - {"function-probe"}, {f"function-{name}" for name in functions})
+        self.assertEqual(support.function_cgroups(daemon) - {"function-probe"},
+                         {f"function-{name}" for name in functions})
 
     def test_as_long_as_the_function(self):
         daemon = self.start()
@@ -184,7 +181,8 @@ class FunctionCgroups(RestartCase):
 
     def test_deploy_that_fails(self):
         daemon = self.start()
-        result = daemon.faas("new", "g", stdin=support.small_image(Entrypoint=["/usr/bin/perl", "-e", "1"]), check=False)
+        image = support.small_image(Entrypoint=["/usr/bin/perl", "-e", "1"])
+        result = daemon.faas("new", "g", stdin=image, check=False)
         self.assertIn("before it connected", result.stderr)
         self.expect(daemon)
 

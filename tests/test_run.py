@@ -85,7 +85,8 @@ class Runner(unittest.TestCase):
     def test_files_run_beside_each_other_and_each_prints_in_one_piece(self):
         out = self.run_tests(PAIR, names=("a", "b"))
         for name in "ab":
-            self.assertRegex(out, rf"(?m)^first half of test_{name}.py\nsecond half of test_{name}.py\n.*test_{name}.py  ")
+            file = f"test_{name}.py"
+            self.assertRegex(out, rf"(?m)^first half of {file}\nsecond half of {file}\n.*{file}  ")
         self.assertTrue(out.endswith("2 passed, 0 failed\n"), out)
 
     def test_process_that_dies_is_a_failure(self):

@@ -1,21 +1,21 @@
 """Mixed load for a while: nothing goes wrong but what is injected, and nothing grows.
 
-20 s, or as long as --soak says: `sudo ./test.sh --soak 1800 tests/test_soak.py`
+12 s, or as long as --soak says: `sudo ./test.sh --soak 1800 tests/test_soak.py`
 """
 
 import collections
 import os
 import random
 import signal
-import socket
 import threading
 import time
 import unittest
 
 import support
+from clients import read_all, request
 from support import wait_until
 
-SOAK_SECONDS = float(os.environ.get("FAASD_SOAK_SECONDS", "20"))
+SOAK_SECONDS = float(os.environ.get("FAASD_SOAK_SECONDS", "12"))
 # What a client may meet on each path: an answer's status, or "" for a connection that ends without one.
 EXPECTED = {"/": {"200"}, "/id": {"200"}, "/stderr?100000": {"200"}, "/exit?3": {"502"}, "/hang": {"504"},
             "/half-and-die": {"200"}, "/answer-and-exit?1": {"200"}, "/fork-silently": {"504"}}
@@ -38,15 +38,12 @@ class Soak(unittest.TestCase):
     def one_request(self, chance: random.Random) -> None:
         """Send a request and see what comes; now and then leave before it does."""
         path = chance.choices(list(EXPECTED), WEIGHTS)[0]
-        with socket.create_connection((chance.choice(self.addresses), 80), timeout=support.READY_SECONDS) as client:
-            client.sendall(f"GET {path} HTTP/1.1\r\nHost: soak\r\n\r\n".encode())
+        with request(chance.choice(self.addresses), path) as client:
             if chance.random() < 0.05:
                 time.sleep(chance.random() / 10)
                 self.seen["left"] += 1
                 return
-            received = b""
-            while data := client.recv(65536):
-                received += data
+            received = read_all(client)
         status = received[9:12].decode()
         self.seen[status] += 1
         if status not in EXPECTED[path]:

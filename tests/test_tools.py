@@ -136,7 +136,7 @@ class Tools(unittest.TestCase):
 
     @staticmethod
     def listing(root: Path) -> dict:
-        """Without srv/app (the working directory, made at unpack), times of parents that it changed, and named pipes."""
+        """Without srv/app (the working directory, made at unpack), times of its parents, and named pipes."""
         return {path: what for path, what in of_the_image(archives.full_tree(root)).items()
                 if path.split("/")[0] not in ("srv", ".") and what[0] != "fifo"}
 

@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # A Docker engine for the tests, with everything it has under DIR: docker_engine.sh DIR
 #
-# Its API is on DIR/docker.sock, its configuration in DIR/daemon.json if there is one. It runs until its standard input closes, so also when whoever started it is killed, and
-# needs no network but the namespace it is started in. Its mounts and processes are in namespaces of their own and
-# cannot outlive it; this machine's own Docker, if there is one, neither sees it nor is seen by it.
+# Its API is on DIR/docker.sock, its configuration in DIR/daemon.json if there is one. It runs until its standard input
+# closes, so also when the program that started it is killed, and needs no network but the namespace it is started in. Its
+# mounts and processes are in namespaces of their own and cannot outlive it; this machine's own Docker, if there is one,
+# neither sees it nor is seen by it.
 set -euo pipefail
 directory=$1
 

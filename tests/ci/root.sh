@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Print the path of a directory with a small Debian: root.sh SUITE PACKAGE,PACKAGE…
 #
-# Kept in /var/cache/faasd-ci, one for each suite and list of packages, and made only if it is not there. Nobody may change
-# one: others use it at the same time, as the lower layer of an overlay.
+# Kept in /var/cache/faasd-ci, one for each suite and list of packages, and made only if it is not there. Nobody may
+# change one: others use it at the same time, as the lower layer of an overlay.
 set -euo pipefail
 here=$(dirname "$(readlink -f "$0")")
 suite=$1 packages=$2

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # Run tests in the userland of another Debian: its Python, runtime and tools, this machine's kernel.
-#   userland.sh SUITE [--runtime crun] [--workers N] [test_file…]      ./test.sh, with the image tools and a Docker engine
+#   userland.sh SUITE [--runtime crun] [--workers N] [test_file…]   ./test.sh, with the image tools and a Docker engine
 #   userland.sh SUITE [--runtime crun] --newcomer [test_file…]
 #       as a new user who has nothing but python3: ./quickstart.sh, tests/test_quickstart.py, then ./test.sh
 #   userland.sh SUITE --runtime crun --bench [--quick]     bench/run --runtime crun: that runtime beside runc
 #
-# SUITE is bookworm, trixie, forky … A plain chroot is not enough: runc does pivot_root itself, which needs a root that is
-# a mount. So the suite becomes the real root of a private mount namespace, where the tests run. The pid namespace is
+# SUITE is bookworm, trixie, forky … A plain chroot is not enough: runc does pivot_root itself, which needs a root that
+# is a mount. So the suite becomes the real root of a private mount namespace, where the tests run. The pid namespace is
 # private too: what a test leaves behind dies with pid 1, and no mount outlives it.
 set -euo pipefail
 here=$(dirname "$(readlink -f "$0")")
@@ -89,7 +89,7 @@ run_newcomer() {
     mkdir /root/faasd
     tar -C /src --exclude=./.git -c . | tar -C /root/faasd -x
     cd /root/faasd
-    # Only its installing, by apt and so in this machine's network; no daemon with --version, for that has no business there.
+    # Only its installing, by apt and so in this machine's network; no daemon with --version, which has no business there.
     ./quickstart.sh "${options[@]}" --version || true
     announce
     # Not ./test.sh: nothing may be there but what quickstart.sh has installed.

@@ -3,23 +3,23 @@
 #   [SUITE=trixie] [ACCELERATION=kvm] vm.sh [--runtime crun] [test_file…]
 #
 # Debian 13 with its own kernel and systemd, or another SUITE, below QEMU. By default only what may differ there: see
-# `files`. Emulated unless KVM is asked for, and then some ten times slower than here, so it is no part of .ci/run. Needs
-# root, and
+# `files`. Emulated unless KVM is asked for, and then some ten times slower than here, so it is no part of .ci/run.
+# Needs root, and
 #   apt install qemu-system-x86 debootstrap e2fsprogs
 set -euo pipefail
 
 here=$(dirname "$(readlink -f "$0")")
 top=$(dirname "$(dirname "$here")")
-packages=systemd-sysv,linux-image-cloud-amd64,initramfs-tools,apparmor,sudo,python3,runc,crun,iproute2,curl,procps,strace,zstd
-packages+=,nftables,busybox-static
+packages=systemd-sysv,linux-image-cloud-amd64,initramfs-tools,apparmor,sudo,python3,runc,crun,iproute2,curl,procps
+packages+=,strace,zstd,nftables,busybox-static
 suite=${SUITE:-trixie} runtime=runc
 if [ "${1:-}" = --runtime ]; then
     runtime=${2:?}
     shift 2
 fi
 
-# What is asked at start; profiles, cgroups and their limits, out of memory; what the kernel refuses and counts; networks; the
-# unit below systemd 257, which does not run with cgroup v1, and what outlives the daemon.
+# What is asked at start; profiles, cgroups and their limits, out of memory; what the kernel refuses and counts; networks;
+# the unit below systemd 257, which does not run with cgroup v1, and what outlives the daemon.
 files=()
 for name in machine isolation packaging restart network hostile invocation; do
     files+=("tests/test_$name.py")
@@ -46,7 +46,8 @@ stty -F /dev/ttyS1 -onlcr
 exec >/dev/ttyS1 2>&1
 cd /src
 apparmor_parser -r packaging/apparmor-faasd-default
-echo "vm: \$(python3 --version), \$($runtime --version | head -n 1), \$(systemctl --version | head -n 1), kernel \$(uname -r)," \
+echo "vm: \$(python3 --version), \$($runtime --version | head -n 1), \$(systemctl --version | head -n 1)," \
+    "kernel \$(uname -r)," \
     "\$(stat -f -c %T /sys/fs/cgroup), AppArmor \$(cat /sys/module/apparmor/parameters/enabled)"
 $export_runtime
 PYTHONUNBUFFERED=1 FAASD_TEST_PATIENCE=$patience ./test.sh --workers 1 $(printf '%q ' "$@")
@@ -65,6 +66,7 @@ mke2fs -q -t ext4 -d "$work/root" "$work/disk"
 
 echo "vm: starting"
 qemu-system-x86_64 "${accelerate[@]}" -smp "$(nproc)" -m 6G -nodefaults -display none -no-reboot -nic none \
-    -kernel "$work"/root/boot/vmlinuz-* -initrd "$work"/root/boot/initrd.img-* -append "root=/dev/vda rw console=ttyS0 quiet" \
-    -drive "file=$work/disk,format=raw,if=virtio" -serial "file:$work/console" -serial stdio </dev/null | tee "$work/log"
+    -kernel "$work"/root/boot/vmlinuz-* -initrd "$work"/root/boot/initrd.img-* \
+    -append "root=/dev/vda rw console=ttyS0 quiet" -drive "file=$work/disk,format=raw,if=virtio" \
+    -serial "file:$work/console" -serial stdio </dev/null | tee "$work/log"
 tail -n 1 "$work/log" | grep -q ' 0 failed' || { tail -n 5 "$work/console"; exit 1; }
