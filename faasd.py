@@ -7247,7 +7247,7 @@ class Deploys:
         except StartFailed as failure:
             # By now the machine may be to blame, not the image.
             if isinstance(failure, RuntimeFailed) and (error := await try_container(self._host)):
-                raise unfit_machine(self._host.runtime, error) from failure
+                raise unfit_machine(self._host.runtime, error) from None
             raise FaasdError(f"function {name} does not start: {failure}", failure.output, 422) from failure
         return container, output
 
