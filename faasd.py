@@ -1389,7 +1389,8 @@ class Crowd:
 
     def __init__(self, most: int):
         self._most = most
-        self._members: dict[asyncio.Future[bool], str] = {}     # and the address of each; the oldest first
+        self._count = 0
+        self._members: dict[str, dict[asyncio.Future[bool], None]] = {}     # by address; of each the oldest first
 
     async def hear(self, client: socket.socket, peer: str, seconds: float) -> bool:
         """Return whether a client sends something, or closes, in time; peer is its address and port."""
@@ -1397,17 +1398,21 @@ class Crowd:
         heard: asyncio.Future[bool] = loop.create_future()
         loop.add_reader(client, self._settle, heard, True)
         timer = loop.call_later(seconds, self._settle, heard, False)
-        self._members[heard] = peer.partition(":")[0]
-        if len(self._members) > self._most:
-            [(largest, _)] = collections.Counter(self._members.values()).most_common(1)
-            self._settle(next((member for member, address in self._members.items()
-                               if address == largest and not member.done()), heard), False)
+        source = peer.partition(":")[0]
+        self._members.setdefault(source, {})[heard] = None
+        self._count += 1
+        if self._count > self._most:            # a flood: it must cost no more than this
+            largest = max(self._members.values(), key=len)
+            self._settle(next((member for member in largest if not member.done()), heard), False)
         try:
             return await heard
         finally:
             timer.cancel()
             loop.remove_reader(client)
-            del self._members[heard]
+            self._count -= 1
+            del self._members[source][heard]
+            if not self._members[source]:
+                del self._members[source]
 
     @staticmethod
     def _settle(heard: asyncio.Future[bool], result: bool) -> None:
