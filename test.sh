@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Run all tests: sudo ./test.sh [-v] [--soak SECONDS] [tests/test_x.py…]
+# Run all tests: sudo ./test.sh [-v] [--soak SECONDS] [tests/FOLDER/test_x.py…]
 #
 # Installs what they need if it is missing, and runs each file in a network namespace of its own, so that no address or
 # connection of theirs meets this machine's network. The last line is `N passed, N failed[, N skipped]`.

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Run faasd's tests with nothing but unittest: `python3 tests/run.py [-v] [--workers N] [tests/test_x.py…]`.
+"""Run faasd's tests with nothing but unittest: `python3 tests/run.py [-v] [--workers N] [tests/FOLDER/test_x.py…]`.
 
 Each file runs in a process and a network namespace of its own, and ends with a look for what it has left: processes,
 mounts, cgroups, addresses, directories. As many run at a time as there are CPUs, those that take long first. What a
@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 TESTS = Path(__file__).resolve().parent
+FOLDERS = ("lib", "unit", "images", "serve", "manage", "hold")
 LONGEST = ("hostile_clients", "deploy", "crash", "pool", "restart", "invocation", "hostile", "local_users", "output",
            "docker", "daemon", "faults", "cut", "archive", "soak", "api_tcp", "pack", "cli", "bench")  # begin first
 MAX_WORKERS = 4
@@ -172,7 +173,7 @@ def run_file(path: Path, verbose: bool) -> FileResult:
     counts += f", {len(result.broken)} FAILED" if result.broken else ""
     counts += f", {len(result.left_out)} skipped" if result.left_out else ""
     cpu = sum(os.times()[:4])
-    print(f"{show(path):32}  {counts}  {time.monotonic() - start:.1f} s, {cpu:.1f} s of CPU", flush=True)
+    print(f"{show(path):36}  {counts}  {time.monotonic() - start:.1f} s, {cpu:.1f} s of CPU", flush=True)
     for name, problems in result.broken:
         print(f"\n--- {name}")
         for text in problems:
@@ -238,7 +239,7 @@ class Runner:
         try:
             self.reports.append(Report(*json.loads(Path(self._file(path, "report")).read_text())))
         except (FileNotFoundError, ValueError):
-            print(f"{show(path):32}  FAILED: the process of its tests ended with status {status}")
+            print(f"{show(path):36}  FAILED: the process of its tests ended with status {status}")
             self.reports.append(Report(0, 1, [], []))
         sys.stdout.flush()
 
@@ -247,7 +248,7 @@ def run_inside(path: Path, verbose: bool, report: Path) -> int:
     """Be the process of one file."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
     signal.signal(signal.SIGHUP, lambda number, frame: None)        # a terminal's end is for who started us to judge
-    sys.path[:0] = [str(TESTS), str(TESTS.parent)]
+    sys.path[:0] = [*(str(TESTS / folder) for folder in FOLDERS), str(TESTS.parent)]
     result = run_file(path, verbose).report()
     report.write_text(json.dumps(result))
     return 0
@@ -277,11 +278,11 @@ def main() -> int:
     parser.add_argument("--workers", type=int, default=min(len(os.sched_getaffinity(0)), MAX_WORKERS), metavar="N",
                         help="how many files run at a time (default: the number of CPUs, at most %d)" % MAX_WORKERS)
     parser.add_argument("--report", type=Path, help=argparse.SUPPRESS)      # in the process of one file
-    parser.add_argument("files", nargs="*", type=Path, metavar="FILE", help="tests/test_*.py by default")
+    parser.add_argument("files", nargs="*", type=Path, metavar="FILE", help="tests/*/test_*.py by default")
     arguments = parser.parse_args()
     if arguments.soak:
         os.environ["FAASD_SOAK_SECONDS"] = arguments.soak       # which the tests read
-    files = [path.resolve() for path in arguments.files] or sorted(TESTS.glob("test_*.py"))
+    files = [path.resolve() for path in arguments.files] or sorted(TESTS.glob("*/test_*.py"))
     if missing := [path for path in files if not path.is_file()]:
         parser.error(f"no such test file: {missing[0]}")
     reset_signals()

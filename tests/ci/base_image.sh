@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Make the base image of tests/test_docker.py, where no registry can be reached: this machine's own Debian release with
-# python3-minimal, as a tar for `docker import`. Kept in /var/cache/faasd-ci, and made only if it is not there.
+# Make the base image of tests/images/test_docker.py, where no registry can be reached: this machine's own Debian release
+# with python3-minimal, as a tar for `docker import`. Kept in /var/cache/faasd-ci, and made only if it is not there.
 set -euo pipefail
 here=$(dirname "$(readlink -f "$0")")
 image=/var/cache/faasd-ci/base.tar

@@ -2,7 +2,7 @@
 # Run tests in the userland of another Debian: its Python, runtime and tools, this machine's kernel.
 #   userland.sh SUITE [--runtime crun] [--workers N] [test_file…]   ./test.sh, with the image tools and a Docker engine
 #   userland.sh SUITE [--runtime crun] --newcomer [test_file…]
-#       as a new user who has nothing but python3: ./quickstart.sh, tests/test_quickstart.py, then ./test.sh
+#       as a new user who has nothing but python3: ./quickstart.sh, tests/manage/test_quickstart.py, then ./test.sh
 #   userland.sh SUITE --runtime crun --bench [--quick]     bench/run --runtime crun: that runtime beside runc
 #
 # SUITE is bookworm, trixie, forky … A plain chroot is not enough: runc does pivot_root itself, which needs a root that
@@ -41,7 +41,7 @@ enter() {
     mkdir -p "$root/src" "$root/run/old-root"
     mount --bind "$source" "$root/src"
     mount -o remount,bind,ro "$root/src"
-    if [ -d /var/cache/faasd-ci ]; then         # the base image of tests/test_docker.py
+    if [ -d /var/cache/faasd-ci ]; then         # the base image of tests/images/test_docker.py
         mkdir -p "$root/var/cache/faasd-ci"
         mount --bind /var/cache/faasd-ci "$root/var/cache/faasd-ci"
         mount -o remount,bind,ro "$root/var/cache/faasd-ci"
@@ -93,7 +93,7 @@ run_newcomer() {
     ./quickstart.sh "${options[@]}" --version || true
     announce
     # Not ./test.sh: nothing may be there but what quickstart.sh has installed.
-    python3 tests/run.py tests/test_quickstart.py
+    python3 tests/run.py tests/manage/test_quickstart.py
     [ $# -eq 0 ] || ./test.sh "$@"
 }
 

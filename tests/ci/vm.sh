@@ -18,11 +18,11 @@ if [ "${1:-}" = --runtime ]; then
     shift 2
 fi
 
-# What is asked at start; profiles, cgroups and their limits, out of memory; what the kernel refuses and counts; networks;
-# the unit below systemd 257, which does not run with cgroup v1, and what outlives the daemon.
+# What is asked at start; profiles, cgroups and their limits, out of memory; what the kernel refuses and counts;
+# networks; the unit below systemd 257, which does not run with cgroup v1, and what outlives the daemon.
 files=()
 for name in machine isolation packaging restart network hostile invocation; do
-    files+=("tests/test_$name.py")
+    files+=("$(cd "$top" && echo tests/*/"test_$name.py")")
 done
 [ $# -gt 0 ] || set -- "${files[@]}"
 

@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import support
 from support import get, wait_until
-from tests import archives
+import archives
 
 EXITS = "import sys; print('on stdout'); print('no config \\x1b[2J', file=sys.stderr); sys.exit(4)"
 SLEEPS = "import time; print('waiting for nothing', flush=True); time.sleep(3600)"

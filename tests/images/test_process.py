@@ -8,8 +8,8 @@ import unittest
 from pathlib import Path
 
 import faasd
-from tests import archives
-from tests.archives import (
+import archives
+from archives import (
     CANARY,
     Image,
     Refused,

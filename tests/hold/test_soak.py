@@ -1,6 +1,6 @@
 """Mixed load for a while: nothing goes wrong but what is injected, and nothing grows.
 
-12 s, or as long as --soak says: `sudo ./test.sh --soak 1800 tests/test_soak.py`
+12 s, or as long as --soak says: `sudo ./test.sh --soak 1800 tests/hold/test_soak.py`
 """
 
 import collections

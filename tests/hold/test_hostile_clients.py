@@ -1,7 +1,7 @@
 """Clients that mean harm: silent, slow, leaving, vanishing, sending garbage. Real daemon, real sockets.
 
 Of each attack: nothing of it stays behind, and what it has not to do with goes on. Random resets last 3 s, or as long
-as --soak says, with which there are more clients, too: `sudo ./test.sh --soak 600 tests/test_hostile_clients.py`
+as --soak says, with which there are more clients, too: `sudo ./test.sh --soak 600 tests/hold/test_hostile_clients.py`
 """
 
 import collections

@@ -1,7 +1,7 @@
 """The daemon is killed with SIGKILL between two system calls, at every such place: nothing is lost, nothing is left.
 
 By default a sample of the places, always the same; all of them with --soak, however long that takes:
-`sudo ./test.sh -v --soak 1 tests/test_crash.py`
+`sudo ./test.sh -v --soak 1 tests/hold/test_crash.py`
 """
 
 import collections

@@ -13,15 +13,15 @@ README = (support.TOP / "README.md").read_text()
 
 # Commands that other tests or CI run as they are written.
 COVERED = {
-    "sudo ./faasd.py": "tests/support.py starts it so, with directories of its own",
+    "sudo ./faasd.py": "tests/lib/support.py starts it so, with directories of its own",
     "sudo ./faasd.py --subnet 10.20.0.0/24 --port 8080": "test_daemon_on_another_subnet_and_port below",
-    "docker save test-handler | ./faas new test-handler": "tests/test_docker.py",
-    "docker build -t test-handler -f Dockerfile.test-handler .": "tests/test_docker.py",
+    "docker save test-handler | ./faas new test-handler": "tests/images/test_docker.py",
+    "docker build -t test-handler -f Dockerfile.test-handler .": "tests/images/test_docker.py",
     "(umask 077; head -c 24 /dev/urandom | base64 > token)": "test_control_over_the_network below",
     "sudo ./faasd.py --api 127.0.0.1:8000 --api-token-file token": "the same",
     "./faas --api http://127.0.0.1:8000 --token-file token list": "the same",
-    "curl http://10.0.0.10/": "tests/test_docker.py",
-    "./quickstart.sh": "tests/test_quickstart.py",
+    "curl http://10.0.0.10/": "tests/images/test_docker.py",
+    "./quickstart.sh": "tests/manage/test_quickstart.py",
     "sudo ./test.sh": ".ci/run",
 }
 # What stands for something of the user's own.
@@ -45,7 +45,7 @@ class Readme(unittest.TestCase):
         # Made first, for the commands before it take it.
         run.sort(key=lambda command: "pack test_handler.py" not in command)
         with support.Daemon() as daemon:
-            # The engine itself is tests/test_docker.py's; here its output is that of `faas pack`, of another handler.
+            # The engine itself is tests/images/test_docker.py's; here its output is that of `faas pack`.
             env = {**os.environ, "FAAS_SOCKET": str(daemon.socket), "PATH": f"{directory}:{os.environ['PATH']}"}
             (directory / "other.py").write_text("# other\n" + (directory / "test_handler.py").read_text())
             (directory / "docker").write_text("#!/bin/sh\nexec ./faas pack other.py\n")

@@ -1,6 +1,6 @@
 """Proof from inside: an image that tries to get out, to spy and to wreck, beside neighbours that go on being served.
 
-The attempts, and what is in the way of each, are in tests/hostile/. Real daemon, real containers; nothing is simulated.
+The attempts, and what is in the way of each, are in tests/handlers/hostile/. Real daemon, real containers: no mocks.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from support import get, wait_until
 import faasd
 
 
-HOSTILE = Path(__file__).with_name("hostile")
+HOSTILE = support.TOP / "tests/handlers/hostile"
 sys.path.insert(0, str(HOSTILE))
 import attempts  # noqa: E402
 
@@ -208,7 +208,7 @@ class HostileCase(unittest.TestCase):
 
 
 class Attempts(HostileCase):
-    """Everything in tests/hostile/attempts.py."""
+    """Everything in tests/handlers/hostile/attempts.py."""
 
     def check(self, address: str) -> None:
         status, body = get(address, "/attempts")

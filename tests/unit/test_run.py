@@ -8,7 +8,7 @@ import tempfile
 import unittest
 from pathlib import Path
 
-RUN = Path(__file__).with_name("run.py")
+RUN = Path(__file__).parents[1] / "run.py"
 SIGNALS = '''
 import re, subprocess, unittest
 class Signals(unittest.TestCase):

@@ -1,7 +1,7 @@
 """Random nonsense for the control API, on both its listeners: it answers, or not, but nothing breaks or is left.
 
 A few seconds of the same nonsense each time; longer, and of a seed that nobody has tried:
-`sudo ./test.sh --soak 600 tests/test_fuzz.py`. A failure names its seed, and FAASD_FUZZ_SEED repeats it.
+`sudo ./test.sh --soak 600 tests/hold/test_fuzz.py`. A failure names its seed, and FAASD_FUZZ_SEED repeats it.
 """
 
 import json

@@ -11,8 +11,8 @@ import subprocess
 import unittest
 
 import faasd
-from tests import archives
-from tests.archives import (
+import archives
+from archives import (
     CANARY,
     Refused,
     Sandbox,
@@ -241,7 +241,7 @@ class PathMetadata(Sandbox):
         self.assertLessEqual(deepest, faasd.MAX_PATH_DEPTH + 1)
 
     def test_A7_the_image_lies_in_a_directory_that_only_root_can_list(self):
-        """Who may pass it is decided above: tests/test_isolation.py."""
+        """Who may pass it is decided above: tests/serve/test_isolation.py."""
         os.umask(0)
         self.unpack(archives.podman(archives.Image()))
         status = os.stat(self.image)

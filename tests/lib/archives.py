@@ -29,7 +29,7 @@ from typing import BinaryIO
 
 import faasd
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 BLOCK = 512
 END = bytes(2 * BLOCK)
 MTIME = 1_600_000_000                   # of every entry that does not say otherwise

@@ -14,8 +14,8 @@ import unittest
 from pathlib import Path
 
 import faasd
-from tests import archives
-from tests.test_archive import of_the_image
+import archives
+from test_archive import of_the_image
 
 # Mounts in front of a tool; its own arguments follow.
 PRIVATE = ("unshare", "--mount", "--propagation", "private", "sh", "-c",

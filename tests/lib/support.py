@@ -32,9 +32,8 @@ import urllib.parse
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-TOP = Path(__file__).resolve().parent.parent
+TOP = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(TOP))
-sys.path.insert(0, str(TOP / "tests"))
 import faasd  # noqa: E402
 from clients import PATIENCE, READY_SECONDS, get  # noqa: E402, F401
 
@@ -42,7 +41,7 @@ PREFIX = f"faasd-test.{secrets.token_hex(3)}."         # of this run: another ma
 SCRATCH = None if "FAASD_TEST_CACHE" in os.environ else tempfile.TemporaryDirectory(prefix="faasd-tests.")
 CACHE = Path(os.environ.get("FAASD_TEST_CACHE") or SCRATCH.name)    # what all files share: layers, byte code
 RUN_DIRS: set[Path] = set()                             # of all daemons of this run
-HANDLER = Path(__file__).with_name("handler.py")
+HANDLER = TOP / "tests/handlers/handler.py"
 RUNTIME = os.environ.get("FAASD_TEST_RUNTIME", "runc")     # the --runtime of every daemon that does not ask for another
 DEPLOY_SECONDS = 10 * READY_SECONDS
 
@@ -84,7 +83,7 @@ def python_layer(*more: str) -> bytes:
 
     With byte code, as `faas pack` makes it. Tests unpack it hundreds of times.
     """
-    made = CACHE / f"python-{'-'.join(more)}.tar"
+    made = CACHE / f"python-{hashlib.sha256(' '.join(more).encode()).hexdigest()}.tar"
     if not made.exists():
         replace(made, make_python_layer(more))
     return made.read_bytes()
@@ -147,7 +146,7 @@ def docker_archive(layers: list[bytes], config: dict, tag: str = "test:latest") 
 
 def handler_image(source: str | bytes | None = None, label: str = "1", files: dict[str, bytes] | None = None,
                   **config) -> bytes:
-    """Return an image that runs a handler: tests/handler.py, or a source of the test's own.
+    """Return an image that runs a handler: tests/handlers/handler.py, or a source of the test's own.
 
     label makes images differ; config adds to or replaces fields of the image config.
     """
@@ -162,7 +161,7 @@ SYS_RECVMSG, SYS_VMSPLICE = {"x86_64": (47, 278), "aarch64": (212, 75)}.get(os.u
 
 
 def small_image(label: str = "1", **config) -> bytes:
-    """Return an image that runs tests/handler.pl: it deploys in a fifth of the time."""
+    """Return an image that runs tests/handlers/handler.pl: it deploys in a fifth of the time."""
     files = {path.lstrip("/"): Path(path).read_bytes() for path in ("/usr/bin/perl", *libraries("/usr/bin/perl"))}
     settings = {"Entrypoint": ["/usr/bin/perl", "/handler.pl"],
                 "Env": [f"LABEL={label}", f"SYS_recvmsg={SYS_RECVMSG}", f"SYS_vmsplice={SYS_VMSPLICE}"]}
@@ -331,7 +330,7 @@ class Daemon:
         return json.loads(body)
 
     def release(self, name: str, key: str) -> None:
-        """Let go on what waits in a function's handlers for /key (tests/handler.py)."""
+        """Let go on what waits in a function's handlers for /key (tests/handlers/handler.py)."""
         (self.rootfs(name) / key).touch()
 
     def rootfs(self, name: str) -> Path:

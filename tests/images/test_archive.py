@@ -21,8 +21,8 @@ from pathlib import Path
 from unittest import mock
 
 import faasd
-from tests import archives
-from tests.archives import (
+import archives
+from archives import (
     CANARY,
     FOREIGN,
     HOST,
