@@ -398,10 +398,19 @@ class OutOfMemory(InvocationCase):
         """By root; that others of its function ran out of memory before is nothing to it."""
         client = self.connect()
         client.sendall(b"GET /hang HTTP/1.1\r\n\r\n")
-        wait_until(lambda: self.daemon.info("f")["running"] == 1, "it is handed over")
-        for path in support.container_cgroups(self.daemon)[:1]:
-            for pid in (Path(path) / "cgroup.procs").read_text().split():
-                os.kill(int(pid), signal.SIGKILL)
+
+        def serving() -> list[int]:
+            """Those that ignore SIGTERM, as it does once it has read the request."""
+            pids = []
+            for path in support.container_cgroups(self.daemon):
+                with contextlib.suppress(FileNotFoundError, ProcessLookupError):        # a start has just gone on
+                    for pid in Path(path, "cgroup.procs").read_text().split():
+                        ignored = re.search(r"SigIgn:\t(\w+)", Path(f"/proc/{pid}/status").read_text())[1]
+                        if int(ignored, 16) >> signal.SIGTERM - 1 & 1:
+                            pids.append(int(pid))
+            return pids
+        wait_until(serving, "the handler hangs")
+        os.kill(serving()[0], signal.SIGKILL)
         self.assertIn(b"was killed by SIGKILL (out of memory?)", client.recv(65536))
         self.assertRegex(self.last_line(), "^outcome=no-answer .* exit=137")
 
