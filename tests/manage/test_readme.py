@@ -1,5 +1,6 @@
 """Every command of the README is run: here, or where COVERED says."""
 
+import ast
 import os
 import re
 import shutil
@@ -86,6 +87,31 @@ class Readme(unittest.TestCase):
                 self.assertTrue((support.TOP / target).exists(), f"{name} links to {target}")
             for path in re.findall(r"`((?:tests|bench|\.ci)/[\w./]+)`", text):
                 self.assertTrue((support.TOP / path).exists(), f"{name} names {path}")
+
+    def test_names_in_the_architecture_are_those_of_the_program(self):
+        """RUNC.md's table "To change X, look at Y", and the labels of its drawings."""
+        program = ast.parse((support.TOP / "faasd.py").read_text())
+        known = {node.id for node in ast.walk(program) if isinstance(getattr(node, "ctx", None), ast.Store)
+                 and isinstance(node, ast.Name)}
+        for node in program.body:
+            if hasattr(node, "name"):
+                known.add(node.name)
+                known |= {f"{node.name}.{inner.name}" for inner in node.body if hasattr(inner, "name")}
+        runc = (support.TOP / "RUNC.md").read_text()
+        table = re.findall(r"^\|([^|]*)\|([^|]*)\|([^|]*)\|$", runc.partition("## To change")[2].partition("\n## ")[0],
+                           re.MULTILINE)[2:]
+        self.assertGreater(len(table), 15)
+        for what, where, tests in table:
+            names = [name for name in re.findall("`([^`]+)`", where) if name not in ("OPTIONS", "faas", "routes")]
+            names = [name for name in names if not name.startswith("faas ")]
+            self.assertTrue(names, what)
+            self.assertLessEqual(set(names), known, what)
+            for path in re.findall("`([^`]+)`", tests):
+                self.assertTrue((support.TOP / "tests" / path).is_file(), path)
+        for drawing in re.findall(r"\(docs/(\w+\.svg)\)", runc):
+            labels = re.findall(r'class="code">([^<]+)<', (support.TOP / "docs" / drawing).read_text())
+            self.assertGreater(len(labels), 4, drawing)
+            self.assertLessEqual(set(labels), known, drawing)
 
     def test_control_over_the_network(self):
         make_token, start, ask = (command for command in COVERED if "token" in command)
