@@ -6642,7 +6642,7 @@ class ControlHandler(http.server.BaseHTTPRequestHandler):
         seconds_gone = 0                # how long ago the client has left
         while not concurrent.futures.wait([result], timeout=1.0).done:
             seconds_gone = seconds_gone + 1 if self._client_left() else 0
-            if seconds_gone > 1 and running:            # once, after the unpacking child could say what its body lacked
+            if seconds_gone > 4 and running:            # once, after the unpacking child could say how its body was cut
                 loop.call_soon_threadsafe(running.pop().cancel)
         try:
             return result.result()

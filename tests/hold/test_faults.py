@@ -227,8 +227,9 @@ class Logs(FaultCase):
 
     def test_logs_are_deleted(self):
         daemon = self.start()
+        daemon.wait_idle("f")                   # nothing is about to be written
+        shutil.rmtree(daemon.state_dir / "logs")
         with self.neighbour_is_served():
-            shutil.rmtree(daemon.state_dir / "logs")
             self.assertEqual(get(self.f)[0], 200)
             daemon.wait_idle("f")
             self.assertEqual(daemon.function_log("f").count("outcome=answered"), 1)

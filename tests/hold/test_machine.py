@@ -58,7 +58,7 @@ class MachineCase(unittest.TestCase):
     def script(self, daemon: support.Daemon, text: str) -> Path:
         """Return a runtime that is the real one, after some lines of shell."""
         path = daemon.directory / "runtime"
-        path.write_text(f'#!/bin/sh\nfail() {{ echo "{{\\"level\\": \\"error\\", \\"msg\\": \\"$1\\"}}" >"$5"; exit 1; }}\n'
+        path.write_text('#!/bin/sh\nfail() { echo "{\\"level\\": \\"error\\", \\"msg\\": \\"$1\\"}" >"$5"; exit 1; }\n'
                         f'{text}\nexec {shutil.which(RUNTIME)} "$@"\n')
         path.chmod(0o755)
         daemon.arguments += ("--runtime", str(path))

@@ -613,8 +613,8 @@ class Metadata(Sandbox):
         self.assertEqual([self.owner(name) for name in "abcdef"],
                          [(65534, 1), (0, 65534), (65534, 0), (65534, 0), (65534, 0), (65535, 65535)])
         self.assertEqual(self.owner("large"), (65534, 0))
-        self.assertEqual(self.losses, ["6 files are of users or groups from 65536 on, which containers do not have, and "
-                                       "now of 65534 (first: a)"])
+        self.assertEqual(self.losses, ["6 files are of users or groups from 65536 on, which containers do not have, "
+                                       "and now of 65534 (first: a)"])
 
     def test_C4_fifos_are_left_out_with_one_warning(self):
         """Every container of a function would have the same one, and could read what another writes."""
@@ -754,8 +754,8 @@ class Metadata(Sandbox):
 
     def test_D3_xattrs_that_the_file_system_does_not_know_are_lost_with_one_warning(self):
         self.apply(layer(*(file(f"f{at}", "x", records={"SCHILY.xattr.nosuch.space": "v"}) for at in range(5))))
-        self.assertEqual(self.losses, ["5 extended attributes are lost: the state directory's file system has none of the "
-                                       "kind (first: f0)"])
+        self.assertEqual(self.losses, ["5 extended attributes are lost: the state directory's file system has none of "
+                                       "the kind (first: f0)"])
         self.assertEqual(len(os.listdir(self.rootfs)), 5)
 
     def test_D3_bad_xattr_names(self):

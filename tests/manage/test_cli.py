@@ -335,8 +335,8 @@ print({evil!r}, flush=True)
         with support.Daemon() as daemon:
             image = support.docker_archive([base, support.layer({"handler.py": source})], settings, evil)
             daemon.deploy("f", image, "--warm", "1")
-            for command, lines in (("list", 2), ("versions f", 2), ("stats", 2), ("top -n 1 -d 0.01", 5), ("info f", None),
-                                   ("info f --isolation", None), ("logs f", None)):
+            for command, lines in (("list", 2), ("versions f", 2), ("stats", 2), ("top -n 1 -d 0.01", 5),
+                                   ("info f", None), ("info f --isolation", None), ("logs f", None)):
                 out = daemon.faas(*command.split()).stdout
                 with self.subTest(command):
                     self.assertEqual([line for line in out.split("\n") if not line.replace("\t", "").isprintable()], [])

@@ -22,6 +22,7 @@ from unittest import mock
 import faasd
 
 TOP = Path(faasd.__file__).parent
+DEFAULTS = faasd.Options()
 
 
 class Parsing(unittest.TestCase):
@@ -217,7 +218,7 @@ class Spec(unittest.TestCase):
         "entrypoint": ["/e"], "cmd": ["c"], "env": ["PATH=/bin", "A=1"], "cwd": "/w", "uid": 1, "gid": 2, "groups": [3],
         "volumes": []}}
 
-    def spec(self, image: dict | None = None, options: faasd.Options = faasd.Options(), **changes) -> dict:  # noqa: B008
+    def spec(self, image: dict | None = None, options: faasd.Options = DEFAULTS, **changes) -> dict:
         arguments = {"rootfs": "/r", "run_dir": Path("/run/x"), "cgroups": NoCgroups(), "container_id": "ID",
                      "user_namespace": "/u"}
         return faasd.build_spec("name", image or self.image, options, **{**arguments, **changes})

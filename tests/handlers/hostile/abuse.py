@@ -95,7 +95,8 @@ def options(client, control):
         "another filter": try_it(lambda: attach_filter(client)),
         "another device": try_it(lambda: client.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, b"lo\0")),
         "another device, by number": try_it(lambda: client.setsockopt(socket.SOL_SOCKET, SO_BINDTOIFINDEX, 1)),
-        "another way": try_it(lambda: client.setsockopt(socket.IPPROTO_IP, socket.IP_OPTIONS, b"\x83\x07\x04\x7f\0\0\1\0")),
+        "another way": try_it(lambda: client.setsockopt(socket.IPPROTO_IP, socket.IP_OPTIONS,
+                                                        b"\x83\x07\x04\x7f\0\0\1\0")),
         "a group of the host": try_it(lambda: client.setsockopt(socket.IPPROTO_IP, MCAST_JOIN_GROUP, GROUP)),
         "a group with a source": try_it(lambda: client.setsockopt(
             socket.IPPROTO_IP, IP_ADD_SOURCE_MEMBERSHIP, bytes([239, 1, 2, 3, 127, 0, 0, 1, 127, 0, 0, 1]))),
@@ -197,7 +198,7 @@ def close_client(client, control):
 
 
 def hold_epoll(client, control):
-    """Answer, and keep the lock of an epoll set that the socket is in, in page faults, while others take all the CPU."""
+    """Answer, and keep the lock of an epoll set that has the socket, in page faults, while others take all the CPU."""
     with open("/cold", "rb") as file:
         cold = mmap.mmap(file.fileno(), 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
     cold.madvise(mmap.MADV_RANDOM)

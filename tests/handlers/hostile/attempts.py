@@ -1,8 +1,8 @@
 """What the hostile image tries, one row each: what is tried, and how it has to fail.
 
 Runs inside the container (handler.py); tests/hold/test_hostile.py imports the same table for what is expected. An
-attempt returns, or raises OSError; its outcome is the name of the errno, "killed-SIGNAL", or the text of what it returned,
-"done" for nothing.
+attempt returns, or raises OSError; its outcome is the name of the errno, "killed-SIGNAL", or the text of what it
+returned, "done" for nothing.
 """
 
 import ctypes
