@@ -470,7 +470,7 @@ for n, s in enumerate(sockets):
         self.assertIn("another faasd uses 10.0.0.0/24", result.stderr)
 
     def test_mounts_of_a_user(self):
-        """With FUSE a user mounts on any directory of their own. A tmpfs of root's, in its own namespace, stands for it.
+        """With FUSE a user mounts on any directory of their own. Here it is a tmpfs of root's, in its own namespace.
         """
         names = [b"\xff", b"a\x0cb", "line\u2028end\u00a0x".encode(), b"back\\040slash", b"new\nline - cgroup x"]
         mount = ("import os, subprocess, sys\n"
@@ -573,8 +573,8 @@ class Files(LocalUserCase):
             os.lchown(link, 65534, 65534)
             daemon.arguments = (option, str(link))
             with self.subTest(option):
-                self.check_refused(daemon, rf"\nfaasd.py: error: argument {option}: {link} is a link that leads nowhere, "
-                                           "or another user's")
+                self.check_refused(daemon, rf"\nfaasd.py: error: argument {option}: {link} is a link that leads nowhere"
+                                           ", or another user's")
 
     def test_links_of_root_s_lead_where_they_say(self):
         directory = self.scratch().resolve()

@@ -5,6 +5,7 @@ Everything a test makes carries PREFIX in its name, so that tests/run.py can loo
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import ctypes
 import functools
@@ -517,11 +518,19 @@ def footprint(daemon: Daemon, before: dict | None = None) -> dict[str, object]:
     name = daemon.directory.name
     mounted = sorted(line.split(" ", 2)[2] for line in mounts(name))        # less their ids: a restart mounts anew
     return {"containers": list_containers(daemon), "mounts": mounted, "cgroups": container_cgroups(daemon),
-            "descriptors": max(len(os.listdir(f"/proc/{daemon.process.pid}/fd")),
-                               before["descriptors"] if before else 0),
+            "descriptors": descriptors(daemon.process.pid) | (before["descriptors"] if before else collections.Counter()),
             "run_dir": sorted(str(path) for top in daemon.run_dir.iterdir() if top.name not in ("rootfs", "program")
                               for path in (top, *top.rglob("*"))),
             "children": Path(f"/proc/{daemon.process.pid}/task/{daemon.process.pid}/children").read_text()}
+
+
+def descriptors(pid: int) -> collections.Counter[str]:
+    """Return how many descriptors of which kind a process has; of a file, its path is the kind."""
+    kinds: collections.Counter[str] = collections.Counter()
+    for path in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):        # closed just now
+            kinds[re.sub(r"^(socket|pipe):.*", r"\1", os.readlink(path))] += 1
+    return kinds
 
 
 def list_containers(daemon: Daemon) -> list[str]:
