@@ -6,9 +6,10 @@ The attempts, and what is in the way of each, are in tests/handlers/hostile/. Re
 from __future__ import annotations
 
 import contextlib
-import errno
 import ctypes
+import errno
 import io
+import itertools
 import json
 import os
 import re
@@ -560,7 +561,11 @@ if descriptors:
                 self.skipTest("no page can be evicted from the file system of the images")
             for page in pages:
                 self.assertEqual(get(address, f"/{page}"), (200, "page"))
-            wait_until(lambda: sum(map(is_cached, files)) < 60, "the kernel has let go of most pages")
+            # v1 counts those of the whole machine, where other tests may have let go of many meanwhile: so go on.
+            for page in itertools.cycle(pages):
+                if sum(map(is_cached, files)) < 60:
+                    break
+                self.assertEqual(get(address, f"/{page}"), (200, "page"))
 
 
 class Ends(HostileCase):
