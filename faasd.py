@@ -890,9 +890,11 @@ class Function:
             async with asyncio.timeout(timeout):
                 await self._invocations.finish()
         except TimeoutError:
-            self._end_invocations(Release.STOPPED)
             if self.pool:
                 self.pool.close()               # an idle container may hold up one that should end
+            while self._invocations:            # again: one may have been on its way to another container
+                self._end_invocations(Release.STOPPED)
+                await asyncio.wait(self._invocations, timeout=1)
         await self._close()
 
     async def pass_on(self, timeout: float) -> None:
@@ -901,7 +903,9 @@ class Function:
         until = self.loop.time() + timeout
         while self.waiting and (seconds := until - self.loop.time()) > 0:
             await asyncio.wait([invocation.turn for invocation in self.waiting], timeout=seconds)
-        self._end_invocations(Release.LEFT)
+        while self._invocations:                # again: one may have been on its way to another container
+            self._end_invocations(Release.LEFT)
+            await asyncio.wait(self._invocations, timeout=1)
         await self._close()
 
     def _end_invocations(self, why: Release) -> None:
@@ -1578,7 +1582,9 @@ class Pool:
         self.containers.add(container)
         if self._closed or not container.is_connected:
             self.dismiss(container)
-            if not container.served:
+            if container.served:
+                self._function.dispatch()       # its place is free for another
+            else:
                 self.failed(StartFailed(f"the handler let go of {CONTROL_SOCKET} before it had a client", [], 502))
             return
         container.listen().add_done_callback(functools.partial(self._lost, container))
@@ -1933,10 +1939,10 @@ class Container:
         release that comes is GONE, at the end of runc.
         """
         container = cls(host, survivor.function, write_line, survivor.container_id, survivor.cgroup)
-        container._output = OutputReader(host.workers, survivor.output, container._on_output)
         container._adopted, container._pid = True, survivor.pid
         container._watch_exit(survivor.pidfd)
         container._watch_memory()
+        container._output = OutputReader(host.workers, survivor.output, container._on_output)       # last: it reads
         return container
 
     # -- start --
@@ -1958,7 +1964,7 @@ class Container:
                 self.start_seconds = self.ready_at - begin
                 return
         except OSError as error:
-            await self.kill()
+            await to_the_end(self.kill())
             raise StartFailed(f"cannot start a container: {error.strerror or error}", [], 503) from error
         except asyncio.CancelledError:
             await to_the_end(self.kill())
@@ -1966,7 +1972,7 @@ class Container:
         timed_out = not self._exited.done()
         out_of_memory = self.look_for_memory()
         error = self._runtime_error()
-        status = await self.kill()
+        status = await to_the_end(self.kill())
         tail = self._output.tail
         if error and not timed_out:
             if error not in "\n".join(tail):            # crun prints it to its log alone
@@ -2312,26 +2318,31 @@ class OutputReader:
         """Read until nobody holds the other end, or we are stopped."""
         over, pause_at = False, MAX_OUTPUT - OUTPUT_CHUNK
         while not over and not self._stopping:
-            self._workers.loop.add_reader(self._descriptor, self._wake.set)
-            await self._wake.wait()
-            self._workers.loop.remove_reader(self._descriptor)
-            if self._stopping:
-                break
-            self._wake.clear()
             failed = False
             try:
+                await self._wait()
+                if self._stopping:
+                    break
                 over = await self._workers.run(self._read)
-            except OSError:                     # out of descriptors
+            except (OSError, MemoryError):      # out of descriptors, or of memory: the handler must not wait for long
                 failed = True
             if failed or self._room <= pause_at:            # it prints much: so that each read finds much
                 pause_at = self._room - OUTPUT_CHUNK
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._wake.wait(), LOG_DELAY)
         if self._takes_rest and not over:       # what was read last may be from before the last was written
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, MemoryError):
                 await self._workers.run(self._read)
         self._emit_partial()
         await self._workers.run(os.close, self._descriptor)
+
+    async def _wait(self) -> None:
+        """Return when there is something to read, or we are stopped."""
+        self._workers.loop.add_reader(self._descriptor, self._wake.set)
+        await self._wake.wait()
+        self._workers.loop.remove_reader(self._descriptor)
+        if not self._stopping:
+            self._wake.clear()
 
     def _read(self) -> bool:
         """Take what is there; return whether that was the last.
@@ -2605,8 +2616,12 @@ CAP_SYS_RESOURCE = 24               # linux/capability.h
 
 
 def can_set_limits() -> bool:
-    """Whether the runtime may set limits in a function's user namespace: with CAP_SYS_RESOURCE (capabilities(7))."""
-    return bool(int(read_fields("/proc/self/status").get("CapEff", "0"), 16) >> CAP_SYS_RESOURCE & 1)
+    """Whether the runtime may set limits in a function's user namespace: with CAP_SYS_RESOURCE (capabilities(7)).
+
+    Raises OSError: that it cannot be read must not leave the limits out.
+    """
+    capabilities = re.search(r"^CapEff:\t(\w+)", Path("/proc/self/status").read_text(), re.MULTILINE)[1]
+    return bool(int(capabilities, 16) >> CAP_SYS_RESOURCE & 1)
 
 
 TMP_SIZE, SHM_SIZE, DEV_SIZE, VOLUME_SIZE = "64m", "64m", "1m", "64m"      # tmpfs(5) size=
@@ -4111,8 +4126,8 @@ class ContainerHost:
                 if re.search(r"^NSpid:.*\t1$", read_text(f"/proc/{pid}/status"), re.MULTILINE):
                     return {"container": container.id, **inspect_process(pid),
                             "limits": self.cgroups.limits(container.cgroup)}
-        except OSError as error:
-            log.info("container=%s inspecting it: %s", container.id, error)
+        except (OSError, LookupError) as error:         # LookupError: of a file that could not be read
+            log.info("container=%s inspecting it: %r", container.id, error)
         raise Conflict("the container that was looked at has ended meanwhile: try again")
 
     def kill_all(self, cgroup: str) -> None:
@@ -4447,11 +4462,10 @@ def duplicate_socket(pidfd: int, number: int) -> socket.socket:
     Given a descriptor, Python asks for its address, and the kernel for that waits for the socket's lock. A handler can
     hold that for as long as it lives, and Python would wait with all its threads. So it gets the descriptor later.
     """
-    duplicate = system_call(SYS_PIDFD_GETFD, pidfd, number, 0)
-    held = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-    os.dup2(duplicate, held.fileno(), inheritable=False)
-    os.close(duplicate)
-    return held
+    with kept_open(system_call(SYS_PIDFD_GETFD, pidfd, number, 0)) as duplicate:
+        held = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+        os.dup2(duplicate, held.fileno(), inheritable=False)
+        return held
 
 
 def read_connections(addresses: Iterable[str]) -> dict[int, tuple[str, str]]:
@@ -5433,13 +5447,18 @@ class Budget:
         self._max_size, self._max_entries = max_size, max_entries
         self.size = 0                   # bytes of files, with the holes of sparse ones
         self.entries = 0
-        self._read = 0                  # bytes of layers after decompression
+        self._compressed = 0            # bytes of layers before decompression, once for each time a layer is listed
+        self._read = 0                  # … and after it
         self._frames = 0                # gzip members and zstd frames
         self._steps = 0                 # components of paths that were looked at, and what costs as much
 
     def spend_size(self, count: int) -> None:
         self.size += count
         self.check_size(self.size)
+
+    def spend_compressed(self, count: int) -> None:
+        self._compressed += count
+        self.check_size(self._compressed)
 
     def spend_read(self, count: int) -> None:
         self._read += count
@@ -5497,19 +5516,20 @@ class LayerStream(ByteStream):
         self._layer = layer
         self._budget = budget
         self._diff_hash = self._blob_hash = Sha256Thread()
-        if layer.blob_digest not in (None, layer.diff_id):      # compressed, if it is what it should be
-            self._blob_hash = Sha256Thread()
-            pieces = self._hashed(pieces)
-        super().__init__(self._counted(pieces), "a layer is cut short in the middle of a file")
+        super().__init__(self._uncompressed(pieces), "a layer is cut short in the middle of a file")
 
-    def _hashed(self, pieces: Iterator[bytes]) -> Iterator[bytes]:
-        for data in pieces:
-            self._blob_hash.update(data)
+    def _compressed(self, pieces: Iterator[bytes]) -> Iterator[bytes]:
+        for number, data in enumerate(pieces):
+            if number == 0 and self._layer.blob_digest and (GZIP_MAGIC.match(data) or ZSTD_MAGIC.match(data)):
+                self._blob_hash = Sha256Thread()        # else both are one
+            if self._blob_hash is not self._diff_hash:
+                self._blob_hash.update(data)
+            self._budget.spend_compressed(len(data))
             yield data
 
-    def _counted(self, pieces: Iterator[bytes]) -> Iterator[bytes]:
-        for data in decompress(pieces, self._budget, "a layer is compressed with {name}, which no image format has: "
-                                                     "save it again with gzip or zstd"):
+    def _uncompressed(self, pieces: Iterator[bytes]) -> Iterator[bytes]:
+        refusal = "a layer is compressed with {name}, which no image format has: save it again with gzip or zstd"
+        for data in decompress(self._compressed(pieces), self._budget, refusal):
             self._diff_hash.update(data)
             self._budget.spend_read(len(data))
             yield data
@@ -6875,7 +6895,9 @@ class ImageStore:
             digest = ""                         # there is none, or it is damaged
         if digest not in ("", image["digest"]):         # somebody has looked for a pair of them
             raise Conflict(f"function {name} has an image with another digest that begins like this one's: {digest}")
-        if digest:
+        if digest:                      # of a version that may be running: whole at any time, and as it was on an error
+            undo.callback(write_anew, directory / "image.json", (directory / "image.json").read_text())
+            await asyncio.to_thread(sync_file_system, unpacked)
             (unpacked / "image.json").rename(directory / "image.json")
             await self.discard(unpacked)
         else:
@@ -6978,6 +7000,10 @@ class Attachments:
         self._rules_watch.close()
         self._address_watch.close()
         self._keeper.cancel()
+
+    async def finish(self) -> None:
+        """Return once nothing of egress networks is being changed: what comes now is the next daemon's."""
+        await asyncio.to_thread(self._egress_thread.shutdown)
 
     async def remove_all(self) -> None:
         try:
@@ -7231,8 +7257,7 @@ class Deploys:
         await self.attachments.provide(name, version.options)
         container, output = await self._prove(name, version)
         undo.push_async_callback(container.kill)        # once more does no harm where its pool was closed
-        function = await to_the_end(self._make_current(name, version, container))
-        undo.pop_all()                          # it is done
+        function = await to_the_end(self._make_current(name, version, container, undo))
         for line in output:
             function.log.write_output(container.id, line)
         record = function.record
@@ -7256,8 +7281,9 @@ class Deploys:
             raise FaasdError(f"function {name} does not start: {failure}", failure.output, 422) from failure
         return container, output
 
-    async def _make_current(self, name: str, version: Version, container: Container) -> Function:
-        """Make a version the function's, on disk and in service. Undoes what it did on an error."""
+    async def _make_current(self, name: str, version: Version, container: Container,
+                            undo: contextlib.AsyncExitStack) -> Function:
+        """Make a version the function's, on disk and in service. Undoes what it did if it cannot be written down."""
         async with self._commit:
             self._refuse_if_stopping()          # stop() waits for the lock, and then for nobody else
             self._check_warm(name, version.options)     # again: another may have been promised them meanwhile
@@ -7275,8 +7301,9 @@ class Deploys:
                     refuse_connections(listener)
                     await self.attachments.release(record.address)
                 raise
+            undo.pop_all()                      # what is written down stays
             function = self.functions.setdefault(name, function or self.make_function(record))
-            function.record = record
+            function.record, function.being_removed = record, False     # True: a removal has failed in its middle
             function.replace_version(version, container)
             if listener:
                 function.entrance.open(listener)
@@ -7493,6 +7520,7 @@ class Daemon:
         await self._end("stopping", await self._deploys.stop(), set())
         await self._host.workers.run(self._restart.leftovers.remove)       # there should be none
         await self._deploys.attachments.remove_all()
+        await self._deploys.attachments.finish()
         self._host.dismantle()
         self._deploys.images.remove_program()
         log.info("stopped")
@@ -7502,6 +7530,7 @@ class Daemon:
         changes = await self._deploys.stop()
         left = {function for function in self._deploys.functions.values() if not function.being_removed}
         await self._end("leaving", changes, left)
+        await self._deploys.attachments.finish()
         log.info("left")
 
     async def _end(self, what: str, changes: list[asyncio.Task], left: set[Function]) -> None:

@@ -332,6 +332,41 @@ class Reuse(support.SharedDaemonCase):
         self.assertIn(b"200 OK", read_all(waiting))
 
 
+class ReuseAtTheLimit(support.SharedDaemonCase):
+    # Says READY, and lets go of the control connection at once.
+    HANDLER = """
+import socket, time
+control = socket.socket(socket.AF_UNIX)
+control.connect("/control.sock")
+_, descriptors, _, _ = socket.recv_fds(control, 1, 1)
+client = socket.socket(fileno=descriptors[0])
+data = b""
+while b"go" not in data:
+    data += client.recv(65536)
+client.sendall(b"HTTP/1.1 200 OK\\r\\nContent-Length: 4\\r\\n\\r\\ndone")
+control.sendall(b"R")
+control.close()
+client.shutdown(socket.SHUT_WR)
+time.sleep(3600)
+"""
+
+    def test_one_that_lets_go_makes_room_for_the_next(self):
+        """Not at the next look, which may be long after."""
+        address = self.daemon.deploy("f", support.handler_image(self.HANDLER), "--reuse", "9", "--warm", "0",
+                                     "--concurrency", "1", "--queue-timeout", "10m")
+        first, second = (request(address, "/") for _ in range(2))
+        wait_until(lambda: self.daemon.info("f")["queued"] == 1, "one of them waits")
+        time.sleep(3)                           # longer than the second one is patient, which ends by a look
+        self.daemon.process.send_signal(signal.SIGSTOP)         # so that it meets both at the same time
+        try:
+            for client in (first, second):
+                client.sendall(b"go")
+            self.assertTrue(read_all(first).endswith(b"done"))
+        finally:
+            self.daemon.process.send_signal(signal.SIGCONT)
+        self.assertTrue(read_all(second).endswith(b"done"))
+
+
 class ReuseInTime(support.SharedDaemonCase):
     constants = {"SURPLUS_SECONDS": 1.0}
 
