@@ -270,11 +270,15 @@ class Notes(LocalUserCase):
         client = self.client(self.deploy(daemon), "/work?go")
         client.read_number()
         container, = (daemon.run_dir / "containers").iterdir()
-        (container / "left").touch()
-        self.release(daemon, "go")
-        self.assertTrue(client.rest().endswith("done\n"))
-        daemon.wait_idle("f")
-        daemon.wait_log(f"cannot remove {container}: Directory not empty")
+        (container / "left").mkdir()
+        subprocess.run(["mount", "-t", "tmpfs", "left", container / "left"], check=True)
+        try:
+            self.release(daemon, "go")
+            self.assertTrue(client.rest().endswith("done\n"))
+            daemon.wait_idle("f")
+            daemon.wait_log(f"cannot remove {container}: Directory not empty")
+        finally:
+            subprocess.run(["umount", container / "left"], check=True)
         self.check_stops(daemon)
 
 

@@ -202,8 +202,8 @@ class Admission(support.SharedDaemonCase):
 
     def test_waited_too_long(self):
         address = self.deploy("--concurrency", "1", "--queue-timeout", "500ms")
-        running, waiting = self.fill(address, 1, 1)
-        self.assertRegex(read_all(waiting),
+        running, = self.fill(address, 1, 0)
+        self.assertRegex(read_all(request(address)),
                          rb"(?s)^HTTP/1.1 503 .*\r\nRetry-After: 1\r\n.*no container was free in time")
         running.close()
         self.daemon.wait_idle("f")
