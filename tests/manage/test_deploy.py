@@ -472,6 +472,18 @@ class Redeploy(DeployCase):
         self.assertEqual(self.daemon.info("f")["options"]["timeout"], 7)
 
 
+    def test_same_image_that_does_not_start_changes_nothing(self):
+        image = support.small_image()
+        self.daemon.deploy("f", image)
+        before, stored = self.daemon.info("f"), self.daemon.rootfs("f").with_name("image.json").read_text()
+        renamed = image.replace(b"test:latest", b"best:latest")
+        self.assertNotEqual(renamed, image)
+        status, body = self.daemon.api("POST", "/functions/f?cmd=no-such-argument&start_timeout=1ms", renamed)
+        self.assertEqual(status, 422, body)
+        self.assertEqual(self.daemon.rootfs("f").with_name("image.json").read_text(), stored)
+        self.assertEqual(self.daemon.info("f"), before)
+
+
 class Rerun(DeployCase):
     """`faas set` and `faas rollback` of functions that are not as they should be."""
 
