@@ -1,5 +1,6 @@
 """The client: usage, exit statuses, and how it takes a daemon that answers early, late or not at all."""
 
+import contextlib
 import json
 import os
 import pty
@@ -22,6 +23,16 @@ def faas(*arguments: str, stdin: bytes | None = b"", env: dict | None = None) ->
                             check=False)
     result.stdout, result.stderr = result.stdout.decode(), result.stderr.decode()
     return result
+
+
+def read_to_the_end(master: int) -> bytes:
+    """Return what comes from a terminal until its other side is closed, and close it."""
+    shown = b""
+    with contextlib.suppress(OSError):          # EIO: it is
+        while data := os.read(master, 65536):
+            shown += data
+    os.close(master)
+    return shown
 
 
 class Usage(unittest.TestCase):
@@ -234,13 +245,7 @@ class Conversation(unittest.TestCase):
         process = subprocess.Popen([*FAAS, "--socket", str(self.socket), "new", "f", "-f", str(image)],
                                    stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=slave)
         os.close(slave)
-        shown = b""
-        try:
-            while data := os.read(master, 65536):
-                shown += data
-        except OSError:                 # EIO: the other side is closed
-            pass
-        os.close(master)
+        shown = read_to_the_end(master)
         self.assertEqual(process.wait(), 0)
         daemon.join()
         self.assertRegex(shown.decode(), r"uploading \[#+ *\] +\d+%  \d\.\d MiB  [\d.]+ [KMG]iB/s")
@@ -311,12 +316,7 @@ class WithDaemon(unittest.TestCase):
             while shown.count(b"faasd ") < 2:
                 shown += os.read(master, 65536)
             process.send_signal(signal.SIGINT)
-            try:
-                while data := os.read(master, 65536):
-                    shown += data
-            except OSError:             # EIO: the other side is closed
-                pass
-            os.close(master)
+            shown += read_to_the_end(master)
             self.assertEqual(process.wait(), 130)
             self.assertTrue(shown.startswith(b"\x1b[?1049h"))
             self.assertTrue(shown.endswith(b"\x1b[?25h\x1b[?1049l"), shown[-100:])
