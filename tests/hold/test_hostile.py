@@ -176,9 +176,10 @@ class HostileCase(unittest.TestCase):
         self._stop_asking.set()
         self.assertEqual(set(self.answers), {(200, "hello /")})
         self.settle()
-        with contextlib.suppress(AssertionError):
+        try:
             wait_until(lambda: self.footprint() == self.before, "all is as before", 10)
-        self.assertEqual(self.footprint(), self.before)
+        except AssertionError:                  # say what is not
+            self.assertEqual(self.footprint(), self.before)
         self.assertLess(support.resident_memory(self.daemon.process.pid), lab.memory + MEMORY)
         self.assertNotIn("Traceback", self.daemon.log())
 

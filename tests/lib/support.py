@@ -517,23 +517,25 @@ def footprint(daemon: Daemon, before: dict | None = None) -> dict[str, object]:
     """
     name = daemon.directory.name
     mounted = sorted(line.split(" ", 2)[2] for line in mounts(name))        # less their ids: a restart mounts anew
+    kinds = descriptors(daemon.process.pid)
+    for _ in range(3):                  # a thread closes a connection of the API, or writes to a log, just now
+        time.sleep(0.02)
+        kinds &= descriptors(daemon.process.pid)
+    if kinds["user"] <= 1 + len(list((daemon.state_dir / "images").iterdir())):
+        del kinds["user"]               # one for each function, and the trial at start, from the first container on
     return {"containers": list_containers(daemon), "mounts": mounted, "cgroups": container_cgroups(daemon),
-            "descriptors": descriptors(daemon.process.pid) | (before["descriptors"] if before else collections.Counter()),
+            "descriptors": kinds | (before["descriptors"] if before else collections.Counter()),
             "run_dir": sorted(str(path) for top in daemon.run_dir.iterdir() if top.name not in ("rootfs", "program")
                               for path in (top, *top.rglob("*"))),
             "children": Path(f"/proc/{daemon.process.pid}/task/{daemon.process.pid}/children").read_text()}
 
 
 def descriptors(pid: int) -> collections.Counter[str]:
-    """Return how many descriptors of which kind a process has; of a file, its path is the kind.
-
-    But for user namespaces: a daemon has one for each function, from the first start of a container on.
-    """
+    """Return how many descriptors of which kind a process has; of a file, its path is the kind."""
     kinds: collections.Counter[str] = collections.Counter()
     for path in Path(f"/proc/{pid}/fd").iterdir():
         with contextlib.suppress(FileNotFoundError):        # closed just now
             kinds[re.sub(r"^(socket|pipe|user):.*", r"\1", os.readlink(path))] += 1
-    del kinds["user"]
     return kinds
 
 

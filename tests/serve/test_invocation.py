@@ -53,9 +53,10 @@ class InvocationCase(unittest.TestCase):
     def tearDown(self):
         self.daemon.wait_idle("f")
         # A container whose client gave up is nobody's invocation, and may still be on its way out.
-        with contextlib.suppress(AssertionError):
+        try:
             wait_until(lambda: support.footprint(self.daemon, self.before) == self.before, "all is as before")
-        self.assertEqual(support.footprint(self.daemon, self.before), self.before)
+        except AssertionError:                  # say what is not
+            self.assertEqual(support.footprint(self.daemon, self.before), self.before)
         self.assertEqual(get(self.address, "/alive"), (200, "hello /alive"))
 
     def function_log(self) -> str:
