@@ -6852,7 +6852,7 @@ class ImageStore:
         return self._tmp / secrets.token_hex(8)
 
     async def unpack(self, connection: socket.socket, length: str, directory: Path, tag: str, first_id: int) -> dict:
-        """Have a child unpack an archive to a directory as it comes; return image.json.
+        """Have a child receive an archive and unpack it to a directory; return image.json.
 
         connection and length are as unpack_main takes them. Raises FaasdError with what the child said.
         """
@@ -7118,7 +7118,7 @@ class Deploys:
 
     async def deploy(self, name: str, connection: socket.socket, length: str, tag: str,
                      options: Options) -> tuple[bool, dict]:
-        """Make an archive, which is unpacked as it comes, what a function runs. Raises FaasdError, OSError.
+        """Make an archive what a function runs. Raises FaasdError, OSError.
 
         connection and length are as unpack_main takes them. Returns whether the function is new, and its description.
         """
