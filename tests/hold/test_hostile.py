@@ -407,8 +407,7 @@ class ClientSocketOfAPortForAll(unittest.TestCase):
 
     def check_while_no_daemon_runs(self, number: int) -> None:
         attack = self.attack("escape_unseen", 1)
-        container, = support.list_containers(self.daemon)
-        pid = init_pid(self.daemon, container)
+        pid = init_pid(self.daemon, self.daemon.container().name)
         self.daemon.stop(number)
         self.assertEqual(support.guards(self.daemon.run_dir), ["bind", "connect"])
         path = Path(f"/proc/{pid}/root/tmp/escape")
@@ -428,13 +427,12 @@ class ClientSocketOfAPortForAll(unittest.TestCase):
 
     def attack(self, name: str, seconds: float) -> socket.socket:
         """Have a handler try for so long to take our ports and to connect; return its client once it has begun."""
-        log = self.daemon.state_dir / "logs/evil.log"
-        before = log.read_text().count("[tries]")
+        before = self.daemon.function_log("evil").count("[tries]")
         ports = [(self.evil, 8080), (self.other, 8080), ("127.0.0.1", 8000), ("0.0.0.0", 8000)]
         words = in_hex(connect=[self.host.getsockname()], bind=ports)
         client = socket.create_connection((self.evil, 8080))
         client.sendall(f"GET /{name}?{seconds}?{words} HTTP/1.1\r\n\r\n".encode())
-        wait_until(lambda: log.read_text().count("[tries]") > before, "the handler tries")
+        wait_until(lambda: self.daemon.function_log("evil").count("[tries]") > before, "the handler tries")
         return client
 
     def check(self, outcomes: str) -> None:

@@ -656,6 +656,7 @@ class Garbage(HostileCase):
         self.assertIn(b"502 Bad Gateway", read_until_cut(self.connect(FORGERY)))
         self.settle()
         wait_until(lambda: "exit?0" in self.log_of("f")[self.log_start:], "it is logged")
+        wait_until(lambda: "exit?0" in self.daemon.log()[start:], "it is in the daemon's own log too")
         for text in (self.log_of("f")[self.log_start:], self.daemon.log()[start:]):
             self.assertTrue(all(c.isprintable() or c == "\n" for c in text), text)
             self.assertEqual([line for line in re.split("[\r\n]+", text) if line.startswith("2026-01-01")], [])

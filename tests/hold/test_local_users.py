@@ -203,8 +203,8 @@ class Notes(LocalUserCase):
         daemon = self.start()
         client = self.client(self.deploy(daemon), "/work?never")
         client.read_number()
+        container = daemon.container()
         daemon.kill()
-        container, = (daemon.run_dir / "containers").iterdir()
         change(container)
         daemon.start()
         self.check_nothing_left(daemon)
@@ -237,8 +237,8 @@ class Notes(LocalUserCase):
         daemon = self.start()
         client = self.client(self.deploy(daemon), "/work?never")
         client.read_number()
+        container = daemon.container()
         daemon.kill()
-        container, = (daemon.run_dir / "containers").iterdir()
         elsewhere = self.scratch() / "moved"
         shutil.copytree(container, elsewhere, symlinks=True, ignore=lambda *_: ["control.sock", "output"])
         os.mkfifo(elsewhere / "output")
@@ -269,7 +269,7 @@ class Notes(LocalUserCase):
         daemon = self.start()
         client = self.client(self.deploy(daemon), "/work?go")
         client.read_number()
-        container, = (daemon.run_dir / "containers").iterdir()
+        container = daemon.container()
         (container / "left").mkdir()
         subprocess.run(["mount", "-t", "tmpfs", "left", container / "left"], check=True)
         try:
@@ -336,8 +336,7 @@ while True:
         sender = threading.Thread(target=lambda: self.libc.send(held, ctypes.c_void_p(memory), PAGE, 0))
         sender.start()
         try:
-            wait_until(lambda: any("userfault" in (path / "wchan").read_text()
-                                   for path in Path("/proc/self/task").iterdir()), "it holds the lock")
+            wait_until(lambda: "userfault" in " ".join(support.waits()), "it holds the lock")
             daemon.start()
             self.assertEqual(daemon.info("f")["running"], 1)
             self.assertEqual(get(address)[0], 200)
@@ -405,7 +404,7 @@ while True:
 
     @staticmethod
     def waits() -> str:
-        return " ".join((path / "wchan").read_text() for path in Path("/proc/self/task").iterdir())
+        return " ".join(support.waits())
 
     def missing_page(self) -> int:
         """Return the address of memory of ours that never comes, until uffd is closed."""

@@ -294,7 +294,7 @@ class Told(MachineCase):
         self.assertEqual(get(address), (502, f"faasd: function f: {RUNTIME} could not make the container\n"))
 
         def said() -> bool:
-            text = (daemon.state_dir / "logs/f.log").read_text()
+            text = daemon.function_log("f")
             return re.search(r"\| .*/usr/bin/perl.*o such file", text) and "could not make the container" in text
         wait_until(said, "the function's log has what the runtime said")
 

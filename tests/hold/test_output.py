@@ -79,8 +79,11 @@ class Handlers(OutputCase):
         self.addCleanup(client.close)
         client.sendall(b"GET /echo HTTP/1.1\r\n\r\n")
         self.assertTrue(client.recv(65536))
-        container, = set(support.list_containers(daemon)) - others
-        return client, container
+
+        def new() -> set[str]:                  # the one that has proved the deploy goes behind the answer
+            found = set(support.list_containers(daemon)) - others
+            return found if len(found) == 1 else set()
+        return client, wait_until(new, "one container is left").pop()
 
     @staticmethod
     def output(daemon: support.Daemon, container: str) -> Path:
@@ -128,9 +131,7 @@ class Handlers(OutputCase):
         try:
             with support.lock_held(self.output(daemon, container), cgroups):
                 killed.send_signal(signal.SIGCONT)
-                threads = Path(f"/proc/{killed.pid}/task")
-                wait_until(lambda: any("pipe" in (path / "wchan").read_text() for path in threads.iterdir()),
-                           "it waits")
+                wait_until(lambda: "pipe" in " ".join(support.waits(killed.pid)), "it waits")
                 killed.kill()
                 wait_until(lambda: re.search(r"State:\tZ", Path(f"/proc/{killed.pid}/status").read_text()),
                            "it is dead")
@@ -163,8 +164,7 @@ class Handlers(OutputCase):
         daemon = self.start(constants={"SO_PASSRIGHTS": 9999})          # as before Linux 6.16
         other = daemon.deploy("other", support.small_image())
         client, container = self.working(daemon, image=support.handler_image(SENDER))
-        pids = {pid for path in support.container_cgroups(daemon) if path.endswith(container)
-                for pid in Path(path, "cgroup.procs").read_text().split()}
+        pids = support.container_pids(daemon, container)
         pipes = [path for pid in pids for path in Path(f"/proc/{pid}/fd").iterdir() if "pipe:" in os.readlink(path)]
         with support.lock_held(pipes[0]):
             daemon.process.send_signal(signal.SIGSTOP)      # so that the handler's own close is not the last
@@ -289,17 +289,12 @@ class FunctionLogs(OutputCase):
         os.mkfifo(path)
         for _ in range(3):
             self.assertEqual(get(address), (200, "1"))
-        wait_until(lambda: any("fifo" in text or "wait_for_partner" in text for text in self.waits(daemon)),
-                   "its writer waits")
+        wait_until(lambda: any("fifo" in text or "wait_for_partner" in text
+                               for text in support.waits(daemon.process.pid)), "its writer waits")
         self.assertEqual(get(address), (200, "1"))
         self.assertEqual(get(daemon.deploy("other", support.small_image())), (200, "1"))
         self.assertEqual(daemon.stop(), 0)
         self.assertEqual(support.remains(daemon), [])
-
-    @staticmethod
-    def waits(daemon: support.Daemon) -> list[str]:
-        """Return where the daemon's threads wait in the kernel."""
-        return [path.read_text() for path in Path(f"/proc/{daemon.process.pid}/task").glob("*/wchan")]
 
 
 if __name__ == "__main__":

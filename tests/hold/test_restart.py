@@ -248,11 +248,10 @@ class Survival(RestartCase):
         daemon = self.start()
         client = self.client(self.deploy(daemon), "/flood?go")
         self.handed_over(daemon, 1)
+        container = daemon.container()
         self.leave(daemon)
         self.release(daemon, "go")
-        container, = (daemon.run_dir / "containers").iterdir()
-        pid, = {int(pid) for path in support.container_cgroups(daemon)
-                for pid in (Path(path) / "cgroup.procs").read_text().split()}
+        pid, = support.container_pids(daemon)
         wait_until(lambda: "pipe" in Path(f"/proc/{pid}/wchan").read_text(), "it waits for a reader of its output")
         daemon.start()
         self.assertTrue(client.rest().endswith("flooded"))

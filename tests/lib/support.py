@@ -9,6 +9,7 @@ import collections
 import contextlib
 import ctypes
 import functools
+import glob
 import hashlib
 import http.client
 import importlib.util
@@ -314,6 +315,7 @@ class Daemon:
         self.remove(*(entry["name"] for entry in json.loads(self.api("GET", "/functions")[1])["functions"]))
 
     def function_log(self, name: str) -> str:
+        """Return a function's log: the API waits for what is on its way to the file, which may not even be there yet."""
         return self.api("GET", f"/functions/{name}/logs")[1].decode()
 
     def api(self, method: str, path: str, body: bytes = b"", seconds: float = READY_SECONDS) -> tuple[int, bytes]:
@@ -337,6 +339,13 @@ class Daemon:
     def rootfs(self, name: str) -> Path:
         rootfs, = (self.state_dir / "images" / name).glob("*/rootfs")
         return rootfs
+
+    def container(self) -> Path:
+        """Return the directory of the only container, once the one that has proved a deploy is gone."""
+        def only() -> list[Path]:
+            found = list((self.run_dir / "containers").iterdir())
+            return found if len(found) == 1 else []
+        return wait_until(only, "there is one container")[0]
 
     def post(self, method: str, path: str) -> dict:
         """Change something through the API; return its answer."""
@@ -422,21 +431,40 @@ def curl(*arguments: str, check: bool = True) -> str:
 
 def cgroup_directories(name: str = PREFIX) -> list[str]:
     """Return the cgroups with name in theirs, at the top of each hierarchy of v1 and v2."""
-    top = Path("/sys/fs/cgroup")
-    return sorted(str(path) for pattern in (f"*{name}*", f"*/*{name}*") for path in top.glob(pattern) if path.is_dir())
+    return sorted(directories("/sys/fs/cgroup", f"*{name}*/", f"*/*{name}*/"))
+
+
+def directories(top: str, *patterns: str) -> list[str]:
+    """Return the directories below top that match; Path.glob fails where one goes while it looks."""
+    return [path.rstrip("/") for pattern in patterns for path in glob.glob(f"{top}/{pattern}")]
+
+
+def tree(top: Path) -> list[str]:
+    """Return what is at and below top; Path.rglob fails where a directory goes while it looks."""
+    return [str(top), *(f"{directory}/{name}" for directory, *names in os.walk(top) for name in sum(names, []))]
 
 
 def container_cgroups(daemon: Daemon) -> list[str]:
     """Return the cgroups of a daemon's containers, in all hierarchies."""
     parents = cgroup_directories(daemon.directory.name)
-    return sorted(str(path) for parent in parents for pattern in ("*/", "function-*/*/")
-                  for path in Path(parent).glob(pattern) if faasd.CONTAINER_ID.fullmatch(path.name))
+    return sorted(path for parent in parents for path in directories(parent, "*/", "function-*/*/")
+                  if faasd.CONTAINER_ID.fullmatch(os.path.basename(path)))
+
+
+def container_pids(daemon: Daemon, container: str = "") -> set[int]:
+    """Return the processes of a container, or of all of a daemon's: those that are there while it looks."""
+    pids: set[int] = set()
+    for path in container_cgroups(daemon):
+        with contextlib.suppress(OSError):                  # it goes: ENOENT, or ENODEV
+            if path.endswith(container):
+                pids |= set(map(int, Path(path, "cgroup.procs").read_text().split()))
+    return pids
 
 
 def function_cgroups(daemon: Daemon) -> set[str]:
     """Return the names of the cgroups that hold those of functions' containers."""
     parents = cgroup_directories(daemon.directory.name)
-    return {path.name for parent in parents for path in Path(parent).glob("function-*/")}
+    return {os.path.basename(path) for parent in parents for path in directories(parent, "function-*/")}
 
 
 def processes(name: str = PREFIX) -> list[str]:
@@ -525,8 +553,8 @@ def footprint(daemon: Daemon, before: dict | None = None) -> dict[str, object]:
         del kinds["user"]               # one for each function, and the trial at start, from the first container on
     return {"containers": list_containers(daemon), "mounts": mounted, "cgroups": container_cgroups(daemon),
             "descriptors": kinds | (before["descriptors"] if before else collections.Counter()),
-            "run_dir": sorted(str(path) for top in daemon.run_dir.iterdir() if top.name not in ("rootfs", "program")
-                              for path in (top, *top.rglob("*"))),
+            "run_dir": sorted(path for top in daemon.run_dir.iterdir() if top.name not in ("rootfs", "program")
+                              for path in tree(top)),
             "children": Path(f"/proc/{daemon.process.pid}/task/{daemon.process.pid}/children").read_text()}
 
 
@@ -601,8 +629,7 @@ def lock_held(what: Path | int, cgroups: Iterable[str] = ()) -> Iterator[subproc
 
 def client_socket(daemon: Daemon, client: socket.socket) -> int:
     """Return a duplicate of the socket that a container has of a client; 0 if none has it."""
-    pids = {int(pid) for path in container_cgroups(daemon) for pid in Path(path, "cgroup.procs").read_text().split()}
-    for pid in pids:
+    for pid in container_pids(daemon):
         with contextlib.suppress(ProcessLookupError, FileNotFoundError), faasd.kept_open(os.pidfd_open(pid)) as pidfd:
             for number in os.listdir(f"/proc/{pid}/fd"):
                 with contextlib.suppress(OSError):              # it is closed, or not connected
@@ -612,6 +639,15 @@ def client_socket(daemon: Daemon, client: socket.socket) -> int:
                         if candidate.getpeername() == client.getsockname():
                             return candidate.detach()
     return 0
+
+
+def waits(pid: int | str = "self") -> list[str]:
+    """Return where the threads of a process wait in the kernel: those that do not end while it looks."""
+    found = []
+    for path in glob.glob(f"/proc/{pid}/task/*/wchan"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            found.append(Path(path).read_text())
+    return found
 
 
 def cpu_ticks(pid: int) -> int:

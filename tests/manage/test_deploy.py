@@ -248,6 +248,7 @@ class Deploy(DeployCase):
         for _ in range(18):
             self.assertEqual(get(address, f"/stderr?{1 << 20}")[0], 200)
         self.daemon.wait_idle("f")
+        self.daemon.function_log("f")           # so that all of it is in the files
         sizes = [path.stat().st_size for path in (self.daemon.state_dir / "logs").iterdir()]
         self.assertEqual(len(sizes), 2)
         self.assertLessEqual(max(sizes), 8 << 20)

@@ -403,15 +403,13 @@ class OutOfMemory(InvocationCase):
         def serving() -> list[int]:
             """Those that ignore SIGTERM, as it does once it has read the request."""
             pids = []
-            for path in support.container_cgroups(self.daemon):
+            for pid in support.container_pids(self.daemon):
                 with contextlib.suppress(FileNotFoundError, ProcessLookupError):        # a start has just gone on
-                    for pid in Path(path, "cgroup.procs").read_text().split():
-                        ignored = re.search(r"SigIgn:\t(\w+)", Path(f"/proc/{pid}/status").read_text())[1]
-                        if int(ignored, 16) >> signal.SIGTERM - 1 & 1:
-                            pids.append(int(pid))
+                    ignored = re.search(r"SigIgn:\t(\w+)", Path(f"/proc/{pid}/status").read_text())[1]
+                    if int(ignored, 16) >> signal.SIGTERM - 1 & 1:
+                        pids.append(pid)
             return pids
-        wait_until(serving, "the handler hangs")
-        os.kill(serving()[0], signal.SIGKILL)
+        os.kill(wait_until(serving, "the handler hangs")[0], signal.SIGKILL)
         self.assertIn(b"was killed by SIGKILL (out of memory?)", client.recv(65536))
         self.assertRegex(self.last_line(), "^outcome=no-answer .* exit=137")
 

@@ -614,7 +614,7 @@ class Daemons(unittest.TestCase):
         set_sysctl("wan/forwarding", "1")       # as the message says, this is enough
         with rules(STRICT_FIREWALL):
             daemon.set("f", "--net", "egress")
-        self.assertIn("chain forward of nftables table ip firewall drops what it does not know", daemon.log())
+        daemon.wait_log("chain forward of nftables table ip firewall drops what it does not know")
         self.assertEqual(requested(address, f"/try?{INTERNET}"), BY_NAT)
 
     @staticmethod

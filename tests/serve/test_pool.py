@@ -309,11 +309,10 @@ class Reuse(support.SharedDaemonCase):
         self.daemon.wait_outcomes("f", {"answered": 4})
         for client in hanging:                  # one that is killed earlier would have its client go to the next
             os.close(wait_until(lambda client=client: support.client_socket(self.daemon, client), "its handler has it"))
-        self.assertEqual(self.daemon.info("f")["running"], 3)
-        for directory in support.container_cgroups(self.daemon):
-            with contextlib.suppress(FileNotFoundError, ProcessLookupError):    # it has ended by itself
-                for pid in Path(directory, "cgroup.procs").read_text().split():
-                    os.kill(int(pid), signal.SIGKILL)
+        wait_until(lambda: self.daemon.info("f")["running"] == 3, "only they run")
+        for pid in support.container_pids(self.daemon):
+            with contextlib.suppress(ProcessLookupError):                       # it has ended by itself
+                os.kill(pid, signal.SIGKILL)
         self.assertEqual({read_all(client)[:12] for client in hanging}, {b"HTTP/1.1 502"})
 
     def test_waiting_clients_cost_no_cpu(self):
