@@ -315,7 +315,7 @@ class Daemon:
         self.remove(*(entry["name"] for entry in json.loads(self.api("GET", "/functions")[1])["functions"]))
 
     def function_log(self, name: str) -> str:
-        """Return a function's log: the API waits for what is on its way to the file, which may not even be there yet."""
+        """Return a function's log; the API waits for what is on its way to the file, which may not be there yet."""
         return self.api("GET", f"/functions/{name}/logs")[1].decode()
 
     def api(self, method: str, path: str, body: bytes = b"", seconds: float = READY_SECONDS) -> tuple[int, bytes]:
