@@ -634,7 +634,7 @@ class Files(LocalUserCase):
         daemon.stop()
         path, = (daemon.state_dir / "images/f").glob("*/image.json")
         image = json.loads(path.read_text())
-        image["process"]["volumes"] = [{"path": "/x", "mode": "what", "uid": 0, "gid": 0, "copy_up": False}]
+        image["process"]["env"] = [{"what": 0}]
         path.write_text(json.dumps(image))
         daemon.start()
         self.assertEqual(daemon.info("f")["state"], "broken")

@@ -334,7 +334,15 @@ class Daemon:
 
     def release(self, name: str, key: str) -> None:
         """Let go on what waits in a function's handlers for /key (tests/handlers/handler.py)."""
-        (self.rootfs(name) / key).touch()
+        for rootfs in (self.state_dir / "images" / name).glob("*/rootfs"):
+            (rootfs / key).touch()
+        # A root that was searched for it in vain does not look into the image again (overlayfs).
+        for process in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):          # it has ended
+                found = re.search(rb"\0FAAS_CONTAINER_ID=(\w{12})\0", (process / "environ").read_bytes() + b"\0")
+                note = self.run_dir / "containers" / found[1].decode() / "note" if found else None
+                if note and os.readlink(note).split(" ")[2] == name:
+                    (process / "root" / key).touch()
 
     def rootfs(self, name: str) -> Path:
         rootfs, = (self.state_dir / "images" / name).glob("*/rootfs")

@@ -187,17 +187,19 @@ class InsideContainer(InvocationCase):
         for name in ("pid", "mnt", "net", "ipc", "uts", "cgroup"):
             self.assertNotEqual(facts["namespaces"][name], os.readlink(f"/proc/self/ns/{name}"), name)
 
-    def test_only_temporary_files_can_be_written(self):
-        self.assertEqual(get(self.address, "/write?/tmp/file")[1], "done")
-        for path in ("/file", "/etc/hosts", "/handler.py", "/proc/sys/kernel/hostname", "/sys/file"):
+    def test_all_of_its_root_can_be_written_and_nothing_else(self):
+        for path in ("/tmp/file", "/file", "/etc/hosts", "/handler.py"):
+            self.assertEqual(get(self.address, f"/write?{path}")[1], "done")
+        for path in ("/proc/sys/kernel/hostname", "/sys/file"):
             self.assertIn(get(self.address, f"/write?{path}")[1], ("Read-only file system", "Permission denied",
                                                                   "No such file or directory"), path)
         self.assertFalse((self.daemon.rootfs("f") / "file").exists())
 
     def test_nothing_of_one_invocation_is_there_in_the_next(self):
-        self.assertEqual(get(self.address, "/write?/tmp/left")[1], "done")
-        status, body = get(self.address, "/read?/tmp/left")
-        self.assertEqual(status, 502, body)
+        for path in ("/tmp/left", "/left"):
+            self.assertEqual(get(self.address, f"/write?{path}")[1], "done")
+            status, body = get(self.address, f"/read?{path}")
+            self.assertEqual(status, 502, body)
 
     def test_localhost_has_a_name(self):
         self.assertIn("localhost", get(self.address, "/read?/etc/hosts")[1])

@@ -215,11 +215,10 @@ class Spec(unittest.TestCase):
     """One literal image; each test changes one thing."""
 
     image = {"version": "0123456789ab", "digest": "sha256:00", "first_id": 1 << 20, "process": {
-        "entrypoint": ["/e"], "cmd": ["c"], "env": ["PATH=/bin", "A=1"], "cwd": "/w", "uid": 1, "gid": 2, "groups": [3],
-        "volumes": []}}
+        "entrypoint": ["/e"], "cmd": ["c"], "env": ["PATH=/bin", "A=1"], "cwd": "/w", "uid": 1, "gid": 2, "groups": [3]}}
 
     def spec(self, image: dict | None = None, options: faasd.Options = DEFAULTS, **changes) -> dict:
-        arguments = {"rootfs": "/r", "run_dir": Path("/run/x"), "cgroups": NoCgroups(), "container_id": "ID",
+        arguments = {"run_dir": Path("/run/x"), "cgroups": NoCgroups(), "container_id": "ID",
                      "user_namespace": "/u"}
         return faasd.build_spec("name", image or self.image, options, **{**arguments, **changes})
 
@@ -237,7 +236,8 @@ class Spec(unittest.TestCase):
 
     def test_safe_by_default(self):
         spec = self.spec()
-        self.assertTrue(spec["root"]["readonly"])
+        self.assertFalse(spec["root"]["readonly"])
+        self.assertTrue(self.spec(options=faasd.Options(read_only=True))["root"]["readonly"])
         self.assertTrue(spec["process"]["noNewPrivileges"])
         self.assertEqual(set(map(tuple, spec["process"]["capabilities"].values())), {()})
         self.assertEqual({n["type"] for n in spec["linux"]["namespaces"]},
@@ -317,12 +317,6 @@ class Spec(unittest.TestCase):
     def test_env_overrides_in_place(self):
         self.assertEqual(faasd.merge_env(["A=1", "B=2", "A=3"], ["A=4", "C=5"]), ["A=4", "B=2", "C=5"])
         self.assertEqual(faasd.merge_env(["AB=1"], ["A=2"]), ["AB=1", "A=2"])
-
-    def test_volumes(self):
-        volumes = [{"path": "/v", "mode": 0o750, "uid": 5, "gid": 6, "copy_up": True}]
-        image = {**self.image, "process": {**self.image["process"], "volumes": volumes}}
-        mount, = (m for m in self.spec(image)["mounts"] if m["destination"] == "/v")
-        self.assertEqual(mount["options"], ["nosuid", "nodev", "size=64m", "mode=750", "uid=5", "gid=6", "tmpcopyup"])
 
     def test_only_the_id_differs_between_containers(self):
         # A user's text that looks like anything at all is left alone.

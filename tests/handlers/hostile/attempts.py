@@ -393,24 +393,12 @@ def write(path: str, data: bytes = b"1", flags: int = 0) -> None:
     os.write(descriptor, data)
 
 
-READ_ONLY = "read-only rootfs"
+# What changes the image, as far as the container sees: tests/serve/test_root.py.
 for label, action in {
-        "write the handler": lambda: write("/handler.py"),
-        "write it through /proc/self/root": lambda: write("/proc/self/root/handler.py"),
-        "write it through /proc/1/root": lambda: write("/proc/1/root/handler.py"),
-        "write it through /proc/self/cwd": lambda: write(f"/proc/self/cwd{'/..' * 20}/handler.py"),
-        "make a file": lambda: write("/new", flags=os.O_CREAT),
-        "remove a file": lambda: os.unlink("/handler.py"),
-        "rename a file": lambda: os.rename("/handler.py", "/other.py"),
-        "make a directory": lambda: os.mkdir("/etc/new"),
-        "link a file": lambda: os.link("/handler.py", "/tmp/handler.py"),
-        "chmod a file": lambda: os.chmod("/handler.py", 0o4777),
-        "set a time": lambda: os.utime("/handler.py"),
-        "set an attribute": lambda: os.setxattr("/handler.py", "user.x", b"x"),
         "remove control.sock": lambda: os.unlink("/control.sock"),
         "write /sys": lambda: write("/sys/kernel/uevent_seqnum"),
 }.items():
-    attempt("EROFS EACCES EPERM EXDEV EBUSY", READ_ONLY, label)(action)
+    attempt("EROFS EACCES EPERM EBUSY", "mounts", label)(action)
 
 
 @attempt("same", "private mappings are copied")

@@ -1,0 +1,165 @@
+"""The root of a container: the image, which it may change as it likes, in memory of its own that goes with it."""
+
+import json
+import os
+import subprocess
+import unittest
+from pathlib import Path
+
+import support
+from clients import get
+
+import faasd
+
+# All that changes a file or directory of the image, each tried once; then a handler that answers with what came of it.
+CHANGES = """
+import json, os, shutil
+
+def write(path):
+    with open(path, "r+b") as file:
+        file.write(b"EVIL")
+
+ACTIONS = {
+    "write": lambda: write("/etc/a"), "by /proc/self/root": lambda: write("/proc/self/root/etc/b"),
+    "by /proc/1/cwd": lambda: write(f"/proc/1/cwd{'/..' * 20}/etc/c"), "append": lambda: open("/etc/d", "a").write("x"),
+    "truncate": lambda: os.truncate("/etc/e", 1), "remove": lambda: os.unlink("/etc/f"),
+    "rename": lambda: os.rename("/etc/g", "/etc/other"), "link": lambda: os.link("/etc/h", "/tmp/h"),
+    "chmod": lambda: os.chmod("/etc/i", 0o4777), "time": lambda: os.utime("/etc/j", (1, 1)),
+    "attribute": lambda: os.setxattr("/etc/k", "user.x", b"x"),
+    "make": lambda: open("/new", "w").close(), "directory": lambda: os.mkdir("/etc/new"),
+    "fifo": lambda: os.mkfifo("/etc/fifo"), "tree": lambda: shutil.rmtree("/tree"),
+    "root": lambda: os.chmod("/", 0o700), "volume": lambda: open("/data/x", "w").close(),
+}
+DONE = {}
+for what, action in ACTIONS.items():
+    try:
+        action()
+        DONE[what] = "done"
+    except OSError as error:
+        DONE[what] = error.strerror
+print("changed", json.dumps(DONE), flush=True)
+""" + support.HANDLER.read_text()
+FILES = {f"etc/{letter}": f"content of {letter}" for letter in "abcdefghijk"} | {"tree/x": "x", "tree/deep/y": "y"}
+
+
+def content(top: Path) -> dict[str, tuple]:
+    """Return all that can be told of the files below a directory."""
+    return {str(path): (os.lstat(path), path.read_bytes() if path.is_file() and not path.is_symlink() else b"",
+                        os.listxattr(path, follow_symlinks=False)) for path in (top, *sorted(top.rglob("*")))
+            if "python" not in str(path)}
+
+
+def less_times_of_access(tree: dict) -> dict:
+    return {path: (status.st_mode, status.st_uid, status.st_gid, status.st_nlink, status.st_size, status.st_mtime_ns,
+                   status.st_ctime_ns, data, names) for path, (status, data, names) in tree.items()}
+
+
+class Root(unittest.TestCase):
+    @classmethod
+    def setUpClass(cls):
+        cls.daemon = support.Daemon().start()
+        cls.addClassCleanup(cls.daemon.close)
+
+    def deploy(self, *options: str, **config) -> str:
+        self.addCleanup(self.daemon.faas, "rm", "f", check=False)
+        image = support.handler_image(CHANGES.encode(), files=FILES, Volumes={"/data": {}}, **config)
+        return self.daemon.faas("new", "f", *options, stdin=image).stdout.split()[-1]
+
+    def changes(self) -> list[dict]:
+        """What each container so far could do."""
+        return [json.loads(line.partition("changed ")[2]) for line in self.daemon.function_log("f").splitlines()
+                if "changed {" in line]
+
+    def test_whatever_it_does_to_the_image_it_alone_sees_and_once(self):
+        address = self.deploy("--warm", "0")
+        before = less_times_of_access(content(self.daemon.rootfs("f")))
+        for _ in range(2):
+            self.assertEqual(get(address)[0], 200)
+        self.daemon.wait_idle("f")
+        first, *others = self.changes()
+        self.assertEqual(set(first.values()) - {"Operation not supported"}, {"done"})   # user.*: tmpfs, Linux 6.6
+        self.assertEqual(others, [first] * 2)
+        self.assertEqual(less_times_of_access(content(self.daemon.rootfs("f"))), before)
+
+    def test_read_only(self):
+        self.deploy("--warm", "0", "--read-only")
+        self.assertEqual({*self.changes()[0].values()}, {"Read-only file system"})
+        self.daemon.faas("set", "f", "--no-read-only")
+        self.assertIn("done", self.changes()[-1].values())
+
+    def test_nothing_is_mounted_for_others_to_see_and_nothing_is_left(self):
+        before = support.footprint(self.daemon)["mounts"]
+        self.deploy("--warm", "3")
+        self.daemon.wait_warm("f", 3)
+        self.assertEqual(support.footprint(self.daemon)["mounts"], before)
+        self.assertEqual(list(faasd.root_place(self.daemon.run_dir).iterdir()), [])
+
+    def test_users_of_the_image_own_what_is_theirs(self):
+        self.deploy("--warm", "0", User="1000:1000")
+        refused = self.changes()[0]
+        self.assertEqual({refused[what] for what in ("write", "remove", "make", "root")},
+                         {"Permission denied", "Operation not permitted"} & set(refused.values()))
+
+    def test_host_unmounts_what_containers_runtimes_have_seen(self):
+        """Their mount namespace has all of the host's; what a disk is in there must not keep it busy."""
+        shared = support.temporary_directory()
+        self.addCleanup(os.rmdir, shared)
+        disk = shared / "disk"
+        for command in (["mount", "-t", "tmpfs", "shared", shared], ["mount", "--make-shared", shared], ["mkdir", disk],
+                        ["mount", "-t", "tmpfs", "disk", disk]):
+            subprocess.run(command, check=True)
+        self.addCleanup(subprocess.run, ["umount", "-R", shared], check=True)
+        self.deploy("--warm", "1")
+        self.daemon.wait_warm("f", 1)
+        parent, = (path for path in Path("/proc").glob("[0-9]*") if self.runs_a_container(path))
+        def seen() -> bool:
+            return str(disk) in {before[4] for before, _ in faasd.read_mountinfo(str(parent / "mountinfo"))}
+        self.assertTrue(seen())
+        subprocess.run(["umount", disk], check=True)
+        self.assertFalse(seen())
+
+    def runs_a_container(self, path: Path) -> bool:
+        try:
+            argv = (path / "cmdline").read_bytes()
+        except OSError:
+            return False
+        return str(self.daemon.run_dir / "runc").encode() in argv and b"\0run\0" in argv
+
+
+FILL = """
+import os
+def fill():
+    size = 0
+    with open("/fill", "wb", buffering=0) as file:
+        while True:
+            size += file.write(bytes(1 << 20))
+def files():
+    number = 0
+    os.mkdir("/files")
+    while True:
+        os.close(os.open(f"/files/{number}", os.O_CREAT | os.O_WRONLY))
+        number += 1
+"""
+
+
+class Alone(unittest.TestCase):
+    def test_state_directory_with_a_name_that_overlayfs_would_take_apart(self):
+        daemon = support.Daemon()
+        daemon.state_dir = daemon.directory / "a:b,c\\d\\,e"
+        with daemon:
+            self.assertEqual(get(daemon.deploy("f"))[0], 200)
+
+    def test_root_that_is_filled_costs_the_container_and_nobody_else(self):
+        with support.Daemon() as daemon:
+            neighbour = daemon.deploy("neighbour", None, "--warm", "1")
+            for what in ("fill", "files"):
+                with self.subTest(what):
+                    result = daemon.faas("new", "f", "--memory", "32m", stdin=support.handler_image(
+                        (FILL + f"\n{what}()\n").encode()), check=False)
+                    self.assertEqual(result.returncode, 1)
+                    self.assertRegex(result.stderr, "out of memory|No space left on device|exited with status")
+                    self.assertEqual(get(neighbour)[0], 200)
+
+
+if __name__ == "__main__":
+    unittest.main()
