@@ -46,7 +46,7 @@ On disk:
     RUN_DIR/faasd.sock, faasd.lock            control API; one daemon per run-dir
     RUN_DIR/net/NAME, resolv.conf.*           network namespaces of functions with --net egress, and their resolvers
     RUN_DIR/program/                          this program, as the unpacking child runs it
-    RUN_DIR/rootfs/                           where a container's root is mounted, in its runtime's mount namespace
+    RUN_DIR/rootfs/                           STATE_DIR/images as containers get it: nodev, nosuid
     RUN_DIR/containers/ID/                    config.json, control.sock, output and note of one container, on a tmpfs
     RUN_DIR/runc/                             runc --root
 
@@ -59,7 +59,7 @@ Top to bottom, in the order in which a request meets it:
     An invocation               Entrance, Function, Invocation, Refusal, TcpState
     The warm pool               Pool, Demand, Starter
     A container                 Container, OutputReader, Workers
-    What a container is made of its root, Bundle, seccomp, Runtime, Cgroups
+    What a container is made of Bundle, seccomp, Runtime, Cgroups
     Its place on this machine   IdRanges, Addresses, ListenerStore, AddressGuard
     Networks                    EgressNetworks, for --net egress
     Where containers live       ContainerHost, the trial container at start, Leftovers of the daemon before
@@ -380,8 +380,6 @@ class Options:
                                            lambda match: None if match[0] == "auto" else int(match[0])))
     reuse: int = option(1, parse_count)                 # invocations that one container may serve
     net: str = option("none", reader("net", "none|egress|host", "write none, egress or host"))
-    read_only: bool = option(False, reader("switch", "true|false", "write true or false",
-                                           lambda match: match[0] == "true"))       # the root
     env: tuple[str, ...] = ()                           # KEY=value
     cmd: tuple[str, ...] = ()                           # in the place of the image's Cmd
 
@@ -403,7 +401,7 @@ class Options:
 
     def check(self) -> Options:
         """Return self. Raises BadRequest for values that do not fit, TypeError for those of another type."""
-        kinds = {"int": int, "float": (int, float), "int | None": (int, type(None)), "str": str, "bool": bool,
+        kinds = {"int": int, "float": (int, float), "int | None": (int, type(None)), "str": str,
                  "tuple[str, ...]": tuple}
         for entry in fields(self):
             value = getattr(self, entry.name)
@@ -569,7 +567,8 @@ class Version:
         self.image = image
         self.options = options
         self.command = command_line(image["process"], options)
-        self.bundle = Bundle(name, image, options, directory / "rootfs", host.run_dir, host.cgroups, host.apparmor)
+        self.bundle = Bundle(name, image, options, host.rootfs(directory), host.containers_dir.parent, host.cgroups,
+                             host.apparmor)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -793,17 +792,26 @@ class Function:
         self.dispatch()
         if not turn.done():
             self.services.hangups.watch(invocation.client, functools.partial(self._on_hangup, invocation))
-            options, until = self.record.options, invocation.accepted
-            for seconds in (options.queue_timeout, options.start_timeout):
-                until += seconds
-                await asyncio.wait([turn], timeout=until - self.loop.time())
-                # The first ones have a start under way, and may wait for its end; not for that of another after it.
-                if turn.done() or invocation not in itertools.islice(self.waiting, self.pool.starting):
-                    break
-            self.services.hangups.forget(invocation.client)
-            if not turn.done():
-                self._refuse(invocation, Refusal("queue-timeout", 503, "no container was free in time"))
+            options = self.record.options
+            until = invocation.accepted + options.queue_timeout
+            timer = self.loop.call_at(until, self._on_timeout, invocation, turn, until + options.start_timeout)
+            try:
+                await turn
+            finally:
+                timer.cancel()
         turn.result()
+
+    def _on_timeout(self, invocation: Invocation, turn: asyncio.Future[None], last: float) -> None:
+        """Refuse a client that has waited for so long, or until `last` if it has a start under way.
+
+        The first ones have, and may wait for its end; not for that of another after it.
+        """
+        if turn.done():
+            return
+        if self.loop.time() < last and invocation in itertools.islice(self.waiting, self.pool.starting):
+            self.loop.call_at(last, self._on_timeout, invocation, turn, last)
+        else:
+            self._refuse(invocation, Refusal("queue-timeout", 503, "no container was free in time"))
 
     def dispatch(self) -> None:
         """Give clients that wait containers that wait, in order, and have the pool make what is missing."""
@@ -815,16 +823,21 @@ class Function:
                 self.in_flight.add(invocation)
                 invocation.container, invocation.pool = container, self.pool
                 invocation.handed = self.loop.time()
-                del self.waiting[invocation]
+                self._leave_queue(invocation)
                 invocation.turn.set_result(None)
                 continue
             self.pool.dismiss(container)
             if invocation.tries >= MAX_TRIES:
                 self.pool.failed(StartFailed("the handler connected, but cannot be handed a client", [], 502))
-        self.pool.reconcile()
+        self.pool.reconcile_soon()
+
+    def _leave_queue(self, invocation: Invocation) -> None:
+        """Forget its client's end at once: a handler may hold the lock of the socket, and its answer ends it too."""
+        del self.waiting[invocation]
+        self.services.hangups.forget(invocation.client)
 
     def _refuse(self, invocation: Invocation, refusal: Refusal) -> None:
-        del self.waiting[invocation]
+        self._leave_queue(invocation)
         invocation.turn.set_exception(refusal)
 
     def _on_hangup(self, invocation: Invocation, events: int) -> None:
@@ -833,8 +846,6 @@ class Function:
         One that has only closed its own direction looks the same as one that has left. Programs do that behind a
         request (`nc -N`), so it is giving up only if the request is not whole.
         """
-        if invocation.turn.done():              # just now: a handler may hold the lock of the client's socket
-            return
         if not events & (select.EPOLLHUP | select.EPOLLERR) and (invocation.tries or is_whole(invocation.client)):
             self.services.hangups.allow_half_close(invocation.client)
         else:
@@ -867,8 +878,9 @@ class Function:
 
     def write_down(self, invocation: Invocation) -> None:
         """Count an invocation and log it."""
-        self.statistics.record(invocation)
-        line = invocation.line()
+        durations = invocation.durations
+        self.statistics.record(invocation, durations)
+        line = invocation.line(durations)
         container = invocation.container.id if invocation.container else "-"
         self.log.write(container, ">", line)
         if invocation.outcome != "answered":
@@ -1049,6 +1061,13 @@ class Invocation:
     def _ask(self) -> asyncio.Future[TcpState]:
         return self._call(TcpState.of, self.client)
 
+    def _ask_and_close(self) -> TcpState:
+        """Close it too if the client has the whole answer of a handler that said so. In a worker: one way for both."""
+        state = TcpState.of(self.client)
+        if state.sent and not state.unacknowledged and not self.container.killed:
+            os.close(self.client.detach())
+        return state
+
     def _let_go(self) -> None:
         """Close our descriptor of the client's connection.
 
@@ -1101,7 +1120,8 @@ class Invocation:
         container = self.container
         if gone:
             container.look_for_memory()         # now: its cgroups are about to be removed
-        state, killed = await self._ask(), container.killed
+        state = await (self._ask() if gone else self._call(self._ask_and_close))
+        killed = container.killed and self.client.fileno() >= 0         # else after its answer was whole
         if state.can_answer or state.is_open and (
                 killed or gone and (container.out_of_memory or container.may_have_run_out_of_memory)):
             # Once nobody in the container has the socket any more, and all is known of its memory.
@@ -1188,11 +1208,10 @@ class Invocation:
             seconds.update(run=self.handled - self.handed, total=self.handled - self.accepted)
         return seconds
 
-    def line(self) -> str:
+    def line(self, durations: dict[str, float]) -> str:
         """Return the invocation as key=value for the log."""
         first_line = self.request.partition(b"\n")[0].removesuffix(b"\r").decode("utf-8", "surrogateescape")
         parts = [f"outcome={self.outcome} client={self.peer} request={quote(first_line, MAX_REQUEST)}"]
-        durations = self.durations
         for key, name in (("wait", "queue"), ("start", "start"), ("run", "run")):
             parts.append(f"{key}={durations[name] * 1000:.1f}ms" if name in durations else f"{key}=-")
         exit_status = "-" if self.exit_status is None else self.exit_status
@@ -1214,12 +1233,13 @@ def answer(status: int, line: str) -> bytes:
 
 
 PEEK_BYTES = 256                    # of the request, for the log line
+PEEK = socket.MSG_PEEK | socket.MSG_DONTWAIT
 
 
 def peek(client: socket.socket) -> bytes | None:
     """Return the first bytes of a request without taking them, or b"" if the client has left; None: nothing yet."""
     try:
-        return client.recv(PEEK_BYTES, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        return client.recv(PEEK_BYTES, PEEK)
     except BlockingIOError:
         return None
     except OSError:                             # reset
@@ -1236,7 +1256,7 @@ def is_whole(client: socket.socket) -> bool:
     """
     try:
         there, = struct.unpack("i", fcntl.ioctl(client, termios.FIONREAD, bytes(4)))
-        data = client.recv(min(there, MAX_REQUEST_PEEK) or 1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        data = client.recv(min(there, MAX_REQUEST_PEEK) or 1, PEEK)
     except OSError:                             # reset
         return False
     if not re.match(rb"[A-Z]+ [^ \r\n]+ HTTP/1\.[01]\r?\n", data):
@@ -1456,6 +1476,7 @@ class Pool:
         self._endings = Tasks(f"function={function.record.name} the end of a container")
         self._timer: asyncio.TimerHandle | None = None
         self._closed = False
+        self._reconciles = False                # in the next turn of the loop
         self._failures = 0                      # in a row, of containers that nobody waited for
         self._retry_at = -math.inf              # loop time; until then none are made ahead
         self._services.limit.add(self)
@@ -1498,8 +1519,15 @@ class Pool:
         """Return how many should be replaced by new ones."""
         return sum(1 for container in self.idle if now - container.ready_at >= MAX_WARM_SECONDS)
 
+    def reconcile_soon(self) -> None:
+        """Reconcile once for all clients that come and go in one turn of the loop."""
+        if not self._reconciles:
+            self._reconciles = True
+            self._loop.call_soon(self.reconcile)
+
     def reconcile(self) -> None:
         """Start missing containers, end surplus ones, and set the timer for the next look."""
+        self._reconciles = False
         if self._closed:
             return
         now = self._loop.time()
@@ -1588,10 +1616,11 @@ class Pool:
             else:
                 self.failed(StartFailed(f"the handler let go of {CONTROL_SOCKET} before it had a client", [], 502))
             return
-        container.listen().add_done_callback(functools.partial(self._lost, container))
         self.idle[container] = self._loop.time()
         self._function.dispatch()
-        self._services.limit.trim()
+        if container in self.idle:              # nobody has waited for it
+            container.listen().add_done_callback(functools.partial(self._lost, container))
+            self._services.limit.trim()
 
     def take(self) -> Container | None:
         """Return the container that has waited shortest, whose memory is the warmest; None if there is none."""
@@ -1920,7 +1949,6 @@ class Container:
         self._control: socket.socket | None = None      # from then on
         self._output: OutputReader | None = None
         self._adopted = False                           # runc run is no child of ours, so its exit status stays unknown
-        self._spawning: asyncio.Future[int] | None = None       # of runc run, in a thread
         self._pid = 0                                   # of runc run
         self._pidfd = -1
         self._hit_pids = ""                             # what to say of --pids, as far as was seen …
@@ -1958,12 +1986,8 @@ class Container:
         begin = self._host.loop.time()
         try:
             self._host.descriptors.check_start()
-            await asyncio.wait([self._spawn(bundle, user_namespace)], timeout=timeout)
-            if not self._spawning.done():
-                raise TimeoutError(errno.ETIMEDOUT, f"its root was not mounted within {timeout:g} s")
-            self._watch(bundle)
-            left = begin + timeout - self._host.loop.time()
-            await asyncio.wait([self._connected, self._exited], timeout=left, return_when=asyncio.FIRST_COMPLETED)
+            self._spawn(bundle, user_namespace)
+            await asyncio.wait([self._connected, self._exited], timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
             if self._connected.done():
                 self._connected.result()
                 self.ready_at = self._host.loop.time()
@@ -2005,7 +2029,7 @@ class Container:
                 error = entry["msg"] if entry["level"] in ("error", "fatal") else error
         return error
 
-    def _spawn(self, bundle: Bundle, user_namespace: str) -> asyncio.Future[int]:
+    def _spawn(self, bundle: Bundle, user_namespace: str) -> None:
         os.mkdir(self._directory, 0o710)
         os.chown(self._directory, 0, bundle.first_id)   # runc mounts control.sock as the container's root
         with open(f"{self._directory}/config.json", "xb") as file:
@@ -2018,20 +2042,18 @@ class Container:
         # Open for reading as well: should we die, what the handler prints still has a reader, itself. It waits when
         # the pipe is full, until the next daemon reads on, rather than die of SIGPIPE.
         writing = os.open(output, os.O_RDWR)
-        self._spawning = in_thread(self._host.loop, self._host.spawn, bundle, self._directory, self.id, writing)
-        self._spawning.add_done_callback(lambda _: os.close(writing))
-        return self._spawning
-
-    def _watch(self, bundle: Bundle) -> None:
-        """Note the runtime that was spawned, for the next daemon, and watch it."""
-        self._pid = self._spawning.result()
+        try:
+            self._pid = self._host.runtime.spawn(self._directory, self.id, writing)
+        finally:
+            os.close(writing)
         try:
             # All that the next daemon will believe of this container. A link is one call, and never half written.
             os.symlink(f"{self._pid} {start_time(self._pid)} {bundle.name} {bundle.version}", f"{self._directory}/note")
             self._watch_exit(os.pidfd_open(self._pid))
         except OSError:                 # out of descriptors: what cannot be watched must not run
+            os.kill(self._pid, signal.SIGKILL)
+            os.waitpid(self._pid, 0)
             self._pid = 0
-            end_process(self._spawning)
             raise
 
     def _listen(self) -> None:
@@ -2110,7 +2132,7 @@ class Container:
         try:
             data, _, flags, _ = self._control.recvmsg(2, 0, socket.MSG_PEEK)
             release = Release.GONE
-            if len(data) == 1 and not flags & socket.MSG_CTRUNC:        # a descriptor is with it
+            if len(data) == 1 and not flags:    # MSG_CTRUNC: a descriptor is with it
                 self._control.recv(1)
                 release = Release.READY
         except BlockingIOError:
@@ -2239,8 +2261,6 @@ class Container:
         self._close_sockets()
         if self._pid:
             await self._kill_processes()
-        elif self._spawning is not None and not self._spawning.done():      # a disk hangs: it finds no config.json
-            self._spawning.add_done_callback(end_process)
         if self._host.runtime.has_state(self.id) or self._host.cgroups.exists(self.cgroup):     # runc was killed
             await self._host.workers.run(self._host.remove_remains, self.id, self.cgroup)
         if self._output is not None:
@@ -2278,13 +2298,6 @@ class Container:
                 os.rmdir(self._directory)
         except OSError as error:
             log.warning("container=%s cannot remove %s: %s", self.id, self._directory, error.strerror)
-
-
-def end_process(spawning: asyncio.Future[int]) -> None:
-    """End a child that was just spawned, if it was."""
-    if not spawning.exception():
-        os.kill(spawning.result(), signal.SIGKILL)
-        os.waitpid(spawning.result(), 0)
 
 
 def describe_exit(status: int | None) -> str:
@@ -2440,6 +2453,8 @@ class Workers:
         self.loop = loop
         self.pending: set[asyncio.Future] = set()
         self._calls: queue.SimpleQueue = queue.SimpleQueue()        # None ends a thread
+        self._outcomes: collections.deque[tuple[asyncio.Future, Any]] = collections.deque()
+        self._told = False                      # the loop, that there are some
         self._limits: dict[asyncio.Future, tuple[int, Callable[[], None]]] = {}         # in looks; the oldest first
         self._looks = 0
         self._threads = 0
@@ -2474,8 +2489,16 @@ class Workers:
                 outcome = function(*arguments)
             except Exception as error:              # for the caller
                 outcome = error
-            with contextlib.suppress(RuntimeError):         # the loop is closed
-                self.loop.call_soon_threadsafe(self._deliver, future, outcome)
+            self._outcomes.append((future, outcome))
+            if not self._told:
+                self._told = True
+                with contextlib.suppress(RuntimeError):         # the loop is closed
+                    self.loop.call_soon_threadsafe(self._deliver_all)
+
+    def _deliver_all(self) -> None:
+        self._told = False                      # first: what comes from now on may come too late for us
+        while self._outcomes:
+            self._deliver(*self._outcomes.popleft())
 
     def _deliver(self, future: asyncio.Future, outcome: Any) -> None:
         self.pending.discard(future)
@@ -2517,72 +2540,9 @@ class Workers:
         return done
 
 
-def in_thread(loop: asyncio.AbstractEventLoop, function: Callable, *arguments) -> asyncio.Future:
-    """Call function in a thread of its own, which may change what other threads have in common. Raises OSError."""
-    future = loop.create_future()
-
-    def deliver(set_: Callable, outcome: Any) -> None:
-        if not future.cancelled():
-            set_(outcome)
-
-    def work() -> None:
-        try:
-            outcome = deliver, future.set_result, function(*arguments)
-        except Exception as error:                  # for the caller
-            outcome = deliver, future.set_exception, error
-        with contextlib.suppress(RuntimeError):     # the loop is closed
-            loop.call_soon_threadsafe(*outcome)
-    try:
-        threading.Thread(target=work, name="spawner", daemon=True).start()
-    except RuntimeError as error:
-        raise OSError(errno.EAGAIN, "no thread is to be had") from error
-    return future
-
-
 # ---------------------------------------------------------------------------------------------------------------------
-# What a container is made of: its root, config.json, seccomp, the runtime, cgroups
+# What a container is made of: config.json, seccomp, the runtime, cgroups
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-MS_NOSUID, MS_NODEV, MS_BIND, MS_REC, MS_SLAVE, MS_SHARED = 2, 4, 1 << 12, 1 << 14, 1 << 19, 1 << 20      # mount(2)
-MNT_DETACH = 2                      # umount2(2)
-CLONE_NEWNS = 0x2_0000              # unshare(2)
-BYTES_PER_FILE = 4 * KIB            # of a container's memory limit, for each file that it may make in its root
-
-
-def mount_here(kind: str, source: str, target: str, flags: int, options: str = "") -> None:
-    """Mount in the calling thread's mount namespace: mount(2) without a program. May block. Raises OSError."""
-    try:
-        succeeded(libc.mount(*map(os.fsencode, (source, target, kind)), ctypes.c_ulong(flags), os.fsencode(options)))
-    except OSError as error:
-        raise OSError(error.errno, f"mounting {kind or 'what is there'} on {target}: {error.strerror}") from None
-
-
-def mount_root(place: str, image: str, memory: int) -> None:
-    """Mount a root on place/root that looks like the image and can be written, in memory. Raises OSError.
-
-    It is there for the calling thread and the processes it makes, in a mount namespace that ends with them: nobody else
-    sees these mounts, has to copy them, or finds them left. What is written counts as the memory of who writes it. That
-    the image is not mounted nosuid and nodev does not matter. Propagation leads in and not out, so that what the host
-    unmounts is not kept.
-    """
-    succeeded(libc.unshare(CLONE_NEWNS))
-    mount_here("", "", "/", MS_REC | MS_SLAVE)
-    mount_here("tmpfs", "faasd", place, MS_NOSUID | MS_NODEV,
-               f"mode=0711,size={memory},nr_inodes={memory // BYTES_PER_FILE}")
-    for name in ("upper", "work", "root"):
-        os.mkdir(f"{place}/{name}")
-    top = os.stat(image)                # that of the upper directory is what shows
-    os.chown(f"{place}/upper", top.st_uid, top.st_gid)
-    os.chmod(f"{place}/upper", stat.S_IMODE(top.st_mode))
-    lower, upper, work = (re.sub(r"[\\,:]", r"\\\g<0>", path) for path in (image, f"{place}/upper", f"{place}/work"))
-    mount_here("overlay", "faasd", f"{place}/root", MS_NOSUID | MS_NODEV,
-               f"lowerdir={lower},upperdir={upper},workdir={work}")
-
-
-def root_place(run_dir: Path) -> Path:
-    """Return where every container's root is mounted, each in a mount namespace of its own."""
-    return run_dir / "rootfs"
 
 
 class Bundle:
@@ -2592,13 +2552,12 @@ class Bundle:
                  apparmor: str = "", mounts: Iterable[dict] = ()):
         """mounts are what the rootfs itself is made of, where it is no unpacked image."""
         self.name, self.version = name, image["version"]
-        self.rootfs, self.memory = str(rootfs), options.memory
         self.first_id: int = image["first_id"]          # host id of the containers' root
         # runc joins a user namespace first, and from there no network that the host has made.
         self.joins_user_namespace = options.net != "egress"
         self._mark = f"@{secrets.token_hex(16)}@"       # stands for the id; nothing a user writes contains it
         self._namespace_mark = f"@{secrets.token_hex(16)}@"
-        spec = build_spec(name, image, options, run_dir, cgroups, self._mark, self._namespace_mark, apparmor)
+        spec = build_spec(name, image, options, rootfs, run_dir, cgroups, self._mark, self._namespace_mark, apparmor)
         spec["mounts"][:0] = mounts
         self._template = json.dumps(spec)
         check_sizes(spec["process"], len(self._template))
@@ -2616,8 +2575,8 @@ MAX_OPEN_FILES = (1024, 4096)       # RLIMIT_NOFILE inside, soft and hard: a con
                                     # much that hangs on a descriptor is the kernel's memory, and nobody's in particular
 
 
-def build_spec(name: str, image: dict, options: Options, run_dir: Path, cgroups: Cgroups, container_id: str,
-               user_namespace: str, apparmor: str = "") -> dict:
+def build_spec(name: str, image: dict, options: Options, rootfs: Path, run_dir: Path, cgroups: Cgroups,
+               container_id: str, user_namespace: str, apparmor: str = "") -> dict:
     """Return the OCI runtime configuration (runtime-spec config.md) of a function's container.
 
     image is the content of image.json, user_namespace the path of the one to join, and apparmor the name of a profile
@@ -2634,7 +2593,7 @@ def build_spec(name: str, image: dict, options: Options, run_dir: Path, cgroups:
     return {
         "ociVersion": "1.0.2",
         "hostname": name,
-        "root": {"path": str(root_place(run_dir) / "root"), "readonly": options.read_only},
+        "root": {"path": str(rootfs), "readonly": True},
         "process": {
             "terminal": False, "cwd": process["cwd"], "args": command_line(process, options), "env": env,
             "user": {"uid": process["uid"], "gid": process["gid"], "additionalGids": process["groups"]},
@@ -2705,15 +2664,16 @@ def can_set_limits() -> bool:
     return bool(int(capabilities, 16) >> CAP_SYS_RESOURCE & 1)
 
 
-SHM_SIZE, DEV_SIZE = "64m", "1m"    # tmpfs(5) size=
+TMP_SIZE, SHM_SIZE, DEV_SIZE, VOLUME_SIZE = "64m", "64m", "1m", "64m"      # tmpfs(5) size=
 MAX_TERMINALS = 16                  # ptys of one container; all containers of a machine share some 3,000 (pty.max)
 
 
 def container_mounts(net: str, process: dict, run_dir: Path, container_id: str) -> list[dict]:
     """Return the mounts of a container.
 
-    The kernel gives a container sysfs only with a network namespace that its own user namespace made. One that joins
-    another gets an empty /sys: the host's, bound there, would show the host's interfaces.
+    /dev must be one: without it runc writes device nodes into the rootfs, which other containers share. The kernel
+    gives a container sysfs only with a network namespace that its own user namespace made. One that joins another gets
+    an empty /sys: the host's, bound there, would show the host's interfaces.
     """
     mounts = [
         mount("/proc", "proc", "noexec", "nodev"),
@@ -2722,9 +2682,14 @@ def container_mounts(net: str, process: dict, run_dir: Path, container_id: str) 
               f"max={MAX_TERMINALS}"),
         mount("/dev/shm", "tmpfs", "nodev", f"size={SHM_SIZE}", "noexec", "mode=1777"),
         mount("/dev/mqueue", "mqueue", "noexec", "nodev"),
-        mount(CONTROL_SOCKET, "bind", "bind", "nodev", "noexec",
-              source=f"{run_dir}/containers/{container_id}/control.sock"),
+        mount("/tmp", "tmpfs", "nodev", f"size={TMP_SIZE}", "mode=1777"),
     ]
+    for volume in process["volumes"]:
+        copy = ["tmpcopyup"] if volume["copy_up"] else []
+        mounts.append(mount(volume["path"], "tmpfs", "nodev", f"size={VOLUME_SIZE}", f"mode={volume['mode']:o}",
+                            f"uid={volume['uid']}", f"gid={volume['gid']}", *copy))
+    mounts.append(mount(CONTROL_SOCKET, "bind", "bind", "nodev", "noexec",
+                        source=f"{run_dir}/containers/{container_id}/control.sock"))
     if net == "none":
         return [*mounts, mount("/sys", "sysfs", "noexec", "nodev", "ro")]
     return [*mounts, mount("/sys", "tmpfs", "nodev", "size=4k", "noexec", "ro", "mode=555"),
@@ -3902,7 +3867,7 @@ class EgressNetworks:
             raise Conflict(f"net egress: {self._subnet} has no free address: start faasd with a larger --egress-subnet")
         self._numbers[name] = number
         try:
-            self._make_directory()
+            self._directory.mkdir(mode=0o700, exist_ok=True)
             self._load_rules()          # before the link: a packet from a link that they do not know is dropped
             self._make(name, number)
         except BaseException as error:
@@ -3910,16 +3875,6 @@ class EgressNetworks:
             if isinstance(error, OSError):
                 raise storage_error(error, f"making {namespace_path(self._run_dir, name)}") from error
             raise
-
-    def _make_directory(self) -> None:
-        """Make RUN_DIR/net a mount that is shared: what we unmount there, no container's runtime keeps. Raises OSError.
-
-        See mount_root; `ip netns` does so too. It may be a directory that an older faasd has made and filled.
-        """
-        with contextlib.suppress(FileExistsError):
-            self._directory.mkdir(mode=0o700)
-            mount_here("", str(self._directory), str(self._directory), MS_BIND)
-            mount_here("", "", str(self._directory), MS_SHARED)
 
     def remove(self, *names: str) -> None:
         """Remove functions' networks; what cannot be removed is logged."""
@@ -4019,8 +3974,6 @@ class EgressNetworks:
                 run_command(NFT_FAILED, "nft", "-f", "-",
                             stdin=f"add table inet {self.table}\ndelete table inet {self.table}\n")
             with contextlib.suppress(OSError):  # there is none, or not all could be removed from it
-                if not os.listdir(self._directory):
-                    libc.umount2(os.fsencode(self._directory), MNT_DETACH)
                 self._directory.rmdir()         # last: the daemon that finds it after a crash does this again
         except FaasdError as error:
             log.error("%s", error)
@@ -4160,9 +4113,11 @@ def is_reachable(resolver: str) -> bool:
 class ContainerHost:
     """What all containers of this daemon share: directories, runtime, cgroups, ids, and threads that wait for them."""
 
-    def __init__(self, run_dir: Path, runtime: Runtime, ids: IdRanges):
+    def __init__(self, run_dir: Path, images_dir: Path, runtime: Runtime, ids: IdRanges):
         self.run_dir = run_dir
         self.containers_dir = run_dir / "containers"
+        self.rootfs_dir = run_dir / "rootfs"
+        self._images_dir = images_dir
         self.ids = ids
         self.runtime = runtime
         self.cgroups = Cgroups(run_dir)
@@ -4174,7 +4129,7 @@ class ContainerHost:
         self._dying: dict[str, DyingCgroups] = {}
 
     def prepare(self) -> None:
-        """Make RUN_DIR/containers, on a tmpfs, and the place of containers' roots. Raises FaasdError."""
+        """Make RUN_DIR/containers, on a tmpfs, and show the images in RUN_DIR/rootfs. Raises FaasdError."""
         self.containers_dir.mkdir(mode=0o711, exist_ok=True)
         mounts = dict(read_mounts())            # a later mount hides an earlier one
         mount = next(str(path) for path in (self.containers_dir, *self.containers_dir.parents) if str(path) in mounts)
@@ -4182,15 +4137,27 @@ class ContainerHost:
             run_command(f"cannot mount a tmpfs on {self.containers_dir}", "mount", "-t", "tmpfs", "-o",
                         "mode=0711,nosuid,nodev,noexec,size=64m", "faasd", str(self.containers_dir))
         self.containers_dir.chmod(0o711)
-        root_place(self.run_dir).mkdir(exist_ok=True)
+        if str(self.rootfs_dir) in mounts:      # the daemon before us may have had another --state-dir
+            try_command(f"cannot unmount {self.rootfs_dir}", "umount", "--lazy", str(self.rootfs_dir))
+        self._show_images()
 
-    def spawn(self, bundle: Bundle, directory: str, container_id: str, output: int) -> int:
-        """Start `runc run` for a bundle that lies in directory; return its pid. Raises OSError.
+    def _show_images(self) -> None:
+        """Mount the images where containers take their root from: without their devices and setuid bits.
 
-        In a thread of its own, which gets the container's root, and nothing else to do afterwards.
+        A runtime allows some devices by itself, runc 1.1 even /dev/net/tun, and knows no flags for the root. The mount
+        is not on the images themselves, because nothing can be renamed from one mount into another.
         """
-        mount_root(str(root_place(self.run_dir)), bundle.rootfs, bundle.memory)
-        return self.runtime.spawn(directory, container_id, output)
+        what = f"cannot mount the images on {self.rootfs_dir}"
+        self.rootfs_dir.mkdir(exist_ok=True)
+        noexec = ",noexec" if os.statvfs(self._images_dir).f_flag & os.ST_NOEXEC else ""
+        run_command(what, "mount", "-o", f"bind,nodev,nosuid{noexec}", str(self._images_dir), str(self.rootfs_dir))
+        if not os.statvfs(self.rootfs_dir).f_flag & os.ST_NODEV:
+            try_command(what, "umount", str(self.rootfs_dir))
+            raise UsageError(f"{what} without their devices: faasd needs the mount of util-linux")
+
+    def rootfs(self, image: Path) -> Path:
+        """Return the root of the containers of an image that lies in STATE_DIR/images."""
+        return self.rootfs_dir / image.relative_to(self._images_dir) / "rootfs"
 
     def inspect(self, container: Container) -> dict:
         """Return how a running container is isolated. Blocks. Raises Conflict if it ends meanwhile."""
@@ -4234,7 +4201,7 @@ class ContainerHost:
         self.cgroups.remove(self.cgroups.parent)
         shutil.rmtree(self.runtime.root / ".cache", ignore_errors=True)         # crun's, of seccomp filters
         mounts = dict(read_mounts())
-        for directory in (self.containers_dir, root_place(self.run_dir), self.runtime.root):
+        for directory in (self.containers_dir, self.rootfs_dir, self.runtime.root):
             if str(directory) in mounts:
                 try_command(f"cannot unmount {directory}", "umount", str(directory))
             try:
@@ -4247,7 +4214,7 @@ class ContainerHost:
 PROBE_SECONDS = 10.0                # for the container that shows at start whether any can run here
 # What it runs instead of a handler: it opens its stdout as a program may that logs to a file.
 PROBE = {"version": "", "process": {"env": [f"PATH={DEFAULT_PATH}"], "entrypoint": ["sh"], "cmd": ["-c", "echo works "
-         ">/dev/stdout"], "cwd": "/", "uid": 0, "gid": 0, "groups": []}}
+         ">/dev/stdout"], "cwd": "/", "uid": 0, "gid": 0, "groups": [], "volumes": []}}
 PROBE_DIRECTORIES = re.compile(r"bin|lib.*|usr|nix|gnu")            # of this machine, which programs need
 
 
@@ -4326,8 +4293,6 @@ def unfit_machine(runtime: Runtime, error: str) -> UsageError:
         mend = "user namespaces are switched off, sysctl user.max_user_namespaces=15000 switches them on: "
     elif version_1 and version_2 and "cgroup" in error:
         mend = f"it has cgroups of v1 and of v2, umount {' '.join(version_2)} or choose another --runtime: "
-    elif "mounting overlay" in error and not re.search(r"\boverlay$", read_text("/proc/filesystems"), re.MULTILINE):
-        mend = "the kernel has no overlay file system, modprobe overlay loads it where it is a module: "
     elif 'mounting "proc"' in error:    # mount_namespaces(7)
         mend = ("a part of /proc is hidden from faasd, as a container or a unit with ProtectKernelLogs= or "
                 "ProtectKernelTunables= does, so that the kernel gives no other user namespace a /proc: ")
@@ -4798,11 +4763,11 @@ class Statistics:
         self.outcomes = dict.fromkeys(OUTCOMES, 0)
         self.durations = {"queue": Histogram(), "start": Histogram(), "run": Histogram(), "total": Histogram()}
 
-    def record(self, invocation: Invocation) -> None:
+    def record(self, invocation: Invocation, durations: dict[str, float]) -> None:
         self.outcomes[invocation.outcome] += 1
         if invocation.outcome != "answered" or invocation.exit_status:
             self.errors += 1
-        for name, seconds in invocation.durations.items():
+        for name, seconds in durations.items():
             self.durations[name].add(seconds)
 
 
@@ -6147,10 +6112,26 @@ def reserved_target(path: str) -> str | None:
     return next((target for target in RESERVED_TARGETS if path == target or path.startswith(target + "/")), None)
 
 
-def prepare_volumes(rootfs: Rootfs, paths: Collection[str]) -> None:
-    """Make the directories of an image's volumes, which a container may write as it may all of its root (G.4)."""
+MAX_VOLUMES = 64                    # each is a mount in every container, in memory that is not the container's
+
+
+def prepare_volumes(rootfs: Rootfs, paths: Collection[str]) -> list[dict]:
+    """Make the directories of an image's volumes and return what their tmpfs should look like (G.4)."""
+    if len(paths) > MAX_VOLUMES:
+        raise FaasdError(f"the image has {len(paths)} volumes: {MAX_VOLUMES} are allowed (MAX_VOLUMES)", status=413)
+    volumes = {}
     for path in paths:
-        rootfs.require_directory(config_path("/" + path, "the image's volume"), "the image's volume")
+        what = "the image's volume"
+        real = os.fsdecode(rootfs.require_directory(config_path("/" + path, what), what))
+        if real in ("", "/tmp") or reserved_target(real):
+            if real == "/tmp":                          # is one already
+                continue
+            raise ImageError(f"the image's volume {path!r} is in the way of faasd's own mounts")
+        host = rootfs.host(os.fsencode(real))
+        status = os.stat(host)
+        volumes[real] = {"path": real, "mode": stat.S_IMODE(status.st_mode), "uid": status.st_uid - rootfs.first_id,
+                         "gid": status.st_gid - rootfs.first_id, "copy_up": bool(os.listdir(host))}
+    return [volumes[path] for path in sorted(volumes)]      # a parent is mounted before what lies in it
 
 
 def prepare_resolv_conf(rootfs: Rootfs) -> str:
@@ -6174,7 +6155,7 @@ def prepare_mount_targets(rootfs: Rootfs) -> None:
     for target in (b"/dev", b"/proc", b"/sys", b"/tmp"):
         if rootfs.kind(target) != stat.S_IFDIR:
             rootfs.place_directory(target)
-    os.chmod(rootfs.host(b"/tmp"), 0o1777)      # for images from scratch
+    os.chmod(rootfs.host(b"/tmp"), 0o1777)      # runc 1.1 gives a tmpfs the mode of the directory below it
     rootfs.write_file(os.fsencode(CONTROL_SOCKET), b"")
     if not rootfs.read_file(b"/etc/hosts", MAX_ACCOUNTS_SIZE).strip():      # Docker gives every container one
         rootfs.write_file(b"/etc/hosts", HOSTS)
@@ -6192,13 +6173,13 @@ def resolve_process(config: dict, rootfs: Rootfs) -> dict:
     for key, value in ("PATH", DEFAULT_PATH), ("HOME", account.home):
         if not any(entry.startswith(key + "=") for entry in env):       # G.2
             env.append(f"{key}={value}")
-    prepare_volumes(rootfs, json_field(settings, "Volumes", dict, what))
     labels = json_field(settings, "Labels", dict, what)
     if not all(isinstance(value, str) for value in labels.values()):
         raise ImageError(f"{what} has a label that is no text")
     return {
         "entrypoint": json_strings(settings, "Entrypoint", what), "cmd": json_strings(settings, "Cmd", what),
         "env": env, "cwd": cwd, "uid": account.uid, "gid": account.gid, "groups": account.groups,
+        "volumes": prepare_volumes(rootfs, json_field(settings, "Volumes", dict, what)),
         "resolv_conf": prepare_resolv_conf(rootfs),
         "labels": labels, "stop_signal": json_field(settings, "StopSignal", str, what),
         "exposed_ports": sorted(json_field(settings, "ExposedPorts", dict, what)),
@@ -7525,7 +7506,7 @@ class Daemon:
         self._loop = asyncio.get_running_loop()
         # By its full name: it is started with a PATH that may differ from ours.
         self._runtime = Runtime(shutil.which(settings.runtime) or settings.runtime, settings.run_dir / "runc")
-        self._host = ContainerHost(settings.run_dir, self._runtime, ids)
+        self._host = ContainerHost(settings.run_dir, settings.state_dir / "images", self._runtime, ids)
         eighth = self._host.descriptors.limit // 8
         self._services = Services(
             self._host, Starter(os.cpu_count() or 1, self._loop), WarmLimit(settings.max_warm),
