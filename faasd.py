@@ -46,7 +46,7 @@ On disk:
     RUN_DIR/faasd.sock, faasd.lock            control API; one daemon per run-dir
     RUN_DIR/net/NAME, resolv.conf.*           network namespaces of functions with --net egress, and their resolvers
     RUN_DIR/program/                          this program, as the unpacking child runs it
-    RUN_DIR/rootfs/                           STATE_DIR/images as containers get it: nodev, nosuid
+    RUN_DIR/rootfs/                           where a container's root is mounted, in its runtime's mount namespace
     RUN_DIR/containers/ID/                    config.json, control.sock, output and note of one container, on a tmpfs
     RUN_DIR/runc/                             runc --root
 
@@ -59,7 +59,7 @@ Top to bottom, in the order in which a request meets it:
     An invocation               Entrance, Function, Invocation, Refusal, TcpState
     The warm pool               Pool, Demand, Starter
     A container                 Container, OutputReader, Workers
-    What a container is made of Bundle, seccomp, Runtime, Cgroups
+    What a container is made of its root, Bundle, seccomp, Runtime, Cgroups
     Its place on this machine   IdRanges, Addresses, ListenerStore, AddressGuard
     Networks                    EgressNetworks, for --net egress
     Where containers live       ContainerHost, the trial container at start, Leftovers of the daemon before
@@ -380,6 +380,8 @@ class Options:
                                            lambda match: None if match[0] == "auto" else int(match[0])))
     reuse: int = option(1, parse_count)                 # invocations that one container may serve
     net: str = option("none", reader("net", "none|egress|host", "write none, egress or host"))
+    read_only: bool = option(False, reader("switch", "true|false", "write true or false",
+                                           lambda match: match[0] == "true"))       # the root
     env: tuple[str, ...] = ()                           # KEY=value
     cmd: tuple[str, ...] = ()                           # in the place of the image's Cmd
 
@@ -401,7 +403,7 @@ class Options:
 
     def check(self) -> Options:
         """Return self. Raises BadRequest for values that do not fit, TypeError for those of another type."""
-        kinds = {"int": int, "float": (int, float), "int | None": (int, type(None)), "str": str,
+        kinds = {"int": int, "float": (int, float), "int | None": (int, type(None)), "str": str, "bool": bool,
                  "tuple[str, ...]": tuple}
         for entry in fields(self):
             value = getattr(self, entry.name)
@@ -567,8 +569,7 @@ class Version:
         self.image = image
         self.options = options
         self.command = command_line(image["process"], options)
-        self.bundle = Bundle(name, image, options, host.rootfs(directory), host.containers_dir.parent, host.cgroups,
-                             host.apparmor)
+        self.bundle = Bundle(name, image, options, directory / "rootfs", host.run_dir, host.cgroups, host.apparmor)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1949,6 +1950,7 @@ class Container:
         self._control: socket.socket | None = None      # from then on
         self._output: OutputReader | None = None
         self._adopted = False                           # runc run is no child of ours, so its exit status stays unknown
+        self._spawning: asyncio.Future[int] | None = None       # of runc run, in a thread
         self._pid = 0                                   # of runc run
         self._pidfd = -1
         self._hit_pids = ""                             # what to say of --pids, as far as was seen …
@@ -1986,8 +1988,12 @@ class Container:
         begin = self._host.loop.time()
         try:
             self._host.descriptors.check_start()
-            self._spawn(bundle, user_namespace)
-            await asyncio.wait([self._connected, self._exited], timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait([self._spawn(bundle, user_namespace)], timeout=timeout)
+            if not self._spawning.done():
+                raise TimeoutError(errno.ETIMEDOUT, f"its root was not mounted within {timeout:g} s")
+            self._watch(bundle)
+            left = begin + timeout - self._host.loop.time()
+            await asyncio.wait([self._connected, self._exited], timeout=left, return_when=asyncio.FIRST_COMPLETED)
             if self._connected.done():
                 self._connected.result()
                 self.ready_at = self._host.loop.time()
@@ -2029,7 +2035,7 @@ class Container:
                 error = entry["msg"] if entry["level"] in ("error", "fatal") else error
         return error
 
-    def _spawn(self, bundle: Bundle, user_namespace: str) -> None:
+    def _spawn(self, bundle: Bundle, user_namespace: str) -> asyncio.Future[int]:
         os.mkdir(self._directory, 0o710)
         os.chown(self._directory, 0, bundle.first_id)   # runc mounts control.sock as the container's root
         with open(f"{self._directory}/config.json", "xb") as file:
@@ -2042,18 +2048,20 @@ class Container:
         # Open for reading as well: should we die, what the handler prints still has a reader, itself. It waits when
         # the pipe is full, until the next daemon reads on, rather than die of SIGPIPE.
         writing = os.open(output, os.O_RDWR)
-        try:
-            self._pid = self._host.runtime.spawn(self._directory, self.id, writing)
-        finally:
-            os.close(writing)
+        self._spawning = in_thread(self._host.loop, self._host.spawn, bundle, self._directory, self.id, writing)
+        self._spawning.add_done_callback(lambda _: os.close(writing))
+        return self._spawning
+
+    def _watch(self, bundle: Bundle) -> None:
+        """Note the runtime that was spawned, for the next daemon, and watch it."""
+        self._pid = self._spawning.result()
         try:
             # All that the next daemon will believe of this container. A link is one call, and never half written.
             os.symlink(f"{self._pid} {start_time(self._pid)} {bundle.name} {bundle.version}", f"{self._directory}/note")
             self._watch_exit(os.pidfd_open(self._pid))
         except OSError:                 # out of descriptors: what cannot be watched must not run
-            os.kill(self._pid, signal.SIGKILL)
-            os.waitpid(self._pid, 0)
             self._pid = 0
+            end_process(self._spawning)
             raise
 
     def _listen(self) -> None:
@@ -2261,6 +2269,8 @@ class Container:
         self._close_sockets()
         if self._pid:
             await self._kill_processes()
+        elif self._spawning is not None and not self._spawning.done():      # a disk hangs: it finds no config.json
+            self._spawning.add_done_callback(end_process)
         if self._host.runtime.has_state(self.id) or self._host.cgroups.exists(self.cgroup):     # runc was killed
             await self._host.workers.run(self._host.remove_remains, self.id, self.cgroup)
         if self._output is not None:
@@ -2298,6 +2308,13 @@ class Container:
                 os.rmdir(self._directory)
         except OSError as error:
             log.warning("container=%s cannot remove %s: %s", self.id, self._directory, error.strerror)
+
+
+def end_process(spawning: asyncio.Future[int]) -> None:
+    """End a child that was just spawned, if it was."""
+    if not spawning.exception():
+        os.kill(spawning.result(), signal.SIGKILL)
+        os.waitpid(spawning.result(), 0)
 
 
 def describe_exit(status: int | None) -> str:
@@ -2540,9 +2557,72 @@ class Workers:
         return done
 
 
+def in_thread(loop: asyncio.AbstractEventLoop, function: Callable, *arguments) -> asyncio.Future:
+    """Call function in a thread of its own, which may change what other threads have in common. Raises OSError."""
+    future = loop.create_future()
+
+    def deliver(set_: Callable, outcome: Any) -> None:
+        if not future.cancelled():
+            set_(outcome)
+
+    def work() -> None:
+        try:
+            outcome = deliver, future.set_result, function(*arguments)
+        except Exception as error:                  # for the caller
+            outcome = deliver, future.set_exception, error
+        with contextlib.suppress(RuntimeError):     # the loop is closed
+            loop.call_soon_threadsafe(*outcome)
+    try:
+        threading.Thread(target=work, name="spawner", daemon=True).start()
+    except RuntimeError as error:
+        raise OSError(errno.EAGAIN, "no thread is to be had") from error
+    return future
+
+
 # ---------------------------------------------------------------------------------------------------------------------
-# What a container is made of: config.json, seccomp, the runtime, cgroups
+# What a container is made of: its root, config.json, seccomp, the runtime, cgroups
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+MS_NOSUID, MS_NODEV, MS_BIND, MS_REC, MS_SLAVE, MS_SHARED = 2, 4, 1 << 12, 1 << 14, 1 << 19, 1 << 20      # mount(2)
+MNT_DETACH = 2                      # umount2(2)
+CLONE_NEWNS = 0x2_0000              # unshare(2)
+BYTES_PER_FILE = 4 * KIB            # of a container's memory limit, for each file that it may make in its root
+
+
+def mount_here(kind: str, source: str, target: str, flags: int, options: str = "") -> None:
+    """Mount in the calling thread's mount namespace: mount(2) without a program. May block. Raises OSError."""
+    try:
+        succeeded(libc.mount(*map(os.fsencode, (source, target, kind)), ctypes.c_ulong(flags), os.fsencode(options)))
+    except OSError as error:
+        raise OSError(error.errno, f"mounting {kind or 'what is there'} on {target}: {error.strerror}") from None
+
+
+def mount_root(place: str, image: str, memory: int) -> None:
+    """Mount a root on place/root that looks like the image and can be written, in memory. Raises OSError.
+
+    It is there for the calling thread and the processes it makes, in a mount namespace that ends with them: nobody else
+    sees these mounts, has to copy them, or finds them left. What is written counts as the memory of who writes it. That
+    the image is not mounted nosuid and nodev does not matter. Propagation leads in and not out, so that what the host
+    unmounts is not kept.
+    """
+    succeeded(libc.unshare(CLONE_NEWNS))
+    mount_here("", "", "/", MS_REC | MS_SLAVE)
+    mount_here("tmpfs", "faasd", place, MS_NOSUID | MS_NODEV,
+               f"mode=0711,size={memory},nr_inodes={memory // BYTES_PER_FILE}")
+    for name in ("upper", "work", "root"):
+        os.mkdir(f"{place}/{name}")
+    top = os.stat(image)                # that of the upper directory is what shows
+    os.chown(f"{place}/upper", top.st_uid, top.st_gid)
+    os.chmod(f"{place}/upper", stat.S_IMODE(top.st_mode))
+    lower, upper, work = (re.sub(r"[\\,:]", r"\\\g<0>", path) for path in (image, f"{place}/upper", f"{place}/work"))
+    mount_here("overlay", "faasd", f"{place}/root", MS_NOSUID | MS_NODEV,
+               f"lowerdir={lower},upperdir={upper},workdir={work}")
+
+
+def root_place(run_dir: Path) -> Path:
+    """Return where every container's root is mounted, each in a mount namespace of its own."""
+    return run_dir / "rootfs"
 
 
 class Bundle:
@@ -2552,12 +2632,13 @@ class Bundle:
                  apparmor: str = "", mounts: Iterable[dict] = ()):
         """mounts are what the rootfs itself is made of, where it is no unpacked image."""
         self.name, self.version = name, image["version"]
+        self.rootfs, self.memory = str(rootfs), options.memory
         self.first_id: int = image["first_id"]          # host id of the containers' root
         # runc joins a user namespace first, and from there no network that the host has made.
         self.joins_user_namespace = options.net != "egress"
         self._mark = f"@{secrets.token_hex(16)}@"       # stands for the id; nothing a user writes contains it
         self._namespace_mark = f"@{secrets.token_hex(16)}@"
-        spec = build_spec(name, image, options, rootfs, run_dir, cgroups, self._mark, self._namespace_mark, apparmor)
+        spec = build_spec(name, image, options, run_dir, cgroups, self._mark, self._namespace_mark, apparmor)
         spec["mounts"][:0] = mounts
         self._template = json.dumps(spec)
         check_sizes(spec["process"], len(self._template))
@@ -2575,8 +2656,8 @@ MAX_OPEN_FILES = (1024, 4096)       # RLIMIT_NOFILE inside, soft and hard: a con
                                     # much that hangs on a descriptor is the kernel's memory, and nobody's in particular
 
 
-def build_spec(name: str, image: dict, options: Options, rootfs: Path, run_dir: Path, cgroups: Cgroups,
-               container_id: str, user_namespace: str, apparmor: str = "") -> dict:
+def build_spec(name: str, image: dict, options: Options, run_dir: Path, cgroups: Cgroups, container_id: str,
+               user_namespace: str, apparmor: str = "") -> dict:
     """Return the OCI runtime configuration (runtime-spec config.md) of a function's container.
 
     image is the content of image.json, user_namespace the path of the one to join, and apparmor the name of a profile
@@ -2593,7 +2674,7 @@ def build_spec(name: str, image: dict, options: Options, rootfs: Path, run_dir: 
     return {
         "ociVersion": "1.0.2",
         "hostname": name,
-        "root": {"path": str(rootfs), "readonly": True},
+        "root": {"path": str(root_place(run_dir) / "root"), "readonly": options.read_only},
         "process": {
             "terminal": False, "cwd": process["cwd"], "args": command_line(process, options), "env": env,
             "user": {"uid": process["uid"], "gid": process["gid"], "additionalGids": process["groups"]},
@@ -2664,16 +2745,15 @@ def can_set_limits() -> bool:
     return bool(int(capabilities, 16) >> CAP_SYS_RESOURCE & 1)
 
 
-TMP_SIZE, SHM_SIZE, DEV_SIZE, VOLUME_SIZE = "64m", "64m", "1m", "64m"      # tmpfs(5) size=
+SHM_SIZE, DEV_SIZE = "64m", "1m"    # tmpfs(5) size=
 MAX_TERMINALS = 16                  # ptys of one container; all containers of a machine share some 3,000 (pty.max)
 
 
 def container_mounts(net: str, process: dict, run_dir: Path, container_id: str) -> list[dict]:
     """Return the mounts of a container.
 
-    /dev must be one: without it runc writes device nodes into the rootfs, which other containers share. The kernel
-    gives a container sysfs only with a network namespace that its own user namespace made. One that joins another gets
-    an empty /sys: the host's, bound there, would show the host's interfaces.
+    The kernel gives a container sysfs only with a network namespace that its own user namespace made. One that joins
+    another gets an empty /sys: the host's, bound there, would show the host's interfaces.
     """
     mounts = [
         mount("/proc", "proc", "noexec", "nodev"),
@@ -2682,14 +2762,9 @@ def container_mounts(net: str, process: dict, run_dir: Path, container_id: str) 
               f"max={MAX_TERMINALS}"),
         mount("/dev/shm", "tmpfs", "nodev", f"size={SHM_SIZE}", "noexec", "mode=1777"),
         mount("/dev/mqueue", "mqueue", "noexec", "nodev"),
-        mount("/tmp", "tmpfs", "nodev", f"size={TMP_SIZE}", "mode=1777"),
+        mount(CONTROL_SOCKET, "bind", "bind", "nodev", "noexec",
+              source=f"{run_dir}/containers/{container_id}/control.sock"),
     ]
-    for volume in process["volumes"]:
-        copy = ["tmpcopyup"] if volume["copy_up"] else []
-        mounts.append(mount(volume["path"], "tmpfs", "nodev", f"size={VOLUME_SIZE}", f"mode={volume['mode']:o}",
-                            f"uid={volume['uid']}", f"gid={volume['gid']}", *copy))
-    mounts.append(mount(CONTROL_SOCKET, "bind", "bind", "nodev", "noexec",
-                        source=f"{run_dir}/containers/{container_id}/control.sock"))
     if net == "none":
         return [*mounts, mount("/sys", "sysfs", "noexec", "nodev", "ro")]
     return [*mounts, mount("/sys", "tmpfs", "nodev", "size=4k", "noexec", "ro", "mode=555"),
@@ -3867,7 +3942,7 @@ class EgressNetworks:
             raise Conflict(f"net egress: {self._subnet} has no free address: start faasd with a larger --egress-subnet")
         self._numbers[name] = number
         try:
-            self._directory.mkdir(mode=0o700, exist_ok=True)
+            self._make_directory()
             self._load_rules()          # before the link: a packet from a link that they do not know is dropped
             self._make(name, number)
         except BaseException as error:
@@ -3875,6 +3950,16 @@ class EgressNetworks:
             if isinstance(error, OSError):
                 raise storage_error(error, f"making {namespace_path(self._run_dir, name)}") from error
             raise
+
+    def _make_directory(self) -> None:
+        """Make RUN_DIR/net a mount that is shared: what we unmount there, no container's runtime keeps. Raises OSError.
+
+        See mount_root; `ip netns` does so too. It may be a directory that an older faasd has made and filled.
+        """
+        with contextlib.suppress(FileExistsError):
+            self._directory.mkdir(mode=0o700)
+            mount_here("", str(self._directory), str(self._directory), MS_BIND)
+            mount_here("", "", str(self._directory), MS_SHARED)
 
     def remove(self, *names: str) -> None:
         """Remove functions' networks; what cannot be removed is logged."""
@@ -3974,6 +4059,8 @@ class EgressNetworks:
                 run_command(NFT_FAILED, "nft", "-f", "-",
                             stdin=f"add table inet {self.table}\ndelete table inet {self.table}\n")
             with contextlib.suppress(OSError):  # there is none, or not all could be removed from it
+                if not os.listdir(self._directory):
+                    libc.umount2(os.fsencode(self._directory), MNT_DETACH)
                 self._directory.rmdir()         # last: the daemon that finds it after a crash does this again
         except FaasdError as error:
             log.error("%s", error)
@@ -4113,11 +4200,9 @@ def is_reachable(resolver: str) -> bool:
 class ContainerHost:
     """What all containers of this daemon share: directories, runtime, cgroups, ids, and threads that wait for them."""
 
-    def __init__(self, run_dir: Path, images_dir: Path, runtime: Runtime, ids: IdRanges):
+    def __init__(self, run_dir: Path, runtime: Runtime, ids: IdRanges):
         self.run_dir = run_dir
         self.containers_dir = run_dir / "containers"
-        self.rootfs_dir = run_dir / "rootfs"
-        self._images_dir = images_dir
         self.ids = ids
         self.runtime = runtime
         self.cgroups = Cgroups(run_dir)
@@ -4129,7 +4214,7 @@ class ContainerHost:
         self._dying: dict[str, DyingCgroups] = {}
 
     def prepare(self) -> None:
-        """Make RUN_DIR/containers, on a tmpfs, and show the images in RUN_DIR/rootfs. Raises FaasdError."""
+        """Make RUN_DIR/containers, on a tmpfs, and the place of containers' roots. Raises FaasdError."""
         self.containers_dir.mkdir(mode=0o711, exist_ok=True)
         mounts = dict(read_mounts())            # a later mount hides an earlier one
         mount = next(str(path) for path in (self.containers_dir, *self.containers_dir.parents) if str(path) in mounts)
@@ -4137,27 +4222,15 @@ class ContainerHost:
             run_command(f"cannot mount a tmpfs on {self.containers_dir}", "mount", "-t", "tmpfs", "-o",
                         "mode=0711,nosuid,nodev,noexec,size=64m", "faasd", str(self.containers_dir))
         self.containers_dir.chmod(0o711)
-        if str(self.rootfs_dir) in mounts:      # the daemon before us may have had another --state-dir
-            try_command(f"cannot unmount {self.rootfs_dir}", "umount", "--lazy", str(self.rootfs_dir))
-        self._show_images()
+        root_place(self.run_dir).mkdir(exist_ok=True)
 
-    def _show_images(self) -> None:
-        """Mount the images where containers take their root from: without their devices and setuid bits.
+    def spawn(self, bundle: Bundle, directory: str, container_id: str, output: int) -> int:
+        """Start `runc run` for a bundle that lies in directory; return its pid. Raises OSError.
 
-        A runtime allows some devices by itself, runc 1.1 even /dev/net/tun, and knows no flags for the root. The mount
-        is not on the images themselves, because nothing can be renamed from one mount into another.
+        In a thread of its own, which gets the container's root, and nothing else to do afterwards.
         """
-        what = f"cannot mount the images on {self.rootfs_dir}"
-        self.rootfs_dir.mkdir(exist_ok=True)
-        noexec = ",noexec" if os.statvfs(self._images_dir).f_flag & os.ST_NOEXEC else ""
-        run_command(what, "mount", "-o", f"bind,nodev,nosuid{noexec}", str(self._images_dir), str(self.rootfs_dir))
-        if not os.statvfs(self.rootfs_dir).f_flag & os.ST_NODEV:
-            try_command(what, "umount", str(self.rootfs_dir))
-            raise UsageError(f"{what} without their devices: faasd needs the mount of util-linux")
-
-    def rootfs(self, image: Path) -> Path:
-        """Return the root of the containers of an image that lies in STATE_DIR/images."""
-        return self.rootfs_dir / image.relative_to(self._images_dir) / "rootfs"
+        mount_root(str(root_place(self.run_dir)), bundle.rootfs, bundle.memory)
+        return self.runtime.spawn(directory, container_id, output)
 
     def inspect(self, container: Container) -> dict:
         """Return how a running container is isolated. Blocks. Raises Conflict if it ends meanwhile."""
@@ -4201,7 +4274,7 @@ class ContainerHost:
         self.cgroups.remove(self.cgroups.parent)
         shutil.rmtree(self.runtime.root / ".cache", ignore_errors=True)         # crun's, of seccomp filters
         mounts = dict(read_mounts())
-        for directory in (self.containers_dir, self.rootfs_dir, self.runtime.root):
+        for directory in (self.containers_dir, root_place(self.run_dir), self.runtime.root):
             if str(directory) in mounts:
                 try_command(f"cannot unmount {directory}", "umount", str(directory))
             try:
@@ -4214,7 +4287,7 @@ class ContainerHost:
 PROBE_SECONDS = 10.0                # for the container that shows at start whether any can run here
 # What it runs instead of a handler: it opens its stdout as a program may that logs to a file.
 PROBE = {"version": "", "process": {"env": [f"PATH={DEFAULT_PATH}"], "entrypoint": ["sh"], "cmd": ["-c", "echo works "
-         ">/dev/stdout"], "cwd": "/", "uid": 0, "gid": 0, "groups": [], "volumes": []}}
+         ">/dev/stdout"], "cwd": "/", "uid": 0, "gid": 0, "groups": []}}
 PROBE_DIRECTORIES = re.compile(r"bin|lib.*|usr|nix|gnu")            # of this machine, which programs need
 
 
@@ -4293,6 +4366,8 @@ def unfit_machine(runtime: Runtime, error: str) -> UsageError:
         mend = "user namespaces are switched off, sysctl user.max_user_namespaces=15000 switches them on: "
     elif version_1 and version_2 and "cgroup" in error:
         mend = f"it has cgroups of v1 and of v2, umount {' '.join(version_2)} or choose another --runtime: "
+    elif "mounting overlay" in error and not re.search(r"\boverlay$", read_text("/proc/filesystems"), re.MULTILINE):
+        mend = "the kernel has no overlay file system, modprobe overlay loads it where it is a module: "
     elif 'mounting "proc"' in error:    # mount_namespaces(7)
         mend = ("a part of /proc is hidden from faasd, as a container or a unit with ProtectKernelLogs= or "
                 "ProtectKernelTunables= does, so that the kernel gives no other user namespace a /proc: ")
@@ -6112,26 +6187,10 @@ def reserved_target(path: str) -> str | None:
     return next((target for target in RESERVED_TARGETS if path == target or path.startswith(target + "/")), None)
 
 
-MAX_VOLUMES = 64                    # each is a mount in every container, in memory that is not the container's
-
-
-def prepare_volumes(rootfs: Rootfs, paths: Collection[str]) -> list[dict]:
-    """Make the directories of an image's volumes and return what their tmpfs should look like (G.4)."""
-    if len(paths) > MAX_VOLUMES:
-        raise FaasdError(f"the image has {len(paths)} volumes: {MAX_VOLUMES} are allowed (MAX_VOLUMES)", status=413)
-    volumes = {}
+def prepare_volumes(rootfs: Rootfs, paths: Collection[str]) -> None:
+    """Make the directories of an image's volumes, which a container may write as it may all of its root (G.4)."""
     for path in paths:
-        what = "the image's volume"
-        real = os.fsdecode(rootfs.require_directory(config_path("/" + path, what), what))
-        if real in ("", "/tmp") or reserved_target(real):
-            if real == "/tmp":                          # is one already
-                continue
-            raise ImageError(f"the image's volume {path!r} is in the way of faasd's own mounts")
-        host = rootfs.host(os.fsencode(real))
-        status = os.stat(host)
-        volumes[real] = {"path": real, "mode": stat.S_IMODE(status.st_mode), "uid": status.st_uid - rootfs.first_id,
-                         "gid": status.st_gid - rootfs.first_id, "copy_up": bool(os.listdir(host))}
-    return [volumes[path] for path in sorted(volumes)]      # a parent is mounted before what lies in it
+        rootfs.require_directory(config_path("/" + path, "the image's volume"), "the image's volume")
 
 
 def prepare_resolv_conf(rootfs: Rootfs) -> str:
@@ -6155,7 +6214,7 @@ def prepare_mount_targets(rootfs: Rootfs) -> None:
     for target in (b"/dev", b"/proc", b"/sys", b"/tmp"):
         if rootfs.kind(target) != stat.S_IFDIR:
             rootfs.place_directory(target)
-    os.chmod(rootfs.host(b"/tmp"), 0o1777)      # runc 1.1 gives a tmpfs the mode of the directory below it
+    os.chmod(rootfs.host(b"/tmp"), 0o1777)      # for images from scratch
     rootfs.write_file(os.fsencode(CONTROL_SOCKET), b"")
     if not rootfs.read_file(b"/etc/hosts", MAX_ACCOUNTS_SIZE).strip():      # Docker gives every container one
         rootfs.write_file(b"/etc/hosts", HOSTS)
@@ -6173,13 +6232,13 @@ def resolve_process(config: dict, rootfs: Rootfs) -> dict:
     for key, value in ("PATH", DEFAULT_PATH), ("HOME", account.home):
         if not any(entry.startswith(key + "=") for entry in env):       # G.2
             env.append(f"{key}={value}")
+    prepare_volumes(rootfs, json_field(settings, "Volumes", dict, what))
     labels = json_field(settings, "Labels", dict, what)
     if not all(isinstance(value, str) for value in labels.values()):
         raise ImageError(f"{what} has a label that is no text")
     return {
         "entrypoint": json_strings(settings, "Entrypoint", what), "cmd": json_strings(settings, "Cmd", what),
         "env": env, "cwd": cwd, "uid": account.uid, "gid": account.gid, "groups": account.groups,
-        "volumes": prepare_volumes(rootfs, json_field(settings, "Volumes", dict, what)),
         "resolv_conf": prepare_resolv_conf(rootfs),
         "labels": labels, "stop_signal": json_field(settings, "StopSignal", str, what),
         "exposed_ports": sorted(json_field(settings, "ExposedPorts", dict, what)),
@@ -7506,7 +7565,7 @@ class Daemon:
         self._loop = asyncio.get_running_loop()
         # By its full name: it is started with a PATH that may differ from ours.
         self._runtime = Runtime(shutil.which(settings.runtime) or settings.runtime, settings.run_dir / "runc")
-        self._host = ContainerHost(settings.run_dir, settings.state_dir / "images", self._runtime, ids)
+        self._host = ContainerHost(settings.run_dir, self._runtime, ids)
         eighth = self._host.descriptors.limit // 8
         self._services = Services(
             self._host, Starter(os.cpu_count() or 1, self._loop), WarmLimit(settings.max_warm),

@@ -121,7 +121,9 @@ class BareRuns:
         directory = self.run_dir / "containers" / container
         directory.mkdir()
         os.chown(directory, 0, self.bundle.first_id)
-        (directory / "config.json").write_bytes(self.bundle.render(container))
+        config = self.bundle.render(container).replace(bytes(faasd.root_place(self.run_dir) / "root"),
+                                                       bytes(self.rootfs))         # no root of its own
+        (directory / "config.json").write_bytes(config)
         with socket.socket(socket.AF_UNIX) as listener:
             listener.bind(str(directory / "control.sock"))
             (directory / "control.sock").chmod(0o666)
