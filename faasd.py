@@ -382,6 +382,11 @@ class Options:
     net: str = option("none", reader("net", "none|egress|host", "write none, egress or host"))
     read_only: bool = option(False, reader("switch", "true|false", "write true or false",
                                            lambda match: match[0] == "true"))       # the root
+    shm_size: int = option(64 * MIB, parse_size, lambda size: size > 0, "be over 0")        # of /dev/shm
+    hostname: str = option("", reader("hostname", r"[A-Za-z0-9]([A-Za-z0-9.-]{0,62}[A-Za-z0-9])?|",
+                                      "use letters, digits, '-' and '.', at most 64"))      # "": the function's name
+    cap_add: str = option("", lambda text: read_capabilities(text))     # names, separated by commas
+    cap_drop: str = option("", lambda text: read_capabilities(text))
     env: tuple[str, ...] = ()                           # KEY=value
     cmd: tuple[str, ...] = ()                           # in the place of the image's Cmd
 
@@ -429,6 +434,20 @@ class Options:
 
     def to_json(self) -> dict:
         return {**asdict(self), "warm": "auto" if self.warm is None else self.warm}
+
+
+# What docker gives a container by itself (moby, oci/caps/defaults.go): of these a user may choose.
+CAPABILITIES = """CHOWN DAC_OVERRIDE FSETID FOWNER MKNOD NET_RAW SETGID SETUID SETFCAP SETPCAP NET_BIND_SERVICE
+                  SYS_CHROOT KILL AUDIT_WRITE""".split()
+
+
+def read_capabilities(text: str) -> str:
+    """Return names of capabilities as we write them: docker takes CAP_ before them, ALL, and any case."""
+    names = [name.strip().upper().removeprefix("CAP_") for name in text.split(",") if name.strip()]
+    for name in names:
+        if name not in (*CAPABILITIES, "ALL"):
+            raise BadRequest(f"bad capability {name!r}: write ALL, or some of {', '.join(CAPABILITIES)}")
+    return ",".join(dict.fromkeys(names))
 
 
 def merge_env(base: Iterable[str], overrides: Iterable[str]) -> list[str]:
@@ -2664,8 +2683,9 @@ def build_spec(name: str, image: dict, options: Options, run_dir: Path, cgroups:
     that is loaded, or empty.
     """
     process = image["process"]
-    env = merge_env(process["env"], [*options.env, f"FAAS_FUNCTION={name}", f"FAAS_VERSION={image['version']}",
-                                     f"FAAS_CONTAINER_ID={container_id}"])
+    hostname = options.hostname or name
+    env = merge_env([f"HOSTNAME={hostname}", *process["env"]], [
+        *options.env, f"FAAS_FUNCTION={name}", f"FAAS_VERSION={image['version']}", f"FAAS_CONTAINER_ID={container_id}"])
     ids = [{"containerID": 0, "hostID": image["first_id"], "size": IDS}]
     soft, hard = MAX_OPEN_FILES
     seccomp = seccomp_profile(platform.machine())
@@ -2673,7 +2693,7 @@ def build_spec(name: str, image: dict, options: Options, run_dir: Path, cgroups:
                "egress": [{"type": "network", "path": str(namespace_path(run_dir, name))}]}[options.net]
     return {
         "ociVersion": "1.0.2",
-        "hostname": name,
+        "hostname": hostname,
         "root": {"path": str(root_place(run_dir) / "root"), "readonly": options.read_only},
         "process": {
             "terminal": False, "cwd": process["cwd"], "args": command_line(process, options), "env": env,
@@ -2682,10 +2702,9 @@ def build_spec(name: str, image: dict, options: Options, run_dir: Path, cgroups:
             "oomScoreAdj": max(0, int(read_text("/proc/self/oom_score_adj") or 0)),
             "noNewPrivileges": True, **({"apparmorProfile": apparmor} if apparmor else {}),
             **({"rlimits": [{"type": "RLIMIT_NOFILE", "soft": soft, "hard": hard}]} if can_set_limits() else {}),
-            "capabilities": {kind: [] for kind in
-                             ("bounding", "effective", "inheritable", "permitted", "ambient")},
+            "capabilities": capabilities(options, process),
         },
-        "mounts": container_mounts(options.net, process, run_dir, container_id),
+        "mounts": container_mounts(options, process, run_dir, container_id),
         "linux": {
             "namespaces": [*({"type": kind} for kind in NAMESPACES), *network,
                            {"type": "user", "path": user_namespace}],
@@ -2703,6 +2722,20 @@ def build_spec(name: str, image: dict, options: Options, run_dir: Path, cgroups:
             },
         },
     }
+
+
+def capabilities(options: Options, process: dict) -> dict[str, list[str]]:
+    """Return the capabilities of a process, within its own user namespace: none but those that a user adds.
+
+    As in docker, one that does not begin as root only may gain them; but no_new_privs keeps it from that.
+    """
+    added, dropped = (set(CAPABILITIES if "ALL" in text else filter(None, text.split(",")))
+                      for text in (options.cap_add, options.cap_drop))
+    if "ALL" in options.cap_drop.split(","):        # those that are named stay, whatever ALL drops
+        dropped -= set(options.cap_add.split(","))
+    held = [f"CAP_{name}" for name in CAPABILITIES if name in added - dropped]
+    mine = held if process["uid"] == 0 else []
+    return {"bounding": held, "effective": mine, "inheritable": [], "permitted": mine, "ambient": []}
 
 
 MAX_ARGUMENT = 128 * KIB            # bytes of an argument or variable with its NUL (MAX_ARG_STRLEN, execve(2))
@@ -2745,11 +2778,11 @@ def can_set_limits() -> bool:
     return bool(int(capabilities, 16) >> CAP_SYS_RESOURCE & 1)
 
 
-SHM_SIZE, DEV_SIZE = "64m", "1m"    # tmpfs(5) size=
+DEV_SIZE = "1m"                     # tmpfs(5) size=
 MAX_TERMINALS = 16                  # ptys of one container; all containers of a machine share some 3,000 (pty.max)
 
 
-def container_mounts(net: str, process: dict, run_dir: Path, container_id: str) -> list[dict]:
+def container_mounts(options: Options, process: dict, run_dir: Path, container_id: str) -> list[dict]:
     """Return the mounts of a container.
 
     The kernel gives a container sysfs only with a network namespace that its own user namespace made. One that joins
@@ -2760,16 +2793,16 @@ def container_mounts(net: str, process: dict, run_dir: Path, container_id: str) 
         mount("/dev", "tmpfs", "noexec", "strictatime", "mode=755", f"size={DEV_SIZE}"),
         mount("/dev/pts", "devpts", "noexec", "newinstance", "ptmxmode=0666", "mode=0620", "gid=5",
               f"max={MAX_TERMINALS}"),
-        mount("/dev/shm", "tmpfs", "nodev", f"size={SHM_SIZE}", "noexec", "mode=1777"),
+        mount("/dev/shm", "tmpfs", "nodev", f"size={options.shm_size}", "noexec", "mode=1777"),
         mount("/dev/mqueue", "mqueue", "noexec", "nodev"),
         mount(CONTROL_SOCKET, "bind", "bind", "nodev", "noexec",
               source=f"{run_dir}/containers/{container_id}/control.sock"),
     ]
-    if net == "none":
+    if options.net == "none":
         return [*mounts, mount("/sys", "sysfs", "noexec", "nodev", "ro")]
     return [*mounts, mount("/sys", "tmpfs", "nodev", "size=4k", "noexec", "ro", "mode=555"),
             mount(process["resolv_conf"], "bind", "bind", "ro", "nodev", "noexec",
-                  source=str(resolv_conf_path(run_dir, net)))]
+                  source=str(resolv_conf_path(run_dir, options.net)))]
 
 
 def mount(destination: str, kind: str, *options: str, source: str = "") -> dict:

@@ -37,6 +37,8 @@ for what, action in ACTIONS.items():
         DONE[what] = "done"
     except OSError as error:
         DONE[what] = error.strerror
+shm = os.statvfs("/dev/shm")
+print("shm", shm.f_blocks * shm.f_frsize, flush=True)
 print("changed", json.dumps(DONE), flush=True)
 """ + support.HANDLER.read_text()
 FILES = {f"etc/{letter}": f"content of {letter}" for letter in "abcdefghijk"} | {"tree/x": "x", "tree/deep/y": "y"}
@@ -86,6 +88,13 @@ class Root(unittest.TestCase):
         self.assertEqual({*self.changes()[0].values()}, {"Read-only file system"})
         self.daemon.faas("set", "f", "--no-read-only")
         self.assertIn("done", self.changes()[-1].values())
+
+    def test_options_of_docker_run(self):
+        address = self.deploy("--shm-size", "3m", "--hostname", "h.example", "--cap-add", "CHOWN",
+                              "--cap-add", "cap_kill")
+        facts = json.loads(get(address, "/facts")[1])
+        self.assertEqual((facts["env"]["HOSTNAME"], int(facts["status"]["CapEff"], 16)), ("h.example", 1 << 0 | 1 << 5))
+        self.assertIn(f"shm {3 << 20}\n", self.daemon.function_log("f"))
 
     def test_nothing_is_mounted_for_others_to_see_and_nothing_is_left(self):
         before = support.footprint(self.daemon)["mounts"]

@@ -226,8 +226,21 @@ class Spec(unittest.TestCase):
         process = self.spec()["process"]
         self.assertEqual((process["args"], process["cwd"]), (["/e", "c"], "/w"))
         self.assertEqual(process["user"], {"uid": 1, "gid": 2, "additionalGids": [3]})
-        self.assertEqual(process["env"], ["PATH=/bin", "A=1", "FAAS_FUNCTION=name", "FAAS_VERSION=0123456789ab",
+        self.assertEqual(process["env"], ["HOSTNAME=name", "PATH=/bin", "A=1", "FAAS_FUNCTION=name", "FAAS_VERSION=0123456789ab",
                                           "FAAS_CONTAINER_ID=ID"])
+
+    def test_capabilities_are_those_that_a_user_adds(self):
+        for added, dropped, held in (("chown,CAP_Kill", "", ["CHOWN", "KILL"]), ("ALL", "kill,ALL,", []),
+                                     ("all", "cap_kill", [name for name in faasd.CAPABILITIES if name != "KILL"]),
+                                     ("KILL", "ALL", ["KILL"]), ("", "ALL", []), ("KILL", "KILL", [])):
+            options = DEFAULTS.changed({"cap_add": [added], "cap_drop": [dropped]})
+            for uid in (0, 1):
+                kinds = faasd.capabilities(options, {"uid": uid})
+                names = [f"CAP_{name}" for name in held]
+                self.assertEqual(kinds, {"bounding": names, "effective": names if uid == 0 else [], "inheritable": [],
+                                         "permitted": names if uid == 0 else [], "ambient": []}, (added, dropped))
+        for bad in ("SYS_ADMIN", "CAP_CAP_KILL", "KILL;CHOWN"):
+            self.assertRaisesRegex(faasd.BadRequest, "bad capability", DEFAULTS.changed, {"cap_add": [bad]})
 
     def test_operator_s_protection_is_not_the_handler_s(self):
         for ours, theirs in (("-900\n", 0), ("300\n", 300), ("", 0)):
