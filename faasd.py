@@ -1141,7 +1141,7 @@ class Invocation:
                 self.exit_status = await pool.kill(container)
             raise Refusal(*CUTS[said])
         state = self.handover.state or await self._answered(gone=said is not Release.READY)
-        if self.handover.taken and said is Release.GONE and not state.sent:     # the kernel has told the client
+        if self.handover.taken and not state.sent and await container.exits():  # the kernel has told the client
             self.exit_status = await pool.end(container)
             outcome, _, reason = OUT_OF_MEMORY if container.out_of_memory else (
                 "no-answer", 0, f"the handler {container.describe_end(self.exit_status)} without an answer")
@@ -2434,6 +2434,11 @@ class Container:
         if not await self._output.close():
             log.warning("container=%s does not let go of its output: ending it", self.id)
             await self._host.killers.run(self._host.cgroups.kill, self.cgroup)
+
+    async def exits(self) -> bool:
+        """Return whether it exits by itself, in a moment: its sockets end before we hear of it."""
+        await asyncio.wait([self._exited], timeout=0 if self.handovers else EXIT_GRACE)
+        return self._exited.done()
 
     async def finish(self) -> int | None:
         """End a container whose handler is done: it has EXIT_GRACE to exit by itself. Returns what kill does."""

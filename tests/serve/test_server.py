@@ -200,8 +200,8 @@ class Deploying(support.SharedDaemonCase):
     def test_line_and_info(self):
         out = self.deployed(server_image("polling", "0.0.0.0:3000"))
         self.assertEqual(out, "✓ Deployed f at 10.0.0.10 (server, port 3000)\n")
-        self.assertRegex(self.daemon.faas("info", "f").stdout, r"(?m)^contract +server \(auto\)$")
-        self.assertRegex(self.daemon.faas("info", "f").stdout, r"(?m)^port +3000 \(auto\)$")
+        self.assertRegex(self.daemon.faas("info", "f").stdout, r"(?m)^contract: +server \(auto\)$")
+        self.assertRegex(self.daemon.faas("info", "f").stdout, r"(?m)^port: +3000 \(auto\)$")
 
     def test_ports(self):
         two = ["0.0.0.0:9000", "0.0.0.0:8080"]
@@ -221,9 +221,9 @@ class Deploying(support.SharedDaemonCase):
                 (server_image("unix"), (), "listened on a Unix socket"),
                 (server_image("nothing"), (), "listened on nothing"),
                 (server_image("nothing"), ("--contract", "server"), "did not listen on a TCP port within"),
-                (server_image("polling", "0.0.0.0:81"), ("--port", "80"), "listened on port 81"),
-                (server_image("polling", "0.0.0.0:81", ExposedPorts={"80/tcp": {}}), (), "listened on port 81"),
-                (server_image("polling", "0.0.0.0:81"), ("--contract", "handler"), "did not connect to /control.sock")):
+                (server_image("polling", "0.0.0.0:8081"), ("--port", "80"), "listened on port 8081"),
+                (server_image("polling", "0.0.0.0:8081", ExposedPorts={"80/tcp": {}}), (), "listened on port 8081"),
+                (server_image("polling", "0.0.0.0:8081"), ("--contract", "handler"), "did not connect to /control.sock")):
             with self.subTest(said):
                 self.assertIn(said, self.refused(image, *options))
 
