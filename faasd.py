@@ -2779,8 +2779,8 @@ ADDED_DESCRIPTOR = struct.Struct("=QIIII")      # struct seccomp_notif_addfd: id
 NOTIFY_RECEIVE, NOTIFY_SEND, NOTIFY_IS_VALID, NOTIFY_ADD = 0xC050_2100, 0xC018_2101, 0x4008_2102, 0x4018_2103
 CONTINUE, ADD_AND_SEND = 1, 2       # flags: the call goes on in the kernel; the descriptor is the call's result
 SO_DOMAIN, SO_BUF_LOCK = 39, 72     # socket(7)
-INHERITED_OPTIONS = [(socket.SOL_SOCKET, socket.SO_KEEPALIVE), *((socket.IPPROTO_TCP, option) for option in (
-    socket.TCP_NODELAY, socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT, socket.TCP_USER_TIMEOUT))]
+INHERITED_OPTIONS = (socket.TCP_NODELAY, socket.TCP_USER_TIMEOUT)       # of TCP, unless 0
+KEEPALIVE_TIMES = (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT)
 INHERITED_BUFFERS = [(1, socket.SO_SNDBUF), (2, socket.SO_RCVBUF)]      # by the bit of SO_BUF_LOCK that says it was set
 MAX_LISTENERS = 64                  # of one container that are known, those that it made last
 FREE_ANSWERS = 32                   # in a row by which no client was served; after these each …
@@ -2910,6 +2910,8 @@ class Supervisor:
             self._give_to_held()
         for number in self._held.keys() & events.keys():       # a connection that the program made to itself
             self._resume(self._held[number])
+        for port in [port for port, bell in self._bells.items() if bell.fileno() in events]:
+            self._silence(port)                 # nobody took it: its listener is closed
         if events.get(self._notify, 0) & select.POLLIN:
             self._answer()
         elif self._notify in events:            # POLLHUP
@@ -3026,13 +3028,12 @@ class Supervisor:
             return
         while is_readable(listener, 0):
             connection, peer = listener.accept()
-            bell = self._bells.pop(peer[1], None)
-            if bell is None:                    # the program has connected to itself
+            if peer[1] not in self._bells:      # the program has connected to itself
                 with connection:
                     self._inject(call, connection, listener.family, peer)
                 return
             connection.close()
-            bell.close()
+            self._silence(peer[1])
             if self._clients:
                 break
         if self._clients:
@@ -3047,8 +3048,10 @@ class Supervisor:
         """Give the client that waits longest to a program that accepts; if that is gone, the client waits on."""
         handover = self._clients.popleft()
         try:
-            for level, option in INHERITED_OPTIONS:
-                set_option(handover.client, level, option, get_option(listener, level, option))
+            kept_alive = get_option(listener, socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+            for option in (*INHERITED_OPTIONS, *(KEEPALIVE_TIMES if kept_alive else ())):       # else ours stay
+                if value := get_option(listener, socket.IPPROTO_TCP, option):
+                    set_option(handover.client, socket.IPPROTO_TCP, option, value)
             locked = get_option(listener, socket.SOL_SOCKET, SO_BUF_LOCK)
             for bit, option in INHERITED_BUFFERS:
                 if locked & bit:                # the kernel doubles what is set (socket(7))
@@ -3138,14 +3141,21 @@ class Supervisor:
             bell = socket.socket(socket.AF_INET6 if len(address) == 4 else socket.AF_INET, socket.SOCK_STREAM)
             bell.setblocking(False)
             try:
-                with contextlib.suppress(BlockingIOError):
+                with contextlib.suppress(BlockingIOError):      # it is connected all the same
                     bell.connect((host, *address[1:]))
+                with contextlib.suppress(BlockingIOError):      # the queue is full
+                    bell.send(b"\0")            # TCP_DEFER_ACCEPT, where the program has set it, waits for that
                 self._bells[bell.getsockname()[1]] = bell
-                bell.send(b"\0")                # TCP_DEFER_ACCEPT, where the program has set it, waits for that
+                self._poll.register(bell, 0)    # tells when it is reset
             except OSError:                     # it is closed
-                self._bells.pop(bell.getsockname()[1], None)
                 bell.close()
                 del self._addresses[inode]
+
+    def _silence(self, port: int) -> None:
+        """End a doorbell."""
+        bell = self._bells.pop(port)
+        self._poll.unregister(bell)
+        bell.close()
 
 
 def get_option(sock: socket.socket, level: int, option: int) -> int:
@@ -3352,13 +3362,15 @@ def build_spec(name: str, image: dict, options: Options, run_dir: Path, cgroups:
             "oomScoreAdj": max(0, int(read_text("/proc/self/oom_score_adj") or 0)),
             "noNewPrivileges": True, **({"apparmorProfile": apparmor} if apparmor else {}),
             **({"rlimits": [{"type": "RLIMIT_NOFILE", "soft": soft, "hard": hard}]} if can_set_limits() else {}),
-            "capabilities": capabilities(options, process),
+            "capabilities": capabilities(options, process, contract),
         },
         "mounts": container_mounts(options, process, run_dir, container_id, contract),
         "linux": {
             "namespaces": [*({"type": kind} for kind in NAMESPACES), *network,
                            {"type": "user", "path": user_namespace}],
             "uidMappings": ids, "gidMappings": ids,
+            # As docker has it: a program that is not root may listen on port 80. Others' networks are not its own.
+            **({"sysctl": {"net.ipv4.ip_unprivileged_port_start": "0"}} if options.net == "none" else {}),
             **({"seccomp": seccomp} if seccomp else {}),
             "cgroupsPath": cgroups.path(name, container_id),
             "maskedPaths": [path for path in MASKED_PATHS if options.net == "none" or not path.startswith("/sys/")],
@@ -3374,8 +3386,12 @@ def build_spec(name: str, image: dict, options: Options, run_dir: Path, cgroups:
     }
 
 
-def capabilities(options: Options, process: dict) -> dict[str, list[str]]:
-    """Return the capabilities of a process, within its own user namespace: none but those that a user adds.
+# What servers that begin as root need to become somebody else, and to listen.
+SERVER_CAPABILITIES = "CHOWN DAC_OVERRIDE FOWNER FSETID KILL SETGID SETUID NET_BIND_SERVICE".split()
+
+
+def capabilities(options: Options, process: dict, contract: str) -> dict[str, list[str]]:
+    """Return the capabilities of a process, within its own user namespace: a handler has those that a user adds.
 
     As in docker, one that does not begin as root only may gain them; but no_new_privs keeps it from that.
     """
@@ -3383,6 +3399,8 @@ def capabilities(options: Options, process: dict) -> dict[str, list[str]]:
                       for text in (options.cap_add, options.cap_drop))
     if "ALL" in options.cap_drop.split(","):        # those that are named stay, whatever ALL drops
         dropped -= set(options.cap_add.split(","))
+    if contract == "server" and process["uid"] == 0:
+        added |= set(SERVER_CAPABILITIES)
     held = [f"CAP_{name}" for name in CAPABILITIES if name in added - dropped]
     mine = held if process["uid"] == 0 else []
     return {"bounding": held, "effective": mine, "inheritable": [], "permitted": mine, "ambient": []}
@@ -8054,12 +8072,10 @@ class Deploys:
         """Prove a version, whose image is there, and make it the function's; describe that. Raises FaasdError."""
         self._check_warm(name, entry.options)
         entry = replace(entry, contract=entry.options.contract, port=entry.options.port or 0)
-        version = self.images.version(name, entry)
         if not self.attachments.egress.has(name):
             undo.push_async_callback(self.attachments.withdraw, name)
-        await self.attachments.provide(name, version.options)
-        container, output = await self._prove(name, version)
-        version = self.images.version(name, replace(entry, contract=container.contract, port=container.port))
+        await self.attachments.provide(name, entry.options)
+        version, container, output = await self._prove(name, entry)
         undo.push_async_callback(container.kill)        # once more does no harm where its pool was closed
         function = await to_the_end(self._make_current(name, version, container, undo))
         for line in output:
@@ -8069,21 +8085,31 @@ class Deploys:
         log.info("function=%s version=%s %s at %s", name, record.version, what, record.address)
         return self.describe(function)
 
-    async def _prove(self, name: str, version: Version) -> tuple[Container, list[str]]:
-        """Start one container; return it once its handler has connected, and what it printed. Raises FaasdError.
+    async def _prove(self, name: str, entry: VersionRecord) -> tuple[Version, Container, list[str]]:
+        """Start one container; return it once it is ready, with what it runs and what it printed. Raises FaasdError.
 
-        It takes no place among the starts allowed at a time: a deploy should not wait for a flood to end.
+        What an image is shows without the capabilities that a server gets; and one that needs them to begin exits. It
+        takes no place among the starts allowed at a time: a deploy should not wait for a flood to end.
         """
+        version = self.images.version(name, entry)
         output: list[str] = []
         container = Container(self._host, name, lambda container_id, text: output.append(text))
+        begins_as_root = version.image["process"]["uid"] == 0
         try:
             await container.start(version.bundle, version.options.start_timeout)
         except StartFailed as failure:
+            if entry.contract == "auto" and begins_as_root and failure.status == 502:
+                with contextlib.suppress(FaasdError):
+                    return await self._prove(name, replace(entry, contract="server"))
             # By now the machine may be to blame, not the image.
             if isinstance(failure, RuntimeFailed) and (error := await try_container(self._host)):
                 raise unfit_machine(self._host.runtime, error) from None
             raise FaasdError(f"function {name} does not start: {failure}", failure.output, 422) from failure
-        return container, output
+        known = replace(entry, contract=container.contract, port=container.port)
+        if entry.contract == "auto" and container.contract == "server" and begins_as_root:
+            await container.kill()
+            return await self._prove(name, known)
+        return self.images.version(name, known), container, output
 
     async def _make_current(self, name: str, version: Version, container: Container,
                             undo: contextlib.AsyncExitStack) -> Function:
@@ -8157,7 +8183,7 @@ class Deploys:
         with self._until_stop():
             if pool.idle:
                 return await self._host.workers.run(self._host.inspect, next(reversed(pool.idle)))
-            container, _ = await self._prove(name, pool.version)
+            _, container, _ = await self._prove(name, self.get(name).record.versions[0])
             try:
                 return await self._host.workers.run(self._host.inspect, container)
             finally:
