@@ -258,7 +258,7 @@ class Restart(unittest.TestCase):
             daemon.start()
             self.assertEqual(daemon.info("f")["running"], 5)
             self.assertEqual(len(support.list_containers(daemon)), 5)
-            (daemon.rootfs("f") / "go").touch()
+            daemon.release("f", "go")
             for client in clients[:5]:
                 self.assertTrue(client.makefile().read().endswith("back"))
             self.assertEqual(get(address, "/label"), (200, "back"))

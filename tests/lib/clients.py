@@ -27,7 +27,8 @@ def connect(target: Target, data: bytes = b"", source: str = "") -> socket.socke
     else:
         place = (target, 80) if isinstance(target, str) else target
         client = socket.create_connection(place, READY_SECONDS, (source, 0) if source else None)
-    client.sendall(data)
+    if data:                            # else one who was closed at once would be an error already
+        client.sendall(data)
     return client
 
 
