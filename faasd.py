@@ -2067,7 +2067,11 @@ class Container:
         # Open for reading as well: should we die, what the handler prints still has a reader, itself. It waits when
         # the pipe is full, until the next daemon reads on, rather than die of SIGPIPE.
         writing = os.open(output, os.O_RDWR)
-        self._spawning = in_thread(self._host.loop, self._host.spawn, bundle, self._directory, self.id, writing)
+        try:
+            self._spawning = in_thread(self._host.loop, self._host.spawn, bundle, self._directory, self.id, writing)
+        except OSError:
+            os.close(writing)
+            raise
         self._spawning.add_done_callback(lambda _: os.close(writing))
         return self._spawning
 
@@ -2081,6 +2085,7 @@ class Container:
         except OSError:                 # out of descriptors: what cannot be watched must not run
             self._pid = 0
             end_process(self._spawning)
+            self._spawning = None
             raise
 
     def _listen(self) -> None:
@@ -2286,10 +2291,10 @@ class Container:
         of an adopted container.
         """
         self._close_sockets()
+        if not self._pid and self._spawning is not None:
+            await self._catch_spawned()
         if self._pid:
             await self._kill_processes()
-        elif self._spawning is not None and not self._spawning.done():      # a disk hangs: it finds no config.json
-            self._spawning.add_done_callback(end_process)
         if self._host.runtime.has_state(self.id) or self._host.cgroups.exists(self.cgroup):     # runc was killed
             await self._host.workers.run(self._host.remove_remains, self.id, self.cgroup)
         if self._output is not None:
@@ -2297,6 +2302,18 @@ class Container:
         self._remove_directory()
         self._host.count_ended(self._function)
         return self._exited.result() if self._exited.done() else -signal.SIGKILL
+
+    async def _catch_spawned(self) -> None:
+        """Watch the runtime of a start that was cancelled while it was being spawned, so that it can be killed."""
+        await asyncio.wait([self._spawning], timeout=EXIT_GRACE)
+        if not self._spawning.done():           # a disk hangs: it will find no config.json
+            self._spawning.add_done_callback(end_process)
+        elif not self._spawning.exception():
+            try:
+                self._watch_exit(os.pidfd_open(self._spawning.result()))
+                self._pid = self._spawning.result()
+            except OSError:                     # out of descriptors
+                end_process(self._spawning)
 
     def kill_soon(self) -> None:
         """Kill the container's processes in the background; to remove it is still to come."""
