@@ -385,6 +385,9 @@ class Options:
     shm_size: int = option(64 * MIB, parse_size, lambda size: size > 0, "be over 0")        # of /dev/shm
     hostname: str = option("", reader("hostname", r"[A-Za-z0-9]([A-Za-z0-9.-]{0,62}[A-Za-z0-9])?|",
                                       "use letters, digits, '-' and '.', at most 64"))      # "": the function's name
+    user: str = option("", str)                         # as an image's User; "": the image's
+    workdir: str = option("", reader("workdir", r"(/.*)?", "write an absolute path"))       # "": the image's
+    entrypoint: str = option("auto", str)               # instead of Entrypoint and Cmd; "": none; auto: the image's
     cap_add: str = option("", lambda text: read_capabilities(text))     # names, separated by commas
     cap_drop: str = option("", lambda text: read_capabilities(text))
     env: tuple[str, ...] = ()                           # KEY=value
@@ -419,7 +422,7 @@ class Options:
         for entry in self.env:
             if not re.fullmatch(r"[^=\0]+=[^\0]*", entry, re.DOTALL):
                 raise BadRequest(f"bad environment entry {entry!r}: write KEY=value")
-        if any(re.search(r"\0", word) for word in self.cmd):
+        if "\0" in "".join([self.entrypoint, *self.cmd]):
             raise BadRequest("the command has a NUL byte")
         return self
 
@@ -5766,13 +5769,12 @@ class Rootfs:
             real = self._resolved[path] = self._walk(path, self.place_directory)
         return real
 
-    def require_directory(self, path: bytes, what: str) -> bytes:
-        """Return the real path of a directory, made where nothing is. Raises ImageError for a file, as Docker does."""
-        def make(here: bytes) -> None:
+    def trace_directory(self, path: bytes, what: str) -> bytes:
+        """Return the real path that a directory has or would have. Raises ImageError for a file, as Docker does."""
+        def check(here: bytes) -> None:
             if self.kind(here):
                 raise ImageError(f"{what}: {show(here)} of the image is not a directory")
-            self.place_directory(here)
-        return self._walk(path, make)
+        return self._walk(path, check)
 
     def find_directory(self, path: bytes) -> bytes:
         """Return the real path of a directory. Raises Missing."""
@@ -6218,15 +6220,18 @@ def config_path(text: str, what: str) -> bytes:
     return path.rstrip(b"/")
 
 
-def prepare_working_directory(rootfs: Rootfs, text: str) -> str:
-    """Make an image's WorkingDir, as Docker does, and return it. Raises ImageError (G.2)."""
-    path = config_path(text or "/", "the image's WorkingDir")
-    real = rootfs.require_directory(path, "the image's WorkingDir")
+def check_working_directory(rootfs: Rootfs, text: str, what: str) -> bytes:
+    """Return the real path of a directory for a process to start in, which need not be there (G.2).
+
+    So the runtime follows no link of the image. Raises ImageError.
+    """
+    path = config_path(text or "/", what)
+    real = rootfs.trace_directory(path, what)
     for seen in (path, real, *rootfs.followed):             # as it is written, where links lead, and by which
         if reserved := reserved_target(os.fsdecode(seen)):
-            raise ImageError(f"the image's WorkingDir {text!r} lies in {reserved}, where a container has other things "
-                             "than the image (CVE-2024-21626)")
-    return path.decode() or "/"
+            raise ImageError(f"{what} {text!r} lies in {reserved}, where a container has other things than the image "
+                             "(CVE-2024-21626)")
+    return real
 
 
 RESERVED_TARGETS = ("/dev", "/proc", "/sys", CONTROL_SOCKET)       # mounted in every container
@@ -6239,8 +6244,10 @@ def reserved_target(path: str) -> str | None:
 
 def prepare_volumes(rootfs: Rootfs, paths: Collection[str]) -> None:
     """Make the directories of an image's volumes, which a container may write as it may all of its root (G.4)."""
-    for path in paths:
-        rootfs.require_directory(config_path("/" + path, "the image's volume"), "the image's volume")
+    for text in paths:
+        path = config_path("/" + text, "the image's volume")
+        rootfs.trace_directory(path, "the image's volume")
+        rootfs.make_directory(path)
 
 
 def prepare_resolv_conf(rootfs: Rootfs) -> str:
@@ -6270,15 +6277,38 @@ def prepare_mount_targets(rootfs: Rootfs) -> None:
         rootfs.write_file(b"/etc/hosts", HOSTS)
 
 
+def find_account(rootfs: Rootfs, user: str) -> Account:
+    return resolve_user(user, *(rootfs.read_file(path, MAX_ACCOUNTS_SIZE) for path in (b"/etc/passwd", b"/etc/group")))
+
+
+def choose_process(process: dict, options: Options, rootfs: Rootfs) -> dict:
+    """Return an image's process with what a user chose in the place of its own, as docker run does.
+
+    Nothing is made in the rootfs, on which containers may be running: the runtime makes a working directory that is
+    missing. Raises ImageError, OSError.
+    """
+    chosen: dict = {}
+    if options.entrypoint != "auto":
+        chosen.update(entrypoint=list(filter(None, [options.entrypoint])), cmd=[])
+    if options.workdir:
+        chosen["cwd"] = check_working_directory(rootfs, options.workdir, "the workdir").decode() or "/"
+    if options.user:
+        account = find_account(rootfs, options.user)
+        chosen.update(uid=account.uid, gid=account.gid, groups=account.groups)
+        if not process.get("has_home", True):           # True: as an older faasd unpacked it
+            chosen["env"] = merge_env(process["env"], [f"HOME={account.home}"])
+    return {**process, **chosen}
+
+
 def resolve_process(config: dict, rootfs: Rootfs) -> dict:
     """Return what an image config says about its process, with users and volumes looked up in the rootfs (rules G)."""
     what = "the image config"
     settings = json_field(config, "config", dict, what)
-    account = resolve_user(json_field(settings, "User", str, what),
-                           rootfs.read_file(b"/etc/passwd", MAX_ACCOUNTS_SIZE),
-                           rootfs.read_file(b"/etc/group", MAX_ACCOUNTS_SIZE))
-    cwd = prepare_working_directory(rootfs, json_field(settings, "WorkingDir", str, what))
+    account = find_account(rootfs, json_field(settings, "User", str, what))
+    cwd = check_working_directory(rootfs, json_field(settings, "WorkingDir", str, what), "the image's WorkingDir")
+    rootfs.make_directory(cwd)
     env = [entry for entry in json_strings(settings, "Env", what) if "=" in entry]     # runc refuses one without
+    has_home = any(entry.startswith("HOME=") for entry in env)          # which stays, whoever its user is
     for key, value in ("PATH", DEFAULT_PATH), ("HOME", account.home):
         if not any(entry.startswith(key + "=") for entry in env):       # G.2
             env.append(f"{key}={value}")
@@ -6288,8 +6318,8 @@ def resolve_process(config: dict, rootfs: Rootfs) -> dict:
         raise ImageError(f"{what} has a label that is no text")
     return {
         "entrypoint": json_strings(settings, "Entrypoint", what), "cmd": json_strings(settings, "Cmd", what),
-        "env": env, "cwd": cwd, "uid": account.uid, "gid": account.gid, "groups": account.groups,
-        "resolv_conf": prepare_resolv_conf(rootfs),
+        "env": env, "has_home": has_home, "cwd": cwd.decode() or "/", "uid": account.uid, "gid": account.gid,
+        "groups": account.groups, "resolv_conf": prepare_resolv_conf(rootfs),
         "labels": labels, "stop_signal": json_field(settings, "StopSignal", str, what),
         "exposed_ports": sorted(json_field(settings, "ExposedPorts", dict, what)),
     }
@@ -7112,9 +7142,13 @@ class ImageStore:
 
     def version(self, name: str, entry: VersionRecord) -> Version:
         """Return what runs for a record. Raises FaasdError if its image is damaged."""
-        image = self.load(name, entry.version)
+        image, directory = self.load(name, entry.version), self._images / name / entry.version
         try:
-            return Version(name, self._images / name / entry.version, image, entry.options, self._host)
+            rootfs = Rootfs(directory / "rootfs", image["first_id"], Budget(0, 0))
+            image["process"] = choose_process(image["process"], entry.options, rootfs)
+            return Version(name, directory, image, entry.options, self._host)
+        except OSError as error:
+            raise FaasdError(f"its image {entry.version} cannot be read: {error.strerror}") from error
         except (KeyError, TypeError, AttributeError) as error:
             raise FaasdError(f"its image {entry.version} is damaged ({error!r}): deploy it again") from None
 

@@ -150,8 +150,8 @@ class Processes(Sandbox):
         for config in ({}, {"config": None}, {"config": {}}):
             process = self.unpack(archives.podman(Image(changes={"config": None, **config})))["process"]
             self.assertEqual(process, {
-                "entrypoint": [], "cmd": [], "env": [f"PATH={faasd.DEFAULT_PATH}", "HOME=/"], "cwd": "/", "uid": 0,
-                "gid": 0, "groups": [], "labels": {}, "stop_signal": "", "exposed_ports": [],
+                "entrypoint": [], "cmd": [], "env": [f"PATH={faasd.DEFAULT_PATH}", "HOME=/"], "has_home": False,
+                "cwd": "/", "uid": 0, "gid": 0, "groups": [], "labels": {}, "stop_signal": "", "exposed_ports": [],
                 "resolv_conf": "/etc/resolv.conf"})
 
     def test_G1_everything_null(self):

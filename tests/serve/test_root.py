@@ -2,10 +2,13 @@
 
 import json
 import os
+import re
+import signal
 import subprocess
 import unittest
 from pathlib import Path
 
+import archives
 import support
 from clients import get
 
@@ -136,6 +139,107 @@ class Root(unittest.TestCase):
         except OSError:
             return False
         return str(self.daemon.run_dir / "runc").encode() in argv and b"\0run\0" in argv
+
+
+ACCOUNTS = {"etc/passwd": b"root:x:0:0::/root:\napp:x:1000:1001::/home/app:\n",
+            "etc/group": b"app:x:1001:\nextra:x:44:app\nother:x:45:\n", "a-file": b""}
+
+
+class Chosen(unittest.TestCase):
+    """What a user chooses in the place of what the image says: --user, --workdir and --entrypoint of docker run."""
+
+    @classmethod
+    def setUpClass(cls):
+        cls.daemon = support.Daemon().start()
+        cls.addClassCleanup(cls.daemon.close)
+
+    def deploy(self, *options: str, **config) -> dict:
+        """Deploy an image with these accounts; return what a container of it sees of itself."""
+        self.addCleanup(self.daemon.faas, "rm", "f", check=False)
+        image = support.docker_archive(
+            [support.python_layer(), support.layer({"handler.py": support.HANDLER.read_bytes(), **ACCOUNTS}),
+             archives.layer(archives.symlink("links/fd", "/proc/self/fd"), archives.symlink("links/data", "../data/x"))],
+            {"Entrypoint": [support.PYTHON, "/handler.py"], **config})
+        self.daemon.faas("new", "f", "--warm", "0", *options, stdin=image)
+        return self.facts()
+
+    def change(self, *options: str) -> dict:
+        self.daemon.faas("set", "f", *options)
+        return self.facts()
+
+    def facts(self) -> dict:
+        return json.loads(get(self.daemon.faas("ip", "f").stdout.strip(), "/facts")[1])
+
+    def shown(self) -> dict[str, str]:
+        """What `faas info` says."""
+        return dict(re.split(": +", line, maxsplit=1) for line in self.daemon.faas("info", "f").stdout.splitlines())
+
+    def refuse(self, *options: str, status: int = 1) -> str:
+        result = self.daemon.faas("set", "f", *options, check=False)
+        self.assertEqual((result.returncode, result.stdout), (status, ""))
+        line, = result.stderr.splitlines()
+        return line
+
+    def test_user(self):
+        facts = self.deploy("--user", "app")
+        self.assertEqual((facts["ids"], facts["env"]["HOME"]), ([1000, 1001, [44]], "/home/app"))
+        self.assertEqual(self.shown()["user"], "1000:1001 (app)")
+        for user, ids, home in (("app:other", [1000, 45, []], "/home/app"), ("1000", [1000, 1001, [44]], "/home/app"),
+                                ("7:8", [7, 8, []], "/"), ("7", [7, 0, []], "/"), ("root", [0, 0, []], "/root"),
+                                ("", [0, 0, []], "/root")):
+            with self.subTest(user):
+                facts = self.change("--user", user)
+                self.assertEqual(([*facts["ids"][:2], sorted(set(facts["ids"][2]) - {facts["ids"][1]})],
+                                  facts["env"]["HOME"]), (ids, home))
+        for user, complaint in (("nobody", "user 'nobody' is not in its /etc/passwd"), ("70000", "too large"),
+                                ("app:x", "group 'x' is not in its /etc/group")):
+            self.assertIn(complaint, self.refuse("--user", user))
+        self.assertEqual(self.shown()["user"], "0:0 (the image's)")
+
+    def test_home_that_the_image_sets_stays(self):
+        facts = self.deploy("--user", "app", Env=["HOME=/its/own"])
+        self.assertEqual((facts["ids"][0], facts["env"]["HOME"]), (1000, "/its/own"))
+
+    def test_workdir(self):
+        facts = self.deploy("--workdir", "/new/dir", "--user", "app")
+        self.assertEqual(facts["cwd"], "/new/dir")
+        self.assertEqual(self.shown()["workdir"], "/new/dir (/new/dir)")
+        self.assertFalse((self.daemon.rootfs("f") / "new").exists())        # which all its containers share
+        for text, where in (("/etc", "/etc"), ("/read/only", "/read/only"), ("//etc/../tmp/", "/tmp"),
+                            ("/links/data", "/data/x"), ("", "/")):
+            with self.subTest(text):
+                self.assertEqual(self.change("--workdir", text, "--read-only")["cwd"], where)
+        for text, complaint in (("/a-file", "a-file of the image is not a directory"), ("/a-file/x", "not a directory"),
+                                ("/proc/self/fd/7", "lies in /proc"), ("/links/fd/7", "CVE-2024-21626"),
+                                ("/" + "n" * 300, "too long"), ("/dev/shm", "lies in /dev")):
+            self.assertIn(complaint, self.refuse("--workdir", text))
+        self.assertIn("absolute path", self.refuse("--workdir", "relative", status=2))
+
+    def test_entrypoint(self):
+        facts = self.deploy("--entrypoint", support.PYTHON, "--", "/handler.py", "a", Cmd=["image's"])
+        self.assertEqual(facts["argv"], ["/handler.py", "a"])
+        self.assertEqual((self.shown()["entrypoint"], self.shown()["command"]),
+                         (support.PYTHON, f"{support.PYTHON} /handler.py a"))
+        self.assertEqual(self.change("--entrypoint", "", "--", support.PYTHON, "/handler.py")["argv"], ["/handler.py"])
+        self.assertEqual(self.change("--entrypoint", "auto", "--", "b")["argv"], ["/handler.py", "b"])
+        image = support.handler_image(Cmd=["image's"])
+        for options, complaint in ((["--entrypoint", ""], "names no command to run"),
+                                   (["--entrypoint", "/bin/none"], "could not make the container|/bin/none")):
+            result = self.daemon.faas("new", "other", *options, stdin=image, check=False)
+            self.assertEqual(result.returncode, 1)
+            self.assertRegex(result.stderr, complaint)
+
+    def test_they_are_kept_with_their_version(self):
+        self.deploy("--user", "app", "--workdir", "/one", "--entrypoint", support.PYTHON, "--", "/handler.py")
+        options = {"user": "app", "workdir": "/one", "entrypoint": support.PYTHON}
+        self.daemon.faas("new", "f", "--warm", "0", "--workdir", "/two", stdin=support.handler_image(label="2"))
+        self.daemon.faas("rollback", "f")
+        self.daemon.stop(signal.SIGHUP)
+        self.daemon.start()
+        facts = self.facts()
+        self.assertEqual((facts["ids"][0], facts["cwd"], facts["argv"]), (1000, "/one", ["/handler.py"]))
+        described = self.daemon.info("f")
+        self.assertEqual({name: described["options"][name] for name in options}, options)
 
 
 FILL = """
