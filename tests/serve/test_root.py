@@ -158,7 +158,8 @@ class Chosen(unittest.TestCase):
         self.addCleanup(self.daemon.faas, "rm", "f", check=False)
         image = support.docker_archive(
             [support.python_layer(), support.layer({"handler.py": support.HANDLER.read_bytes(), **ACCOUNTS}),
-             archives.layer(archives.symlink("links/fd", "/proc/self/fd"), archives.symlink("links/data", "../data/x"))],
+             archives.layer(archives.symlink("links/fd", "/proc/self/fd"),
+                            archives.symlink("links/data", "../data/x"))],
             {"Entrypoint": [support.PYTHON, "/handler.py"], **config})
         self.daemon.faas("new", "f", "--warm", "0", *options, stdin=image)
         return self.facts()
