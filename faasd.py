@@ -59,6 +59,7 @@ Top to bottom, in the order in which a request meets it:
     An invocation               Entrance, Function, Invocation, Refusal, TcpState
     The warm pool               Pool, Demand, Starter
     A container                 Container, OutputReader, Workers
+    A server                    Supervisor, which answers accept(2), ClosedConnections
     What a container is made of its root, Bundle, seccomp, Runtime, Cgroups
     Its place on this machine   IdRanges, Addresses, ListenerStore, AddressGuard
     Networks                    EgressNetworks, for --net egress
@@ -378,7 +379,12 @@ class Options:
     queue_timeout: float = option(10.0, parse_duration, lambda seconds: seconds > 0, "be over 0")   # until the 503
     warm: int | None = option(None, reader("number", r"[0-9]{1,12}|auto", "write auto, or a whole number from 0 on",
                                            lambda match: None if match[0] == "auto" else int(match[0])))
-    reuse: int = option(1, parse_count)                 # invocations that one container may serve
+    reuse: int = option(1, parse_amount)                # invocations that one container may serve; 0: no limit
+    share: int = option(1, parse_count)                 # … at a time, of a server
+    contract: str = option("auto", reader("contract", "auto|handler|server", "write auto, handler or server"))
+    port: int | None = option(None, reader("port", r"auto|[0-9]{1,5}", "write auto, or a number from 1 to 65535",
+                                           lambda match: None if match[0] == "auto" else int(match[0])),
+                              lambda port: port is None or 0 < port < 1 << 16, "be from 1 to 65535")     # a server's
     net: str = option("none", reader("net", "none|egress|host", "write none, egress or host"))
     read_only: bool = option(False, reader("switch", "true|false", "write true or false",
                                            lambda match: match[0] == "true"))       # the root
@@ -409,6 +415,11 @@ class Options:
                 raise BadRequest(f"unknown option {key!r}")
         return replace(self, env=tuple(env), **values).check()
 
+    @property
+    def reuses(self) -> bool:
+        """Whether a container may serve more than one invocation."""
+        return self.reuse != 1
+
     def check(self) -> Options:
         """Return self. Raises BadRequest for values that do not fit, TypeError for those of another type."""
         kinds = {"int": int, "float": (int, float), "int | None": (int, type(None)), "str": str, "bool": bool,
@@ -432,11 +443,11 @@ class Options:
         if unknown := document.keys() - {entry.name for entry in fields(cls)}:
             raise FaasdError(f"the registry has options that this faasd does not know ({', '.join(sorted(unknown))}): "
                              "use the faasd that wrote it")
-        return cls(**{**document, "env": tuple(document["env"]), "cmd": tuple(document["cmd"]),
-                      "warm": None if document["warm"] == "auto" else document["warm"]})
+        return cls(**{key: None if value == "auto" and key in ("warm", "port") else tuple(value)
+                      if isinstance(value, list) else value for key, value in document.items()})
 
     def to_json(self) -> dict:
-        return {**asdict(self), "warm": "auto" if self.warm is None else self.warm}
+        return {key: "auto" if value is None else value for key, value in asdict(self).items()}
 
 
 # What docker gives a container by itself (moby, oci/caps/defaults.go): of these a user may choose.
@@ -464,6 +475,8 @@ class VersionRecord:
     version: str                # first 12 hex digits of the image's digest: the directory of the image
     deployed: str               # RFC 3339
     options: Options            # those it ran under last
+    contract: str = "handler"   # how it takes its clients: handler or server, as it was seen to when it was proved
+    port: int = 0               # a server's
 
 
 @dataclass
@@ -479,7 +492,7 @@ class FunctionRecord:
     @classmethod
     def from_json(cls, document: dict) -> FunctionRecord:
         """Return what to_json wrote. Raises KeyError, TypeError, FaasdError."""
-        versions = [VersionRecord(entry["version"], entry["deployed"], Options.from_json(entry["options"]))
+        versions = [VersionRecord(**{**entry, "options": Options.from_json(entry["options"])})
                     for entry in document["versions"]]
         return cls(**{**{entry.name: document[entry.name] for entry in fields(cls)}, "versions": versions})
 
@@ -501,6 +514,8 @@ class FunctionRecord:
             if not re.fullmatch(r"[0-9a-f]{12}", entry.version):
                 raise ValueError(f"function {self.name} has a version {entry.version!r}")
             entry.options.check()
+            if entry.contract not in ("handler", "server") or not isinstance(entry.port, int):
+                raise ValueError(f"function {self.name} has the contract {entry.contract!r}")
         for moment in (self.created, self.updated, *(entry.deployed for entry in self.versions)):
             if not isinstance(moment, str):
                 raise TypeError(f"function {self.name} has the time {moment!r}")
@@ -586,12 +601,15 @@ def sync_file_system(path: Path) -> None:
 class Version:
     """An image with the options it runs under: what a deploy makes, and the next one replaces."""
 
-    def __init__(self, name: str, directory: Path, image: dict, options: Options, host: ContainerHost):
+    def __init__(self, name: str, directory: Path, image: dict, options: Options, host: ContainerHost,
+                 contract: str, port: int):
         self.directory = directory
         self.image = image
         self.options = options
+        self.contract, self.port = contract, port       # auto and 0: not known yet
         self.command = command_line(image["process"], options)
-        self.bundle = Bundle(name, image, options, directory / "rootfs", host.run_dir, host.cgroups, host.apparmor)
+        self.bundle = Bundle(name, image, options, directory / "rootfs", host.run_dir, host.cgroups, host.apparmor, (),
+                             contract, port)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -776,16 +794,17 @@ class Function:
     @property
     def patient_until(self) -> float:
         """The loop time until which clients wait for a container to come back; -inf if none does."""
-        if not self.waiting or self.record.options.reuse == 1:
+        if not self.waiting or not self.record.options.reuses:
             return -math.inf
         return next(iter(self.waiting)).accepted + self.demand.patience
 
     @property
     def wanted(self) -> int:
         """How many containers should be started, or be starting, for clients that wait."""
+        share = self.record.options.share
         if self.loop.time() < self.patient_until:
             return max(0, self.entitled - len(self.in_flight))
-        return self.entitled
+        return -(-self.entitled // share)
 
     # -- clients --
 
@@ -842,9 +861,10 @@ class Function:
         while self.waiting and len(self.in_flight) < limit and (container := self.pool.take()):
             invocation = next(iter(self.waiting))
             invocation.tries += 1
-            if container.hand_over(invocation.client):
+            if handover := container.hand_over(invocation.client, invocation.peer):
                 self.in_flight.add(invocation)
-                invocation.container, invocation.pool = container, self.pool
+                self.pool.share(container)
+                invocation.container, invocation.pool, invocation.handover = container, self.pool, handover
                 invocation.handed = self.loop.time()
                 self._leave_queue(invocation)
                 invocation.turn.set_result(None)
@@ -893,7 +913,8 @@ class Function:
                 container = Container.adopt(self.services.host, survivor, self.log.write_output)
                 survivors.pop()
                 pool.containers.add(container)
-                invocation = Invocation(self, survivor.client, survivor.peer, b"", now, container, pool, handed=now)
+                invocation = Invocation(self, survivor.client, survivor.peer, b"", now, container, pool, handed=now,
+                                        handover=container.take_up(survivor))
                 self.in_flight.add(invocation)
                 self.begin(invocation)
         finally:
@@ -950,7 +971,7 @@ class Function:
             self._refuse(invocation, Refusal(*CUTS[Release.STOPPED]))
         for invocation in list(self.in_flight):
             if not invocation.handled:
-                invocation.container.end_wait(why)
+                invocation.container.end_wait(invocation.handover, why)
 
     async def _close(self) -> None:
         await self._invocations.finish()
@@ -1005,6 +1026,7 @@ class Function:
             return {**document, "error": self.error, "digest": "", "image": record.version, "command": [],
                     "user": "", "workdir": "", "size": 0}
         version, image = self.pool.version, self.pool.version.image
+        document.update(contract=version.contract, server_port=version.port)
         process = image["process"]
         return {**document, "digest": image["digest"], "image": image["tag"] or record.version, "size": image["size"],
                 "command": version.command, "user": f"{process['uid']}:{process['gid']}", "workdir": process["cwd"]}
@@ -1028,6 +1050,7 @@ class Invocation:
     container: Container | None = None
     pool: Pool | None = None            # the container's
     turn: asyncio.Future[None] | None = None        # done when a handler has the client; a Refusal if none will
+    handover: Handover | None = None    # the container's, of the client
     tries: int = 0                      # hand-overs; none by this daemon for an adopted one
     handed: float = 0.0                 # the client was handed over
     handled: float = 0.0                # the handler let go
@@ -1061,8 +1084,8 @@ class Invocation:
     async def _work(self) -> Release:
         """Return how the handler has let go, or why it may not go on."""
         moment = self.handed + (self.pool.options.timeout or math.inf)
-        timer = self.function.loop.call_at(moment, self.container.end_wait, Release.OVERDUE)
-        said = await self.container.said
+        timer = self.function.loop.call_at(moment, self.container.end_wait, self.handover, Release.OVERDUE)
+        said = await self.handover.said
         timer.cancel()
         return said
 
@@ -1070,9 +1093,10 @@ class Invocation:
         """Take the client from a container that died before it took it. Others in it may have seen the socket."""
         log.info("function=%s container=%s died before it took its client", self.function.record.name,
                  self.container.id)
+        self.container.end_handover(self.handover)
         await self.pool.kill(self.container)
         self.function.in_flight.discard(self)
-        self.container, self.handed = None, 0.0
+        self.container, self.handover, self.handed = None, None, 0.0
 
     # -- the end --
 
@@ -1111,10 +1135,20 @@ class Invocation:
         """See to the end of an invocation whose handler has let go. Raises Refusal if the answer must be ours."""
         container, pool, function = self.container, self.pool, self.function
         self.handled = function.loop.time()
+        container.end_handover(self.handover)
         if said in CUTS:
-            self.exit_status = await pool.kill(container)
+            if self.handover.taken:
+                await self._take_from_server()
+            pool.shared.pop(container, None)
+            if not container.handovers:         # else it serves others still
+                self.exit_status = await pool.kill(container)
             raise Refusal(*CUTS[said])
-        state = await self._answered(gone=said is not Release.READY)
+        state = self.handover.state or await self._answered(gone=said is not Release.READY)
+        if self.handover.taken and not state.sent and await container.exits():  # the kernel has told the client
+            self.exit_status = await pool.end(container)
+            outcome, _, reason = OUT_OF_MEMORY if container.out_of_memory else (
+                "no-answer", 0, f"the handler {container.describe_end(self.exit_status)} without an answer")
+            raise Refusal(outcome, 0, reason)
         self.outcome = "answered" if state.sent else "closed"
         self.received, self.sent = state.received, state.sent
         function.demand.run.add(self.handled - self.handed)
@@ -1122,9 +1156,10 @@ class Invocation:
             self._let_go()
             function.in_flight.discard(self)
         ending = None
-        if (said is Release.READY and state.sent and container.served < pool.options.reuse
-                and pool is function.pool):
+        if said is Release.READY and state.sent and pool.may_reuse(container):
             pool.put(container)
+        elif container.handovers:               # it serves others
+            function.dispatch()
         else:
             ending = function.loop.create_task(pool.end(container))
             function.dispatch()
@@ -1134,6 +1169,13 @@ class Invocation:
             self.exit_status = await ending
         if container.out_of_memory:
             self.reason = "the container ran out of memory after its answer"
+
+    async def _take_from_server(self) -> None:
+        """Take a client's socket back from a server that is about to be killed, so that we can answer."""
+        host = self.function.services.host
+        client = await self._call(host.cgroups.duplicate_socket, self.container.cgroup, self.handover.inode)
+        if client is not None:                  # else the server has just closed it
+            self.client = client
 
     async def _answered(self, gone: bool) -> TcpState:
         """Return the state of the client's connection. Raises Refusal if its answer is missing, or may have been cut.
@@ -1166,7 +1208,7 @@ class Invocation:
         Half an answer that we have cut ends in a reset, lest it look whole.
         """
         self.outcome, self.reason = refusal.outcome, refusal.reason
-        if not refusal.status:
+        if not refusal.status or self.client.fileno() < 0:
             return
         state = await self._ask()
         if state.can_answer:
@@ -1325,18 +1367,23 @@ class TcpState:
         buffer, size = ctypes.create_string_buffer(256), ctypes.c_uint(256)
         # Not client.getsockopt, which keeps all threads waiting with its own.
         succeeded(libc.getsockopt(client.fileno(), socket.IPPROTO_TCP, socket.TCP_INFO, buffer, ctypes.byref(size)))
-        state = buffer.raw[0]
-        acknowledged, received = struct.unpack_from("QQ", buffer, TCP_INFO_ACKED)
-        sent, sent_again = struct.unpack_from("QQ", buffer, TCP_INFO_SENT)
-        sent -= sent_again
+        known, acknowledged = cls.from_info(buffer.raw)
+        state, received, sent = known.state, known.received, known.sent
         if state not in TCP_CONNECTED:                  # what it says of unsent data means nothing then
-            return cls(state, received, sent)
+            return known
         waiting, = struct.unpack_from("I", buffer, TCP_INFO_NOTSENT)
         if waiting and state in TCP_FIN_STATES:
             waiting -= 1                                # the FIN takes a sequence number, and goes last
         unacknowledged = max(0, sent + waiting - acknowledged)
         unread = unacknowledged and struct.unpack("i", fcntl.ioctl(client.fileno(), termios.FIONREAD, bytes(4)))[0]
         return cls(state, received, sent + waiting, unacknowledged, unread)
+
+    @classmethod
+    def from_info(cls, info: bytes) -> tuple[TcpState, int]:
+        """Return what a struct tcp_info says, and how many bytes the peer has acknowledged."""
+        acknowledged, received = struct.unpack_from("QQ", info, TCP_INFO_ACKED)
+        sent, sent_again = struct.unpack_from("QQ", info, TCP_INFO_SENT)
+        return cls(info[0], received, sent - sent_again), acknowledged
 
     @property
     def is_open(self) -> bool:
@@ -1490,6 +1537,7 @@ class Pool:
         self.version = version
         self.options = version.options
         self.idle: dict[Container, float] = {}          # since when (loop time) each waits, the longest first
+        self.shared: dict[Container, None] = {}         # that serve clients, and could serve others at the same time
         self.containers: set[Container] = set()         # all of which something is left
         self.empty = asyncio.Event()            # closed, and no container is left
         self._function = function
@@ -1523,7 +1571,7 @@ class Pool:
         """Return how many should be there for clients that have not come yet, and until when if nobody comes."""
         if self._function.draining:
             return 0, math.inf
-        wanted, until, reused = self.options.warm, math.inf, self.options.reuse > 1
+        wanted, until, reused = self.options.warm, math.inf, self.options.reuses
         if wanted is None:
             wanted, until = self._function.demand.target(now, reused)
         returning = len(self._function.in_flight) if reused else 0      # to serve others afterwards
@@ -1571,7 +1619,7 @@ class Pool:
 
     def _end_surplus(self, now: float, target: int) -> None:
         """End containers that nobody asks for any more, after a while in which somebody might."""
-        lasting = (self.options.warm is None or self.options.reuse > 1) and not self._function.draining
+        lasting = (self.options.warm is None or self.options.reuses) and not self._function.draining
         keep = SURPLUS_SECONDS if lasting else 0.0
         before = len(self.idle)
         while len(self.idle) > target:
@@ -1632,6 +1680,10 @@ class Pool:
     def put(self, container: Container) -> None:
         """Take a container that could serve somebody."""
         self.containers.add(container)
+        if container.handovers and not self._closed:
+            self.shared[container] = None
+            self._function.dispatch()
+            return
         if self._closed or not container.is_connected:
             self.dismiss(container)
             if container.served:
@@ -1646,11 +1698,24 @@ class Pool:
             self._services.limit.trim()
 
     def take(self) -> Container | None:
-        """Return the container that has waited shortest, whose memory is the warmest; None if there is none."""
-        if not self.idle:
+        """Return a container that serves others and has room, or the one that has waited shortest; None if none can.
+
+        Its memory is the warmest.
+        """
+        if not self.shared and not self.idle:
             return None
         self._failures = 0
-        return self.idle.popitem()[0]
+        return (self.shared or self.idle).popitem()[0]
+
+    def may_reuse(self, container: Container) -> bool:
+        """Whether a container may serve another client."""
+        return (self is self._function.pool and container.is_connected
+                and (self.options.reuse == 0 or container.served < self.options.reuse))
+
+    def share(self, container: Container) -> None:
+        """Keep a container that has just been given a client for others, as far as it may serve some at a time."""
+        if len(container.handovers) in range(1, self.options.share) and self.may_reuse(container):
+            self.shared[container] = None
 
     def _lost(self, container: Container, said: asyncio.Future[Release]) -> None:
         """A container that waited for a client is gone, or talks out of turn."""
@@ -1694,6 +1759,7 @@ class Pool:
 
     def _remove(self, container: Container) -> None:
         self.containers.discard(container)
+        self.shared.pop(container, None)
         if self._closed and not self.containers:
             self.empty.set()
 
@@ -1708,6 +1774,7 @@ class Pool:
         self._starts.cancel()
         while self.idle:
             self.give_up_one()
+        self.shared.clear()
         if not self.containers:
             self.empty.set()
         self._services.limit.freed()
@@ -1938,6 +2005,9 @@ REFUSED_PROCESS = re.compile("thread|fork|clone|process|resource", re.IGNORECASE
 REFUSED_THREAD = re.compile("start new thread|temporarily unavailable|cannot fork", re.IGNORECASE)      # by itself
 MAX_LOOKS = 100                     # at a container's pids.events: it prints what it likes
 CONTROL_SOCKET = "/control.sock"
+NOTIFY_SOCKET = "notify.sock"       # beside config.json: where the runtime sends what a server's calls are answered by
+PORT_GRACE = 0.5                    # seconds for a server to listen on a better port than the first
+MAX_REPORTED_LISTENERS = 8          # that are named when a server does not start
 SO_PASSRIGHTS = 83                  # Linux 6.16: whether a Unix socket takes descriptors
 KILL_RETRY = 0.02                   # seconds between two rounds of killing one container, and …
 MEMORY_LOOKS = 10                   # … between so many looks whether the kernel has, after it said that memory ran out
@@ -1982,7 +2052,12 @@ class Container:
         # Of its function's processes, for want of memory.
         self._killed_before = host.cgroups.memory_kills(posixpath.dirname(self.cgroup))
         self._killing: asyncio.Task | None = None       # held, for the loop does not
-        self._connected: asyncio.Future[None] = host.loop.create_future()
+        self.contract = ""                              # handler or server, once it is known
+        self.port = 0                                   # a server's
+        self.handovers: set[Handover] = set()           # a server's clients
+        self._kinds: list[str] = []                     # what it has listened on, in words
+        self._supervisor: Supervisor | None = None      # of what may be a server, until it ends
+        self._connected: asyncio.Future[None] = host.loop.create_future()       # ready for clients
         self._exited: asyncio.Future[int | None] = host.loop.create_future()
 
     @classmethod
@@ -1998,6 +2073,17 @@ class Container:
         container._watch_memory()
         container._output = OutputReader(host.workers, survivor.output, container._on_output)       # last: it reads
         return container
+
+    def take_up(self, survivor: Survivor) -> Handover:
+        """Return the handover of an adopted container. A server's client must have no descriptor here."""
+        handover = Handover(survivor.client, survivor.peer, self.said)
+        if survivor.contract == "server":
+            self.contract, handover.taken = "server", True
+            handover.inode = os.fstat(survivor.client.fileno()).st_ino
+            handover.said = self._host.loop.create_future()
+            self._host.closed.watch(survivor.client, functools.partial(self._on_closed, handover))
+            self._host.workers.run(os.close, survivor.client.detach())
+        return handover
 
     # -- start --
 
@@ -2038,9 +2124,17 @@ class Container:
                 tail.append(escape_controls(error))
             raise RuntimeFailed(f"{self._host.runtime.name} could not make the container", tail, 502)
         if timed_out and not out_of_memory:
-            raise StartFailed(f"the handler did not connect to {CONTROL_SOCKET} within {timeout:g} s", tail, 504)
+            raise StartFailed(f"the handler did not {bundle.expected} within {timeout:g} s{self._listened(bundle)}",
+                              tail, 504)
         end = "ran out of memory" if out_of_memory else self.describe_end(status)
-        raise StartFailed(f"the handler {end} before it connected to {CONTROL_SOCKET}", tail, 502)
+        did = bundle.expected.replace("listen", "listened").replace("connect", "connected", 1)
+        raise StartFailed(f"the handler {end} before it {did}{self._listened(bundle)}", tail, 502)
+
+    def _listened(self, bundle: Bundle) -> str:
+        """Return what a program that might have listened has listened on, in words."""
+        if bundle.contract == "handler":
+            return ""
+        return f"; it listened on {', '.join(list(dict.fromkeys(self._kinds))[:MAX_REPORTED_LISTENERS]) or 'nothing'}"
 
     def _runtime_error(self) -> str:
         """Return what the runtime says kept it from making the container, "" if the handler has been run.
@@ -2062,7 +2156,10 @@ class Container:
         os.chown(self._directory, 0, bundle.first_id)   # runc mounts control.sock as the container's root
         with open(f"{self._directory}/config.json", "xb") as file:
             file.write(bundle.render(self.id, user_namespace))
-        self._listen()
+        if bundle.contract != "server":
+            self._listen()
+        if bundle.contract != "handler":
+            self._supervise(bundle)
         output = f"{self._directory}/output"            # a name by which the next daemon finds it
         os.mkfifo(output)
         os.chmod(output, 0o666)         # the image's user may open /dev/stdout; others do not reach the directory
@@ -2083,7 +2180,8 @@ class Container:
         self._pid = self._spawning.result()
         try:
             # All that the next daemon will believe of this container. A link is one call, and never half written.
-            os.symlink(f"{self._pid} {start_time(self._pid)} {bundle.name} {bundle.version}", f"{self._directory}/note")
+            os.symlink(f"{self._pid} {start_time(self._pid)} {bundle.name} {bundle.version} {bundle.contract}",
+                       f"{self._directory}/note")
             self._watch_exit(os.pidfd_open(self._pid))
         except OSError:                 # out of descriptors: what cannot be watched must not run
             self._pid = 0
@@ -2103,6 +2201,33 @@ class Container:
         self._listener.setblocking(False)
         self._host.loop.add_reader(self._listener, self._on_connect)
 
+    def _supervise(self, bundle: Bundle) -> None:
+        """Wait for the program to listen; on a port that is not the one we would like best, only after a while."""
+        ports: list[int] = []
+        call, later = self._host.loop.call_soon_threadsafe, self._host.loop.call_later
+
+        def settle() -> None:
+            if not self.contract and self._supervisor:
+                self.contract, self.port = "server", bundle.choose_port(ports)
+                self._supervisor.settle(self.port)
+                self._close_sockets()
+                self._become_ready()
+
+        def on_listen(port: int) -> None:
+            if not self.contract and bundle.may_serve(port):
+                ports.append(port)
+                later(0.0 if port == bundle.ports[0] else PORT_GRACE, settle)
+
+        self._supervisor = Supervisor(f"{self._directory}/{NOTIFY_SOCKET}", functools.partial(call, on_listen),
+                                      self._kinds)
+
+    def _become_ready(self) -> None:
+        self._watch_memory()
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(f"{self._directory}/config.json")         # the room is for those that start
+        if not self._connected.done():
+            self._connected.set_result(None)
+
     def _on_connect(self) -> None:
         try:
             control, _ = self._listener.accept()
@@ -2114,34 +2239,62 @@ class Container:
             return
         self._listener.shutdown(socket.SHUT_RD)         # a second connection is refused
         self._close_sockets()
+        self.contract = "handler"
+        if self._supervisor:
+            self._supervisor.settle(-1)
         self._control = control
         control.setblocking(False)
         # A handler may send out-of-band data, which keeps the connection readable, and no MSG_PEEK shows it.
         control.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
         self._host.loop.add_reader(control, self._on_control)
-        self._watch_memory()
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(f"{self._directory}/config.json")         # the room is for those that start
-        self._connected.set_result(None)
+        self._become_ready()
 
     # -- work --
 
-    def hand_over(self, client: socket.socket) -> bool:
-        """Send the client's socket to the handler; return whether somebody was there to take it."""
+    def hand_over(self, client: socket.socket, peer: str) -> Handover | None:
+        """Give a client to the program; return None if nobody is there to take it."""
+        if self.contract == "server":
+            return self._offer(client, peer)
         if self._control is None:       # it connected and let go at once
-            return False
+            return None
         try:
             self._control.sendmsg([b"\0"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("i", client.fileno()))])
         except OSError as error:        # EPIPE, ECONNRESET: it is gone; ETOOMANYREFS: the kernel takes no more
             log.info("container=%s cannot be handed a client: %s", self.id, error.strerror)
-            return False
+            return None
         self.served += 1
         self.said = self._host.loop.create_future()
-        return True
+        return Handover(client, peer, self.said)
+
+    def _offer(self, client: socket.socket, peer: str) -> Handover | None:
+        """Have a server accept a client. Its connection's end is what it says."""
+        if not self.is_connected:
+            return None
+        handover = Handover(client, peer, self._host.loop.create_future(), os.fstat(client.fileno()).st_ino)
+        try:
+            self._host.closed.watch(client, functools.partial(self._on_closed, handover))
+        except OSError as error:
+            log.error("container=%s cannot be handed a client: %s", self.id, error.strerror)
+            return None
+        self.served += 1
+        self.handovers.add(handover)
+        self._supervisor.offer(handover)
+        return handover
+
+    def _on_closed(self, handover: Handover, state: TcpState) -> None:
+        handover.state = state
+        if not handover.said.done():
+            handover.said.set_result(Release.GONE if self._exited.done() else Release.READY)
+
+    def end_handover(self, handover: Handover) -> None:
+        """A client is on its way out of a server, or is ours again."""
+        self.handovers.discard(handover)
+        if self._supervisor:
+            self._supervisor.withdraw(handover)
 
     @property
     def is_connected(self) -> bool:
-        return self._control is not None
+        return self._control is not None or self.contract == "server" and not self._exited.done()
 
     def listen(self) -> asyncio.Future[Release]:
         """Return the future of what it says while it has no client."""
@@ -2152,11 +2305,12 @@ class Container:
         if not self.said.done():
             self.said.set_result(release)
 
-    def end_wait(self, release: Release) -> None:
+    def end_wait(self, handover: Handover, release: Release) -> None:
         """Have nobody wait for the handler any longer, unless it has let go: that may have come before our turn."""
         if self._control is not None:
             self._on_control()
-        self.say(release)
+        if not handover.said.done():
+            handover.said.set_result(release)
 
     def _on_control(self) -> None:
         """Read what the handler says: one byte is READY, anything else is its end.
@@ -2251,6 +2405,9 @@ class Container:
             self._on_control()                  # UNTAKEN is worth knowing
         self._close_sockets()                   # somebody outside may have the other end, or runc alone was killed
         self.say(Release.GONE)
+        for handover in list(self.handovers):   # of others the kernel says how they end, now that nobody has them
+            if self._supervisor and self._supervisor.withdraw(handover) and not handover.said.done():
+                handover.said.set_result(Release.UNTAKEN)
 
     def _unwatch(self) -> None:
         for descriptor in (self._pidfd, self._memory):
@@ -2266,6 +2423,11 @@ class Container:
             self._host.workers.run(ours.close)
         self._listener = self._control = None
 
+    def _stop_supervisor(self) -> None:
+        if self._supervisor:
+            self._supervisor.stop()
+            self._supervisor = None
+
     async def leave(self) -> None:
         """Let go of the container while its handler serves a client: the next daemon will adopt it.
 
@@ -2276,14 +2438,20 @@ class Container:
             return
         self._unwatch()
         self._close_sockets()
+        self._stop_supervisor()
         if not await self._output.close():
             log.warning("container=%s does not let go of its output: ending it", self.id)
             await self._host.killers.run(self._host.cgroups.kill, self.cgroup)
 
+    async def exits(self) -> bool:
+        """Return whether it exits by itself, in a moment: its sockets end before we hear of it."""
+        await asyncio.wait([self._exited], timeout=0 if self.handovers else EXIT_GRACE)
+        return self._exited.done()
+
     async def finish(self) -> int | None:
         """End a container whose handler is done: it has EXIT_GRACE to exit by itself. Returns what kill does."""
         self._close_sockets()                   # no more work
-        if self._pid:
+        if self._pid and self.contract != "server":         # those wait for clients, and not for an end
             await asyncio.wait([self._exited], timeout=EXIT_GRACE)
         return await self.kill()
 
@@ -2298,6 +2466,7 @@ class Container:
             await self._catch_spawned()
         if self._pid:
             await self._kill_processes()
+        self._stop_supervisor()
         if self._host.runtime.has_state(self.id) or self._host.cgroups.exists(self.cgroup):     # runc was killed
             await self._host.workers.run(self._host.remove_remains, self.id, self.cgroup)
         if self._output is not None:
@@ -2340,7 +2509,7 @@ class Container:
     def _remove_directory(self) -> None:
         """Remove what is there of it, without a descriptor: there may be none left."""
         try:
-            for name in ("config.json", "control.sock", "output", "note", "runtime.log"):
+            for name in ("config.json", "control.sock", NOTIFY_SOCKET, "output", "note", "runtime.log"):
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(f"{self._directory}/{name}")
             with contextlib.suppress(FileNotFoundError):
@@ -2619,6 +2788,470 @@ def in_thread(loop: asyncio.AbstractEventLoop, function: Callable, *arguments) -
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# A server: an unmodified program that listens on TCP gets the client's own socket from accept(2)
+# ---------------------------------------------------------------------------------------------------------------------
+
+SERVER_CALLS = {"x86_64": {49: "bind", 50: "listen", 43: "accept", 288: "accept4"}}     # by machine; elsewhere …
+OTHER_SERVER_CALLS = {200: "bind", 201: "listen", 202: "accept", 242: "accept4"}        # … of asm-generic/unistd.h
+NOTIFICATION = struct.Struct("=QIIiIQ6Q")       # struct seccomp_notif (linux/seccomp.h): id, pid, flags; seccomp_data
+RESPONSE = struct.Struct("=QqiI")               # struct seccomp_notif_resp: id, value, error, flags
+ADDED_DESCRIPTOR = struct.Struct("=QIIII")      # struct seccomp_notif_addfd: id, flags, source, number, its flags
+NOTIFY_RECEIVE, NOTIFY_SEND, NOTIFY_IS_VALID, NOTIFY_ADD = 0xC050_2100, 0xC018_2101, 0x4008_2102, 0x4018_2103
+CONTINUE, ADD_AND_SEND = 1, 2       # flags: the call goes on in the kernel; the descriptor is the call's result
+SO_DOMAIN, SO_BUF_LOCK = 39, 72     # socket(7)
+INHERITED_OPTIONS = (socket.TCP_NODELAY, socket.TCP_USER_TIMEOUT)       # of TCP, unless 0
+KEEPALIVE_TIMES = (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT)
+INHERITED_BUFFERS = [(1, socket.SO_SNDBUF), (2, socket.SO_RCVBUF)]      # by the bit of SO_BUF_LOCK that says it was set
+MAX_LISTENERS = 64                  # of one container that are known, those that it made last
+FREE_ANSWERS = 32                   # in a row by which no client was served; after these each …
+MAX_ANSWER_PAUSE = 0.1              # … comes later than the one before, at most by so many seconds
+
+
+@dataclass(eq=False)
+class Handover:
+    """A client's way through a container."""
+    client: socket.socket
+    peer: str
+    said: asyncio.Future[Release]
+    inode: int = 0                      # of the client's socket, by which it is found in a server; 0: for a handler
+    taken: bool = False                 # by a server, from accept(2): nobody here has a descriptor of it any more
+    state: TcpState | None = None       # of its connection, when the last descriptor of a server was gone
+
+
+@dataclass(frozen=True)
+class Call:
+    """A system call that waits for our answer."""
+    id: int
+    thread: int
+    name: str
+    arguments: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class HeldAccept:
+    """An accept(2) on a blocking socket for which there is no client yet, with our duplicate of that socket."""
+    call: Call
+    listener: socket.socket
+
+
+class Supervisor:
+    """Answers a container's listen and accept (seccomp_unotify(2)) in a thread that it alone can hold up.
+
+    When the program listens, it is ready. When it accepts, it gets a client's own socket for the result. What makes it
+    accept is a doorbell: a connection to its listener, made in its own network, that we take off its queue again. A
+    thread that waits in accept(2) needs none. faasd keeps no duplicate of a listener: the program may close it and
+    bind its port again.
+    """
+
+    def __init__(self, path: str, on_listen: Callable[[int], None], kinds: list[str]):
+        """path is where the runtime sends the descriptor; on_listen takes a port, and is called in the thread.
+
+        kinds gets what the program listens on, in words.
+        """
+        self._kinds = kinds
+        self.port = 0                           # clients' doorbells ring there; 0: not known yet, -1: nowhere
+        self._on_listen = on_listen
+        self._clients: collections.deque[Handover] = collections.deque()       # that wait for an accept(2)
+        self._wake = os.eventfd(0, os.EFD_CLOEXEC)
+        self._poll = select.poll()
+        self._poll.register(self._wake, select.POLLIN)
+        self._notify = -1                       # the descriptor that tells of calls
+        self._asked: dict[int, int] = {}        # ports that were asked for in a network that others share, by inode
+        self._ports: dict[int, int] = {}        # of listeners, as the program knows them, by inode
+        self._addresses: dict[int, tuple] = {}  # of listeners, by inode
+        self._bells: dict[int, socket.socket] = {}      # connections of ours to a listener, by their port
+        self._held: dict[int, HeldAccept] = {}          # by the number of our duplicate
+        self._in_network = False                # the thread has joined the container's
+        self._useless = 0                       # answers in a row by which no client was served
+        self._stopping = False
+        self._receiver = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._receiver.bind(path)
+        self._receiver.listen(1)
+        threading.Thread(target=self._run, name="supervisor", daemon=True).start()
+
+    # -- for the loop --
+
+    def offer(self, handover: Handover) -> None:
+        """Have the program get a client."""
+        self._clients.append(handover)
+        os.eventfd_write(self._wake, 1)
+
+    def withdraw(self, handover: Handover) -> bool:
+        """Take a client back; return whether the program does not have it."""
+        with contextlib.suppress(ValueError):
+            self._clients.remove(handover)
+        return not handover.taken
+
+    def settle(self, port: int) -> None:
+        """Serve clients on a port, and leave all others to the program."""
+        self.port = port
+        os.eventfd_write(self._wake, 1)
+
+    def stop(self) -> None:
+        """Answer no more. The calls that wait for an answer fail with ENOSYS."""
+        self._stopping = True
+        os.eventfd_write(self._wake, 1)
+
+    # -- the thread --
+
+    def _run(self) -> None:
+        try:
+            self._receive_descriptor()
+            while not self._stopping and self._turn():
+                continue
+        except OSError as error:                # a container's doing, or descriptors have run out
+            log.info("a server is answered no more: %s", error)
+        for ours in (self._receiver, *self._bells.values(), *(held.listener for held in self._held.values())):
+            ours.close()
+        if self._notify >= 0:
+            os.close(self._notify)
+        while not self._stopping:               # the loop may still write to it
+            os.eventfd_read(self._wake)
+        os.close(self._wake)
+
+    def _receive_descriptor(self) -> None:
+        """Wait for the runtime, which sends the descriptor with the container's state (runtime-spec, config-linux)."""
+        self._poll.register(self._receiver, select.POLLIN)
+        while not self._stopping:
+            if self._receiver.fileno() in dict(self._poll.poll()):
+                with self._receiver.accept()[0] as connection:
+                    _, descriptors, _, _ = socket.recv_fds(connection, 64 * KIB, 1)
+                self._poll.unregister(self._receiver)
+                self._receiver.close()
+                self._notify, = descriptors
+                self._poll.register(self._notify, select.POLLIN)
+                return
+
+    def _turn(self) -> bool:
+        """Wait for something, and do it. Return whether there is a process left."""
+        events = dict(self._poll.poll())
+        if self._wake in events:
+            os.eventfd_read(self._wake)
+            self._give_to_held()
+        for number in self._held.keys() & events.keys():       # a connection that the program made to itself
+            self._resume(self._held[number])
+        for port in [port for port, bell in self._bells.items() if bell.fileno() in events]:
+            self._silence(port)                 # nobody took it: its listener is closed
+        if events.get(self._notify, 0) & select.POLLIN:
+            self._answer()
+        elif self._notify in events:            # POLLHUP
+            return False
+        self._ring()
+        return True
+
+    def _ioctl(self, request: int, data: ctypes.Array) -> int:
+        return succeeded(libc.ioctl(self._notify, ctypes.c_ulong(request), data))
+
+    def _answer(self) -> None:
+        """Answer one call, and later the more of them serve nobody: the caller waits meanwhile."""
+        buffer = ctypes.create_string_buffer(NOTIFICATION.size)
+        try:
+            self._ioctl(NOTIFY_RECEIVE, buffer)
+        except FileNotFoundError:               # its caller was killed, or met a signal, and calls again
+            return
+        identity, thread, _, number, _, _, *arguments = NOTIFICATION.unpack(buffer.raw)
+        names = SERVER_CALLS.get(platform.machine(), OTHER_SERVER_CALLS)
+        call = Call(identity, thread, names[number], tuple(arguments))
+        self._useless += 1
+        try:
+            with contextlib.ExitStack() as stack:
+                duplicate = self._duplicate(call)
+                stack.callback(duplicate.close)
+                {"bind": self._bind, "listen": self._listen}.get(call.name, self._accept)(call, duplicate)
+                if self._held.get(duplicate.fileno(), None):
+                    stack.pop_all()
+        except OSError as error:                # what the program's own call would have met, such as EBADF
+            self._respond(call, error.errno or errno.EIO)
+        if self._useless > FREE_ANSWERS:
+            pause = min(2.0 ** (self._useless - FREE_ANSWERS - 10), MAX_ANSWER_PAUSE)
+            is_readable(self._wake, pause)
+
+    def _respond(self, call: Call, error: int = 0, flags: int = 0) -> None:
+        with contextlib.suppress(FileNotFoundError):            # it is gone
+            self._ioctl(NOTIFY_SEND, ctypes.create_string_buffer(RESPONSE.pack(call.id, 0, -error, flags)))
+
+    def _check(self, call: Call) -> None:
+        """Raise FileNotFoundError if the caller is gone: what was looked up by its number may be another's."""
+        self._ioctl(NOTIFY_IS_VALID, ctypes.create_string_buffer(struct.pack("=Q", call.id)))
+
+    def _duplicate(self, call: Call) -> socket.socket:
+        """Return a duplicate of the socket that a call is about. Raises OSError."""
+        group = read_fields(f"/proc/{call.thread}/status").get("Tgid", "0")
+        with kept_open(os.pidfd_open(int(group))) as pidfd:
+            self._check(call)
+            duplicate = duplicate_socket(pidfd, ctypes.c_int(call.arguments[0]).value)
+        domain = get_option(duplicate, socket.SOL_SOCKET, SO_DOMAIN)
+        if domain == socket.AF_INET:
+            return duplicate
+        with duplicate, kept_open(os.dup(duplicate.fileno())) as number:
+            held = socket.socket(domain, socket.SOCK_STREAM)        # so that Python knows its kind of address
+            os.dup2(number, held.fileno(), inheritable=False)
+            return held
+
+    # -- bind and listen --
+
+    def _bind(self, call: Call, unbound: socket.socket) -> None:
+        """Bind a server to a port of its own on the loopback interface, where it shares its network with others.
+
+        They want the same port. Doorbells find the one that it got.
+        """
+        port = self._read(call, call.arguments[1] + 2, ">H")
+        family = self._read(call, call.arguments[1], "=H")
+        hosts = {socket.AF_INET: "127.0.0.1", socket.AF_INET6: "::1"}
+        kind = get_option(unbound, socket.SOL_SOCKET, socket.SO_TYPE)
+        if not port or family != unbound.family or family not in hosts or kind != socket.SOCK_STREAM:
+            self._respond(call, flags=CONTINUE)
+            return
+        unbound.bind((hosts[family], 0))
+        self._asked[os.fstat(unbound.fileno()).st_ino] = port
+        if len(self._asked) > MAX_LISTENERS:
+            del self._asked[next(iter(self._asked))]
+        self._respond(call)
+
+    def _listen(self, call: Call, listener: socket.socket) -> None:
+        """Do what a call of listen(2) asks for. It is done here, so that the listener is there when we say so."""
+        inode = os.fstat(listener.fileno()).st_ino
+        if listener.family not in (socket.AF_INET, socket.AF_INET6):
+            self._note("a Unix socket" if listener.family == socket.AF_UNIX else "a socket of another kind")
+            self._respond(call, flags=CONTINUE)
+            return
+        succeeded(libc.listen(listener.fileno(), ctypes.c_int(call.arguments[1])))
+        if inode not in self._addresses:
+            self._join_network(call)
+            self._addresses[inode] = listener.getsockname()
+            self._ports[inode] = self._asked.get(inode, self._addresses[inode][1])
+            if len(self._addresses) > MAX_LISTENERS:
+                del self._addresses[next(iter(self._addresses))]
+            self._note(f"port {self._ports[inode]}")
+        self._respond(call)
+        self._on_listen(self._ports[inode])
+
+    def _note(self, kind: str) -> None:
+        if len(self._kinds) < MAX_LISTENERS:
+            self._kinds.append(kind)
+
+    def _join_network(self, call: Call) -> None:
+        """Have this thread's sockets be in the container's network, where no process can leave it."""
+        if not self._in_network:
+            with kept_open(os.open(f"/proc/{call.thread}/ns/net", os.O_RDONLY | os.O_CLOEXEC)) as namespace:
+                self._check(call)
+                succeeded(libc.setns(namespace, CLONE_NEWNET))
+            self._in_network = True
+
+    # -- accept --
+
+    def _accept(self, call: Call, listener: socket.socket) -> None:
+        """Answer an accept(2) as the kernel would: with what is in the queue, and clients in the place of doorbells."""
+        inode = os.fstat(listener.fileno()).st_ino
+        if inode not in self._addresses or self.port and self._ports[inode] != self.port:
+            self._respond(call, flags=CONTINUE)
+            return
+        while is_readable(listener, 0):
+            connection, peer = listener.accept()
+            if peer[1] not in self._bells:      # the program has connected to itself
+                with connection:
+                    self._inject(call, connection, listener.family, peer)
+                return
+            connection.close()
+            self._silence(peer[1])
+            if self._clients:
+                break
+        if self._clients:
+            self._give(call, listener)
+        elif os.get_blocking(listener.fileno()):
+            self._held[listener.fileno()] = HeldAccept(call, listener)
+            self._poll.register(listener, select.POLLIN)
+        else:
+            self._respond(call, errno.EAGAIN)
+
+    def _give(self, call: Call, listener: socket.socket) -> None:
+        """Give the client that waits longest to a program that accepts; if that is gone, the client waits on."""
+        handover = self._clients.popleft()
+        try:
+            kept_alive = get_option(listener, socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+            for option in (*INHERITED_OPTIONS, *(KEEPALIVE_TIMES if kept_alive else ())):       # else ours stay
+                if value := get_option(listener, socket.IPPROTO_TCP, option):
+                    set_option(handover.client, socket.IPPROTO_TCP, option, value)
+            locked = get_option(listener, socket.SOL_SOCKET, SO_BUF_LOCK)
+            for bit, option in INHERITED_BUFFERS:
+                if locked & bit:                # the kernel doubles what is set (socket(7))
+                    set_option(handover.client, socket.SOL_SOCKET, option,
+                               get_option(listener, socket.SOL_SOCKET, option) // 2)
+            host, port = handover.peer.rsplit(":", 1)
+            mapped = "::ffff:" if listener.family == socket.AF_INET6 else ""
+            self._inject(call, handover.client, listener.family, (f"{mapped}{host}", int(port), 0, 0))
+        except OSError:
+            self._clients.appendleft(handover)
+            raise
+        self._useless = 0
+        handover.taken = True
+        os.close(handover.client.detach())      # the program's close must be the last
+
+    def _inject(self, call: Call, connection: socket.socket, family: int, peer: tuple) -> None:
+        """Make a connection the result of an accept(2). Raises OSError."""
+        flags = call.arguments[3] if call.name == "accept4" else 0
+        os.set_blocking(connection.fileno(), not flags & socket.SOCK_NONBLOCK)
+        if call.arguments[1]:
+            self._write_address(call, family, peer)
+        descriptor_flags = os.O_CLOEXEC if flags & socket.SOCK_CLOEXEC else 0
+        self._ioctl(NOTIFY_ADD, ctypes.create_string_buffer(
+            ADDED_DESCRIPTOR.pack(call.id, ADD_AND_SEND, connection.fileno(), 0, descriptor_flags)))
+
+    def _write_address(self, call: Call, family: int, peer: tuple) -> None:
+        """Write the peer's address where the caller wants it, cut to its room (accept(2)). Raises OSError.
+
+        /proc/PID/mem, once open, is one process's for ever, whatever becomes of its number.
+        """
+        host, port = peer[:2]
+        data = struct.pack("=H", family) + struct.pack(">H", port)
+        if family == socket.AF_INET:
+            data += socket.inet_aton(host) + bytes(8)
+        else:
+            data += struct.pack("=I", peer[2]) + socket.inet_pton(family, host) + struct.pack("=I", peer[3])
+        room = self._read(call, call.arguments[2], "=i")
+        if room < 0:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        with self._memory(call) as memory:
+            os.pwrite(memory, data[:room], call.arguments[1])
+            os.pwrite(memory, struct.pack("=i", len(data)), call.arguments[2])
+
+    @contextlib.contextmanager
+    def _memory(self, call: Call) -> Iterator[int]:
+        """Open the caller's memory. Raises OSError: EFAULT for addresses that are none."""
+        try:
+            with opened(f"/proc/{call.thread}/mem", os.O_RDWR) as memory:
+                self._check(call)
+                yield memory
+        except (OverflowError, struct.error) as error:
+            raise OSError(errno.EFAULT, os.strerror(errno.EFAULT)) from error
+
+    def _read(self, call: Call, address: int, layout: str) -> int:
+        """Return a number in the caller's memory."""
+        with self._memory(call) as memory:
+            return struct.unpack(layout, os.pread(memory, struct.calcsize(layout), address))[0]
+
+    # -- clients --
+
+    def _resume(self, held: HeldAccept) -> None:
+        """Answer a call that was kept waiting, unless it has to wait on."""
+        number = held.listener.fileno()
+        del self._held[number]
+        self._poll.unregister(number)
+        try:
+            self._accept(held.call, held.listener)
+        except OSError as error:
+            self._respond(held.call, error.errno or errno.EIO)
+        if number not in self._held:
+            held.listener.close()
+
+    def _give_to_held(self) -> None:
+        """Give clients to threads that wait in accept(2), and let go of those on a port that is not ours to serve."""
+        for held in list(self._held.values()):
+            if self._clients or self.port:
+                self._resume(held)
+
+    def _ring(self) -> None:
+        """Ring a doorbell for each client that waits."""
+        while len(self._bells) < len(self._clients):
+            inode = next((inode for inode in self._addresses if self._ports[inode] == self.port), None)
+            if inode is None:                   # its listeners are closed: --timeout ends the wait
+                return
+            address = self._addresses[inode]
+            host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(address[0], address[0])
+            bell = socket.socket(socket.AF_INET6 if len(address) == 4 else socket.AF_INET, socket.SOCK_STREAM)
+            bell.setblocking(False)
+            try:
+                with contextlib.suppress(BlockingIOError):      # it is connected all the same
+                    bell.connect((host, *address[1:]))
+                with contextlib.suppress(BlockingIOError):      # the queue is full
+                    bell.send(b"\0")            # TCP_DEFER_ACCEPT, where the program has set it, waits for that
+                self._bells[bell.getsockname()[1]] = bell
+                self._poll.register(bell, 0)    # tells when it is reset
+            except OSError:                     # it is closed
+                bell.close()
+                del self._addresses[inode]
+
+    def _silence(self, port: int) -> None:
+        """End a doorbell."""
+        bell = self._bells.pop(port)
+        self._poll.unregister(bell)
+        bell.close()
+
+
+def get_option(sock: socket.socket, level: int, option: int) -> int:
+    """Return a number that is an option of a socket. Others may hold its lock, so not by Python: see TcpState.of."""
+    value, size = ctypes.c_int(), ctypes.c_uint(4)
+    succeeded(libc.getsockopt(sock.fileno(), level, option, ctypes.byref(value), ctypes.byref(size)))
+    return value.value
+
+
+def set_option(sock: socket.socket, level: int, option: int, value: int) -> None:
+    succeeded(libc.setsockopt(sock.fileno(), level, option, ctypes.byref(ctypes.c_int(value)), 4))
+
+
+NETLINK_SOCK_DIAG, SKNLGRP_INET_TCP_DESTROY = 4, 1      # linux/netlink.h, linux/sock_diag.h
+SO_RCVBUFFORCE, SO_COOKIE = 33, 57  # socket(7)
+DIAG_COOKIE, DIAG_ATTRIBUTES, DIAG_INFO = 60, 88, 2     # offsets in a message (linux/inet_diag.h); INET_DIAG_INFO
+DIAG_ADDRESS, DIAG_PORT = 24, 20                        # of this end
+
+
+class ClosedConnections:
+    """Says when the last descriptor of a client's connection is gone, and the kernel is done with it. On the loop.
+
+    The kernel sends a message for each TCP socket of ours that it destroys (sock_diag(7)), with its cookie and
+    tcp_info. A filter keeps those of other connections of this machine from waking us.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop):
+        self._loop = loop
+        self._waiting: dict[int, Callable[[TcpState], None]] = {}      # by cookie
+        self._socket: socket.socket | None = None
+
+    def watch(self, client: socket.socket, callback: Callable[[TcpState], None]) -> None:
+        """Call back when client's connection is gone. Nobody else may have its socket yet. Raises OSError."""
+        if self._socket is None:
+            self._open()
+        cookie, = struct.unpack("=Q", client.getsockopt(socket.SOL_SOCKET, SO_COOKIE, 8))
+        self._waiting[cookie] = callback
+
+    def _open(self) -> None:
+        self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_NONBLOCK, NETLINK_SOCK_DIAG)
+        self._socket.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, 8 * MIB)
+        self._socket.bind((0, 1 << SKNLGRP_INET_TCP_DESTROY - 1))
+        self._loop.add_reader(self._socket, self._on_messages)
+
+    def close(self) -> None:
+        if self._socket is not None:
+            self._loop.remove_reader(self._socket)
+            self._socket.close()
+            self._socket = None
+
+    def _on_messages(self) -> None:
+        for _ in range(ACCEPT_BATCH):
+            try:
+                data = self._socket.recv(COPY_CHUNK)
+            except BlockingIOError:
+                return
+            except OSError as error:            # ENOBUFS: there were more messages than the kernel keeps for us
+                log.warning("missed messages of the kernel on closed connections: %s", error.strerror)
+                continue
+            cookie, = struct.unpack_from("=Q", data, DIAG_COOKIE)
+            if callback := self._waiting.pop(cookie, None):
+                callback(TcpState.from_info(self._attribute(data))[0])
+
+    @staticmethod
+    def _attribute(data: bytes) -> bytes:
+        """Return the tcp_info of a message."""
+        offset = DIAG_ATTRIBUTES
+        while offset + 4 <= len(data):
+            length, kind = struct.unpack_from("=HH", data, offset)
+            if kind == DIAG_INFO:
+                return data[offset + 4:offset + length]
+            offset += max(4, length + 3 & ~3)
+        return b""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # What a container is made of: its root, config.json, seccomp, the runtime, cgroups
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -2668,19 +3301,41 @@ class Bundle:
     """A function's config.json, rendered once; for each container its id and the user namespace are filled in."""
 
     def __init__(self, name: str, image: dict, options: Options, rootfs: Path, run_dir: Path, cgroups: Cgroups,
-                 apparmor: str = "", mounts: Iterable[dict] = ()):
+                 apparmor: str = "", mounts: Iterable[dict] = (), contract: str = "handler", port: int = 0):
         """mounts are what the rootfs itself is made of, where it is no unpacked image."""
         self.name, self.version = name, image["version"]
         self.rootfs, self.memory = str(rootfs), options.memory
         self.first_id: int = image["first_id"]          # host id of the containers' root
+        self.contract = contract                # auto: what it does first decides
+        env = dict(entry.split("=", 1) for entry in (*image["process"]["env"], *options.env))
+        exposed = sorted(int(match[1]) for match in map(re.compile("([1-9][0-9]{0,4})(/tcp)?").fullmatch,
+                                                        image["process"].get("exposed_ports", [])) if match)
+        self.ports = [port] if port else exposed        # that a server should listen on, the best first
+        self._only = bool(port) or len(exposed) == 1    # it is of no use on any other
+        if not exposed and not port:
+            self.ports = [int(env["PORT"]) if re.fullmatch("[0-9]{1,5}", env.get("PORT", "")) else DEFAULT_PORT]
         # runc joins a user namespace first, and from there no network that the host has made.
         self.joins_user_namespace = options.net != "egress"
         self._mark = f"@{secrets.token_hex(16)}@"       # stands for the id; nothing a user writes contains it
         self._namespace_mark = f"@{secrets.token_hex(16)}@"
-        spec = build_spec(name, image, options, run_dir, cgroups, self._mark, self._namespace_mark, apparmor)
+        spec = build_spec(name, image, options, run_dir, cgroups, self._mark, self._namespace_mark, apparmor, contract,
+                          self.ports[0])
         spec["mounts"][:0] = mounts
         self._template = json.dumps(spec)
         check_sizes(spec["process"], len(self._template))
+
+    @property
+    def expected(self) -> str:
+        """What a container has not done that did not become ready, in words that follow "did not"."""
+        wanted = f"listen on port {self.ports[0]}" if self._only else "listen on a TCP port"
+        return wanted if self.contract == "server" else f"connect to {CONTROL_SOCKET}"
+
+    def may_serve(self, port: int) -> bool:
+        return port in self.ports or not self._only
+
+    def choose_port(self, listened: list[int]) -> int:
+        """Return on which of the ports that a server listens on it is to serve clients."""
+        return next((port for port in self.ports if port in listened), listened[0])
 
     def render(self, container_id: str, user_namespace: str = "") -> bytes:
         """user_namespace is the path of the one to join, or empty for a new one."""
@@ -2691,12 +3346,13 @@ class Bundle:
 
 
 CPU_PERIOD = 100_000                # microseconds (cgroup cpu controller)
+DEFAULT_PORT = 8080                 # what PORT says, where neither the image nor the user does, as on Cloud Run
 MAX_OPEN_FILES = (1024, 4096)       # RLIMIT_NOFILE inside, soft and hard: a container serves one client at a time, and
                                     # much that hangs on a descriptor is the kernel's memory, and nobody's in particular
 
 
 def build_spec(name: str, image: dict, options: Options, run_dir: Path, cgroups: Cgroups, container_id: str,
-               user_namespace: str, apparmor: str = "") -> dict:
+               user_namespace: str, apparmor: str = "", contract: str = "handler", port: int = 0) -> dict:
     """Return the OCI runtime configuration (runtime-spec config.md) of a function's container.
 
     image is the content of image.json, user_namespace the path of the one to join, and apparmor the name of a profile
@@ -2704,11 +3360,15 @@ def build_spec(name: str, image: dict, options: Options, run_dir: Path, cgroups:
     """
     process = image["process"]
     hostname = options.hostname or name
-    env = merge_env([f"HOSTNAME={hostname}", *process["env"]], [
+    default = [f"HOSTNAME={hostname}", *([f"PORT={port}"] if contract != "handler" else [])]
+    env = merge_env([*default, *process["env"]], [
         *options.env, f"FAAS_FUNCTION={name}", f"FAAS_VERSION={image['version']}", f"FAAS_CONTAINER_ID={container_id}"])
     ids = [{"containerID": 0, "hostID": image["first_id"], "size": IDS}]
     soft, hard = MAX_OPEN_FILES
     seccomp = seccomp_profile(platform.machine())
+    if contract != "handler":
+        calls = ["listen", "accept", "accept4", *(["bind"] if options.net != "none" else [])]
+        seccomp = supervised(seccomp, calls, f"{run_dir}/containers/{container_id}/{NOTIFY_SOCKET}")
     network = {"none": [{"type": "network"}], "host": [],       # none of its own
                "egress": [{"type": "network", "path": str(namespace_path(run_dir, name))}]}[options.net]
     return {
@@ -2722,13 +3382,15 @@ def build_spec(name: str, image: dict, options: Options, run_dir: Path, cgroups:
             "oomScoreAdj": max(0, int(read_text("/proc/self/oom_score_adj") or 0)),
             "noNewPrivileges": True, **({"apparmorProfile": apparmor} if apparmor else {}),
             **({"rlimits": [{"type": "RLIMIT_NOFILE", "soft": soft, "hard": hard}]} if can_set_limits() else {}),
-            "capabilities": capabilities(options, process),
+            "capabilities": capabilities(options, process, contract),
         },
-        "mounts": container_mounts(options, process, run_dir, container_id),
+        "mounts": container_mounts(options, process, run_dir, container_id, contract),
         "linux": {
             "namespaces": [*({"type": kind} for kind in NAMESPACES), *network,
                            {"type": "user", "path": user_namespace}],
             "uidMappings": ids, "gidMappings": ids,
+            # As docker has it: a program that is not root may listen on port 80. Others' networks are not its own.
+            **({"sysctl": {"net.ipv4.ip_unprivileged_port_start": "0"}} if options.net == "none" else {}),
             **({"seccomp": seccomp} if seccomp else {}),
             "cgroupsPath": cgroups.path(name, container_id),
             "maskedPaths": [path for path in MASKED_PATHS if options.net == "none" or not path.startswith("/sys/")],
@@ -2744,8 +3406,12 @@ def build_spec(name: str, image: dict, options: Options, run_dir: Path, cgroups:
     }
 
 
-def capabilities(options: Options, process: dict) -> dict[str, list[str]]:
-    """Return the capabilities of a process, within its own user namespace: none but those that a user adds.
+# What servers that begin as root need to become somebody else, and to listen.
+SERVER_CAPABILITIES = "CHOWN DAC_OVERRIDE FOWNER FSETID KILL SETGID SETUID NET_BIND_SERVICE".split()
+
+
+def capabilities(options: Options, process: dict, contract: str) -> dict[str, list[str]]:
+    """Return the capabilities of a process, within its own user namespace: a handler has those that a user adds.
 
     As in docker, one that does not begin as root only may gain them; but no_new_privs keeps it from that.
     """
@@ -2753,6 +3419,8 @@ def capabilities(options: Options, process: dict) -> dict[str, list[str]]:
                       for text in (options.cap_add, options.cap_drop))
     if "ALL" in options.cap_drop.split(","):        # those that are named stay, whatever ALL drops
         dropped -= set(options.cap_add.split(","))
+    if contract == "server" and process["uid"] == 0:
+        added |= set(SERVER_CAPABILITIES)
     held = [f"CAP_{name}" for name in CAPABILITIES if name in added - dropped]
     mine = held if process["uid"] == 0 else []
     return {"bounding": held, "effective": mine, "inheritable": [], "permitted": mine, "ambient": []}
@@ -2802,7 +3470,7 @@ DEV_SIZE = "1m"                     # tmpfs(5) size=
 MAX_TERMINALS = 16                  # ptys of one container; all containers of a machine share some 3,000 (pty.max)
 
 
-def container_mounts(options: Options, process: dict, run_dir: Path, container_id: str) -> list[dict]:
+def container_mounts(options: Options, process: dict, run_dir: Path, container_id: str, contract: str) -> list[dict]:
     """Return the mounts of a container.
 
     The kernel gives a container sysfs only with a network namespace that its own user namespace made. One that joins
@@ -2815,9 +3483,10 @@ def container_mounts(options: Options, process: dict, run_dir: Path, container_i
               f"max={MAX_TERMINALS}"),
         mount("/dev/shm", "tmpfs", "nodev", f"size={options.shm_size}", "noexec", "mode=1777"),
         mount("/dev/mqueue", "mqueue", "noexec", "nodev"),
-        mount(CONTROL_SOCKET, "bind", "bind", "nodev", "noexec",
-              source=f"{run_dir}/containers/{container_id}/control.sock"),
     ]
+    if contract != "server":
+        mounts.append(mount(CONTROL_SOCKET, "bind", "bind", "nodev", "noexec",
+                            source=f"{run_dir}/containers/{container_id}/control.sock"))
     if options.net == "none":
         return [*mounts, mount("/sys", "sysfs", "noexec", "nodev", "ro")]
     return [*mounts, mount("/sys", "tmpfs", "nodev", "size=4k", "noexec", "ro", "mode=555"),
@@ -2885,6 +3554,13 @@ def seccomp_profile(machine: str) -> dict | None:
     }
 
 
+def supervised(profile: dict | None, names: list[str], path: str) -> dict:
+    """Return a seccomp filter that hands these calls over to a Supervisor, which has the socket of that path."""
+    profile = profile or {"defaultAction": "SCMP_ACT_ALLOW", "syscalls": []}
+    rules = [{**rule, "names": [name for name in rule["names"] if name not in names]} for rule in profile["syscalls"]]
+    return {**profile, "syscalls": [*rules, {"names": names, "action": "SCMP_ACT_NOTIFY"}], "listenerPath": path}
+
+
 SECCOMP_ARCHITECTURES = {"x86_64": "SCMP_ARCH_X86_64", "aarch64": "SCMP_ARCH_AARCH64", "riscv64": "SCMP_ARCH_RISCV64"}
 
 # What a handler may ask of the kernel, in the spirit of Docker's profile: what programs in Python, Node, Go, Java, Ruby
@@ -2937,7 +3613,7 @@ REFUSED_CALLS = """
     sched_setattr setdomainname sethostname setns settimeofday swapoff swapon syslog umount umount2 unshare uselib
     userfaultfd vhangup
 """.split()
-CLONE_NEWCGROUP = 0x0200_0000
+CLONE_NEWCGROUP, CLONE_NEWNET = 0x0200_0000, 0x4000_0000
 CLONE_NAMESPACES = 0x7E02_0000          # CLONE_NEWNS, NEWCGROUP, NEWUTS, NEWIPC, NEWUSER, NEWPID, NEWNET (clone(2))
 EVERY_BIT = (1 << 64) - 1
 
@@ -3089,6 +3765,7 @@ LIMIT_FILES = ("memory.limit_in_bytes", "memory.memsw.limit_in_bytes", "memory.m
 # What is said of a pid whose process was reaped; EINVAL by pidfd_open of older kernels, such as 6.1, where the pid is
 # still that of a process group or a session.
 PROCESS_GONE = {errno.ESRCH, errno.ENOENT, errno.EINVAL}
+MAX_SEARCHED = 10_000               # descriptors of one container among which a socket is looked for
 RECLAIM_SECONDS = 1.0               # on our account, for which a container can read what we reclaim
 
 
@@ -3153,6 +3830,30 @@ class Cgroups:
         """Return the pids in a container's cgroups, but for 0: a process that our pid namespace does not see."""
         return {int(pid) for directory in self._directories(path)
                 for pid in read_text(directory / "cgroup.procs").split()} - {0}
+
+    def sockets(self, cgroup: str) -> Iterator[tuple[int, int, int]]:
+        """Yield a pidfd, the number and the inode of each socket that a container's processes have."""
+        searched = 0
+        for pid, pidfd in self.members(cgroup):
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):    # closed, or its process is gone
+                for number in os.listdir(f"/proc/{pid}/fd"):
+                    searched += 1
+                    if searched > MAX_SEARCHED:
+                        return
+                    target = re.fullmatch(r"socket:\[([0-9]+)\]", os.readlink(f"/proc/{pid}/fd/{number}"))
+                    if target:
+                        yield pidfd, int(number), int(target[1])
+
+    def duplicate_socket(self, cgroup: str, inode: int) -> socket.socket | None:
+        """Return a duplicate of a container's socket, None if there is none or the kernel gives us none. May block."""
+        for pidfd, number, found in self.sockets(cgroup):
+            if found == inode:
+                with contextlib.suppress(OSError):      # it is gone
+                    duplicate = duplicate_socket(pidfd, number)
+                    if os.fstat(duplicate.fileno()).st_ino == inode:    # else another file has been put there
+                        return duplicate
+                    duplicate.close()
+        return None
 
     def watch_memory(self, path: str) -> int:
         """Return an eventfd that tells when a container may have run out of memory, -1 if kills_whole. Raises OSError.
@@ -4263,6 +4964,7 @@ class ContainerHost:
         self.descriptors = Descriptors()
         self.loop = asyncio.get_running_loop()
         self.workers = Workers(self.loop)
+        self.closed = ClosedConnections(self.loop)
         self.killers = Workers(self.loop)       # others: killing a container ends the wait of those
         self._dying: dict[str, DyingCgroups] = {}
 
@@ -4434,6 +5136,7 @@ class Survivor:
     cgroup: str
     function: str
     version: str
+    contract: str
     pid: int                    # of runc run
     pidfd: int
     output: int                 # the reading end of its output
@@ -4445,9 +5148,6 @@ class Survivor:
         os.close(self.pidfd)
         os.close(self.output)
         self.client.close()
-
-
-MAX_SEARCHED = 10_000               # descriptors of one container among which its client is looked for
 
 
 class Leftovers:
@@ -4490,7 +5190,7 @@ class Leftovers:
         with contextlib.ExitStack() as stack:
             directory = self._host.containers_dir / container_id
             directory = stack.enter_context(opened(directory, os.O_PATH | os.O_DIRECTORY))
-            number, started, name, version = os.readlink("note", dir_fd=directory).split(" ")
+            number, started, name, version, *contract = os.readlink("note", dir_fd=directory).split(" ")
             pid = int(number)
             pidfd = stack.enter_context(kept_open(os.pidfd_open(pid)))
             if not is_roots(pid) or start_time(pid) != started:
@@ -4502,8 +5202,8 @@ class Leftovers:
             output = os.open(f"/proc/self/fd/{pipe}", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
             stack.callback(os.close, output)
             client, peer = self._client_of(cgroups[container_id], addresses[name], connections)
-            return Survivor(container_id, cgroups[container_id], name, version, pid, os.dup(pidfd), os.dup(output),
-                            client, peer)
+            return Survivor(container_id, cgroups[container_id], name, version, *(contract or ["handler"]), pid,
+                            os.dup(pidfd), os.dup(output), client, peer)
 
     def _client_of(self, cgroup: str, address: str,
                    connections: dict[int, tuple[str, str]]) -> tuple[socket.socket, str]:
@@ -4511,7 +5211,7 @@ class Leftovers:
 
         If the kernel gives us none, a socket without a connection stands for it. Raises KeyError if it has none.
         """
-        for pidfd, number, inode in self._sockets_of(cgroup):
+        for pidfd, number, inode in self._host.cgroups.sockets(cgroup):
             host, peer = connections.get(inode, ("", ""))
             if host == address:
                 try:
@@ -4524,19 +5224,6 @@ class Leftovers:
                     return duplicate, peer
                 duplicate.close()
         raise KeyError(address)
-
-    def _sockets_of(self, cgroup: str) -> Iterator[tuple[int, int, int]]:
-        """Yield a pidfd, the number and the inode of each socket that a container's processes have."""
-        searched = 0
-        for pid, pidfd in self._host.cgroups.members(cgroup):
-            with contextlib.suppress(FileNotFoundError, ProcessLookupError):    # closed, or its process is gone
-                for number in os.listdir(f"/proc/{pid}/fd"):
-                    searched += 1
-                    if searched > MAX_SEARCHED:
-                        return
-                    target = re.fullmatch(r"socket:\[([0-9]+)\]", os.readlink(f"/proc/{pid}/fd/{number}"))
-                    if target:
-                        yield pidfd, int(number), int(target[1])
 
     def _kill_runtimes(self, survivors: set[int]) -> None:
         """Kill runtimes that a daemon before has started, but for survivors': they could still start a container.
@@ -4572,7 +5259,7 @@ class Leftovers:
     async def end_holders(self, port: int) -> bool:
         """End containers that have taken a port of this machine, or may have; return whether there are any."""
         def holds(cgroup: str) -> bool:
-            return any(has_port(pidfd, number, port) for pidfd, number, _ in self._sockets_of(cgroup))
+            return any(has_port(pidfd, number, port) for pidfd, number, _ in self._host.cgroups.sockets(cgroup))
         run, finished = self._host.workers.run, self._host.workers.finished
         asking = {run(holds, cgroup): (container_id, cgroup)
                   for container_id, cgroup in self._host.cgroups.containers().items()}
@@ -7146,7 +7833,7 @@ class ImageStore:
         try:
             rootfs = Rootfs(directory / "rootfs", image["first_id"], Budget(0, 0))
             image["process"] = choose_process(image["process"], entry.options, rootfs)
-            return Version(name, directory, image, entry.options, self._host)
+            return Version(name, directory, image, entry.options, self._host, entry.contract, entry.port)
         except OSError as error:
             raise FaasdError(f"its image {entry.version} cannot be read: {error.strerror}") from error
         except (KeyError, TypeError, AttributeError) as error:
@@ -7434,11 +8121,11 @@ class Deploys:
     async def _install(self, name: str, entry: VersionRecord, what: str, undo: contextlib.AsyncExitStack) -> dict:
         """Prove a version, whose image is there, and make it the function's; describe that. Raises FaasdError."""
         self._check_warm(name, entry.options)
-        version = self.images.version(name, entry)
+        entry = replace(entry, contract=entry.options.contract, port=entry.options.port or 0)
         if not self.attachments.egress.has(name):
             undo.push_async_callback(self.attachments.withdraw, name)
-        await self.attachments.provide(name, version.options)
-        container, output = await self._prove(name, version)
+        await self.attachments.provide(name, entry.options)
+        version, container, output = await self._prove(name, entry)
         undo.push_async_callback(container.kill)        # once more does no harm where its pool was closed
         function = await to_the_end(self._make_current(name, version, container, undo))
         for line in output:
@@ -7448,21 +8135,31 @@ class Deploys:
         log.info("function=%s version=%s %s at %s", name, record.version, what, record.address)
         return self.describe(function)
 
-    async def _prove(self, name: str, version: Version) -> tuple[Container, list[str]]:
-        """Start one container; return it once its handler has connected, and what it printed. Raises FaasdError.
+    async def _prove(self, name: str, entry: VersionRecord) -> tuple[Version, Container, list[str]]:
+        """Start one container; return it once it is ready, with what it runs and what it printed. Raises FaasdError.
 
-        It takes no place among the starts allowed at a time: a deploy should not wait for a flood to end.
+        What an image is shows without the capabilities that a server gets; and one that needs them to begin exits. It
+        takes no place among the starts allowed at a time: a deploy should not wait for a flood to end.
         """
+        version = self.images.version(name, entry)
         output: list[str] = []
         container = Container(self._host, name, lambda container_id, text: output.append(text))
+        begins_as_root = version.image["process"]["uid"] == 0
         try:
             await container.start(version.bundle, version.options.start_timeout)
         except StartFailed as failure:
+            if entry.contract == "auto" and begins_as_root and failure.status == 502:
+                with contextlib.suppress(FaasdError):
+                    return await self._prove(name, replace(entry, contract="server"))
             # By now the machine may be to blame, not the image.
             if isinstance(failure, RuntimeFailed) and (error := await try_container(self._host)):
                 raise unfit_machine(self._host.runtime, error) from None
             raise FaasdError(f"function {name} does not start: {failure}", failure.output, 422) from failure
-        return container, output
+        known = replace(entry, contract=container.contract, port=container.port)
+        if entry.contract == "auto" and container.contract == "server" and begins_as_root:
+            await container.kill()
+            return await self._prove(name, known)
+        return self.images.version(name, known), container, output
 
     async def _make_current(self, name: str, version: Version, container: Container,
                             undo: contextlib.AsyncExitStack) -> Function:
@@ -7497,7 +8194,7 @@ class Deploys:
         before, now = function.record if function else None, timestamp()
         addresses, taken = self.attachments.addresses, [other.record.address for other in self.functions.values()]
         address = before.address if before and addresses.has(before.address) else addresses.lowest_free(taken)
-        entry = VersionRecord(version.directory.name, now, version.options)
+        entry = VersionRecord(version.directory.name, now, version.options, version.contract, version.port)
         others = [other for other in (before.versions if before else []) if other.version != entry.version]
         return FunctionRecord(name, address, version.bundle.first_id, before.created if before else now, now,
                               [entry, *others[:self._settings.keep_versions - 1]])
@@ -7536,7 +8233,7 @@ class Deploys:
         with self._until_stop():
             if pool.idle:
                 return await self._host.workers.run(self._host.inspect, next(reversed(pool.idle)))
-            container, _ = await self._prove(name, pool.version)
+            _, container, _ = await self._prove(name, self.get(name).record.versions[0])
             try:
                 return await self._host.workers.run(self._host.inspect, container)
             finally:

@@ -235,7 +235,7 @@ class Spec(unittest.TestCase):
                                      ("KILL", "ALL", ["KILL"]), ("", "ALL", []), ("KILL", "KILL", [])):
             options = DEFAULTS.changed({"cap_add": [added], "cap_drop": [dropped]})
             for uid in (0, 1):
-                kinds = faasd.capabilities(options, {"uid": uid})
+                kinds = faasd.capabilities(options, {"uid": uid}, "handler")
                 names = [f"CAP_{name}" for name in held]
                 self.assertEqual(kinds, {"bounding": names, "effective": names if uid == 0 else [], "inheritable": [],
                                          "permitted": names if uid == 0 else [], "ambient": []}, (added, dropped))

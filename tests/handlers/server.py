@@ -1,0 +1,127 @@
+"""The server of the integration tests: knows nothing of faasd, and does what the request's path says.
+
+Its arguments: how it accepts, then the ports it listens on, as HOST:PORT.
+"""
+
+import os
+import select
+import socket
+import sys
+import threading
+import time
+
+
+def serve(client, peer):
+    try:
+        request = client.recv(65536)
+        path = request.split(b" ")[1].decode() if request.count(b" ") > 1 else ""
+        names = f"{client.getpeername()[0]} {client.getsockname()[0]} {os.environ.get('PORT')}"
+        body = {"/id": os.environ.get("FAAS_CONTAINER_ID", ""), "/peer": f"{peer[0]} {peer[1]}",
+                "/names": names}.get(path, "hello")
+        if path == "/exit":
+            os._exit(3)
+        if path == "/silent":
+            return
+        if path == "/never":
+            time.sleep(3600)
+        if path == "/half":
+            client.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\nhalf")
+            time.sleep(3600)
+        if path == "/wait":
+            client.sendall(b"waiting\n")
+            client.recv(1)
+        if path == "/echo":
+            while data := client.recv(65536):
+                client.sendall(data)
+            return
+        if path == "/self":
+            body = talk_to_itself()
+        head = f"HTTP/1.1 200 OK\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n"
+        client.sendall((head + body).encode())
+    except OSError as error:
+        print("server:", error, file=sys.stderr, flush=True)
+    finally:
+        client.close()
+
+
+def talk_to_itself():
+    with socket.create_connection(("127.0.0.1", int(sys.argv[2].rpartition(":")[2]))) as own:
+        own.sendall(b"GET /peer HTTP/1.1\r\n\r\n")
+        return "itself: " + own.makefile().read().splitlines()[-1]
+
+
+def listen(place, reuse_port=False):
+    host, _, port = place.rpartition(":")
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if reuse_port:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    listener.bind((host, int(port)))
+    listener.listen(128)
+    return listener
+
+
+def blocking(listener):
+    while True:
+        threading.Thread(target=serve, args=listener.accept()).start()
+
+
+def polling(listener):
+    listener.setblocking(False)
+    poll = select.poll()
+    poll.register(listener, select.POLLIN)
+    while True:
+        poll.poll()
+        try:
+            client, peer = listener.accept()
+        except BlockingIOError:
+            continue
+        client.setblocking(True)
+        threading.Thread(target=serve, args=(client, peer)).start()
+
+
+def main():
+    how, *places = sys.argv[1:]
+    if how == "unix":
+        own = socket.socket(socket.AF_UNIX)
+        own.bind("\0own")
+        own.listen()
+        time.sleep(3600)
+    if how == "nothing":
+        time.sleep(3600)
+    if how == "again":                          # looks whether its port is free, as some do
+        listen(places[0]).close()
+    if how == "deferred":
+        first = listen(places[0])
+        first.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, 5)
+        polling(first)
+    if how == "dying":
+        listen(places[0])
+        time.sleep(0.5)
+        sys.exit(4)
+    if how == "deaf":
+        listen(places[0])
+        time.sleep(3600)
+    listeners = [listen(place) for place in places]
+    if how == "forking":
+        for _ in range(3):
+            if os.fork() == 0:
+                break
+    if how == "forking-polling":
+        for _ in range(3):
+            if os.fork() == 0:
+                break
+    if how == "exclusive":                      # a listener each, of one port
+        listeners[0].close()
+        for _ in range(3):
+            if os.fork() == 0:
+                break
+        listeners = [listen(places[0], True)]
+    accept = polling if how in ("polling", "forking-polling", "exclusive") else blocking
+    for listener in listeners[1:]:
+        threading.Thread(target=accept, args=(listener,), daemon=True).start()
+    accept(listeners[0])
+
+
+main()

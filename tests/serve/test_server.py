@@ -1,0 +1,255 @@
+"""Servers: programs that know nothing of faasd, and get their clients from accept(2)."""
+
+import contextlib
+import json
+import os
+import re
+import signal
+import socket
+import time
+import unittest
+from concurrent.futures import ThreadPoolExecutor
+
+import clients
+import support
+from clients import connect, get, read_all, read_until_cut, request
+from support import wait_until
+
+SERVER = support.TOP / "tests/handlers/server.py"
+
+
+def server_image(*arguments: str, source: bytes | None = None, **config) -> bytes:
+    """Return an image of a server: tests/handlers/server.py, or a source of the test's own."""
+    settings = {"Entrypoint": [support.PYTHON, "-u", "/server.py", *arguments]}
+    return support.docker_archive([support.python_layer(), support.layer({"server.py": source or SERVER.read_bytes()})],
+                                  {**settings, **config})
+
+
+class Accepting(support.SharedDaemonCase):
+    """However a program accepts, it gets the client's own connection."""
+
+    WAYS = {"blocking": ["0.0.0.0:8080"], "polling": ["0.0.0.0:8080"], "forking": ["0.0.0.0:8080"],
+            "forking-polling": ["0.0.0.0:8080"], "exclusive": ["0.0.0.0:8080"], "again": ["0.0.0.0:8080"],
+            "deferred": ["127.0.0.1:8080"]}
+
+    def test_ways(self):
+        for number, (how, places) in enumerate(self.WAYS.items()):
+            with self.subTest(how):
+                address = self.daemon.deploy(f"f{number}", server_image(how, *places))
+                self.assertEqual(self.daemon.info(f"f{number}")["contract"], "server")
+                served = set()
+                for _ in range(3):
+                    with request(address, "/peer") as client:
+                        answer = read_until_cut(client)
+                        self.assertEqual(answer.split(b"\r\n\r\n")[1].decode(), "{} {}".format(*client.getsockname()))
+                    served.add(get(address, "/id")[1])
+                self.assertEqual(len(served), 3)
+                self.daemon.remove(f"f{number}")
+
+    def test_addresses_of_both_ends(self):
+        address = self.daemon.deploy("f", server_image("polling", "0.0.0.0:8080"))
+        self.assertEqual(get(address, "/names"), (200, f"{address} {address} 8080"))
+
+    def test_listener_of_both_protocols(self):
+        address = self.daemon.deploy("f", server_image("polling", ":::8080"))
+        status, body = get(address, "/peer")
+        self.assertEqual((status, body.split()[0]), (200, f"::ffff:{address}"))
+        self.assertEqual(get(address, "/names"), (200, f"{address} {address} 8080"))
+
+    def test_own_connections_are_the_programs(self):
+        for how in ("blocking", "polling"):
+            with self.subTest(how):
+                address = self.daemon.deploy("f", server_image(how, "0.0.0.0:8080"))
+                status, body = get(address, "/self")
+                self.assertEqual(status, 200)
+                self.assertRegex(body, r"^itself: 127\.0\.0\.1 \d+$")
+
+    def test_half_close_and_much_data(self):
+        address = self.daemon.deploy("f", server_image("blocking", "0.0.0.0:8080"))
+        data = os.urandom(8 << 20)
+        client = connect(address, b"GET /echo HTTP/1.1\r\n\r\n")
+        time.sleep(0.5)                         # so that the request comes alone
+        with ThreadPoolExecutor(1) as pool:
+            sending = pool.submit(lambda: (client.sendall(data), client.shutdown(socket.SHUT_WR)))
+            received = client.makefile("rb").read()
+            sending.result()
+        client.close()
+        self.assertEqual(received, data)
+        wait_until(lambda: f"sent={len(data)}" in self.daemon.function_log("f"), "its bytes are counted")
+
+    def test_fifty_connections_have_fifty_containers(self):
+        address = self.daemon.deploy("f", server_image("polling", "0.0.0.0:8080"), "--concurrency", "8")
+        with ThreadPoolExecutor(8) as pool:
+            answers = list(pool.map(lambda _: get(address, "/id"), range(50)))
+        self.assertEqual({status for status, _ in answers}, {200})
+        self.assertEqual(len({body for _, body in answers}), 50)
+        wait_until(lambda: not support.list_containers(self.daemon), "no container is left")
+        self.assertEqual(self.daemon.function_log("f").count("outcome=answered"), 50)
+
+    def test_in_the_host_network_each_has_a_port_of_its_own(self):
+        address = self.daemon.deploy("f", server_image("polling", "0.0.0.0:8080"), "--net", "host", "--warm", "3")
+        self.daemon.wait_warm("f", 3)
+        with contextlib.ExitStack() as stack:
+            waiting = [stack.enter_context(request(address, "/wait")) for _ in range(2)]
+            for client in waiting:
+                self.assertEqual(client.recv(100), b"waiting\n")
+            self.assertEqual(get(address, "/names")[1], f"{address} {address} 8080")
+
+
+class Sharing(support.SharedDaemonCase):
+    def test_reuse(self):
+        address = self.daemon.deploy("f", server_image("polling", "0.0.0.0:8080"), "--reuse", "3", "--warm", "1")
+        served = [get(address, "/id")[1] for _ in range(7) if wait_until(
+            lambda: self.daemon.info("f")["warm"], "a container waits")]
+        self.assertEqual([served.count(one) for one in dict.fromkeys(served)], [3, 3, 1])
+
+    def test_without_a_limit(self):
+        address = self.daemon.deploy("f", server_image("blocking", "0.0.0.0:8080"), "--reuse", "0", "--warm", "1")
+        served = {get(address, "/id")[1] for _ in range(20) if wait_until(
+            lambda: self.daemon.info("f")["warm"], "a container waits")}
+        self.assertEqual(len(served), 1)
+
+    def test_several_at_a_time(self):
+        for how in ("polling", "forking"):
+            address = self.daemon.deploy("f", server_image(how, "0.0.0.0:8080"), "--reuse", "0", "--share", "4",
+                                         "--warm", "1")
+            self.daemon.wait_warm("f", 1)
+            with self.subTest(how), contextlib.ExitStack() as stack:
+                waiting = [stack.enter_context(request(address, "/wait")) for _ in range(8)]
+                for client in waiting:
+                    self.assertEqual(client.recv(100), b"waiting\n")
+                containers = support.list_containers(self.daemon)
+                self.assertLessEqual(len(containers), 3)        # one may be warm
+                self.assertEqual(self.daemon.info("f")["running"], 8)
+                for client in waiting:
+                    client.sendall(b"x")
+                    self.assertIn(b"hello", read_until_cut(client))
+            wait_until(lambda: not self.daemon.info("f")["running"], "all have ended")
+
+    def test_many_connections(self):
+        address = self.daemon.deploy("f", server_image("polling", "0.0.0.0:8080"), "--reuse", "100", "--share", "8")
+        with ThreadPoolExecutor(32) as pool:
+            answers = list(pool.map(lambda _: get(address, "/id"), range(1000)))
+        self.assertEqual({status for status, _ in answers}, {200})
+        served = [body for _, body in answers]
+        self.assertLessEqual(max(served.count(one) for one in set(served)), 100)
+
+    def test_one_that_takes_too_long_does_not_end_the_others(self):
+        address = self.daemon.deploy("f", server_image("polling", "0.0.0.0:8080"), "--reuse", "0", "--share", "4",
+                                     "--timeout", "3", "--warm", "1")
+        self.daemon.wait_warm("f", 1)
+        with request(address, "/never") as slow:
+            time.sleep(1.5)
+            with request(address, "/wait") as other:
+                self.assertEqual(other.recv(100), b"waiting\n")
+                self.assertIn(b"504", read_until_cut(slow))
+                other.sendall(b"x")
+                self.assertIn(b"hello", read_until_cut(other))
+
+
+class Ends(support.SharedDaemonCase):
+    """What becomes of clients whose server does not answer."""
+
+    def line(self, outcome: str) -> str:
+        wait_until(lambda: f"outcome={outcome}" in self.daemon.function_log("f"), f"the log says {outcome}")
+        return next(line for line in self.daemon.function_log("f").splitlines() if f"outcome={outcome}" in line)
+
+    def test_exits_instead_of_answering(self):
+        address = self.daemon.deploy("f", server_image("polling", "0.0.0.0:8080"))
+        self.assertEqual(read_until_cut(request(address, "/exit")), b"")
+        self.assertIn("the handler exited with status 3 without an answer", self.line("no-answer"))
+
+    def test_closes_instead_of_answering(self):
+        address = self.daemon.deploy("f", server_image("polling", "0.0.0.0:8080"))
+        self.assertEqual(read_until_cut(request(address, "/silent")), b"")
+        self.line("closed")
+
+    def test_exits_before_it_accepts(self):
+        address = self.daemon.deploy("f", server_image("dying", "0.0.0.0:8080"))
+        status, body = get(address)
+        self.assertEqual(status, 502)
+        self.assertIn("the handler exited with status 4 without an answer", body)
+
+    def test_never_accepts(self):
+        address = self.daemon.deploy("f", server_image("deaf", "0.0.0.0:8080"), "--timeout", "1")
+        self.assertEqual(get(address)[0], 504)
+
+    def test_never_answers(self):
+        address = self.daemon.deploy("f", server_image("blocking", "0.0.0.0:8080"), "--timeout", "1")
+        self.assertEqual(get(address, "/never")[0], 504)
+
+    def test_half_an_answer_ends_in_a_reset(self):
+        address = self.daemon.deploy("f", server_image("blocking", "0.0.0.0:8080"), "--timeout", "1")
+        client = request(address, "/half")
+        with self.assertRaises(ConnectionResetError):
+            while client.recv(100):
+                continue
+        client.close()
+
+
+class Deploying(support.SharedDaemonCase):
+    def refused(self, image: bytes, *options: str) -> str:
+        result = self.daemon.faas("new", "f", "--start-timeout", str(3 * clients.PATIENCE), *options, stdin=image,
+                                  check=False)
+        self.assertEqual(result.returncode, 1)
+        return result.stderr
+
+    def deployed(self, image: bytes, *options: str) -> str:
+        return self.daemon.faas("new", "f", *options, stdin=image).stdout
+
+    def test_line_and_info(self):
+        out = self.deployed(server_image("polling", "0.0.0.0:3000"))
+        self.assertEqual(out, "✓ Deployed f at 10.0.0.10 (server, port 3000)\n")
+        self.assertRegex(self.daemon.faas("info", "f").stdout, r"(?m)^contract: +server \(auto\)$")
+        self.assertRegex(self.daemon.faas("info", "f").stdout, r"(?m)^port: +3000 \(auto\)$")
+
+    def test_ports(self):
+        two = ["0.0.0.0:9000", "0.0.0.0:8080"]
+        for image, options, port in (
+                (server_image("polling", *two), (), 8080),                          # PORT
+                (server_image("polling", *two), ("-e", "PORT=9000"), 9000),
+                (server_image("polling", *two), ("--port", "9000"), 9000),
+                (server_image("polling", *two, ExposedPorts={"9000/tcp": {}}), (), 9000),
+                (server_image("polling", "0.0.0.0:9001", *two, ExposedPorts={"9000": {}, "9002": {}}), (), 9000),
+                (server_image("polling", "0.0.0.0:9001", "0.0.0.0:9002"), (), 9001)):
+            with self.subTest(port=port, options=options):
+                self.assertIn(f"(server, port {port})\n", self.deployed(image, *options))
+                self.assertEqual(get("10.0.0.10")[0], 200)
+
+    def test_what_did_not_listen(self):
+        for image, options, said in (
+                (server_image("unix"), (), "listened on a Unix socket"),
+                (server_image("nothing"), (), "listened on nothing"),
+                (server_image("nothing"), ("--contract", "server"), "did not listen on a TCP port within"),
+                (server_image("polling", "0.0.0.0:8081"), ("--port", "80"), "listened on port 8081"),
+                (server_image("polling", "0.0.0.0:8081", ExposedPorts={"80/tcp": {}}), (), "listened on port 8081"),
+                (server_image("polling", "0.0.0.0:8081"), ("--contract", "handler"), "did not connect to /control.sock")):
+            with self.subTest(said):
+                self.assertIn(said, self.refused(image, *options))
+
+    def test_handlers_are_handlers(self):
+        self.assertEqual(self.deployed(support.small_image()), "✓ Deployed f at 10.0.0.10\n")
+        self.assertEqual(self.daemon.info("f")["contract"], "handler")
+
+
+class Restarting(unittest.TestCase):
+    def test_invocation_goes_on(self):
+        for number in (signal.SIGHUP, signal.SIGKILL):
+            with self.subTest(number), support.Daemon() as daemon:
+                address = daemon.deploy("f", server_image("polling", "0.0.0.0:8080"))
+                with request(address, "/wait") as client:
+                    self.assertEqual(client.recv(100), b"waiting\n")
+                    if number == signal.SIGHUP:
+                        self.assertEqual(daemon.stop(number), 0)
+                    else:
+                        daemon.kill()
+                    daemon.start()
+                    client.sendall(b"x")
+                    self.assertIn(b"hello", read_until_cut(client))
+                wait_until(lambda: not support.list_containers(daemon), "its container is gone")
+                self.assertEqual(get(address)[0], 200)
+                self.assertEqual(daemon.info("f")["contract"], "server")
+
+
+if __name__ == "__main__":
+    unittest.main()
