@@ -1135,11 +1135,11 @@ class Invocation:
         """See to the end of an invocation whose handler has let go. Raises Refusal if the answer must be ours."""
         container, pool, function = self.container, self.pool, self.function
         self.handled = function.loop.time()
-        container.end_handover(self.handover)
+        given = container.end_handover(self.handover)
+        pool.shared.pop(container, None)        # until it is known that it may serve another
         if said in CUTS:
-            if self.handover.taken:
+            if given:
                 await self._take_from_server()
-            pool.shared.pop(container, None)
             if not container.handovers:         # else it serves others still
                 self.exit_status = await pool.kill(container)
             raise Refusal(*CUTS[said])
@@ -1941,7 +1941,8 @@ class WarmLimit:
             pool.reconcile()
 
 
-CONTAINER_DESCRIPTORS = 4           # of ours, while one starts: its socket, both ends of a pipe, a pidfd or eventfd
+CONTAINER_DESCRIPTORS = 7           # of ours, while one starts: its socket, both ends of a pipe, a pidfd or eventfd,
+                                    # and a server's three
 SPARE_DESCRIPTORS = 64              # left for ending what runs, and as many more for starting it
 
 
@@ -2218,8 +2219,12 @@ class Container:
                 ports.append(port)
                 later(0.0 if port == bundle.ports[0] else PORT_GRACE, settle)
 
+        def on_left(handover: Handover) -> None:
+            if not handover.said.done():
+                handover.said.set_result(Release.UNTAKEN)
+
         self._supervisor = Supervisor(f"{self._directory}/{NOTIFY_SOCKET}", functools.partial(call, on_listen),
-                                      self._kinds)
+                                      functools.partial(call, on_left), self._kinds)
 
     def _become_ready(self) -> None:
         self._watch_memory()
@@ -2286,11 +2291,11 @@ class Container:
         if not handover.said.done():
             handover.said.set_result(Release.GONE if self._exited.done() else Release.READY)
 
-    def end_handover(self, handover: Handover) -> None:
-        """A client is on its way out of a server, or is ours again."""
+    def end_handover(self, handover: Handover) -> bool:
+        """Take a client off the list; return whether the program may have it, and we have it no more."""
         self.handovers.discard(handover)
-        if self._supervisor:
-            self._supervisor.withdraw(handover)
+        waited = self._supervisor is not None and self._supervisor.withdraw(handover)
+        return handover.inode != 0 and not waited
 
     @property
     def is_connected(self) -> bool:
@@ -2405,9 +2410,6 @@ class Container:
             self._on_control()                  # UNTAKEN is worth knowing
         self._close_sockets()                   # somebody outside may have the other end, or runc alone was killed
         self.say(Release.GONE)
-        for handover in list(self.handovers):   # of others the kernel says how they end, now that nobody has them
-            if self._supervisor and self._supervisor.withdraw(handover) and not handover.said.done():
-                handover.said.set_result(Release.UNTAKEN)
 
     def _unwatch(self) -> None:
         for descriptor in (self._pidfd, self._memory):
@@ -2843,18 +2845,17 @@ class Supervisor:
     bind its port again.
     """
 
-    def __init__(self, path: str, on_listen: Callable[[int], None], kinds: list[str]):
-        """path is where the runtime sends the descriptor; on_listen takes a port, and is called in the thread.
+    def __init__(self, path: str, on_listen: Callable[[int], None], on_left: Callable[[Handover], None],
+                 kinds: list[str]):
+        """path is where the runtime sends the descriptor; on_listen takes a port, on_left a client that nobody takes.
 
-        kinds gets what the program listens on, in words.
+        Both are called in the thread. kinds gets what the program listens on, in words.
         """
-        self._kinds = kinds
+        self._kinds, self._on_left = kinds, on_left
         self.port = 0                           # clients' doorbells ring there; 0: not known yet, -1: nowhere
         self._on_listen = on_listen
         self._clients: collections.deque[Handover] = collections.deque()       # that wait for an accept(2)
-        self._wake = os.eventfd(0, os.EFD_CLOEXEC)
         self._poll = select.poll()
-        self._poll.register(self._wake, select.POLLIN)
         self._notify = -1                       # the descriptor that tells of calls
         self._asked: dict[int, int] = {}        # ports that were asked for in a network that others share, by inode
         self._ports: dict[int, int] = {}        # of listeners, as the program knows them, by inode
@@ -2864,10 +2865,17 @@ class Supervisor:
         self._in_network = False                # the thread has joined the container's
         self._useless = 0                       # answers in a row by which no client was served
         self._stopping = False
-        self._receiver = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._receiver.bind(path)
-        self._receiver.listen(1)
-        threading.Thread(target=self._run, name="supervisor", daemon=True).start()
+        with contextlib.ExitStack() as undo:
+            self._receiver = undo.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
+            self._receiver.bind(path)
+            self._receiver.listen(1)
+            self._wake = undo.enter_context(kept_open(os.eventfd(0, os.EFD_CLOEXEC)))
+            self._poll.register(self._wake, select.POLLIN)
+            try:
+                threading.Thread(target=self._run, name="supervisor", daemon=True).start()
+            except RuntimeError as error:
+                raise OSError(errno.EAGAIN, "no thread is to be had") from error
+            undo.pop_all()
 
     # -- for the loop --
 
@@ -2877,10 +2885,12 @@ class Supervisor:
         os.eventfd_write(self._wake, 1)
 
     def withdraw(self, handover: Handover) -> bool:
-        """Take a client back; return whether the program does not have it."""
-        with contextlib.suppress(ValueError):
+        """Take a client back; return False if the program has it, or is about to get it."""
+        try:
             self._clients.remove(handover)
-        return not handover.taken
+        except ValueError:
+            return False
+        return True
 
     def settle(self, port: int) -> None:
         """Serve clients on a port, and leave all others to the program."""
@@ -2899,13 +2909,17 @@ class Supervisor:
             self._receive_descriptor()
             while not self._stopping and self._turn():
                 continue
-        except OSError as error:                # a container's doing, or descriptors have run out
+        except (OSError, ValueError) as error:  # a container's doing, or descriptors have run out
             log.info("a server is answered no more: %s", error)
         for ours in (self._receiver, *self._bells.values(), *(held.listener for held in self._held.values())):
             ours.close()
         if self._notify >= 0:
             os.close(self._notify)
-        while not self._stopping:               # the loop may still write to it
+        while True:
+            while self._clients:
+                self._on_left(self._clients.popleft())
+            if self._stopping:                  # else the loop may still write to it
+                break
             os.eventfd_read(self._wake)
         os.close(self._wake)
 
@@ -2963,8 +2977,7 @@ class Supervisor:
         except OSError as error:                # what the program's own call would have met, such as EBADF
             self._respond(call, error.errno or errno.EIO)
         if self._useless > FREE_ANSWERS:
-            pause = min(2.0 ** (self._useless - FREE_ANSWERS - 10), MAX_ANSWER_PAUSE)
-            is_readable(self._wake, pause)
+            is_readable(self._wake, min(0.002 * (self._useless - FREE_ANSWERS), MAX_ANSWER_PAUSE))
 
     def _respond(self, call: Call, error: int = 0, flags: int = 0) -> None:
         with contextlib.suppress(FileNotFoundError):            # it is gone
@@ -3021,10 +3034,13 @@ class Supervisor:
             self._addresses[inode] = listener.getsockname()
             self._ports[inode] = self._asked.get(inode, self._addresses[inode][1])
             if len(self._addresses) > MAX_LISTENERS:
-                del self._addresses[next(iter(self._addresses))]
+                self._forget(next(iter(self._addresses)))
             self._note(f"port {self._ports[inode]}")
         self._respond(call)
         self._on_listen(self._ports[inode])
+
+    def _forget(self, inode: int) -> None:
+        del self._addresses[inode], self._ports[inode]
 
     def _note(self, kind: str) -> None:
         if len(self._kinds) < MAX_LISTENERS:
@@ -3169,7 +3185,7 @@ class Supervisor:
                 self._poll.register(bell, 0)    # tells when it is reset
             except OSError:                     # it is closed
                 bell.close()
-                del self._addresses[inode]
+                self._forget(inode)
 
     def _silence(self, port: int) -> None:
         """End a doorbell."""
@@ -3192,7 +3208,7 @@ def set_option(sock: socket.socket, level: int, option: int, value: int) -> None
 NETLINK_SOCK_DIAG, SKNLGRP_INET_TCP_DESTROY = 4, 1      # linux/netlink.h, linux/sock_diag.h
 SO_RCVBUFFORCE, SO_COOKIE = 33, 57  # socket(7)
 DIAG_COOKIE, DIAG_ATTRIBUTES, DIAG_INFO = 60, 88, 2     # offsets in a message (linux/inet_diag.h); INET_DIAG_INFO
-DIAG_ADDRESS, DIAG_PORT = 24, 20                        # of this end
+DIAG_ADDRESS = 24                   # of this end
 
 
 class ClosedConnections:
@@ -3202,8 +3218,8 @@ class ClosedConnections:
     tcp_info. A filter keeps those of other connections of this machine from waking us.
     """
 
-    def __init__(self, loop: asyncio.AbstractEventLoop):
-        self._loop = loop
+    def __init__(self, loop: asyncio.AbstractEventLoop, subnet: ipaddress.IPv4Network):
+        self._loop, self._subnet = loop, subnet
         self._waiting: dict[int, Callable[[TcpState], None]] = {}      # by cookie
         self._socket: socket.socket | None = None
 
@@ -3217,6 +3233,12 @@ class ClosedConnections:
     def _open(self) -> None:
         self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_NONBLOCK, NETLINK_SOCK_DIAG)
         self._socket.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, 8 * MIB)
+        attach_filter(self._socket, (
+            (BPF_LOAD_WORD, 0, 0, DIAG_ADDRESS),
+            (BPF_AND, 0, 0, int(self._subnet.netmask)),
+            (BPF_JUMP_EQUAL, 0, 1, int(self._subnet.network_address)),
+            (BPF_RETURN, 0, 0, 0xFFFF_FFFF),                                # all of the message
+            (BPF_RETURN, 0, 0, 0)))                                         # none
         self._socket.bind((0, 1 << SKNLGRP_INET_TCP_DESTROY - 1))
         self._loop.add_reader(self._socket, self._on_messages)
 
@@ -3236,8 +3258,9 @@ class ClosedConnections:
                 log.warning("missed messages of the kernel on closed connections: %s", error.strerror)
                 continue
             cookie, = struct.unpack_from("=Q", data, DIAG_COOKIE)
+            info = self._attribute(data) or bytes(256)
             if callback := self._waiting.pop(cookie, None):
-                callback(TcpState.from_info(self._attribute(data))[0])
+                callback(TcpState.from_info(info)[0])
 
     @staticmethod
     def _attribute(data: bytes) -> bytes:
@@ -4461,7 +4484,7 @@ def refuse_connections(listener: socket.socket) -> None:
     listener.close()
 
 
-BPF_LOAD_WORD, BPF_LOAD_HALF, BPF_JUMP_EQUAL, BPF_RETURN = 0x20, 0x28, 0x15, 0x06      # linux/bpf_common.h
+BPF_LOAD_WORD, BPF_LOAD_HALF, BPF_AND, BPF_JUMP_EQUAL, BPF_RETURN = 0x20, 0x28, 0x54, 0x15, 0x06     # bpf_common.h
 BPF_IP_HEADER = 0xFFF0_0000          # SKF_NET_OFF (linux/filter.h): what is loaded from here on is in the IP header
 
 
@@ -4473,17 +4496,22 @@ def keep_to_address(listener: socket.socket) -> None:
     inherited by what is accepted, costs an invocation nothing, and is locked: no handler can take it off.
     """
     address, port = listener.getsockname()
-    program = b"".join(struct.pack("HBBI", *instruction) for instruction in (
+    attach_filter(listener, (
         (BPF_LOAD_HALF, 0, 0, 2),                                       # destination port, in the TCP header
         (BPF_JUMP_EQUAL, 0, 3, port),
         (BPF_LOAD_WORD, 0, 0, BPF_IP_HEADER + 16),                      # destination address
         (BPF_JUMP_EQUAL, 0, 1, int(ipaddress.IPv4Address(address))),
         (BPF_RETURN, 0, 0, 0xFFFF_FFFF),                                # all of the packet
         (BPF_RETURN, 0, 0, 0)))                                         # none
+    listener.setsockopt(socket.SOL_SOCKET, SO_LOCK_FILTER, 1)
+
+
+def attach_filter(sock: socket.socket, instructions: Iterable[tuple[int, int, int, int]]) -> None:
+    """Have the kernel run a filter on what a socket receives. Raises OSError."""
+    program = b"".join(struct.pack("HBBI", *instruction) for instruction in instructions)
     code = ctypes.create_string_buffer(program, len(program))
     fprog = struct.pack("HP", len(program) // 8, ctypes.addressof(code))           # struct sock_fprog
-    listener.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, fprog)
-    listener.setsockopt(socket.SOL_SOCKET, SO_LOCK_FILTER, 1)
+    sock.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, fprog)
 
 
 SYS_FSOPEN = 430                    # the same on every architecture; then come fsconfig and fsmount (Linux 5.2)
@@ -4954,7 +4982,7 @@ def is_reachable(resolver: str) -> bool:
 class ContainerHost:
     """What all containers of this daemon share: directories, runtime, cgroups, ids, and threads that wait for them."""
 
-    def __init__(self, run_dir: Path, runtime: Runtime, ids: IdRanges):
+    def __init__(self, run_dir: Path, runtime: Runtime, ids: IdRanges, subnet: ipaddress.IPv4Network):
         self.run_dir = run_dir
         self.containers_dir = run_dir / "containers"
         self.ids = ids
@@ -4964,7 +4992,7 @@ class ContainerHost:
         self.descriptors = Descriptors()
         self.loop = asyncio.get_running_loop()
         self.workers = Workers(self.loop)
-        self.closed = ClosedConnections(self.loop)
+        self.closed = ClosedConnections(self.loop, subnet)
         self.killers = Workers(self.loop)       # others: killing a container ends the wait of those
         self._dying: dict[str, DyingCgroups] = {}
 
@@ -8148,7 +8176,8 @@ class Deploys:
         try:
             await container.start(version.bundle, version.options.start_timeout)
         except StartFailed as failure:
-            if entry.contract == "auto" and begins_as_root and failure.status == 502:
+            exited = failure.status == 502 and not isinstance(failure, RuntimeFailed)
+            if entry.contract == "auto" and begins_as_root and exited:
                 with contextlib.suppress(FaasdError):
                     return await self._prove(name, replace(entry, contract="server"))
             # By now the machine may be to blame, not the image.
@@ -8346,7 +8375,7 @@ class Daemon:
         self._loop = asyncio.get_running_loop()
         # By its full name: it is started with a PATH that may differ from ours.
         self._runtime = Runtime(shutil.which(settings.runtime) or settings.runtime, settings.run_dir / "runc")
-        self._host = ContainerHost(settings.run_dir, self._runtime, ids)
+        self._host = ContainerHost(settings.run_dir, self._runtime, ids, settings.subnet)
         eighth = self._host.descriptors.limit // 8
         self._services = Services(
             self._host, Starter(os.cpu_count() or 1, self._loop), WarmLimit(settings.max_warm),
