@@ -913,10 +913,11 @@ class Function:
                 container = Container.adopt(self.services.host, survivor, self.log.write_output)
                 survivors.pop()
                 pool.containers.add(container)
-                invocation = Invocation(self, survivor.client, survivor.peer, b"", now, container, pool, handed=now,
-                                        handover=container.take_up(survivor))
-                self.in_flight.add(invocation)
-                self.begin(invocation)
+                for client, peer in survivor.clients if survivor.contract == "server" else survivor.clients[:1]:
+                    invocation = Invocation(self, client, peer, b"", now, container, pool, handed=now,
+                                            handover=container.take_up(client, peer))
+                    self.in_flight.add(invocation)
+                    self.begin(invocation)
         finally:
             self._retire(pool)
 
@@ -1071,8 +1072,7 @@ class Invocation:
                 while (said := await self._work()) is Release.UNTAKEN and self.tries < MAX_TRIES:
                     await self._take_back()
                     await self.function.take_turn(self)
-                if said is Release.LEFT:
-                    await self.pool.pass_on(self.container)
+                if said is Release.LEFT and await self._leave():
                     return
                 await self._conclude(said)
             except Refusal as refusal:
@@ -1093,12 +1093,21 @@ class Invocation:
         """Take the client from a container that died before it took it. Others in it may have seen the socket."""
         log.info("function=%s container=%s died before it took its client", self.function.record.name,
                  self.container.id)
-        self.container.end_handover(self.handover)
+        self.container.handovers.discard(self.handover)
         await self.pool.kill(self.container)
         self.function.in_flight.discard(self)
         self.container, self.handover, self.handed = None, None, 0.0
 
     # -- the end --
+
+    async def _leave(self) -> bool:
+        """Leave it to the next daemon; return False if its server does not have its client yet."""
+        if self.handover.inode and not await self._call(self.container.is_taken, self.handover):
+            return False
+        self.container.handovers.discard(self.handover)
+        if not self.container.handovers:        # else the last of them does it
+            await self.pool.pass_on(self.container)
+        return True
 
     def _call(self, call: Callable, *arguments) -> asyncio.Future:
         """Make a system call on the client's connection. A container that keeps us waiting is killed."""
@@ -1135,14 +1144,18 @@ class Invocation:
         """See to the end of an invocation whose handler has let go. Raises Refusal if the answer must be ours."""
         container, pool, function = self.container, self.pool, self.function
         self.handled = function.loop.time()
-        given = container.end_handover(self.handover)
+        container.handovers.discard(self.handover)
         pool.shared.pop(container, None)        # until it is known that it may serve another
-        if said in CUTS:
-            if given:
+        if said in CUTS or said is Release.LEFT:
+            container.spoiled = True
+            if self.handover.inode:
                 await self._take_from_server()
             if not container.handovers:         # else it serves others still
                 self.exit_status = await pool.kill(container)
-            raise Refusal(*CUTS[said])
+            raise Refusal(*CUTS.get(said, CUTS[Release.STOPPED]))
+        if self.handover.taken and self.handover.state is None:
+            self.exit_status = await pool.end(container)
+            raise Refusal("closed", 0, "the kernel's word on how it ended was lost")
         state = self.handover.state or await self._answered(gone=said is not Release.READY)
         if self.handover.taken and not state.sent and await container.exits():  # the kernel has told the client
             self.exit_status = await pool.end(container)
@@ -1159,6 +1172,7 @@ class Invocation:
         if said is Release.READY and state.sent and pool.may_reuse(container):
             pool.put(container)
         elif container.handovers:               # it serves others
+            pool.share(container)
             function.dispatch()
         else:
             ending = function.loop.create_task(pool.end(container))
@@ -1171,11 +1185,12 @@ class Invocation:
             self.reason = "the container ran out of memory after its answer"
 
     async def _take_from_server(self) -> None:
-        """Take a client's socket back from a server that is about to be killed, so that we can answer."""
-        host = self.function.services.host
-        client = await self._call(host.cgroups.duplicate_socket, self.container.cgroup, self.handover.inode)
-        if client is not None:                  # else the server has just closed it
-            self.client = client
+        """Take a client back from a server, so that we can answer."""
+        if await self._call(self.container.is_taken, self.handover):
+            host = self.function.services.host
+            client = await self._call(host.cgroups.duplicate_socket, self.container.cgroup, self.handover.inode)
+            if client is not None:              # else the server has just closed it
+                self.client = client
 
     async def _answered(self, gone: bool) -> TcpState:
         """Return the state of the client's connection. Raises Refusal if its answer is missing, or may have been cut.
@@ -1680,8 +1695,8 @@ class Pool:
     def put(self, container: Container) -> None:
         """Take a container that could serve somebody."""
         self.containers.add(container)
-        if container.handovers and not self._closed:
-            self.shared[container] = None
+        if container.handovers:                 # it serves others
+            self.share(container)
             self._function.dispatch()
             return
         if self._closed or not container.is_connected:
@@ -1709,7 +1724,7 @@ class Pool:
 
     def may_reuse(self, container: Container) -> bool:
         """Whether a container may serve another client."""
-        return (self is self._function.pool and container.is_connected
+        return (self is self._function.pool and container.is_connected and not container.spoiled
                 and (self.options.reuse == 0 or container.served < self.options.reuse))
 
     def share(self, container: Container) -> None:
@@ -1738,6 +1753,7 @@ class Pool:
 
     async def end(self, container: Container) -> int | None:
         """Let a container end, and return its exit status."""
+        self._withhold(container)
         try:
             return await container.finish()
         finally:
@@ -1745,6 +1761,7 @@ class Pool:
 
     async def kill(self, container: Container) -> int | None:
         """Kill a container, and return its exit status."""
+        self._withhold(container)
         try:
             return await container.kill()
         finally:
@@ -1757,9 +1774,13 @@ class Pool:
         log.info("function=%s container=%s serves a client and is left running", self._function.record.name,
                  container.id)
 
+    def _withhold(self, container: Container) -> None:
+        """Give a container no more clients."""
+        self.idle.pop(container, None)
+        self.shared.pop(container, None)
+
     def _remove(self, container: Container) -> None:
         self.containers.discard(container)
-        self.shared.pop(container, None)
         if self._closed and not self.containers:
             self.empty.set()
 
@@ -1941,8 +1962,8 @@ class WarmLimit:
             pool.reconcile()
 
 
-CONTAINER_DESCRIPTORS = 7           # of ours, while one starts: its socket, both ends of a pipe, a pidfd or eventfd,
-                                    # and a server's three
+CONTAINER_DESCRIPTORS = 9           # of ours, while one starts: its socket, both ends of a pipe, a pidfd or eventfd,
+                                    # and a server's five
 SPARE_DESCRIPTORS = 64              # left for ending what runs, and as many more for starting it
 
 
@@ -2056,8 +2077,11 @@ class Container:
         self.contract = ""                              # handler or server, once it is known
         self.port = 0                                   # a server's
         self.handovers: set[Handover] = set()           # a server's clients
-        self._kinds: list[str] = []                     # what it has listened on, in words
+        self.spoiled = False                            # it may serve nobody else
+        self.kinds: list[str] = []                      # what it has listened on, in words
+        self._ports: list[int] = []                     # those of them on which it may serve clients
         self._supervisor: Supervisor | None = None      # of what may be a server, until it ends
+        self._left = False                              # to the next daemon
         self._connected: asyncio.Future[None] = host.loop.create_future()       # ready for clients
         self._exited: asyncio.Future[int | None] = host.loop.create_future()
 
@@ -2072,18 +2096,20 @@ class Container:
         container._adopted, container._pid = True, survivor.pid
         container._watch_exit(survivor.pidfd)
         container._watch_memory()
+        container.contract = survivor.contract
+        if survivor.notify >= 0:
+            container._supervisor = Supervisor(container, host.loop, survivor.notify)
         container._output = OutputReader(host.workers, survivor.output, container._on_output)       # last: it reads
         return container
 
-    def take_up(self, survivor: Survivor) -> Handover:
-        """Return the handover of an adopted container. A server's client must have no descriptor here."""
-        handover = Handover(survivor.client, survivor.peer, self.said)
-        if survivor.contract == "server":
-            self.contract, handover.taken = "server", True
-            handover.inode = os.fstat(survivor.client.fileno()).st_ino
-            handover.said = self._host.loop.create_future()
-            self._host.closed.watch(survivor.client, functools.partial(self._on_closed, handover))
-            self._host.workers.run(os.close, survivor.client.detach())
+    def take_up(self, client: socket.socket, peer: str) -> Handover:
+        """Return the handover of a client that an adopted container has. Of a server's we keep no descriptor."""
+        if self.contract != "server":
+            return Handover(client, peer, self.said)
+        handover = Handover(client, peer, self._host.loop.create_future(), os.fstat(client.fileno()).st_ino, True)
+        self.handovers.add(handover)
+        self._host.closed.watch(client, functools.partial(self._on_closed, handover))
+        self._host.workers.run(os.close, client.detach())
         return handover
 
     # -- start --
@@ -2115,6 +2141,8 @@ class Container:
             await to_the_end(self.kill())
             raise
         timed_out = not self._exited.done()
+        if timed_out and bundle.contract != "handler" and bundle.own_network:
+            self.kinds += await self._host.workers.run(self._host.cgroups.udp_ports, self.cgroup)
         out_of_memory = self.look_for_memory()
         error = self._runtime_error()
         status = await to_the_end(self.kill())
@@ -2135,7 +2163,7 @@ class Container:
         """Return what a program that might have listened has listened on, in words."""
         if bundle.contract == "handler":
             return ""
-        return f"; it listened on {', '.join(list(dict.fromkeys(self._kinds))[:MAX_REPORTED_LISTENERS]) or 'nothing'}"
+        return f"; it listened on {', '.join(list(dict.fromkeys(self.kinds))[:MAX_REPORTED_LISTENERS]) or 'nothing'}"
 
     def _runtime_error(self) -> str:
         """Return what the runtime says kept it from making the container, "" if the handler has been run.
@@ -2167,13 +2195,13 @@ class Container:
         self._output = OutputReader(self._host.workers, os.open(output, os.O_RDONLY | os.O_NONBLOCK), self._on_output)
         # Open for reading as well: should we die, what the handler prints still has a reader, itself. It waits when
         # the pipe is full, until the next daemon reads on, rather than die of SIGPIPE.
-        writing = os.open(output, os.O_RDWR)
-        try:
-            self._spawning = in_thread(self._host.loop, self._host.spawn, bundle, self._directory, self.id, writing)
-        except OSError:
-            os.close(writing)
-            raise
-        self._spawning.add_done_callback(lambda _: os.close(writing))
+        with contextlib.ExitStack() as stack:
+            writing = stack.enter_context(kept_open(os.open(output, os.O_RDWR)))
+            deposit = stack.enter_context(self._supervisor.deposit.dup()) if self._supervisor else None
+            self._spawning = in_thread(self._host.loop, self._host.spawn, bundle, self._directory, self.id, writing,
+                                       deposit)
+            given = stack.pop_all()
+        self._spawning.add_done_callback(lambda _: given.close())
         return self._spawning
 
     def _watch(self, bundle: Bundle) -> None:
@@ -2203,28 +2231,27 @@ class Container:
         self._host.loop.add_reader(self._listener, self._on_connect)
 
     def _supervise(self, bundle: Bundle) -> None:
-        """Wait for the program to listen; on a port that is not the one we would like best, only after a while."""
-        ports: list[int] = []
-        call, later = self._host.loop.call_soon_threadsafe, self._host.loop.call_later
+        """Wait for the program to listen."""
+        self._bundle = bundle
+        self._supervisor = Supervisor(self, self._host.loop, path=f"{self._directory}/{NOTIFY_SOCKET}")
 
-        def settle() -> None:
-            if not self.contract and self._supervisor:
-                self.contract, self.port = "server", bundle.choose_port(ports)
-                self._supervisor.settle(self.port)
-                self._close_sockets()
-                self._become_ready()
+    def on_listen(self, port: int) -> None:
+        """The program listens; on a port that is not the one we would like best, it may yet do so on a better one."""
+        if not self.contract and self._bundle.may_serve(port):
+            self._ports.append(port)
+            self._host.loop.call_later(0.0 if port == self._bundle.ports[0] else PORT_GRACE, self._settle)
 
-        def on_listen(port: int) -> None:
-            if not self.contract and bundle.may_serve(port):
-                ports.append(port)
-                later(0.0 if port == bundle.ports[0] else PORT_GRACE, settle)
+    def _settle(self) -> None:
+        if not self.contract and self._supervisor and not self._exited.done():
+            self.contract, self.port = "server", self._bundle.choose_port(self._ports)
+            self._supervisor.settle(self.port)
+            self._close_sockets()
+            self._become_ready()
 
-        def on_left(handover: Handover) -> None:
-            if not handover.said.done():
-                handover.said.set_result(Release.UNTAKEN)
-
-        self._supervisor = Supervisor(f"{self._directory}/{NOTIFY_SOCKET}", functools.partial(call, on_listen),
-                                      functools.partial(call, on_left), self._kinds)
+    def on_left(self, handover: Handover) -> None:
+        """The program will not take a client any more."""
+        if not handover.said.done():
+            handover.said.set_result(Release.UNTAKEN)
 
     def _become_ready(self) -> None:
         self._watch_memory()
@@ -2245,8 +2272,6 @@ class Container:
         self._listener.shutdown(socket.SHUT_RD)         # a second connection is refused
         self._close_sockets()
         self.contract = "handler"
-        if self._supervisor:
-            self._supervisor.settle(-1)
         self._control = control
         control.setblocking(False)
         # A handler may send out-of-band data, which keeps the connection readable, and no MSG_PEEK shows it.
@@ -2286,20 +2311,22 @@ class Container:
         self._supervisor.offer(handover)
         return handover
 
-    def _on_closed(self, handover: Handover, state: TcpState) -> None:
+    def _on_closed(self, handover: Handover, state: TcpState | None) -> None:
         handover.state = state
         if not handover.said.done():
             handover.said.set_result(Release.GONE if self._exited.done() else Release.READY)
 
-    def end_handover(self, handover: Handover) -> bool:
-        """Take a client off the list; return whether the program may have it, and we have it no more."""
-        self.handovers.discard(handover)
-        waited = self._supervisor is not None and self._supervisor.withdraw(handover)
-        return handover.inode != 0 and not waited
+    def is_taken(self, handover: Handover) -> bool:
+        """Return whether the program has a client; else it does not get it any more. May block."""
+        if self._supervisor:
+            self._supervisor.withdraw(handover)
+        return handover.taken
 
     @property
     def is_connected(self) -> bool:
-        return self._control is not None or self.contract == "server" and not self._exited.done()
+        """Whether the program could take a client."""
+        return self._control is not None or (
+            self.contract == "server" and self._supervisor is not None and not self.killed and not self._exited.done())
 
     def listen(self) -> asyncio.Future[Release]:
         """Return the future of what it says while it has no client."""
@@ -2425,10 +2452,11 @@ class Container:
             self._host.workers.run(ours.close)
         self._listener = self._control = None
 
-    def _stop_supervisor(self) -> None:
-        if self._supervisor:
-            self._supervisor.stop()
-            self._supervisor = None
+    def _stop_supervisor(self) -> Supervisor | None:
+        supervisor, self._supervisor = self._supervisor, None
+        if supervisor:
+            supervisor.stop()
+        return supervisor
 
     async def leave(self) -> None:
         """Let go of the container while its handler serves a client: the next daemon will adopt it.
@@ -2438,9 +2466,11 @@ class Container:
         if self._exited.done():                 # just now
             await self.kill()
             return
+        self._left = True
         self._unwatch()
         self._close_sockets()
-        self._stop_supervisor()
+        if supervisor := self._stop_supervisor():
+            await self._host.workers.run(supervisor.join)
         if not await self._output.close():
             log.warning("container=%s does not let go of its output: ending it", self.id)
             await self._host.killers.run(self._host.cgroups.kill, self.cgroup)
@@ -2463,6 +2493,8 @@ class Container:
         Returns the exit status of runc run, which is the handler's, or 128 + the signal that ended it; None for that
         of an adopted container.
         """
+        if self._left:
+            return None
         self._close_sockets()
         if not self._pid and self._spawning is not None:
             await self._catch_spawned()
@@ -2793,8 +2825,8 @@ def in_thread(loop: asyncio.AbstractEventLoop, function: Callable, *arguments) -
 # A server: an unmodified program that listens on TCP gets the client's own socket from accept(2)
 # ---------------------------------------------------------------------------------------------------------------------
 
-SERVER_CALLS = {"x86_64": {49: "bind", 50: "listen", 43: "accept", 288: "accept4"}}     # by machine; elsewhere …
-OTHER_SERVER_CALLS = {200: "bind", 201: "listen", 202: "accept", 242: "accept4"}        # … of asm-generic/unistd.h
+SERVER_CALLS = ({49: "bind", 50: "listen", 43: "accept", 288: "accept4"} if platform.machine() == "x86_64" else
+                {200: "bind", 201: "listen", 202: "accept", 242: "accept4"})            # asm-generic/unistd.h
 NOTIFICATION = struct.Struct("=QIIiIQ6Q")       # struct seccomp_notif (linux/seccomp.h): id, pid, flags; seccomp_data
 RESPONSE = struct.Struct("=QqiI")               # struct seccomp_notif_resp: id, value, error, flags
 ADDED_DESCRIPTOR = struct.Struct("=QIIII")      # struct seccomp_notif_addfd: id, flags, source, number, its flags
@@ -2804,9 +2836,12 @@ SO_DOMAIN, SO_BUF_LOCK = 39, 72     # socket(7)
 INHERITED_OPTIONS = (socket.TCP_NODELAY, socket.TCP_USER_TIMEOUT)       # of TCP, unless 0
 KEEPALIVE_TIMES = (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT)
 INHERITED_BUFFERS = [(1, socket.SO_SNDBUF), (2, socket.SO_RCVBUF)]      # by the bit of SO_BUF_LOCK that says it was set
-MAX_LISTENERS = 64                  # of one container that are known, those that it made last
+MAX_LISTENERS = 64                  # of one container that are known, those that it made last; and that are held
 FREE_ANSWERS = 32                   # in a row by which no client was served; after these each …
-MAX_ANSWER_PAUSE = 0.1              # … comes later than the one before, at most by so many seconds
+ANSWER_PAUSE, MAX_ANSWER_PAUSE = 0.002, 0.1     # … comes so many seconds later than the one before, and at most so many
+STOP = 1 << 32                      # added to what wakes a Supervisor: more than it has clients
+JOIN_SECONDS = 1.0                  # for a thread to end that a container may hold up
+DEPOSIT = 3                         # descriptor of the runtime, which makes all above 2 end with its exec in a container
 
 
 @dataclass(eq=False)
@@ -2829,11 +2864,11 @@ class Call:
     arguments: tuple[int, ...]
 
 
-@dataclass(frozen=True)
-class HeldAccept:
-    """An accept(2) on a blocking socket for which there is no client yet, with our duplicate of that socket."""
-    call: Call
+@dataclass
+class HeldAccepts:
+    """Calls of accept(2) on a blocking socket for which there is no client yet, with our duplicate of that socket."""
     listener: socket.socket
+    calls: list[Call]
 
 
 class Supervisor:
@@ -2841,38 +2876,47 @@ class Supervisor:
 
     When the program listens, it is ready. When it accepts, it gets a client's own socket for the result. What makes it
     accept is a doorbell: a connection to its listener, made in its own network, that we take off its queue again. A
-    thread that waits in accept(2) needs none. faasd keeps no duplicate of a listener: the program may close it and
-    bind its port again.
+    thread that waits in accept(2) needs none. faasd keeps no duplicate of a listener but for those: the program may
+    close it and bind its port again.
+
+    The descriptor that tells of calls must not be closed before the container ends: its calls would fail. So it is also
+    put into the queue of a socket that the runtime has, for the daemon that comes after this one, however that ends.
     """
 
-    def __init__(self, path: str, on_listen: Callable[[int], None], on_left: Callable[[Handover], None],
-                 kinds: list[str]):
-        """path is where the runtime sends the descriptor; on_listen takes a port, on_left a client that nobody takes.
+    def __init__(self, container: Container, loop: asyncio.AbstractEventLoop, notify: int = -1, path: str = ""):
+        """notify is the descriptor that tells of calls, or path where the runtime connects to send it. Raises OSError.
 
-        Both are called in the thread. kinds gets what the program listens on, in words.
+        container is told, on the loop, of each port that it listens on, of clients that it leaves, and of a failure.
         """
-        self._kinds, self._on_left = kinds, on_left
-        self.port = 0                           # clients' doorbells ring there; 0: not known yet, -1: nowhere
-        self._on_listen = on_listen
+        self._container, self._loop = container, loop
+        self._notify = notify
+        self._port = 0                          # clients' doorbells ring there; 0: not known yet
         self._clients: collections.deque[Handover] = collections.deque()       # that wait for an accept(2)
-        self._poll = select.poll()
-        self._notify = -1                       # the descriptor that tells of calls
+        self._giving = threading.Lock()         # held while one of them is on its way
         self._asked: dict[int, int] = {}        # ports that were asked for in a network that others share, by inode
         self._ports: dict[int, int] = {}        # of listeners, as the program knows them, by inode
         self._addresses: dict[int, tuple] = {}  # of listeners, by inode
         self._bells: dict[int, socket.socket] = {}      # connections of ours to a listener, by their port
-        self._held: dict[int, HeldAccept] = {}          # by the number of our duplicate
+        self._held: dict[int, HeldAccepts] = {}         # by the listener's inode
+        self._accepting: socket.socket | None = None    # a listener whose queue the thread may be waiting for
         self._in_network = False                # the thread has joined the container's
         self._useless = 0                       # answers in a row by which no client was served
         self._stopping = False
+        self._receiver: socket.socket | None = None
+        self.deposit: socket.socket | None = None       # the runtime's end of a pair, until it has it
+        self._poll = select.poll()
         with contextlib.ExitStack() as undo:
-            self._receiver = undo.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
-            self._receiver.bind(path)
-            self._receiver.listen(1)
-            self._wake = undo.enter_context(kept_open(os.eventfd(0, os.EFD_CLOEXEC)))
+            self._wake = os.eventfd(0, os.EFD_CLOEXEC)
+            undo.callback(os.close, self._wake)
             self._poll.register(self._wake, select.POLLIN)
+            if path:
+                self._receiver = undo.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
+                self._receiver.bind(path)
+                self._receiver.listen(1)
+                self._depositing, self.deposit = map(undo.enter_context, socket.socketpair())
             try:
-                threading.Thread(target=self._run, name="supervisor", daemon=True).start()
+                self._thread = threading.Thread(target=self._run, name="supervisor", daemon=True)
+                self._thread.start()
             except RuntimeError as error:
                 raise OSError(errno.EAGAIN, "no thread is to be had") from error
             undo.pop_all()
@@ -2884,100 +2928,133 @@ class Supervisor:
         self._clients.append(handover)
         os.eventfd_write(self._wake, 1)
 
-    def withdraw(self, handover: Handover) -> bool:
-        """Take a client back; return False if the program has it, or is about to get it."""
-        try:
-            self._clients.remove(handover)
-        except ValueError:
-            return False
-        return True
-
     def settle(self, port: int) -> None:
         """Serve clients on a port, and leave all others to the program."""
-        self.port = port
+        self._port = port
         os.eventfd_write(self._wake, 1)
 
     def stop(self) -> None:
-        """Answer no more. The calls that wait for an answer fail with ENOSYS."""
-        self._stopping = True
-        os.eventfd_write(self._wake, 1)
+        """Answer no more. Calls that wait for a client go on in the kernel. Nothing may be called but join after it."""
+        os.eventfd_write(self._wake, STOP)
+        if listener := self._accepting:
+            with contextlib.suppress(OSError):
+                listener.shutdown(socket.SHUT_RDWR)
+
+    # -- for workers --
+
+    def withdraw(self, handover: Handover) -> None:
+        """Do not give a client to the program, unless it has it. May block."""
+        with self._giving, contextlib.suppress(ValueError):
+            self._clients.remove(handover)
+
+    def join(self) -> None:
+        """Wait for the thread to end, but not for long. Blocks."""
+        self._thread.join(JOIN_SECONDS)
 
     # -- the thread --
 
     def _run(self) -> None:
         try:
-            self._receive_descriptor()
+            if self._notify < 0:
+                self._receive_descriptor()
+            self._poll.register(self._notify, select.POLLIN)
             while not self._stopping and self._turn():
                 continue
         except (OSError, ValueError) as error:  # a container's doing, or descriptors have run out
-            log.info("a server is answered no more: %s", error)
-        for ours in (self._receiver, *self._bells.values(), *(held.listener for held in self._held.values())):
-            ours.close()
+            if not self._stopping:
+                log.info("container=%s its calls are answered no more: %s", self._container.id, error)
+                self._tell(self._container.kill_soon)
+        for held in self._held.values():
+            for call in held.calls:
+                self._respond(call, flags=CONTINUE)
+            held.listener.close()
+        self._close_receiver()
+        for bell in self._bells.values():
+            bell.close()
         if self._notify >= 0:
             os.close(self._notify)
-        while True:
+        while self._clients or not self._stopping:      # until the loop writes nothing any more
             while self._clients:
-                self._on_left(self._clients.popleft())
-            if self._stopping:                  # else the loop may still write to it
-                break
-            os.eventfd_read(self._wake)
+                self._tell(self._container.on_left, self._clients.popleft())
+            if not self._stopping:
+                self._hear()
         os.close(self._wake)
+
+    def _tell(self, callback: Callable, *arguments) -> None:
+        with contextlib.suppress(RuntimeError):         # the loop is closed
+            self._loop.call_soon_threadsafe(callback, *arguments)
+
+    def _hear(self) -> None:
+        if os.eventfd_read(self._wake) >= STOP:
+            self._stopping = True
 
     def _receive_descriptor(self) -> None:
         """Wait for the runtime, which sends the descriptor with the container's state (runtime-spec, config-linux)."""
         self._poll.register(self._receiver, select.POLLIN)
-        while not self._stopping:
-            if self._receiver.fileno() in dict(self._poll.poll()):
+        while self._notify < 0:
+            events = dict(self._poll.poll())
+            if self._wake in events:
+                self._hear()
+                if self._stopping:
+                    raise InterruptedError(errno.EINTR, "stopped")
+            if self._receiver.fileno() in events:
                 with self._receiver.accept()[0] as connection:
                     _, descriptors, _, _ = socket.recv_fds(connection, 64 * KIB, 1)
-                self._poll.unregister(self._receiver)
-                self._receiver.close()
                 self._notify, = descriptors
-                self._poll.register(self._notify, select.POLLIN)
-                return
+        self._poll.unregister(self._receiver)
+        socket.send_fds(self._depositing, [b"\0"], [self._notify])
+        self._close_receiver()
+
+    def _close_receiver(self) -> None:
+        if self._receiver:
+            self._receiver.close()
+            self._depositing.close()
+            self.deposit.close()
 
     def _turn(self) -> bool:
         """Wait for something, and do it. Return whether there is a process left."""
         events = dict(self._poll.poll())
         if self._wake in events:
-            os.eventfd_read(self._wake)
-            self._give_to_held()
-        for number in self._held.keys() & events.keys():       # a connection that the program made to itself
-            self._resume(self._held[number])
+            self._hear()
+        for inode, held in list(self._held.items()):
+            if self._clients or held.listener.fileno() in events or not self._may_serve(inode):
+                self._resume(inode)
         for port in [port for port, bell in self._bells.items() if bell.fileno() in events]:
+            self._useless += 1
             self._silence(port)                 # nobody took it: its listener is closed
         if events.get(self._notify, 0) & select.POLLIN:
             self._answer()
         elif self._notify in events:            # POLLHUP
             return False
         self._ring()
+        if self._useless > FREE_ANSWERS:        # its thread waits meanwhile
+            is_readable(self._wake, min(ANSWER_PAUSE * (self._useless - FREE_ANSWERS), MAX_ANSWER_PAUSE))
         return True
 
     def _ioctl(self, request: int, data: ctypes.Array) -> int:
         return succeeded(libc.ioctl(self._notify, ctypes.c_ulong(request), data))
 
     def _answer(self) -> None:
-        """Answer one call, and later the more of them serve nobody: the caller waits meanwhile."""
+        """Answer one call."""
         buffer = ctypes.create_string_buffer(NOTIFICATION.size)
         try:
             self._ioctl(NOTIFY_RECEIVE, buffer)
         except FileNotFoundError:               # its caller was killed, or met a signal, and calls again
             return
         identity, thread, _, number, _, _, *arguments = NOTIFICATION.unpack(buffer.raw)
-        names = SERVER_CALLS.get(platform.machine(), OTHER_SERVER_CALLS)
-        call = Call(identity, thread, names[number], tuple(arguments))
+        call = Call(identity, thread, SERVER_CALLS[number], tuple(arguments))
         self._useless += 1
+        for held in self._held.values():        # a signal has ended the call before
+            held.calls = [other for other in held.calls if other.thread != thread]
         try:
-            with contextlib.ExitStack() as stack:
-                duplicate = self._duplicate(call)
-                stack.callback(duplicate.close)
+            duplicate = self._duplicate(call)
+            try:
                 {"bind": self._bind, "listen": self._listen}.get(call.name, self._accept)(call, duplicate)
-                if self._held.get(duplicate.fileno(), None):
-                    stack.pop_all()
+            finally:
+                if not any(held.listener is duplicate for held in self._held.values()):
+                    duplicate.close()
         except OSError as error:                # what the program's own call would have met, such as EBADF
             self._respond(call, error.errno or errno.EIO)
-        if self._useless > FREE_ANSWERS:
-            is_readable(self._wake, min(0.002 * (self._useless - FREE_ANSWERS), MAX_ANSWER_PAUSE))
 
     def _respond(self, call: Call, error: int = 0, flags: int = 0) -> None:
         with contextlib.suppress(FileNotFoundError):            # it is gone
@@ -3037,14 +3114,14 @@ class Supervisor:
                 self._forget(next(iter(self._addresses)))
             self._note(f"port {self._ports[inode]}")
         self._respond(call)
-        self._on_listen(self._ports[inode])
+        self._tell(self._container.on_listen, self._ports[inode])
 
     def _forget(self, inode: int) -> None:
         del self._addresses[inode], self._ports[inode]
 
     def _note(self, kind: str) -> None:
-        if len(self._kinds) < MAX_LISTENERS:
-            self._kinds.append(kind)
+        if len(self._container.kinds) < MAX_LISTENERS:
+            self._container.kinds.append(kind)
 
     def _join_network(self, call: Call) -> None:
         """Have this thread's sockets be in the container's network, where no process can leave it."""
@@ -3059,48 +3136,56 @@ class Supervisor:
     def _accept(self, call: Call, listener: socket.socket) -> None:
         """Answer an accept(2) as the kernel would: with what is in the queue, and clients in the place of doorbells."""
         inode = os.fstat(listener.fileno()).st_ino
-        if inode not in self._addresses or self.port and self._ports[inode] != self.port:
+        if not self._may_serve(inode):
             self._respond(call, flags=CONTINUE)
             return
-        while is_readable(listener, 0):
-            connection, peer = listener.accept()
-            if peer[1] not in self._bells:      # the program has connected to itself
-                with connection:
-                    self._inject(call, connection, listener.family, peer)
-                return
-            connection.close()
-            self._silence(peer[1])
-            if self._clients:
-                break
+        self._accepting = listener
+        try:
+            while is_readable(listener, 0):
+                connection, peer = listener.accept()    # would wait if others took it first, until stop()
+                if peer[1] not in self._bells:  # the program has connected to itself
+                    with connection:
+                        self._inject(call, connection, listener.family, peer)
+                    return
+                connection.close()
+                self._silence(peer[1])
+                if self._clients:
+                    break
+        finally:
+            self._accepting = None
         if self._clients:
             self._give(call, listener)
-        elif os.get_blocking(listener.fileno()):
-            self._held[listener.fileno()] = HeldAccept(call, listener)
+        elif not os.get_blocking(listener.fileno()):
+            self._respond(call, errno.EAGAIN)
+        elif inode in self._held:
+            self._held[inode].calls.append(call)
+        elif len(self._held) < MAX_LISTENERS:
+            self._held[inode] = HeldAccepts(listener, [call])
             self._poll.register(listener, select.POLLIN)
         else:
-            self._respond(call, errno.EAGAIN)
+            self._respond(call, flags=CONTINUE)
+
+    def _may_serve(self, inode: int) -> bool:
+        """Whether a listener is one that clients may come by."""
+        return inode in self._ports and self._port in (0, self._ports[inode])
 
     def _give(self, call: Call, listener: socket.socket) -> None:
         """Give the client that waits longest to a program that accepts; if that is gone, the client waits on."""
-        handover = self._clients.popleft()
-        try:
-            kept_alive = get_option(listener, socket.SOL_SOCKET, socket.SO_KEEPALIVE)
-            for option in (*INHERITED_OPTIONS, *(KEEPALIVE_TIMES if kept_alive else ())):       # else ours stay
-                if value := get_option(listener, socket.IPPROTO_TCP, option):
-                    set_option(handover.client, socket.IPPROTO_TCP, option, value)
-            locked = get_option(listener, socket.SOL_SOCKET, SO_BUF_LOCK)
-            for bit, option in INHERITED_BUFFERS:
-                if locked & bit:                # the kernel doubles what is set (socket(7))
-                    set_option(handover.client, socket.SOL_SOCKET, option,
-                               get_option(listener, socket.SOL_SOCKET, option) // 2)
-            host, port = handover.peer.rsplit(":", 1)
-            mapped = "::ffff:" if listener.family == socket.AF_INET6 else ""
-            self._inject(call, handover.client, listener.family, (f"{mapped}{host}", int(port), 0, 0))
-        except OSError:
-            self._clients.appendleft(handover)
-            raise
+        with self._giving:
+            if not self._clients:               # it was withdrawn just now
+                raise InterruptedError(errno.EINTR, os.strerror(errno.EINTR))
+            handover = self._clients[0]
+            try:
+                inherit_options(listener, handover.client)
+                host, port = handover.peer.rsplit(":", 1)
+                mapped = "::ffff:" if listener.family == socket.AF_INET6 else ""
+                self._inject(call, handover.client, listener.family, (f"{mapped}{host}", int(port), 0, 0))
+            except OSError:
+                os.set_blocking(handover.client.fileno(), False)
+                raise
+            self._clients.popleft()
+            handover.taken = True
         self._useless = 0
-        handover.taken = True
         os.close(handover.client.detach())      # the program's close must be the last
 
     def _inject(self, call: Call, connection: socket.socket, family: int, peer: tuple) -> None:
@@ -3148,42 +3233,46 @@ class Supervisor:
 
     # -- clients --
 
-    def _resume(self, held: HeldAccept) -> None:
-        """Answer a call that was kept waiting, unless it has to wait on."""
-        number = held.listener.fileno()
-        del self._held[number]
-        self._poll.unregister(number)
+    def _resume(self, inode: int) -> None:
+        """Answer calls that were kept waiting, except those that have to wait on."""
+        held = self._held.pop(inode)
+        self._poll.unregister(held.listener)
         try:
-            self._accept(held.call, held.listener)
-        except OSError as error:
-            self._respond(held.call, error.errno or errno.EIO)
-        if number not in self._held:
-            held.listener.close()
-
-    def _give_to_held(self) -> None:
-        """Give clients to threads that wait in accept(2), and let go of those on a port that is not ours to serve."""
-        for held in list(self._held.values()):
-            if self._clients or self.port:
-                self._resume(held)
+            while held.calls and (self._clients or not self._may_serve(inode) or is_readable(held.listener, 0)):
+                call = held.calls.pop(0)
+                try:
+                    self._accept(call, held.listener)
+                except OSError as error:
+                    self._respond(call, error.errno or errno.EIO)
+                if inode in self._held:         # it has to wait on
+                    held.calls.append(self._held.pop(inode).calls[0])
+                    self._poll.unregister(held.listener)
+                    break
+        finally:
+            if held.calls:
+                self._held[inode] = held
+                self._poll.register(held.listener, select.POLLIN)
+            else:
+                held.listener.close()
 
     def _ring(self) -> None:
-        """Ring a doorbell for each client that waits."""
+        """Ring a doorbell for each client that waits. Raises OSError if none is to be had."""
         while len(self._bells) < len(self._clients):
-            inode = next((inode for inode in self._addresses if self._ports[inode] == self.port), None)
+            inode = next((inode for inode, port in self._ports.items() if port == self._port), None)
             if inode is None:                   # its listeners are closed: --timeout ends the wait
                 return
             address = self._addresses[inode]
             host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(address[0], address[0])
             bell = socket.socket(socket.AF_INET6 if len(address) == 4 else socket.AF_INET, socket.SOCK_STREAM)
-            bell.setblocking(False)
             try:
+                bell.setblocking(False)
                 with contextlib.suppress(BlockingIOError):      # it is connected all the same
                     bell.connect((host, *address[1:]))
                 with contextlib.suppress(BlockingIOError):      # the queue is full
                     bell.send(b"\0")            # TCP_DEFER_ACCEPT, where the program has set it, waits for that
                 self._bells[bell.getsockname()[1]] = bell
                 self._poll.register(bell, 0)    # tells when it is reset
-            except OSError:                     # it is closed
+            except OSError:                     # the listener is closed
                 bell.close()
                 self._forget(inode)
 
@@ -3192,6 +3281,18 @@ class Supervisor:
         bell = self._bells.pop(port)
         self._poll.unregister(bell)
         bell.close()
+
+
+def inherit_options(listener: socket.socket, client: socket.socket) -> None:
+    """Give a client's socket the options that the kernel would have copied from its listener. Raises OSError."""
+    kept_alive = get_option(listener, socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+    for option in (*INHERITED_OPTIONS, *(KEEPALIVE_TIMES if kept_alive else ())):       # else ours stay
+        if value := get_option(listener, socket.IPPROTO_TCP, option):
+            set_option(client, socket.IPPROTO_TCP, option, value)
+    locked = get_option(listener, socket.SOL_SOCKET, SO_BUF_LOCK)
+    for bit, option in INHERITED_BUFFERS:
+        if locked & bit:                        # the kernel doubles what is set (socket(7))
+            set_option(client, socket.SOL_SOCKET, option, get_option(listener, socket.SOL_SOCKET, option) // 2)
 
 
 def get_option(sock: socket.socket, level: int, option: int) -> int:
@@ -3218,17 +3319,21 @@ class ClosedConnections:
     tcp_info. A filter keeps those of other connections of this machine from waking us.
     """
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, subnet: ipaddress.IPv4Network):
-        self._loop, self._subnet = loop, subnet
-        self._waiting: dict[int, Callable[[TcpState], None]] = {}      # by cookie
+    def __init__(self, workers: Workers, subnet: ipaddress.IPv4Network):
+        self._workers, self._loop, self._subnet = workers, workers.loop, subnet
+        self._waiting: dict[int, tuple[int, str, Callable[[TcpState | None], None]]] = {}       # by cookie
         self._socket: socket.socket | None = None
+        self._searching: asyncio.Task | None = None
 
-    def watch(self, client: socket.socket, callback: Callable[[TcpState], None]) -> None:
-        """Call back when client's connection is gone. Nobody else may have its socket yet. Raises OSError."""
+    def watch(self, client: socket.socket, callback: Callable[[TcpState | None], None]) -> None:
+        """Call back when client's connection is gone, with None if how is not known. Raises OSError.
+
+        Nobody else may have its socket yet.
+        """
         if self._socket is None:
             self._open()
         cookie, = struct.unpack("=Q", client.getsockopt(socket.SOL_SOCKET, SO_COOKIE, 8))
-        self._waiting[cookie] = callback
+        self._waiting[cookie] = os.fstat(client.fileno()).st_ino, client.getsockname()[0], callback
 
     def _open(self) -> None:
         self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_NONBLOCK, NETLINK_SOCK_DIAG)
@@ -3256,11 +3361,24 @@ class ClosedConnections:
                 return
             except OSError as error:            # ENOBUFS: there were more messages than the kernel keeps for us
                 log.warning("missed messages of the kernel on closed connections: %s", error.strerror)
+                if self._searching is None or self._searching.done():
+                    self._searching = self._loop.create_task(self._find_gone())
                 continue
             cookie, = struct.unpack_from("=Q", data, DIAG_COOKIE)
-            info = self._attribute(data) or bytes(256)
-            if callback := self._waiting.pop(cookie, None):
-                callback(TcpState.from_info(info)[0])
+            if cookie in self._waiting:
+                *_, callback = self._waiting.pop(cookie)
+                info = self._attribute(data)
+                callback(TcpState.from_info(info)[0] if info else None)
+
+    async def _find_gone(self) -> None:
+        """Find out which connections are gone whose message was lost."""
+        await asyncio.sleep(1)                  # others may be lost meanwhile
+        waiting = list(self._waiting.items())
+        addresses = {address for _, (_, address, _) in waiting}
+        present = await self._workers.run(read_connections, addresses) if addresses else {}
+        for cookie, (inode, _, callback) in waiting:
+            if inode not in present and self._waiting.pop(cookie, None):
+                callback(None)
 
     @staticmethod
     def _attribute(data: bytes) -> bytes:
@@ -3337,6 +3455,7 @@ class Bundle:
         self._only = bool(port) or len(exposed) == 1    # it is of no use on any other
         if not exposed and not port:
             self.ports = [int(env["PORT"]) if re.fullmatch("[0-9]{1,5}", env.get("PORT", "")) else DEFAULT_PORT]
+        self.own_network = options.net == "none"
         # runc joins a user namespace first, and from there no network that the host has made.
         self.joins_user_namespace = options.net != "egress"
         self._mark = f"@{secrets.token_hex(16)}@"       # stands for the id; nothing a user writes contains it
@@ -3745,8 +3864,10 @@ class Runtime:
         return [self.program, "--root", str(self.root), "--log", f"{bundle}/runtime.log", "--log-format", "json", "run",
                 *keyring, "--bundle", bundle, container_id]
 
-    def spawn(self, bundle: str, container_id: str, output: int) -> int:
+    def spawn(self, bundle: str, container_id: str, output: int, deposit: socket.socket | None) -> int:
         """Start `runc run` with stdout and stderr on the descriptor output; return its pid. Raises OSError.
+
+        It keeps deposit for us until it ends: see Supervisor.
 
         posix_spawn takes half the time of subprocess.Popen, and the loop stands still for it. A session of its own:
         a Ctrl-C on our terminal is not for handlers. Python ignores SIGPIPE, nohup SIGHUP: no program expects that.
@@ -3755,7 +3876,8 @@ class Runtime:
             self.program, self.run_argv(bundle, container_id), {"PATH": DEFAULT_PATH}, setsid=True,
             setsigdef=signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP},
             file_actions=[(os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
-                          (os.POSIX_SPAWN_DUP2, output, 1), (os.POSIX_SPAWN_DUP2, output, 2)])
+                          (os.POSIX_SPAWN_DUP2, output, 1), (os.POSIX_SPAWN_DUP2, output, 2),
+                          *([(os.POSIX_SPAWN_DUP2, deposit.fileno(), DEPOSIT)] if deposit else [])])
 
     def containers(self) -> set[str]:
         """Return the ids that the runtime keeps state for."""
@@ -3866,6 +3988,15 @@ class Cgroups:
                     target = re.fullmatch(r"socket:\[([0-9]+)\]", os.readlink(f"/proc/{pid}/fd/{number}"))
                     if target:
                         yield pidfd, int(number), int(target[1])
+
+    def udp_ports(self, cgroup: str) -> list[str]:
+        """Return the UDP ports of a container with a network of its own, in words, as far as it says. May block."""
+        for pid in self.processes(cgroup):
+            lines = [line for kind in ("udp", "udp6") for line in read_text(f"/proc/{pid}/net/{kind}").split("\n")]
+            ports = {int(match[1], 16) for match in map(re.compile(" *[0-9]+: [0-9A-F]+:([0-9A-F]{4}) ").match, lines)
+                     if match}
+            return [f"UDP port {port}" for port in sorted(ports)]
+        return []
 
     def duplicate_socket(self, cgroup: str, inode: int) -> socket.socket | None:
         """Return a duplicate of a container's socket, None if there is none or the kernel gives us none. May block."""
@@ -4992,7 +5123,7 @@ class ContainerHost:
         self.descriptors = Descriptors()
         self.loop = asyncio.get_running_loop()
         self.workers = Workers(self.loop)
-        self.closed = ClosedConnections(self.loop, subnet)
+        self.closed = ClosedConnections(self.workers, subnet)
         self.killers = Workers(self.loop)       # others: killing a container ends the wait of those
         self._dying: dict[str, DyingCgroups] = {}
 
@@ -5007,13 +5138,13 @@ class ContainerHost:
         self.containers_dir.chmod(0o711)
         root_place(self.run_dir).mkdir(exist_ok=True)
 
-    def spawn(self, bundle: Bundle, directory: str, container_id: str, output: int) -> int:
+    def spawn(self, bundle: Bundle, directory: str, container_id: str, output: int, deposit: socket.socket | None) -> int:
         """Start `runc run` for a bundle that lies in directory; return its pid. Raises OSError.
 
         In a thread of its own, which gets the container's root, and nothing else to do afterwards.
         """
         mount_root(str(root_place(self.run_dir)), bundle.rootfs, bundle.memory)
-        return self.runtime.spawn(directory, container_id, output)
+        return self.runtime.spawn(directory, container_id, output, deposit)
 
     def inspect(self, container: Container) -> dict:
         """Return how a running container is isolated. Blocks. Raises Conflict if it ends meanwhile."""
@@ -5075,17 +5206,40 @@ PROBE_DIRECTORIES = re.compile(r"bin|lib.*|usr|nix|gnu")            # of this ma
 
 
 async def probe_machine(host: ContainerHost) -> None:
-    """Raise UsageError if no container starts; learn whether the runtime joins a user namespace."""
+    """Raise UsageError if no container starts; learn whether the runtime joins a user namespace, and hands over calls.
+
+    A container's calls can be answered by one process alone, and where faasd itself runs in a container, as LXD's, that
+    is another's already.
+    """
     check_controllers()
-    error = await try_container(host)
-    if error and host.ids.can_make:
-        joining, host.ids.can_make = error, False
-        error = await try_container(host)
-        if not error:
+    errors = [] if may_duplicate() else ["the kernel gives us no descriptors of other processes"]
+    wanted = itertools.product((False,) if errors else (True, False), (True, False) if host.ids.can_make else (False,))
+    for host.supervises, host.ids.can_make in wanted:
+        if error := await try_container(host):
+            errors.append(error)
+            continue
+        if errors and not host.ids.can_make:
             log.warning("%s joins no user namespace, so it makes one for each container, and all functions share what "
-                        "root may take of inotify, queues and timers: %s", host.runtime.name, joining)
-    if error:
-        raise unfit_machine(host.runtime, error)
+                        "root may take of inotify, queues and timers: %s", host.runtime.name, errors[0])
+        if not host.supervises:
+            log.warning("no container's system calls can be answered here, so only images run that take their clients "
+                        "from %s: %s", CONTROL_SOCKET, errors[0])
+        return
+    raise unfit_machine(host.runtime, errors[-1])
+
+
+def may_duplicate() -> bool:
+    """Return whether the kernel gives us descriptors of other processes, as by Yama's ptrace_scope 3 it does not."""
+    child = subprocess.Popen(["sleep", "10"], stdin=subprocess.DEVNULL)
+    try:
+        with kept_open(os.pidfd_open(child.pid)) as pidfd:
+            os.close(system_call(SYS_PIDFD_GETFD, pidfd, 0, 0))
+        return True
+    except PermissionError:
+        return False
+    finally:
+        child.kill()
+        child.wait()
 
 
 async def try_container(host: ContainerHost) -> str:
@@ -5096,7 +5250,7 @@ async def try_container(host: ContainerHost) -> str:
     rootfs = host.containers_dir / secrets.token_hex(6)
     try:
         bundle = Bundle("probe", {**PROBE, "first_id": host.ids.first}, Options(), rootfs, host.run_dir, host.cgroups,
-                        host.apparmor, lay_out_probe(rootfs))
+                        host.apparmor, lay_out_probe(rootfs), "auto" if host.supervises else "handler")
         await Container(host, bundle.name, lambda container_id, line: None).start(bundle, PROBE_SECONDS)
     except StartFailed as failure:
         if failure.status == 504:               # a machine that has just booted may be slow, but not for long
@@ -5168,14 +5322,17 @@ class Survivor:
     pid: int                    # of runc run
     pidfd: int
     output: int                 # the reading end of its output
-    client: socket.socket       # our duplicate
-    peer: str                   # the client's address
+    notify: int                 # tells of a server's calls, -1 for a handler
+    clients: list[tuple[socket.socket, str]]    # our duplicates, and the clients' addresses
 
     def close(self) -> None:
         """Let go of it. Blocks."""
         os.close(self.pidfd)
         os.close(self.output)
-        self.client.close()
+        if self.notify >= 0:
+            os.close(self.notify)
+        for client, _ in self.clients:
+            client.close()
 
 
 class Leftovers:
@@ -5229,29 +5386,37 @@ class Leftovers:
                 raise ValueError("its output is no pipe of ours")
             output = os.open(f"/proc/self/fd/{pipe}", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
             stack.callback(os.close, output)
-            client, peer = self._client_of(cgroups[container_id], addresses[name], connections)
+            notify = -1
+            if contract == ["server"]:
+                notify = stack.enter_context(kept_open(take_deposit(pidfd)))
+            clients = self._clients_of(cgroups[container_id], addresses[name], connections)
+            if not clients:
+                raise KeyError(addresses[name])
             return Survivor(container_id, cgroups[container_id], name, version, *(contract or ["handler"]), pid,
-                            os.dup(pidfd), os.dup(output), client, peer)
+                            os.dup(pidfd), os.dup(output), os.dup(notify) if notify >= 0 else -1, clients)
 
-    def _client_of(self, cgroup: str, address: str,
-                   connections: dict[int, tuple[str, str]]) -> tuple[socket.socket, str]:
-        """Return a duplicate of a container's socket that is connected to a client of address, and that client.
+    def _clients_of(self, cgroup: str, address: str,
+                    connections: dict[int, tuple[str, str]]) -> list[tuple[socket.socket, str]]:
+        """Return duplicates of a container's sockets that are connected to clients of address, and those clients.
 
-        If the kernel gives us none, a socket without a connection stands for it. Raises KeyError if it has none.
+        If the kernel gives us none, a socket without a connection stands for it.
         """
+        clients: dict[int, tuple[socket.socket, str]] = {}
         for pidfd, number, inode in self._host.cgroups.sockets(cgroup):
             host, peer = connections.get(inode, ("", ""))
-            if host == address:
+            if host == address and inode not in clients:
                 try:
                     duplicate = duplicate_socket(pidfd, number)
                 except PermissionError:         # see machine_warnings
-                    return socket.socket(), peer
+                    clients[inode] = socket.socket(), peer
+                    continue
                 except OSError:                 # it is gone
                     continue
                 if os.fstat(duplicate.fileno()).st_ino == inode:    # else the handler has put another file there
-                    return duplicate, peer
-                duplicate.close()
-        raise KeyError(address)
+                    clients[inode] = duplicate, peer
+                else:
+                    duplicate.close()
+        return list(clients.values())
 
     def _kill_runtimes(self, survivors: set[int]) -> None:
         """Kill runtimes that a daemon before has started, but for survivors': they could still start a container.
@@ -5349,6 +5514,16 @@ def duplicate_socket(pidfd: int, number: int) -> socket.socket:
         held = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
         os.dup2(duplicate, held.fileno(), inheritable=False)
         return held
+
+
+def take_deposit(pidfd: int) -> int:
+    """Return the descriptor that a runtime keeps for us: see Supervisor. It keeps it. Raises OSError, ValueError."""
+    with kept_open(system_call(SYS_PIDFD_GETFD, pidfd, DEPOSIT, 0)) as descriptor:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as deposit:
+            os.dup2(descriptor, deposit.fileno(), inheritable=False)
+            _, descriptors, _, _ = socket.recv_fds(deposit, 1, 1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+    notify, = descriptors
+    return notify
 
 
 def read_connections(addresses: Iterable[str]) -> dict[int, tuple[str, str]]:
@@ -8149,7 +8324,13 @@ class Deploys:
     async def _install(self, name: str, entry: VersionRecord, what: str, undo: contextlib.AsyncExitStack) -> dict:
         """Prove a version, whose image is there, and make it the function's; describe that. Raises FaasdError."""
         self._check_warm(name, entry.options)
-        entry = replace(entry, contract=entry.options.contract, port=entry.options.port or 0)
+        contract = entry.options.contract
+        if not self._host.supervises:
+            if contract == "server":
+                raise FaasdError("no container's system calls can be answered on this machine, so no server runs: see "
+                                 "the daemon's log", status=422)
+            contract = "handler"
+        entry = replace(entry, contract=contract, port=entry.options.port or 0 if contract != "handler" else 0)
         if not self.attachments.egress.has(name):
             undo.push_async_callback(self.attachments.withdraw, name)
         await self.attachments.provide(name, entry.options)
@@ -8166,29 +8347,28 @@ class Deploys:
     async def _prove(self, name: str, entry: VersionRecord) -> tuple[Version, Container, list[str]]:
         """Start one container; return it once it is ready, with what it runs and what it printed. Raises FaasdError.
 
-        What an image is shows without the capabilities that a server gets; and one that needs them to begin exits. It
-        takes no place among the starts allowed at a time: a deploy should not wait for a flood to end.
+        What it turns out to be is proved by another, which is what all others will be. It takes no place among the
+        starts allowed at a time: a deploy should not wait for a flood to end.
         """
         version = self.images.version(name, entry)
         output: list[str] = []
         container = Container(self._host, name, lambda container_id, text: output.append(text))
-        begins_as_root = version.image["process"]["uid"] == 0
         try:
             await container.start(version.bundle, version.options.start_timeout)
         except StartFailed as failure:
             exited = failure.status == 502 and not isinstance(failure, RuntimeFailed)
-            if entry.contract == "auto" and begins_as_root and exited:
-                with contextlib.suppress(FaasdError):
+            if entry.contract == "auto" and version.image["process"]["uid"] == 0 and exited:
+                with contextlib.suppress(FaasdError):   # it may need the capabilities of a server to begin
                     return await self._prove(name, replace(entry, contract="server"))
             # By now the machine may be to blame, not the image.
             if isinstance(failure, RuntimeFailed) and (error := await try_container(self._host)):
                 raise unfit_machine(self._host.runtime, error) from None
             raise FaasdError(f"function {name} does not start: {failure}", failure.output, 422) from failure
         known = replace(entry, contract=container.contract, port=container.port)
-        if entry.contract == "auto" and container.contract == "server" and begins_as_root:
-            await container.kill()
-            return await self._prove(name, known)
-        return self.images.version(name, known), container, output
+        if known == entry:
+            return version, container, output
+        await to_the_end(container.kill())
+        return await self._prove(name, known)
 
     async def _make_current(self, name: str, version: Version, container: Container,
                             undo: contextlib.AsyncExitStack) -> Function:
