@@ -1198,6 +1198,8 @@ class Invocation:
         gone: the handler has not said that it could go on.
         """
         container = self.container
+        if self.handover.inode:                 # a server that has ended
+            await container.exits()
         if gone:
             container.look_for_memory()         # now: its cgroups are about to be removed
         state = await (self._ask() if gone else self._call(self._ask_and_close))
@@ -2999,8 +3001,7 @@ class Supervisor:
                     raise InterruptedError(errno.EINTR, "stopped")
             if self._receiver.fileno() in events:
                 with self._receiver.accept()[0] as connection:
-                    _, descriptors, _, _ = socket.recv_fds(connection, 64 * KIB, 1)
-                self._notify, = descriptors
+                    self._notify = receive_descriptor(connection)
         self._poll.unregister(self._receiver)
         socket.send_fds(self._depositing, [b"\0"], [self._notify])
         self._close_receiver()
@@ -5521,9 +5522,17 @@ def take_deposit(pidfd: int) -> int:
     with kept_open(system_call(SYS_PIDFD_GETFD, pidfd, DEPOSIT, 0)) as descriptor:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as deposit:
             os.dup2(descriptor, deposit.fileno(), inheritable=False)
-            _, descriptors, _, _ = socket.recv_fds(deposit, 1, 1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
-    notify, = descriptors
-    return notify
+            return receive_descriptor(deposit, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+
+
+def receive_descriptor(sock: socket.socket, flags: int = 0) -> int:
+    """Return the descriptor that comes with a message. Raises OSError, ValueError if none does.
+
+    No program that we start gets it. Python's recv_fds takes no heed of flags.
+    """
+    _, ancillary, _, _ = sock.recvmsg(64 * KIB, socket.CMSG_LEN(4), flags | socket.MSG_CMSG_CLOEXEC)
+    (_, _, data), = ancillary
+    return struct.unpack("i", data)[0]
 
 
 def read_connections(addresses: Iterable[str]) -> dict[int, tuple[str, str]]:

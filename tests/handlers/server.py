@@ -34,6 +34,8 @@ def serve(client, peer):
             while data := client.recv(65536):
                 client.sendall(data)
             return
+        if path == "/descriptors":
+            body = " ".join(os.readlink(f"/proc/self/fd/{number}") for number in os.listdir("/proc/self/fd")[:-1])
         if path == "/self":
             body = talk_to_itself()
         head = f"HTTP/1.1 200 OK\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n"

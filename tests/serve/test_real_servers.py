@@ -69,6 +69,8 @@ class Servers(support.SharedDaemonCase):
                     if port in (8000, 5000):
                         self.assertTrue(received.endswith(str(own_port).encode()), received)
         wait_until(lambda: not support.list_containers(self.daemon), "no container is left")
+        self.daemon.remove("f")                 # its image is large, and removing it goes on behind the answer
+        wait_until(lambda: not list((self.daemon.state_dir / "tmp").iterdir()), "its image is gone")
 
 
 if __name__ == "__main__":

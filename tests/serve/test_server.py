@@ -50,6 +50,12 @@ class Accepting(support.SharedDaemonCase):
         address = self.daemon.deploy("f", server_image("polling", "0.0.0.0:8080"))
         self.assertEqual(get(address, "/names"), (200, f"{address} {address} 8080"))
 
+    def test_it_has_no_descriptor_but_its_own(self):
+        address = self.daemon.deploy("f", server_image("polling", "0.0.0.0:8080"))
+        kinds = [word.partition(":")[0] for word in get(address, "/descriptors")[1].split()]
+        self.assertEqual(kinds.count("socket"), 2)              # its listener, and its client
+        self.assertLessEqual(set(kinds), {"socket", "pipe", "/dev/null"} | {kind for kind in kinds if "output" in kind})
+
     def test_listener_of_both_protocols(self):
         address = self.daemon.deploy("f", server_image("polling", ":::8080"))
         status, body = get(address, "/peer")
@@ -156,12 +162,14 @@ class Ends(support.SharedDaemonCase):
 
     def test_exits_instead_of_answering(self):
         address = self.daemon.deploy("f", server_image("polling", "0.0.0.0:8080"))
-        self.assertEqual(read_until_cut(request(address, "/exit")), b"")
+        with request(address, "/exit") as client:
+            self.assertEqual(read_until_cut(client), b"")
         self.assertIn("the handler exited with status 3 without an answer", self.line("no-answer"))
 
     def test_closes_instead_of_answering(self):
         address = self.daemon.deploy("f", server_image("polling", "0.0.0.0:8080"))
-        self.assertEqual(read_until_cut(request(address, "/silent")), b"")
+        with request(address, "/silent") as client:
+            self.assertEqual(read_until_cut(client), b"")
         self.line("closed")
 
     def test_exits_before_it_accepts(self):
@@ -233,22 +241,37 @@ class Deploying(support.SharedDaemonCase):
 
 
 class Restarting(unittest.TestCase):
-    def test_invocation_goes_on(self):
-        for number in (signal.SIGHUP, signal.SIGKILL):
-            with self.subTest(number), support.Daemon() as daemon:
-                address = daemon.deploy("f", server_image("polling", "0.0.0.0:8080"))
-                with request(address, "/wait") as client:
-                    self.assertEqual(client.recv(100), b"waiting\n")
-                    if number == signal.SIGHUP:
-                        self.assertEqual(daemon.stop(number), 0)
-                    else:
-                        daemon.kill()
-                    daemon.start()
-                    client.sendall(b"x")
-                    self.assertIn(b"hello", read_until_cut(client))
-                wait_until(lambda: not support.list_containers(daemon), "its container is gone")
-                self.assertEqual(get(address)[0], 200)
-                self.assertEqual(daemon.info("f")["contract"], "server")
+    """What serves a client goes on, and its program does not notice, however the daemon ends."""
+
+    def restart(self, how: str, number: int, clients_together: int) -> None:
+        with support.Daemon() as daemon, contextlib.ExitStack() as stack:
+            address = daemon.deploy("f", server_image(how, "0.0.0.0:8080"), "--reuse", "0", "--share", "4", "--warm", "1")
+            daemon.wait_warm("f", 1)
+            waiting = [stack.enter_context(request(address, "/wait")) for _ in range(clients_together)]
+            for client in waiting:
+                self.assertEqual(client.recv(100), b"waiting\n")
+            for _ in range(2):
+                if number == signal.SIGHUP:
+                    self.assertEqual(daemon.stop(number), 0)
+                else:
+                    daemon.kill()
+                daemon.start()
+                self.assertEqual(daemon.info("f")["running"], clients_together)
+            for client in waiting:
+                client.sendall(b"x")
+                self.assertIn(b"hello", read_until_cut(client))
+            wait_until(lambda: not daemon.info("f")["running"], "all have ended")
+            self.assertEqual(daemon.function_log("f").count("outcome=answered"), clients_together)
+            self.assertNotIn("Traceback", daemon.function_log("f"))
+            wait_until(lambda: len(support.list_containers(daemon)) <= 1, "their container is gone")
+            self.assertEqual(get(address)[0], 200)
+            self.assertEqual(daemon.info("f")["contract"], "server")
+
+    def test_invocations_go_on(self):
+        for how, number, together in (("polling", signal.SIGHUP, 1), ("blocking", signal.SIGHUP, 3),
+                                      ("polling", signal.SIGKILL, 3), ("blocking", signal.SIGKILL, 1)):
+            with self.subTest(how=how, number=number):
+                self.restart(how, number, together)
 
 
 if __name__ == "__main__":
