@@ -3311,6 +3311,7 @@ NETLINK_SOCK_DIAG, SKNLGRP_INET_TCP_DESTROY = 4, 1      # linux/netlink.h, linux
 SO_RCVBUFFORCE, SO_COOKIE = 33, 57  # socket(7)
 DIAG_COOKIE, DIAG_ATTRIBUTES, DIAG_INFO = 60, 88, 2     # offsets in a message (linux/inet_diag.h); INET_DIAG_INFO
 DIAG_ADDRESS = 24                   # of this end
+DIAG_BUFFER = 8 * MIB               # for messages that wait for us
 
 
 class ClosedConnections:
@@ -3338,7 +3339,7 @@ class ClosedConnections:
 
     def _open(self) -> None:
         self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_NONBLOCK, NETLINK_SOCK_DIAG)
-        self._socket.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, 8 * MIB)
+        self._socket.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, DIAG_BUFFER)
         attach_filter(self._socket, (
             (BPF_LOAD_WORD, 0, 0, DIAG_ADDRESS),
             (BPF_AND, 0, 0, int(self._subnet.netmask)),
@@ -5482,7 +5483,8 @@ class Leftovers:
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(survivor.pidfd, signal.SIGKILL)
         self._host.remove_remains(survivor.container_id, survivor.cgroup)
-        reset_connection(survivor.client)       # half an answer must not look whole
+        for client, _ in survivor.clients:
+            reset_connection(client)            # half an answer must not look whole
         survivor.close()
 
 

@@ -429,7 +429,7 @@ class Versions(support.SharedDaemonCase):
         self.assertIn('"A": "1"', get(address, "/facts")[1])
         options = self.daemon.post("PATCH", "/functions/f?env=A=3")["options"]
         self.assertEqual((options["env"], options["memory"]), (["A=3", "B=2"], 64 << 20))
-        for query in ("", "?memory=1", "?warm=-1", "?reuse=0", "?queue_timeout=0", "?nonsense=1", "?tag=x"):
+        for query in ("", "?memory=1", "?warm=-1", "?reuse=-1", "?queue_timeout=0", "?nonsense=1", "?tag=x"):
             self.assertEqual(self.daemon.api("PATCH", f"/functions/f{query}")[0], 400, query)
         status, body = self.daemon.api("PATCH", "/functions/f?cmd=-c&cmd=import+nothing_like_it")
         self.assertEqual(status, 200, "the command is the handler's argument")

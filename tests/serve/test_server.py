@@ -6,11 +6,14 @@ import os
 import re
 import signal
 import socket
+import struct
 import time
 import unittest
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import clients
+import faasd
 import support
 from clients import connect, get, read_all, read_until_cut, request
 from support import wait_until
@@ -193,6 +196,41 @@ class Ends(support.SharedDaemonCase):
             while client.recv(100):
                 continue
         client.close()
+
+
+class LostMessages(support.SharedDaemonCase):
+    """The kernel tells of each connection that is gone, and drops what does not fit into the daemon's buffer."""
+
+    constants = {"DIAG_BUFFER": 64 * 1024}
+
+    def daemon_sockets(self) -> set[int]:
+        """Return the inodes of the daemon's sockets."""
+        found = set()
+        for path in Path(f"/proc/{self.daemon.process.pid}/fd").iterdir():
+            with contextlib.suppress(FileNotFoundError):
+                found.update(map(int, re.findall(r"^socket:\[([0-9]+)\]$", os.readlink(path))))
+        return found
+
+    def test_invocation_ends_all_the_same(self):
+        address = self.daemon.deploy("f", server_image("polling", "0.0.0.0:8080"))
+        with request(address, "/wait") as client, socket.create_server((address, 9999)) as other:
+            self.assertEqual(client.recv(100), b"waiting\n")
+            wait_until(lambda: not self.daemon_sockets() & faasd.read_connections([address]).keys(), "it is let go of")
+            os.kill(self.daemon.process.pid, signal.SIGSTOP)
+            try:
+                for _ in range(500):
+                    with socket.create_connection((address, 9999)) as ours, other.accept()[0]:
+                        ours.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                client.sendall(b"x")
+                self.assertIn(b"hello", read_until_cut(client))
+                client.close()
+                wait_until(lambda: not faasd.read_connections([address]), "the kernel has told of it")
+            finally:
+                os.kill(self.daemon.process.pid, signal.SIGCONT)
+            wait_until(lambda: "outcome=" in self.daemon.function_log("f"), "it ends")
+            self.daemon.wait_log("missed messages of the kernel")
+        self.assertEqual(get(address)[0], 200)
+        wait_until(lambda: not support.list_containers(self.daemon), "no container is left")
 
 
 class Deploying(support.SharedDaemonCase):
