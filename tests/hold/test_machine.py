@@ -19,6 +19,7 @@ import unittest
 from pathlib import Path
 
 import faasd
+import gate
 import support
 from support import READY_SECONDS, TOP, get, wait_until
 
@@ -191,6 +192,19 @@ os.execv(sys.argv[1], sys.argv[1:])"""
             daemon.release("f", "done")
             self.assertIn(b"200 OK", client.recv(65536))
         daemon.wait_idle("f")
+        self.assertIn("no container's system calls can be answered here", daemon.log())
+        out = daemon.faas("new", "g", "--contract", "server", stdin=support.small_image(), check=False)
+        self.assertEqual(out.returncode, 1)
+        self.assertIn("so no server runs", out.stderr)
+
+    def test_another_supervisor(self):
+        """As in a container of LXD: the calls of our containers are another's to answer, so handlers run, and no servers."""
+        keeper = gate.Gate(lambda call: None)
+        self.addCleanup(keeper.close)
+        daemon = self.started(wrapper=keeper.wrapper)
+        self.assertIn("no container's system calls can be answered here", daemon.log())
+        self.assertEqual(get(daemon.deploy("f", support.small_image()))[0], 200)
+        self.assertEqual(daemon.info("f")["contract"], "handler")
 
     def test_runtime_that_has_something_to_say(self):
         daemon = support.Daemon()
