@@ -443,8 +443,8 @@ class Options:
         if unknown := document.keys() - {entry.name for entry in fields(cls)}:
             raise FaasdError(f"the registry has options that this faasd does not know ({', '.join(sorted(unknown))}): "
                              "use the faasd that wrote it")
-        return cls(**{key: None if value == "auto" and key in ("warm", "port") else tuple(value)
-                      if isinstance(value, list) else value for key, value in document.items()})
+        chosen = {key: None if value == "auto" else value for key, value in document.items() if key in ("warm", "port")}
+        return cls(**{**document, "env": tuple(document["env"]), "cmd": tuple(document["cmd"]), **chosen})
 
     def to_json(self) -> dict:
         return {key: "auto" if value is None else value for key, value in asdict(self).items()}

@@ -90,7 +90,10 @@ def main():
         own.bind("\0own")
         own.listen()
         time.sleep(3600)
-    if how == "nothing":
+    if how == "udp":
+        datagrams = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        datagrams.bind(("0.0.0.0", 5353))
+    if how in ("nothing", "udp"):
         time.sleep(3600)
     if how == "again":                          # looks whether its port is free, as some do
         listen(places[0]).close()

@@ -266,6 +266,7 @@ class Deploying(support.SharedDaemonCase):
         for image, options, said in (
                 (server_image("unix"), (), "listened on a Unix socket"),
                 (server_image("nothing"), (), "listened on nothing"),
+                (server_image("udp"), (), "listened on UDP port 5353"),
                 (server_image("nothing"), ("--contract", "server"), "did not listen on a TCP port within"),
                 (server_image("polling", "0.0.0.0:8081"), ("--port", "80"), "listened on port 8081"),
                 (server_image("polling", "0.0.0.0:8081", ExposedPorts={"80/tcp": {}}), (), "listened on port 8081"),
