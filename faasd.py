@@ -2839,11 +2839,11 @@ INHERITED_OPTIONS = (socket.TCP_NODELAY, socket.TCP_USER_TIMEOUT)       # of TCP
 KEEPALIVE_TIMES = (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT)
 INHERITED_BUFFERS = [(1, socket.SO_SNDBUF), (2, socket.SO_RCVBUF)]      # by the bit of SO_BUF_LOCK that says it was set
 MAX_LISTENERS = 64                  # of one container that are known, those that it made last; and that are held
-FREE_ANSWERS = 32                   # in a row by which no client was served; after these each …
-ANSWER_PAUSE, MAX_ANSWER_PAUSE = 0.002, 0.1     # … comes so many seconds later than the one before, and at most so many
+FREE_ANSWERS = 32                   # in a row by which no client was served; after these each comes later …
+ANSWER_PAUSE, MAX_ANSWER_PAUSE = 0.002, 0.1     # … than the one before, by so many seconds, and so many at most
 STOP = 1 << 32                      # added to what wakes a Supervisor: more than it has clients
 JOIN_SECONDS = 1.0                  # for a thread to end that a container may hold up
-DEPOSIT = 3                         # descriptor of the runtime, which makes all above 2 end with its exec in a container
+DEPOSIT = 3                         # descriptor of the runtime, which closes all above 2 before a container's exec
 
 
 @dataclass(eq=False)
@@ -2962,9 +2962,9 @@ class Supervisor:
             self._poll.register(self._notify, select.POLLIN)
             while not self._stopping and self._turn():
                 continue
-        except (OSError, ValueError) as error:  # a container's doing, or descriptors have run out
+        except Exception as error:              # a container's doing, or descriptors have run out
             if not self._stopping:
-                log.info("container=%s its calls are answered no more: %s", self._container.id, error)
+                log.warning("container=%s its calls are answered no more: %r", self._container.id, error)
                 self._tell(self._container.kill_soon)
         for held in self._held.values():
             for call in held.calls:
@@ -5140,7 +5140,8 @@ class ContainerHost:
         self.containers_dir.chmod(0o711)
         root_place(self.run_dir).mkdir(exist_ok=True)
 
-    def spawn(self, bundle: Bundle, directory: str, container_id: str, output: int, deposit: socket.socket | None) -> int:
+    def spawn(self, bundle: Bundle, directory: str, container_id: str, output: int,
+              deposit: socket.socket | None) -> int:
         """Start `runc run` for a bundle that lies in directory; return its pid. Raises OSError.
 
         In a thread of its own, which gets the container's root, and nothing else to do afterwards.

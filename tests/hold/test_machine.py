@@ -198,7 +198,7 @@ os.execv(sys.argv[1], sys.argv[1:])"""
         self.assertIn("so no server runs", out.stderr)
 
     def test_another_supervisor(self):
-        """As in a container of LXD: the calls of our containers are another's to answer, so handlers run, and no servers."""
+        """As in a container of LXD: our containers' calls are another's to answer, so only handlers run."""
         keeper = gate.Gate(lambda call: None)
         self.addCleanup(keeper.close)
         daemon = self.started(wrapper=keeper.wrapper)

@@ -270,7 +270,8 @@ class Deploying(support.SharedDaemonCase):
                 (server_image("nothing"), ("--contract", "server"), "did not listen on a TCP port within"),
                 (server_image("polling", "0.0.0.0:8081"), ("--port", "80"), "listened on port 8081"),
                 (server_image("polling", "0.0.0.0:8081", ExposedPorts={"80/tcp": {}}), (), "listened on port 8081"),
-                (server_image("polling", "0.0.0.0:8081"), ("--contract", "handler"), "did not connect to /control.sock")):
+                (server_image("polling", "0.0.0.0:8081"), ("--contract", "handler"),
+                 "did not connect to /control.sock")):
             with self.subTest(said):
                 self.assertIn(said, self.refused(image, *options))
 
@@ -284,7 +285,8 @@ class Restarting(unittest.TestCase):
 
     def restart(self, how: str, number: int, clients_together: int) -> None:
         with support.Daemon() as daemon, contextlib.ExitStack() as stack:
-            address = daemon.deploy("f", server_image(how, "0.0.0.0:8080"), "--reuse", "0", "--share", "4", "--warm", "1")
+            image = server_image(how, "0.0.0.0:8080")
+            address = daemon.deploy("f", image, "--reuse", "0", "--share", "4", "--warm", "1")
             daemon.wait_warm("f", 1)
             waiting = [stack.enter_context(request(address, "/wait")) for _ in range(clients_together)]
             for client in waiting:
