@@ -381,7 +381,8 @@ class Options:
                                            lambda match: None if match[0] == "auto" else int(match[0])))
     reuse: int = option(1, parse_amount)                # invocations that one container may serve; 0: no limit
     share: int = option(1, parse_count)                 # … at a time, of a server
-    contract: str = option("auto", reader("contract", "auto|handler|server", "write auto, handler or server"))
+    contract: str = option("auto", reader("contract", "auto|handler|server|stdio",
+                                            "write auto, handler, server or stdio"))
     port: int | None = option(None, reader("port", r"auto|[0-9]{1,5}", "write auto, or a number from 1 to 65535",
                                            lambda match: None if match[0] == "auto" else int(match[0])),
                               lambda port: port is None or 0 < port < 1 << 16, "be from 1 to 65535")     # a server's
@@ -435,6 +436,8 @@ class Options:
                 raise BadRequest(f"bad environment entry {entry!r}: write KEY=value")
         if "\0" in "".join([self.entrypoint, *self.cmd]):
             raise BadRequest("the command has a NUL byte")
+        if self.contract == "stdio" and (self.reuse, self.share) != (1, 1):
+            raise BadRequest("with --contract stdio a container serves one client: leave out --reuse and --share")
         return self
 
     @classmethod
@@ -475,7 +478,7 @@ class VersionRecord:
     version: str                # first 12 hex digits of the image's digest: the directory of the image
     deployed: str               # RFC 3339
     options: Options            # those it ran under last
-    contract: str = "handler"   # how it takes its clients: handler or server, as it was seen to when it was proved
+    contract: str = "handler"   # how it takes its clients, handler, server or stdio, as was seen when it was proved
     port: int = 0               # a server's
 
 
@@ -514,7 +517,7 @@ class FunctionRecord:
             if not re.fullmatch(r"[0-9a-f]{12}", entry.version):
                 raise ValueError(f"function {self.name} has a version {entry.version!r}")
             entry.options.check()
-            if entry.contract not in ("handler", "server") or not isinstance(entry.port, int):
+            if entry.contract not in ("handler", "server", "stdio") or not isinstance(entry.port, int):
                 raise ValueError(f"function {self.name} has the contract {entry.contract!r}")
         for moment in (self.created, self.updated, *(entry.deployed for entry in self.versions)):
             if not isinstance(moment, str):
@@ -913,7 +916,7 @@ class Function:
                 container = Container.adopt(self.services.host, survivor, self.log.write_output)
                 survivors.pop()
                 pool.containers.add(container)
-                for client, peer in survivor.clients if survivor.contract == "server" else survivor.clients[:1]:
+                for client, peer in survivor.clients if survivor.contract != "handler" else survivor.clients[:1]:
                     invocation = Invocation(self, client, peer, b"", now, container, pool, handed=now,
                                             handover=container.take_up(client, peer))
                     self.in_flight.add(invocation)
@@ -2106,7 +2109,7 @@ class Container:
 
     def take_up(self, client: socket.socket, peer: str) -> Handover:
         """Return the handover of a client that an adopted container has. Of a server's we keep no descriptor."""
-        if self.contract != "server":
+        if self.contract == "handler":
             return Handover(client, peer, self.said)
         handover = Handover(client, peer, self._host.loop.create_future(), os.fstat(client.fileno()).st_ino, True)
         self.handovers.add(handover)
@@ -2187,7 +2190,7 @@ class Container:
         os.chown(self._directory, 0, bundle.first_id)   # runc mounts control.sock as the container's root
         with open(f"{self._directory}/config.json", "xb") as file:
             file.write(bundle.render(self.id, user_namespace))
-        if bundle.contract != "server":
+        if bundle.contract in ("auto", "handler"):
             self._listen()
         if bundle.contract != "handler":
             self._supervise(bundle)
@@ -2250,6 +2253,11 @@ class Container:
             self._close_sockets()
             self._become_ready()
 
+    def on_begin(self) -> None:
+        """The program is about to be executed, and waits for a client to have for its standard input and output."""
+        self.contract = "stdio"
+        self._become_ready()
+
     def on_left(self, handover: Handover) -> None:
         """The program will not take a client any more."""
         if not handover.said.done():
@@ -2285,7 +2293,7 @@ class Container:
 
     def hand_over(self, client: socket.socket, peer: str) -> Handover | None:
         """Give a client to the program; return None if nobody is there to take it."""
-        if self.contract == "server":
+        if self.contract != "handler":
             return self._offer(client, peer)
         if self._control is None:       # it connected and let go at once
             return None
@@ -2328,7 +2336,7 @@ class Container:
     def is_connected(self) -> bool:
         """Whether the program could take a client."""
         return self._control is not None or (
-            self.contract == "server" and self._supervisor is not None and not self.killed and not self._exited.done())
+            self._supervisor is not None and not self.killed and not self._exited.done())
 
     def listen(self) -> asyncio.Future[Release]:
         """Return the future of what it says while it has no client."""
@@ -2485,7 +2493,7 @@ class Container:
     async def finish(self) -> int | None:
         """End a container whose handler is done: it has EXIT_GRACE to exit by itself. Returns what kill does."""
         self._close_sockets()                   # no more work
-        if self._pid and self.contract != "server":         # those wait for clients, and not for an end
+        if self._pid and (self.contract == "handler" or self.contract == "stdio" and self.served):  # others have no end
             await asyncio.wait([self._exited], timeout=EXIT_GRACE)
         return await self.kill()
 
@@ -2827,13 +2835,15 @@ def in_thread(loop: asyncio.AbstractEventLoop, function: Callable, *arguments) -
 # A server: an unmodified program that listens on TCP gets the client's own socket from accept(2)
 # ---------------------------------------------------------------------------------------------------------------------
 
-SERVER_CALLS = ({49: "bind", 50: "listen", 43: "accept", 288: "accept4"} if platform.machine() == "x86_64" else
-                {200: "bind", 201: "listen", 202: "accept", 242: "accept4"})            # asm-generic/unistd.h
+SERVER_CALLS = ({49: "bind", 50: "listen", 43: "accept", 288: "accept4", 59: "execve"}
+                if platform.machine() == "x86_64" else                                  # else asm-generic/unistd.h
+                {200: "bind", 201: "listen", 202: "accept", 242: "accept4", 221: "execve"})
 NOTIFICATION = struct.Struct("=QIIiIQ6Q")       # struct seccomp_notif (linux/seccomp.h): id, pid, flags; seccomp_data
 RESPONSE = struct.Struct("=QqiI")               # struct seccomp_notif_resp: id, value, error, flags
 ADDED_DESCRIPTOR = struct.Struct("=QIIII")      # struct seccomp_notif_addfd: id, flags, source, number, its flags
 NOTIFY_RECEIVE, NOTIFY_SEND, NOTIFY_IS_VALID, NOTIFY_ADD = 0xC050_2100, 0xC018_2101, 0x4008_2102, 0x4018_2103
-CONTINUE, ADD_AND_SEND = 1, 2       # flags: the call goes on in the kernel; the descriptor is the call's result
+CONTINUE, ADD_AS_NUMBER, ADD_AND_SEND = 1, 1, 2         # flags: the call goes on in the kernel; the descriptor has
+                                    # a number that we choose; it is the call's result
 SO_DOMAIN, SO_BUF_LOCK = 39, 72     # socket(7)
 INHERITED_OPTIONS = (socket.TCP_NODELAY, socket.TCP_USER_TIMEOUT)       # of TCP, unless 0
 KEEPALIVE_TIMES = (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT)
@@ -2900,6 +2910,8 @@ class Supervisor:
         self._addresses: dict[int, tuple] = {}  # of listeners, by inode
         self._bells: dict[int, socket.socket] = {}      # connections of ours to a listener, by their port
         self._held: dict[int, HeldAccepts] = {}         # by the listener's inode
+        self._beginning: Call | None = None             # the execve of a program that begins with its client
+        self._began = not path                          # that has come
         self._accepting: socket.socket | None = None    # a listener whose queue the thread may be waiting for
         self._in_network = False                # the thread has joined the container's
         self._useless = 0                       # answers in a row by which no client was served
@@ -2966,9 +2978,9 @@ class Supervisor:
             if not self._stopping:
                 log.warning("container=%s its calls are answered no more: %r", self._container.id, error)
                 self._tell(self._container.kill_soon)
+        for call in [*filter(None, [self._beginning]), *(call for held in self._held.values() for call in held.calls)]:
+            self._respond(call, flags=CONTINUE)
         for held in self._held.values():
-            for call in held.calls:
-                self._respond(call, flags=CONTINUE)
             held.listener.close()
         self._close_receiver()
         for bell in self._bells.values():
@@ -3027,6 +3039,8 @@ class Supervisor:
             self._answer()
         elif self._notify in events:            # POLLHUP
             return False
+        if self._beginning and self._clients:
+            self._begin(self._beginning)
         self._ring()
         if self._useless > FREE_ANSWERS:        # its thread waits meanwhile
             is_readable(self._wake, min(ANSWER_PAUSE * (self._useless - FREE_ANSWERS), MAX_ANSWER_PAUSE))
@@ -3044,6 +3058,9 @@ class Supervisor:
             return
         identity, thread, _, number, _, _, *arguments = NOTIFICATION.unpack(buffer.raw)
         call = Call(identity, thread, SERVER_CALLS[number], tuple(arguments))
+        if call.name == "execve":
+            self._execute(call)
+            return
         self._useless += 1
         for held in self._held.values():        # a signal has ended the call before
             held.calls = [other for other in held.calls if other.thread != thread]
@@ -3078,6 +3095,37 @@ class Supervisor:
             held = socket.socket(domain, socket.SOCK_STREAM)        # so that Python knows its kind of address
             os.dup2(number, held.fileno(), inheritable=False)
             return held
+
+    # -- execve --
+
+    def _execute(self, call: Call) -> None:
+        """Have a program wait for a client, and those that it executes in its turn go on."""
+        if not self._began:
+            self._began, self._beginning = True, call
+            self._tell(self._container.on_begin)
+        elif self._beginning and call.thread == self._beginning.thread:     # runc's Go sends its threads signals
+            self._beginning = call
+        else:
+            self._respond(call, flags=CONTINUE)
+
+    def _begin(self, call: Call) -> None:
+        """Execute a program with a client's socket for its standard input and output."""
+        with self._giving:
+            if not self._clients:               # it was withdrawn just now
+                return
+            handover = self._clients[0]
+            os.set_blocking(handover.client.fileno(), True)
+            try:
+                for number in (0, 1):
+                    self._ioctl(NOTIFY_ADD, ctypes.create_string_buffer(
+                        ADDED_DESCRIPTOR.pack(call.id, ADD_AS_NUMBER, handover.client.fileno(), number, 0)))
+            except FileNotFoundError:           # a signal has ended the call, and it comes again
+                os.set_blocking(handover.client.fileno(), False)
+                return
+            self._clients.popleft()
+            handover.taken, self._beginning = True, None
+        os.close(handover.client.detach())
+        self._respond(call, flags=CONTINUE)
 
     # -- bind and listen --
 
@@ -3472,7 +3520,7 @@ class Bundle:
     def expected(self) -> str:
         """What a container has not done that did not become ready, in words that follow "did not"."""
         wanted = f"listen on port {self.ports[0]}" if self._only else "listen on a TCP port"
-        return wanted if self.contract == "server" else f"connect to {CONTROL_SOCKET}"
+        return {"server": wanted, "stdio": "begin"}.get(self.contract, f"connect to {CONTROL_SOCKET}")
 
     def may_serve(self, port: int) -> bool:
         return port in self.ports or not self._only
@@ -3504,7 +3552,7 @@ def build_spec(name: str, image: dict, options: Options, run_dir: Path, cgroups:
     """
     process = image["process"]
     hostname = options.hostname or name
-    default = [f"HOSTNAME={hostname}", *([f"PORT={port}"] if contract != "handler" else [])]
+    default = [f"HOSTNAME={hostname}", *([f"PORT={port}"] if contract in ("auto", "server") else [])]
     env = merge_env([*default, *process["env"]], [
         *options.env, f"FAAS_FUNCTION={name}", f"FAAS_VERSION={image['version']}", f"FAAS_CONTAINER_ID={container_id}"])
     ids = [{"containerID": 0, "hostID": image["first_id"], "size": IDS}]
@@ -3512,6 +3560,7 @@ def build_spec(name: str, image: dict, options: Options, run_dir: Path, cgroups:
     seccomp = seccomp_profile(platform.machine())
     if contract != "handler":
         calls = ["listen", "accept", "accept4", *(["bind"] if options.net != "none" else [])]
+        calls = ["execve"] if contract == "stdio" else calls
         seccomp = supervised(seccomp, calls, f"{run_dir}/containers/{container_id}/{NOTIFY_SOCKET}")
     network = {"none": [{"type": "network"}], "host": [],       # none of its own
                "egress": [{"type": "network", "path": str(namespace_path(run_dir, name))}]}[options.net]
@@ -3628,7 +3677,7 @@ def container_mounts(options: Options, process: dict, run_dir: Path, container_i
         mount("/dev/shm", "tmpfs", "nodev", f"size={options.shm_size}", "noexec", "mode=1777"),
         mount("/dev/mqueue", "mqueue", "noexec", "nodev"),
     ]
-    if contract != "server":
+    if contract in ("auto", "handler"):
         mounts.append(mount(CONTROL_SOCKET, "bind", "bind", "nodev", "noexec",
                             source=f"{run_dir}/containers/{container_id}/control.sock"))
     if options.net == "none":
@@ -5390,7 +5439,7 @@ class Leftovers:
             output = os.open(f"/proc/self/fd/{pipe}", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
             stack.callback(os.close, output)
             notify = -1
-            if contract == ["server"]:
+            if contract and contract != ["handler"]:
                 notify = stack.enter_context(kept_open(take_deposit(pidfd)))
             clients = self._clients_of(cgroups[container_id], addresses[name], connections)
             if not clients:
@@ -8338,11 +8387,11 @@ class Deploys:
         self._check_warm(name, entry.options)
         contract = entry.options.contract
         if not self._host.supervises:
-            if contract == "server":
-                raise FaasdError("no container's system calls can be answered on this machine, so no server runs: see "
-                                 "the daemon's log", status=422)
+            if contract in ("server", "stdio"):
+                raise FaasdError("no container's system calls can be answered on this machine, so no server runs, nor "
+                                 "--contract stdio: see the daemon's log", status=422)
             contract = "handler"
-        entry = replace(entry, contract=contract, port=entry.options.port or 0 if contract != "handler" else 0)
+        entry = replace(entry, contract=contract, port=entry.options.port or 0 if contract in ("auto", "server") else 0)
         if not self.attachments.egress.has(name):
             undo.push_async_callback(self.attachments.withdraw, name)
         await self.attachments.provide(name, entry.options)

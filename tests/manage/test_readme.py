@@ -18,6 +18,8 @@ COVERED = {
     "sudo ./faasd.py --subnet 10.20.0.0/24 --port 8080": "test_daemon_on_another_subnet_and_port below",
     "docker save test-handler | ./faas new test-handler": "tests/images/test_docker.py",
     "docker save nginx:alpine | ./faas new web": "tests/serve/test_real_servers.py, with Debian's nginx",
+    "docker save alpine | ./faas new shout --contract stdio -- tr a-z A-Z": "tests/serve/test_server.py, with another tr",
+    "echo hello | nc -N 10.0.0.10 80": "the same",
     "docker build -t test-handler -f Dockerfile.test-handler .": "tests/images/test_docker.py",
     "(umask 077; head -c 24 /dev/urandom | base64 > token)": "test_control_over_the_network below",
     "sudo ./faasd.py --api 127.0.0.1:8000 --api-token-file token": "the same",

@@ -15,7 +15,7 @@ from pathlib import Path
 import clients
 import faasd
 import support
-from clients import connect, get, read_all, read_until_cut, request
+from clients import connect, exchange, get, read_all, read_until_cut, request
 from support import wait_until
 
 SERVER = support.TOP / "tests/handlers/server.py"
@@ -198,6 +198,58 @@ class Ends(support.SharedDaemonCase):
         client.close()
 
 
+class StandardInputAndOutput(support.SharedDaemonCase):
+    """Any program that reads its standard input and writes its standard output."""
+
+    def deploy(self, source: str) -> str:
+        image = support.docker_archive([support.python_layer()],
+                                       {"Entrypoint": [support.PYTHON, "-c", source]})
+        out = self.daemon.faas("new", "f", "--contract", "stdio", "--warm", "1", stdin=image).stdout
+        self.assertEqual(out, "✓ Deployed f at 10.0.0.10 (stdio)\n")
+        self.daemon.wait_warm("f", 1)
+        return "10.0.0.10"
+
+    def test_answers(self):
+        address = self.deploy("import os, socket, sys; line = input(); print('to stderr', file=sys.stderr, flush=True); "
+                              "print(line.upper(), os.environ['FAAS_CONTAINER_ID'], os.listdir('/proc/self/fd')[:-1], "
+                              "*socket.socket(fileno=0).getpeername())")
+        answers = []
+        for _ in range(3):
+            with connect(address, b"hello\n") as client:
+                answers.append(read_until_cut(client).decode().split(" ", 2))
+                self.assertEqual(answers[-1][2], "['0', '1', '2'] {} {}\n".format(*client.getsockname()))
+        self.assertEqual({first for first, *_ in answers}, {"HELLO"})
+        self.assertEqual(len({container for _, container, _ in answers}), 3)
+        wait_until(lambda: self.daemon.function_log("f").count("to stderr\n") == 3, "stderr goes to the log")
+        self.assertEqual(self.daemon.function_log("f").count("outcome=answered"), 3)
+
+    def test_program_that_reads_to_the_end(self):
+        files = {path.lstrip("/"): Path(path).read_bytes() for path in ("/usr/bin/tr", *support.libraries("/usr/bin/tr"))}
+        self.daemon.faas("new", "f", "--contract", "stdio", "--", "/usr/bin/tr", "a-z", "A-Z",
+                         stdin=support.docker_archive([support.layer(files)], {}))
+        self.assertEqual(exchange("10.0.0.10", "hello\n"), b"HELLO\n")
+
+    def test_runs_other_programs(self):
+        address = self.deploy(f"import os, subprocess; subprocess.run([{support.PYTHON!r}, '-c', 'print(input() * 2)']); "
+                              f"os.execv({support.PYTHON!r}, ['python', '-c', 'print(input() * 3)'])")
+        with connect(address, b"ab\n") as client:
+            self.assertEqual(client.recv(100), b"abab\n")
+            client.sendall(b"c\n")
+            self.assertEqual(read_until_cut(client), b"ccc\n")
+
+    def test_bad_ends(self):
+        address = self.deploy("input()\nraise SystemExit(3)")
+        with connect(address, b"x\n") as client:
+            self.assertEqual(read_until_cut(client), b"")
+        wait_until(lambda: "exited with status 3 without an answer" in self.daemon.function_log("f"), "the log says so")
+
+    def test_serves_one_client(self):
+        result = self.daemon.faas("new", "f", "--contract", "stdio", "--reuse", "2", stdin=support.small_image(),
+                                  check=False)
+        self.assertEqual(result.returncode, 1)
+        self.assertIn("a container serves one client", result.stderr)
+
+
 class LostMessages(support.SharedDaemonCase):
     """The kernel tells of each connection that is gone, and drops what does not fit into the daemon's buffer."""
 
@@ -307,6 +359,19 @@ class Restarting(unittest.TestCase):
             wait_until(lambda: len(support.list_containers(daemon)) <= 1, "their container is gone")
             self.assertEqual(get(address)[0], 200)
             self.assertEqual(daemon.info("f")["contract"], "server")
+
+    def test_standard_input_and_output(self):
+        with support.Daemon() as daemon:
+            image = support.docker_archive([support.python_layer()], {"Entrypoint": [
+                support.PYTHON, "-c", "print(input(), flush=True); print(input() * 2)"]})
+            address = daemon.deploy("f", image, "--contract", "stdio")
+            with connect(address, b"a\n") as client:
+                self.assertEqual(client.recv(100), b"a\n")
+                daemon.kill()
+                daemon.start()
+                client.sendall(b"b\n")
+                self.assertEqual(read_until_cut(client), b"bb\n")
+            wait_until(lambda: "outcome=answered" in daemon.function_log("f"), "it has ended")
 
     def test_invocations_go_on(self):
         for how, number, together in (("polling", signal.SIGHUP, 1), ("blocking", signal.SIGHUP, 3),
