@@ -10,7 +10,9 @@ work=$(mktemp -d /var/tmp/faasd-base.XXXXXX)
 trap 'rm -rf --one-file-system "$work"' EXIT
 "$here/bootstrap.sh" host "$work/root" python3-minimal
 mkdir -p "$(dirname "$image")"
+# Without what only perl, apt and dpkg have a use for: tests import and unpack it a dozen times.
 tar --create --numeric-owner --xattrs --directory "$work/root" \
     --exclude=./var/cache/apt/'*' --exclude=./var/lib/apt/lists/'*' --exclude=./var/lib/dpkg/info/'*' \
-    --exclude=./usr/share/{doc,info,locale,man,zoneinfo}/'*' --file "$image.part" .
+    --exclude=./usr/share/{doc,info,locale,man,perl5,zoneinfo}/'*' --exclude=./usr/{bin/perl,lib/apt/,sbin/debug}'*' \
+    --exclude=./usr/lib/'*'/{gconv,perl-base,lib{apt,db,gnutls,p11,stdc,unistring}}'*' --file "$image.part" .
 mv "$image.part" "$image"

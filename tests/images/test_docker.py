@@ -5,6 +5,7 @@ image is Debian made by ci/base_image.sh, since no registry can be counted on. S
 missing.
 """
 
+import functools
 import hashlib
 import json
 import os
@@ -63,14 +64,14 @@ def why_not() -> str:
 class Engine:
     """A running Docker engine, all of it in one directory."""
 
-    def __init__(self, configuration: dict):
+    def __init__(self, configuration: str):
         self.directory = Path(tempfile.mkdtemp(prefix=f"{support.PREFIX}docker.", dir="/var/tmp"))
         self.directory.chmod(0o711)     # for containers
         self.env = {**os.environ, "DOCKER_HOST": f"unix://{self.directory}/docker.sock", "DOCKER_BUILDKIT": "0",
                     "DOCKER_CONFIG": str(self.directory / "client")}
         for name in ("DOCKER_CONTEXT", "DOCKER_TLS_VERIFY", "DOCKER_API_VERSION"):
             self.env.pop(name, None)
-        (self.directory / "daemon.json").write_text(json.dumps(configuration))
+        (self.directory / "daemon.json").write_text(configuration)
         self.process = subprocess.Popen([support.TOP / "tests/ci/docker_engine.sh", self.directory],
                                         stdin=subprocess.PIPE)
 
@@ -159,16 +160,23 @@ def of_the_image(tree: set[tuple]) -> set[tuple]:
             and not any(entry[0] == name or entry[0].startswith(name + "/") for name in NOT_THE_IMAGES)}
 
 
+@functools.cache
+def shared_engine(configuration: str) -> Engine:
+    """Return the engine with that daemon.json, and the base image in it: started once, it ends with the file."""
+    engine = Engine(configuration)
+    unittest.addModuleCleanup(engine.close)
+    engine.wait_until_ready()
+    engine.docker("import", BASE_IMAGE, "faasd-base")
+    return engine
+
+
 @unittest.skipIf(why_not(), why_not())
 class EngineTest(unittest.TestCase):
-    configuration: dict = {}            # daemon.json
+    configuration = "{}"                # daemon.json
 
     @classmethod
     def setUpClass(cls):
-        cls.engine = Engine(cls.configuration)
-        cls.addClassCleanup(cls.engine.close)
-        cls.engine.wait_until_ready()
-        cls.engine.docker("import", BASE_IMAGE, "faasd-base")
+        cls.engine = shared_engine(cls.configuration)
 
 
 class DockerPath(EngineTest):
@@ -249,7 +257,7 @@ class DockerPath(EngineTest):
 class ContainerdStore(DockerPath):
     """The same with images in containerd, the default of new installations since Docker 29."""
 
-    configuration = {"features": {"containerd-snapshotter": True}}
+    configuration = '{"features": {"containerd-snapshotter": true}}'
 
     @classmethod
     def setUpClass(cls):
