@@ -2,7 +2,7 @@
 """Run faasd's tests with nothing but unittest: `python3 tests/run.py [-v] [--workers N] [tests/FOLDER/test_x.py…]`.
 
 Each file runs in a process and a network namespace of its own, and ends with a look for what it has left: processes,
-mounts, cgroups, addresses, directories. As many run at a time as there are CPUs, those that take long first. What a
+mounts, cgroups, addresses, directories. One more than there are CPUs run at a time, those that take long first. What a
 file prints comes in one piece when it has ended; with one at a time, as it goes.
 
 One line per file, tracebacks of what failed, then what was skipped, a line `skipped: N: reason` for each reason, and
@@ -275,8 +275,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Run faasd's tests.")
     parser.add_argument("-v", "--verbose", action="store_true", help="print every test and its seconds")
     parser.add_argument("--soak", metavar="SECONDS", help="how long each of those tests takes that may take any time")
-    parser.add_argument("--workers", type=int, default=min(len(os.sched_getaffinity(0)), MAX_WORKERS), metavar="N",
-                        help="how many files run at a time (default: the number of CPUs, at most %d)" % MAX_WORKERS)
+    parser.add_argument("--workers", type=int, metavar="N",
+                        default=min(len(os.sched_getaffinity(0)) + 1, MAX_WORKERS),         # tests also wait
+                        help="how many files run at a time (default: one more than CPUs, at most %d)" % MAX_WORKERS)
     parser.add_argument("--report", type=Path, help=argparse.SUPPRESS)      # in the process of one file
     parser.add_argument("files", nargs="*", type=Path, metavar="FILE", help="tests/*/test_*.py by default")
     arguments = parser.parse_args()
