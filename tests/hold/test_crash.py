@@ -234,7 +234,7 @@ class Crash(unittest.TestCase):
     def invoke(self, before: dict) -> bool:
         """A client gets the whole answer, or an end that it can tell from one."""
         self.goal = before
-        out = curl("--write-out", "\n%{http_code}", f"http://{F_ADDRESS}/sleep?0.2", check=False)
+        out = curl("--write-out", "\n%{http_code}", f"http://{F_ADDRESS}/label?0.2", check=False)
         self.assertIn(out, (f"{self.labels[before['f']['versions'][0][0]]}\n200", "\n000"))
         return True
 
@@ -242,7 +242,8 @@ class Crash(unittest.TestCase):
         self.goal = before
         with ThreadPoolExecutor() as pool:
             client = pool.submit(self.invoke, before)
-            wait_until(lambda: (self.api("GET", "/functions/f") or {"running": "as long as it lived"})["running"],
+            # Or is over: polling may take longer.
+            wait_until(lambda: client.done() or (self.api("GET", "/functions/f") or {"running": 1})["running"],
                        "it runs")
             self.daemon.process.send_signal(signal.SIGTERM)
             self.daemon.process.wait(support.READY_SECONDS)

@@ -14,7 +14,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import support
-from support import curl, get, wait_until
+from clients import read_until_cut, request
+from support import get, wait_until
 
 import faasd
 
@@ -122,13 +123,14 @@ class Stop(unittest.TestCase):
         self.addCleanup(daemon.close)
         address = daemon.deploy("f", support.handler_image(label="slow"))
         with ThreadPoolExecutor() as pool:
-            running = [pool.submit(get, address, "/label?3") for _ in range(4)]
+            running = [pool.submit(get, address, "/label?go:") for _ in range(4)]
             wait_until(lambda: daemon.info("f")["running"] == 4, "4 invocations")
             wait_until(lambda: len(support.processes(daemon.directory.name)) >= 5, "containers")
             daemon.process.send_signal(signal.SIGTERM)
             wait_until(lambda: "stopping" in daemon.log(), "it stops")
             with self.assertRaises(ConnectionRefusedError):
                 socket.create_connection((address, 80)).close()
+            daemon.release("f", "go")
             self.assertEqual([future.result() for future in running], [(200, "slow")] * 4)
         self.assertEqual(daemon.process.wait(support.READY_SECONDS), 0)
         self.assertEqual(support.remains(daemon), [])
@@ -139,16 +141,17 @@ class Stop(unittest.TestCase):
         address = daemon.deploy("f")
         with ThreadPoolExecutor() as pool:
             hanging = pool.submit(get, address, "/hang")
-            half = pool.submit(curl, f"http://{address}/half-and-hang", check=False)
+            half = request(address, "/half-and-hang")
+            self.assertIn(b"only this", half.recv(65536))
             wait_until(lambda: len([p for p in support.processes(daemon.directory.name) if " run " in p]) == 2, "runc")
             wait_until(lambda: Restart.waiting(daemon) == 0, "both handlers are ready")
-            time.sleep(0.5)                 # until the half has been sent
             for number in signals:
                 daemon.process.send_signal(number)
             status, body = hanging.result()
             self.assertEqual(status, 503)
             self.assertIn("faasd is stopping", body)
-            self.assertEqual(half.result(), "only this")
+            self.assertEqual(read_until_cut(half), b"")
+            half.close()
         self.assertEqual(daemon.process.wait(support.READY_SECONDS), 0)
         self.assertEqual(support.remains(daemon), [])
 

@@ -310,7 +310,7 @@ class Processes(FaultCase):
         self.assertEqual(daemon.api("PATCH", "/functions/f?timeout=200ms")[0], 200)
         with self.neighbour_is_served():
             refused = 0
-            self.assertEqual(get(self.f, "/sleep?3600")[0], 504)
+            self.assertEqual(get(self.f, "/label?3600")[0], 504)
         self.assertEqual(refused, 3)
         daemon.wait_log("cannot kill its process")
         self.assertEqual(daemon.api("PATCH", "/functions/f?timeout=30")[0], 200)
@@ -433,7 +433,7 @@ class Clock(FaultCase):
         with self.neighbour_is_served():
             self.assertEqual(daemon.api("PATCH", "/functions/f?timeout=1&concurrency=1&queue_timeout=500ms")[0], 200)
             with ThreadPoolExecutor() as pool:
-                slow = pool.submit(get, self.f, "/sleep?3600")
+                slow = pool.submit(get, self.f, "/label?3600")
                 wait_until(lambda: daemon.info("f")["running"] == 1, "it hangs")
                 self.assertEqual(get(self.f)[0], 503)
                 self.assertEqual(slow.result()[0], 504)

@@ -167,7 +167,7 @@ class HostileCase(unittest.TestCase):
                 self.answers.append(get(lab.neighbour, "/"))
             except AssertionError as error:
                 self.answers.append((0, str(error)))
-            time.sleep(0.05)                        # leave the CPUs something
+            time.sleep(0.2)                         # each takes a container: leave the CPUs to the attack
 
     def tearDown(self):
         wait_until(lambda: self.answers, "the neighbour answers")
@@ -242,7 +242,7 @@ class Neighbours(HostileCase):
             state, run = self.daemon.state_dir, self.daemon.run_dir
             known = {"pid": init_pid(self.daemon, container), "host_port": host.getsockname()[1],
                      "abstract": "\0faasd/10.0.0.0/24", "address": lab.neighbour,
-                     "paths": [str(path) for path in (self.daemon.rootfs("neighbour") / "handler.py", state, run)],
+                     "paths": [str(path) for path in (self.daemon.rootfs("neighbour") / "handler.pl", state, run)],
                      "sockets": [str(self.daemon.socket), str(run / "containers" / container / "control.sock")]}
             outcomes = self.ask(f"/reach?{json.dumps(known).encode().hex()}")
         expected = dict.fromkeys(outcomes, {"ENOENT"}) | {
@@ -377,12 +377,12 @@ class LockOfEpoll(unittest.TestCase):
         """What closes the client's socket last waits for it: the loop must not."""
         image = hostile_image([support.layer({"cold": bytes(4 << 20)})])
         address = lab.daemon.deploy("epoll", image, "--pids", "256", "--reuse", "100")
-        self.addCleanup(lab.daemon.faas, "rm", "epoll")
+        self.addCleanup(lab.daemon.faas, "rm", "epoll", check=False)
         self.assertEqual(get(address, "/hold_epoll"), (200, "ok"))
         for _ in range(5):
             self.assertEqual(get(lab.neighbour), (200, "hello /"))
             time.sleep(0.2)
-        wait_until(lambda: lab.daemon.info("epoll")["warm"] == 0, "its container is gone")
+        lab.daemon.remove("epoll")              # which waits for its container, and with it for who closes the socket
 
 
 class ClientSocketOfAPortForAll(unittest.TestCase):
@@ -550,7 +550,7 @@ if descriptors:
 """
 
     def test_kept_by_pages_of_the_image(self):
-        pages = [f"page-{number}" for number in range(90)]
+        pages = [f"page-{number}" for number in range(50)]
         with support.Daemon("--subnet", "10.1.0.0/24", constants={"MANY_ENDED": 10, "MANY_DYING": 20}) as daemon:
             image = support.handler_image(self.HANDLER, files=dict.fromkeys(pages, b"page"))
             address = daemon.deploy("f", image, "--start-timeout", "1m")
@@ -563,7 +563,7 @@ if descriptors:
                 self.assertEqual(get(address, f"/{page}"), (200, "page"))
             # v1 counts those of the whole machine, where other tests may have let go of many meanwhile: so go on.
             for page in itertools.cycle(pages):
-                if sum(map(is_cached, files)) < 60:
+                if sum(map(is_cached, files)) < 35:
                     break
                 self.assertEqual(get(address, f"/{page}"), (200, "page"))
 

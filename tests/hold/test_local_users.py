@@ -22,10 +22,27 @@ from pathlib import Path
 
 import support
 from support import get, wait_until
-from test_restart import HANDLER, RestartCase
+from test_restart import RestartCase
 
 import faasd
 
+# Does what is put into it for one command, and answers with its label else.
+HANDLER = """
+import os, socket, time
+control = socket.socket(socket.AF_UNIX)
+control.connect("/control.sock")
+_, descriptors, _, _ = socket.recv_fds(control, 1, 1)
+if not descriptors:
+    raise SystemExit
+client = socket.socket(fileno=descriptors[0])
+command, _, key = client.recv(65536).split()[1].decode().partition("?")
+HEAD = b"HTTP/1.1 200 OK\\r\\nConnection: close\\r\\n\\r\\n"
+if command == "COMMAND":
+    BODY
+else:
+    client.sendall(HEAD + os.environ["LABEL"].encode())
+client.shutdown(socket.SHUT_WR)
+"""
 AS_NOBODY = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups")
 PYTHON = "/usr/bin/python3"     # which everybody may run
 # A program that takes any arguments and does nothing: pause(2), or ppoll(2), for ever.
@@ -155,8 +172,7 @@ class Forgers(LocalUserCase):
         self.assertEqual(sorted(os.listdir(secret)), names)
 
     def check_handler(self, end) -> None:
-        source = HANDLER.replace('elif command == "/silent":', """elif command == "/forge":
-    run, trap = key.split(":")
+        source = HANDLER.replace("COMMAND", "/forge").replace("BODY", """run, trap = key.split(":")
     os.set_inheritable(client.fileno(), True)
     if os.fork() == 0:
         os.execv("/x", ["x", "--root", run, "run", trap + "/$FAAS_VERSION/rootfs/evil".replace(
@@ -164,8 +180,7 @@ class Forgers(LocalUserCase):
     client.sendall(HEAD + b"0\\n")
     while not os.path.exists("/go"):
         time.sleep(0.02)
-    client.sendall(b"done\\n")
-elif command == "/silent":""")
+    client.sendall(b"done\\n")""")
         trap = self.scratch()
         self.trap(trap, "file")
         evil = {f"evil/{name}": (trap / name).read_bytes() for name in ("config.json", "output", "cgroup.procs")}
@@ -174,7 +189,7 @@ elif command == "/silent":""")
             {"Entrypoint": [support.PYTHON, "/handler.py"], "Env": ["LABEL=1"]})
         daemon = self.start()
         address = daemon.deploy("f", image)
-        other = daemon.deploy("good", support.handler_image(HANDLER))
+        other = daemon.deploy("good", support.small_image())
         client = self.client(address, f"/forge?{daemon.run_dir}/runc:{far_path(daemon.state_dir / 'images/f')}")
         self.assertEqual(client.read_line() and "200", "200")
         wait_until(lambda: support.processes(f"x --root {daemon.run_dir}"), "it poses")
@@ -630,7 +645,7 @@ class Files(LocalUserCase):
     def test_image_json_with_what_it_should_not_have_breaks_its_function_alone(self):
         daemon = self.start()
         self.deploy(daemon)
-        good = daemon.deploy("good", support.handler_image(HANDLER))
+        good = daemon.deploy("good", support.small_image())
         daemon.stop()
         path, = (daemon.state_dir / "images/f").glob("*/image.json")
         image = json.loads(path.read_text())
@@ -696,12 +711,10 @@ class Cgroups(LocalUserCase):
 
 
 class Ports(LocalUserCase):
-    TAKE = HANDLER.replace('elif command == "/silent":', """elif command == "/take":
-    taken = socket.socket()
+    TAKE = HANDLER.replace("COMMAND", "/take").replace("BODY", """taken = socket.socket()
     taken.bind(("127.0.0.1", 8000))             # not even listening
     client.sendall(HEAD + b"0\\n")
-    time.sleep(3600)
-elif command == "/silent":""")
+    time.sleep(3600)""")
 
     def test_container_that_holds_the_api_s_is_ended(self):
         daemon = self.start()

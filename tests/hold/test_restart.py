@@ -20,46 +20,6 @@ import faasd
 
 RESTARTS = int(os.environ.get("FAASD_RESTARTS", "8"))
 
-# Works until the test makes a file in its rootfs, and tells so to its client and on stdout.
-HANDLER = """
-import os, socket, time
-control = socket.socket(socket.AF_UNIX)
-control.connect("/control.sock")
-_, descriptors, _, _ = socket.recv_fds(control, 1, 1)
-if not descriptors:
-    raise SystemExit
-client = socket.socket(fileno=descriptors[0])
-command, _, key = client.recv(65536).split()[1].decode().partition("?")
-HEAD = b"HTTP/1.1 200 OK\\r\\nConnection: close\\r\\n\\r\\n"
-
-def released():
-    return os.path.exists("/" + key)
-
-if command == "/work":                  # a line for the client after each printed one
-    client.sendall(HEAD)
-    number = 0
-    while not released():
-        print(f"working {number}", flush=True)
-        client.sendall(f"{number}\\n".encode())
-        number += 1
-        time.sleep(0.02)
-    print("done", flush=True)
-    client.sendall(b"done\\n")
-elif command == "/silent":              # exits without a word
-    while not released():
-        time.sleep(0.02)
-    os._exit(3)
-elif command == "/flood":               # more than a pipe holds
-    while not released():
-        time.sleep(0.02)
-    for number in range(3000):
-        print(f"flood {number} " + "x" * 80)
-    client.sendall(HEAD + b"flooded")
-else:
-    client.sendall(HEAD + os.environ["LABEL"].encode())
-client.shutdown(socket.SHUT_WR)
-"""
-
 
 class Client:
     """A connection that has sent a request, and reads its answer in its own time."""
@@ -124,7 +84,7 @@ class RestartCase(unittest.TestCase):
         return daemon
 
     def deploy(self, daemon: support.Daemon, *options: str, label: str = "1") -> str:
-        return daemon.deploy("f", support.handler_image(HANDLER, label=label), *options)
+        return daemon.deploy("f", support.small_image(label), *options)
 
     def client(self, address: str, path: str) -> Client:
         client = Client(address, path)

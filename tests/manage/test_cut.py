@@ -61,15 +61,17 @@ class ClientLeaves(CutCase):
 
     def test_while_a_removal_drains_it_is_removed_all_the_same(self):
         daemon = self.start()
-        address = daemon.deploy("f", None, "--timeout", "3")
-        hanging = request(address, "/hang")
-        self.addCleanup(hanging.close)
+        address = daemon.deploy("f")
+        client = request(address, "/label?go:")
+        self.addCleanup(client.close)
         wait_until(lambda: daemon.info("f")["running"] == 1, "it is in flight")
         removal = self.client(daemon, "rm", "f")
         wait_until(lambda: daemon.info("f")["state"] == "removing", "the removal drains")
         removal.send_signal(signal.SIGINT)
         removal.wait()
         self.assertIn("is under way", daemon.faas("new", "f", stdin=support.handler_image(), check=False).stderr)
+        daemon.release("f", "go")
+        self.assertIn(b"200 OK", client.recv(65536))
         wait_until(lambda: daemon.faas("info", "f", check=False).returncode == 1, "it is removed")
         self.assertEqual(support.addresses(), [])
         # Its files go last, and until they have gone its name is not free.

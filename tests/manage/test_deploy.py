@@ -148,10 +148,7 @@ print(open("/secret").read(), *(oct(stat.S_IMODE(os.stat(path).st_mode)) for pat
 
 def with_layer(layer: bytes, source: str | None = None, **config) -> bytes:
     """The image of the tests' handler with a layer more."""
-    base = support.python_layer()
-    settings = {"Entrypoint": [support.PYTHON, "/handler.py"], "Env": ["PYTHONDONTWRITEBYTECODE=1"]}
-    handler = support.layer({"handler.py": source or support.HANDLER.read_text()})
-    return support.docker_archive([base, handler, layer], {**settings, **config})
+    return support.handler_image(source, layers=[layer], **config)
 
 
 class Deploy(DeployCase):
@@ -210,14 +207,11 @@ class Deploy(DeployCase):
         facts = json.loads(get(address, "/facts")[1])
         self.assertEqual((facts["ids"][:2], facts["cwd"]), ([1234, 5678], "/work/dir"))
         self.assertEqual([facts["env"][key] for key in ("A", "B", "HOME")], ["user", "image", "/custom"])
-        self.assertEqual(facts["argv"], ["/handler.py", "word"])
+        self.assertEqual(facts["argv"], ["/handler.pl", "word"])
         self.assertNotIn("/data", [mount for mount, *_ in facts["mounts"]])
 
     def test_volume_with_content_keeps_it_and_is_private(self):
-        base, top = support.python_layer(), support.layer({"handler.py": support.HANDLER.read_bytes(),
-                                                           "etc/conf/file": "content"})
-        image = support.docker_archive([base, top], {"Entrypoint": [support.PYTHON, "/handler.py"],
-                                                     "Volumes": {"/etc/conf": {}}})
+        image = support.handler_image(files={"etc/conf/file": "content"}, Volumes={"/etc/conf": {}})
         address = self.daemon.deploy("f", image)
         self.assertEqual(get(address, "/read?/etc/conf/file"), (200, "content"))
         self.assertEqual(get(address, "/write?/etc/conf/new"), (200, "done"))
@@ -404,7 +398,7 @@ class Redeploy(DeployCase):
         images = {label: support.handler_image(label=label) for label in ("v1", "v2", "v3")}
         address = self.daemon.deploy("f", images["v1"])
         slow = ThreadPoolExecutor(2)
-        in_flight = [slow.submit(get, address, "/label?8") for _ in range(2)]
+        in_flight = [slow.submit(get, address, "/label?go:") for _ in range(2)]
         wait_until(lambda: self.daemon.info("f")["running"] >= 2, "two are in flight")
         answers: list[tuple[int, str]] = []
         stop = threading.Event()
@@ -425,6 +419,7 @@ class Redeploy(DeployCase):
             wait_until(lambda: len(answers) > count, "requests after the redeploy")
         finally:
             stop.set()
+            self.daemon.release("f", "go")
             for client in clients:
                 client.join()
         self.assertEqual({status for status, _ in answers}, {200})
@@ -440,11 +435,12 @@ class Redeploy(DeployCase):
         address = self.daemon.deploy("f", image, "-e", "X=1")
         first = self.daemon.info("f")
         with ThreadPoolExecutor() as pool:
-            slow = pool.submit(get, address, "/label?3")
+            slow = pool.submit(get, address, "/label?go:")
             wait_until(lambda: self.daemon.info("f")["running"] == 1, "one is in flight")
             self.assertEqual(self.daemon.deploy("f", image, "-e", "X=2"), address)
             second = self.daemon.info("f")
             self.assertEqual(json.loads(get(address, "/facts")[1])["env"]["X"], "2")
+            self.daemon.release("f", "go")
             self.assertEqual(slow.result(), (200, "1"))
         self.assertEqual((first["version"], first["created"]), (second["version"], second["created"]))
         self.assertEqual(get(address)[0], 200)
@@ -456,10 +452,11 @@ class Redeploy(DeployCase):
         old, new = support.handler_image(label="old"), support.handler_image(label="new")
         address = self.daemon.deploy("f", old)
         with ThreadPoolExecutor() as pool:
-            slow = pool.submit(get, address, "/label?4")
+            slow = pool.submit(get, address, "/label?go:")
             wait_until(lambda: self.daemon.info("f")["running"] == 1, "one is in flight")
             self.daemon.deploy("f", new)
             self.daemon.deploy("f", old)
+            self.daemon.release("f", "go")
             self.assertEqual(slow.result(), (200, "old"))
         time.sleep(0.5)
         self.assertEqual(get(address, "/label"), (200, "old"))
@@ -519,11 +516,12 @@ class Remove(DeployCase):
     def test_running_invocations_finish_first(self):
         address = self.daemon.deploy("f", support.handler_image(label="last words"))
         with ThreadPoolExecutor() as pool:
-            slow = pool.submit(get, address, "/label?3")
+            slow = pool.submit(get, address, "/label?go:")
             wait_until(lambda: self.daemon.info("f")["running"] == 1, "one is in flight")
             removal = pool.submit(self.daemon.faas, "rm", "f")
             wait_until(lambda: self.daemon.info("f")["state"] == "removing", "it is being removed")
             self.assertIn("a removal is under way", self.refuse("new", "f", stdin=support.handler_image())[0])
+            self.daemon.release("f", "go")
             self.assertEqual(slow.result(), (200, "last words"))
             removal.result()
         self.assert_nothing_there("f")
@@ -542,9 +540,7 @@ class Memory(DeployCase):
     def test_upload_and_unpacking_are_streamed(self):
         """A 300 MiB layer, and the daemon and its child stay under 64 MiB each; bench/deploy.py does it with 2 GiB."""
         blob = os.urandom(1 << 20) * 300
-        image = support.docker_archive(
-            [support.python_layer(), support.layer({"handler.py": support.HANDLER.read_bytes(), "blob": blob})],
-            {"Entrypoint": [support.PYTHON, "/handler.py"]})
+        image = support.handler_image(files={"blob": blob})
         del blob
         peak = {"child": 0}
         done = threading.Event()

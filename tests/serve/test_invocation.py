@@ -188,7 +188,7 @@ class InsideContainer(InvocationCase):
             self.assertNotEqual(facts["namespaces"][name], os.readlink(f"/proc/self/ns/{name}"), name)
 
     def test_all_of_its_root_can_be_written_and_nothing_else(self):
-        for path in ("/tmp/file", "/file", "/etc/hosts", "/handler.py"):
+        for path in ("/tmp/file", "/file", "/etc/hosts", "/handler.pl"):
             self.assertEqual(get(self.address, f"/write?{path}")[1], "done")
         for path in ("/proc/sys/kernel/hostname", "/sys/file"):
             self.assertIn(get(self.address, f"/write?{path}")[1], ("Read-only file system", "Permission denied",
@@ -352,10 +352,11 @@ class ShortTimeout(InvocationCase):
     def test_answer_that_came_before_a_standstill_is_no_timeout(self):
         """Of what happened while the daemon was stopped, it learns before its timers run out."""
         with contextlib.closing(self.connect()) as client:
-            client.sendall(b"GET /label?0.5 HTTP/1.1\r\n\r\n")
+            client.sendall(b"GET /label?go: HTTP/1.1\r\n\r\n")
             wait_until(lambda: self.daemon.info("f")["running"] and not self.daemon.info("f")["starting"], "it runs")
             os.kill(self.daemon.process.pid, signal.SIGSTOP)
             try:
+                self.daemon.release("f", "go")
                 self.assertIn(b"200 OK", client.recv(65536))
                 time.sleep(1.5)                         # longer than --timeout
             finally:

@@ -141,7 +141,7 @@ class Users(unittest.TestCase):
 
         def reaches(user: int) -> bool:
             return subprocess.run(["setpriv", f"--reuid={user}", f"--regid={user}", "--clear-groups", "test", "-e",
-                                   rootfs / "handler.py"], check=False).returncode == 0
+                                   rootfs / "handler.pl"], check=False).returncode == 0
         self.assertTrue(reaches(self.first_id("f")))
         self.assertFalse(reaches(self.first_id("g")))
         self.assertFalse(reaches(12345))
