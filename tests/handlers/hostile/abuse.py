@@ -464,22 +464,24 @@ def ignore_signals(client, control):
     for number in range(1, signal.NSIG):
         with contextlib.suppress(OSError, ValueError):
             signal.signal(number, signal.SIG_IGN)
-    control.close()
     for _ in range(20):                     # and away, by two forks each
         if os.fork() == 0:
+            control.close()
             os.setsid()
             if os.fork() == 0:
                 time.sleep(3600)
             time.sleep(3600)
     client.sendall(answer("stays"))
+    control.close()                         # last: whoever lets go without an answer is killed without one
     time.sleep(3600)
 
 
 def stop_everything(client, control):
     """Stop all processes, so that none can end by itself."""
-    control.close()
     for _ in range(10):
         if os.fork() == 0:
+            control.close()
             os.kill(os.getpid(), signal.SIGSTOP)
     client.sendall(answer("stays"))
+    control.close()
     time.sleep(3600)
