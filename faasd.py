@@ -6141,20 +6141,25 @@ class TarReader:
 
 MAX_ARCHIVE_MEMBERS = 100_000       # members of the outer archive
 MAX_JSON_SIZE = 4 * MIB             # one manifest, index or config; the OCI distribution spec asks for 4 MiB
+SEGMENT = 64 * MIB                  # bytes of an archive in one file
 MAX_LINK_HOPS = 40                  # symbolic links followed for one path, as the kernel does (path_resolution(7))
 
 
 class Archive:
-    """The members of an image archive by name, copied from a stream to a file as they are.
+    """The members of an image archive by name, copied from a stream to files as they are.
 
     Which of them are layers, and in which order they apply, is not known before manifest.json or index.json has come,
     which are usually last. Nothing is unpacked that these do not name.
+    A file that was read for the last time is emptied: what is written next gets its memory and its place on the disk.
+    A hole in a single file would give these back too, but only after a wait for the disk (XFS, btrfs, older ext4).
     """
 
-    def __init__(self, stream: ByteStream, file: BinaryIO):
-        """file is empty, open for reading and writing, and not buffered. Raises FaasdError, OSError."""
-        self._file = file
-        self._members: dict[str, tuple[int, int]] = {}      # name → offset in the file, size
+    def __init__(self, stream: ByteStream, directory: Path, files: contextlib.ExitStack):
+        """Our files are made in directory, and closed with files. Raises FaasdError, OSError."""
+        self._directory, self._files = directory, files
+        self._segments: list[BinaryIO] = []     # SEGMENT bytes each, the last one fewer
+        self._size = 0                  # bytes of all of them
+        self._members: dict[str, tuple[int, int]] = {}      # name → offset in the segments, size
         self._links: dict[str, str] = {}        # docker before 25 writes repeated layers as symbolic links (F.1)
         self._top: set[str] = set()             # first components, to recognise what is not an image
         reader = TarReader(stream)
@@ -6166,9 +6171,9 @@ class Archive:
             name = self._normalise(entry.name)
             self._top.add(name.split("/")[0])
             if entry.isreg() and entry.sparse is None:
-                self._members[name] = file.tell(), entry.size
+                self._members[name] = self._size, entry.size
                 for piece in stream.take_all(entry.size):
-                    write_all(file.fileno(), piece)
+                    self._append(piece)
             elif entry.issym() or entry.islnk():
                 base = posixpath.dirname(name) if entry.issym() else ""
                 self._links[name] = self._normalise(posixpath.join(base, entry.linkname))
@@ -6177,6 +6182,17 @@ class Archive:
         if not reader.ended:
             raise ImageError(CUT_SHORT)
         stream.drain()
+
+    def _append(self, data: memoryview) -> None:
+        while data:
+            at = self._size % SEGMENT
+            if at == 0:
+                file = self._files.enter_context((self._directory / "archive").open("x+b", buffering=0))
+                os.unlink(file.name)
+                self._segments.append(file)
+            written = os.write(self._segments[-1].fileno(), data[:SEGMENT - at])
+            self._size += written
+            data = data[written:]
 
     @staticmethod
     def _normalise(name: str) -> str:
@@ -6191,16 +6207,20 @@ class Archive:
             name = self._links[name]
         raise ImageError(f"the archive's member {name!r} is a link to itself")
 
-    def read(self, name: str) -> Iterator[bytes]:
-        """Yield a member in pieces. Raises ImageError if there is none."""
+    def read(self, name: str, forget: bool = False) -> Iterator[bytes]:
+        """Yield a member in pieces. Raises ImageError if there is none. With forget, it may not be read again."""
         place = self.find(name)
         if place is None:
             raise ImageError(f"the archive lacks {name!r}")
         at, end = place[0], sum(place)
         while at < end:
-            data = os.pread(self._file.fileno(), min(end - at, COPY_CHUNK), at)
+            segment = self._segments[at // SEGMENT]
+            data = os.pread(segment.fileno(), min(end - at, COPY_CHUNK), at % SEGMENT)
+            assert data, f"{name} is read again"        # it would be for ever
             at += len(data)
             yield data
+            if forget and at % SEGMENT == 0 and at - SEGMENT >= place[0]:       # else another member is in it too
+                segment.truncate(0)
 
     def read_document(self, name: str) -> bytes:
         """Return the bytes of a small member, checked against the digest in its name where it has one (E.2)."""
@@ -6564,28 +6584,15 @@ class Budget:
 
     def __init__(self, max_size: int, max_entries: int):
         self._max_size, self._max_entries = max_size, max_entries
-        self.size = 0                   # bytes of files, with the holes of sparse ones
+        self.bytes: collections.Counter[str] = collections.Counter()    # of what
         self.entries = 0
-        self._compressed = 0            # bytes of layers before decompression, once for each time a layer is listed
-        self._read = 0                  # … and after it
         self._frames = 0                # gzip members and zstd frames
         self._steps = 0                 # components of paths that were looked at, and what costs as much
 
-    def spend_size(self, count: int) -> None:
-        self.size += count
-        self.check_size(self.size)
-
-    def spend_compressed(self, count: int) -> None:
-        self._compressed += count
-        self.check_size(self._compressed)
-
-    def spend_read(self, count: int) -> None:
-        self._read += count
-        self.check_size(self._read)
-
-    def check_size(self, size: int) -> None:
-        """Raise FaasdError for more bytes than there may be: of an archive, of its layers, of their files."""
-        if size > self._max_size:
+    def spend_bytes(self, of: str, count: int) -> None:
+        """Raise FaasdError for more bytes than there may be of an archive, of its layers or of their files."""
+        self.bytes[of] += count
+        if self.bytes[of] > self._max_size:
             raise FaasdError(f"the unpacked image is over {self._max_size} bytes (--max-image-size)", status=413)
 
     def spend_entry(self) -> None:
@@ -6643,14 +6650,14 @@ class LayerStream(ByteStream):
                 self._blob_hash = Sha256Thread()        # else both are one
             if self._blob_hash is not self._diff_hash:
                 self._blob_hash.update(data)
-            self._budget.spend_compressed(len(data))
+            self._budget.spend_bytes("compressed layers", len(data))       # once for each time one is listed
             yield data
 
     def _uncompressed(self, pieces: Iterator[bytes]) -> Iterator[bytes]:
         refusal = "a layer is compressed with {name}, which no image format has: save it again with gzip or zstd"
         for data in decompress(self._compressed(pieces), self._budget, refusal):
             self._diff_hash.update(data)
-            self._budget.spend_read(len(data))
+            self._budget.spend_bytes("layers", len(data))
             yield data
 
     def verify(self) -> None:
@@ -6708,10 +6715,14 @@ class Rootfs:
         """Return the host's name of a resolved path."""
         return self.path + path
 
-    def new_file(self, path: bytes) -> BinaryIO:
-        """Open a file for writing that only root can read, where nothing is at a resolved path."""
+    def new_file(self, path: bytes) -> int:
+        """Open a file for writing that only root can read, in the place of whatever is at a resolved path."""
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-        return open(os.open(self.host(path), flags, 0o600), "wb", buffering=0)
+        try:
+            return os.open(self.host(path), flags, 0o600)
+        except FileExistsError:
+            self.remove(path)
+            return os.open(self.host(path), flags, 0o600)
 
     def make_directory(self, path: bytes) -> bytes:
         """Return the real path of a directory, made 0755 root:root with its parents where it is missing (A.6)."""
@@ -6818,9 +6829,8 @@ class Rootfs:
         """Put a plain 0644 file at path, in the place of whatever is there."""
         directory, _, name = path.rpartition(b"/")
         real = self.make_directory(directory) + b"/" + name
-        self.remove(real)
-        with self.new_file(real) as file:
-            write_all(file.fileno(), memoryview(data))
+        with open(self.new_file(real), "wb") as file:
+            file.write(data)
             os.fchown(file.fileno(), self.first_id, self.first_id)
             os.fchmod(file.fileno(), 0o644)
 
@@ -6875,10 +6885,8 @@ class LayerApplier:
     """Applies one layer's entries to a rootfs (rules A to D)."""
 
     def __init__(self, stream: LayerStream, rootfs: Rootfs, budget: Budget, losses: Losses):
-        self._stream = stream
-        self._rootfs = rootfs
-        self._budget = budget
-        self._losses = losses
+        self._stream, self._rootfs = stream, rootfs
+        self._budget, self._losses = budget, losses
         self._own: set[bytes] = set()                   # paths of this layer and their parents: no whiteout hides them
         self._directory_times: dict[bytes, int] = {}    # set at the end, when nothing writes into them any more
 
@@ -6918,20 +6926,15 @@ class LayerApplier:
         if b"/.wh." in path:
             self._apply_whiteout(directory, name, path)
             return
-        if not path:
-            if not entry.isdir():
-                raise ImageError("the image's root is not a directory (CVE-2021-29136)")
-            self._set_metadata(b"", entry)
-            return
-        real = self._rootfs.make_directory(directory) + b"/" + name
+        if not path and not entry.isdir():
+            raise ImageError("the image's root is not a directory (CVE-2021-29136)")
+        real = self._rootfs.make_directory(directory) + b"/" + name if path else b""
         if entry.isreg():
             self._create_file(entry, real)
         elif entry.islnk():
             self._create_hardlink(entry, real)
         elif entry.isdir():
-            if self._rootfs.kind(real) != stat.S_IFDIR:
-                self._rootfs.place_directory(real)
-            self._set_metadata(real, entry)
+            self._apply_directory(entry, real)
         else:
             self._create_special(entry, real)
         while real not in self._own:
@@ -6973,6 +6976,17 @@ class LayerApplier:
 
     # -- objects --
 
+    def _apply_directory(self, entry: TarInfo, path: bytes) -> None:
+        """Make a directory, or take over one of the layers below: with what is in it, and nothing else (C.1, D.3)."""
+        host = self._rootfs.host(path)
+        if self._rootfs.kind(path) != stat.S_IFDIR:
+            self._rootfs.place_directory(path)
+        for name in os.listxattr(host, follow_symlinks=False):
+            if name != SELINUX_XATTR:                   # the host's own label
+                os.removexattr(host, name, follow_symlinks=False)
+        self._set_metadata(host, entry)
+        self._directory_times[path] = modification_time(entry)
+
     def _create_special(self, entry: TarInfo, path: bytes) -> None:
         host = self._rootfs.host(path)
         self._rootfs.remove(path)
@@ -6986,7 +7000,7 @@ class LayerApplier:
             os.mknod(host, kind | 0o600, os.makedev(entry.devmajor, entry.devminor))
         else:
             raise ImageError(f"{show(path)} is of the unknown tar type {entry.type!r}")
-        self._set_metadata(path, entry)
+        self._set_metadata(host, entry)
 
     def _leave_out_pipe(self, path: bytes) -> None:
         self._losses.pipes.add(path)
@@ -7015,36 +7029,32 @@ class LayerApplier:
 
     def _create_file(self, entry: TarInfo, path: bytes) -> None:
         """Make a new file; holes stay holes. What is there is removed, not written through (C.1, C.2)."""
-        self._budget.spend_size(entry.size)
-        self._rootfs.remove(path)
-        with self._rootfs.new_file(path) as file:
+        self._budget.spend_bytes("files", entry.size)
+        with kept_open(self._rootfs.new_file(path)) as file:
             for offset, count in [(0, entry.size)] if entry.sparse is None else entry.sparse:
                 if offset < 0 or count < 0 or offset + count > entry.size:
                     raise ImageError(f"{entry.name!r} has a bad sparse map")
-                file.seek(offset)
+                os.lseek(file, offset, os.SEEK_SET)
                 for piece in self._stream.take_all(count):
-                    write_all(file.fileno(), piece)
+                    write_all(file, piece)
             if entry.sparse is not None:
-                file.truncate(entry.size)
+                os.truncate(file, entry.size)
             if entry.size >= LARGE_FILE:
                 # The disk can begin with it: in the end, a deploy waits for the disk. For small files it is no gain.
-                libc.sync_file_range(file.fileno(), ctypes.c_int64(0), ctypes.c_int64(0), SYNC_FILE_RANGE_WRITE)
-        self._set_metadata(path, entry)
+                libc.sync_file_range(file, ctypes.c_int64(0), ctypes.c_int64(0), SYNC_FILE_RANGE_WRITE)
+            self._set_metadata(file, entry)
 
     # -- metadata --
 
-    def _set_metadata(self, path: bytes, entry: TarInfo) -> None:
-        """Set owner, extended attributes, mode, time, in this order: chown clears setuid and capabilities (D.1)."""
-        host = self._rootfs.host(path)
-        os.chown(host, *self._owner(entry), follow_symlinks=False)
-        self._set_xattrs(host, entry)
+    def _set_metadata(self, host: bytes | int, entry: TarInfo) -> None:
+        """Set owner, extended attributes, mode and time, in this order (D.1), of a path or, faster, an open file."""
+        follow = isinstance(host, int)      # what Python insists on for descriptors, though there is nothing to follow
+        os.chown(host, *self._owner(entry), follow_symlinks=follow)         # clears setuid and capabilities
+        self._set_xattrs(host, follow, entry)
         if not entry.issym():
             os.chmod(host, entry.mode & 0o7777)
         mtime = modification_time(entry)
-        if entry.isdir():
-            self._directory_times[path] = mtime
-        else:
-            os.utime(host, ns=(mtime, mtime), follow_symlinks=False)
+        os.utime(host, ns=(mtime, mtime), follow_symlinks=follow)
 
     def _owner(self, entry: TarInfo) -> tuple[int, int]:
         """Return the host ids of an entry's owner: the image's, moved into the function's range."""
@@ -7055,11 +7065,7 @@ class LayerApplier:
                               f"and now of {NOBODY}", entry.name)
         return host_id(entry.uid, self._rootfs.first_id), host_id(entry.gid, self._rootfs.first_id)
 
-    def _set_xattrs(self, host: bytes, entry: TarInfo) -> None:
-        if entry.isdir():                               # a directory over a directory takes nothing over (D.3)
-            for name in os.listxattr(host, follow_symlinks=False):
-                if name != SELINUX_XATTR:               # the host's own label
-                    os.removexattr(host, name, follow_symlinks=False)
+    def _set_xattrs(self, host: bytes | int, follow: bool, entry: TarInfo) -> None:
         for key, value in entry.pax_headers.items():
             name = key.removeprefix(XATTR_RECORD)
             if name in (key, SELINUX_XATTR):
@@ -7070,7 +7076,7 @@ class LayerApplier:
             if name in ACL_XATTRS:
                 data = shift_acl(data, self._rootfs.first_id)
             try:
-                os.setxattr(host, name, data, follow_symlinks=False)
+                os.setxattr(host, name, data, follow_symlinks=follow)
             except OSError as error:
                 if error.errno == errno.ENOSPC and os.statvfs(self._rootfs.path).f_bavail > len(value):
                     raise ImageError(f"cannot unpack {entry.name}: extended attribute {name} is too large for this "
@@ -7193,14 +7199,6 @@ def reserved_target(path: str) -> str | None:
     return next((target for target in RESERVED_TARGETS if path == target or path.startswith(target + "/")), None)
 
 
-def prepare_volumes(rootfs: Rootfs, paths: Collection[str]) -> None:
-    """Make the directories of an image's volumes, which a container may write as it may all of its root (G.4)."""
-    for text in paths:
-        path = config_path("/" + text, "the image's volume")
-        rootfs.trace_directory(path, "the image's volume")
-        rootfs.make_directory(path)
-
-
 def prepare_resolv_conf(rootfs: Rootfs) -> str:
     """Make sure that there is a plain file to mount a function's resolv.conf on; return its real path (H.1)."""
     real = rootfs.make_directory(b"/etc") + b"/resolv.conf"
@@ -7263,7 +7261,10 @@ def resolve_process(config: dict, rootfs: Rootfs) -> dict:
     for key, value in ("PATH", DEFAULT_PATH), ("HOME", account.home):
         if not any(entry.startswith(key + "=") for entry in env):       # G.2
             env.append(f"{key}={value}")
-    prepare_volumes(rootfs, json_field(settings, "Volumes", dict, what))
+    for text in json_field(settings, "Volumes", dict, what):        # which it may write as it may all of its root (G.4)
+        path = config_path("/" + text, "the image's volume")
+        rootfs.trace_directory(path, "the image's volume")
+        rootfs.make_directory(path)
     labels = json_field(settings, "Labels", dict, what)
     if not all(isinstance(value, str) for value in labels.values()):
         raise ImageError(f"{what} has a label that is no text")
@@ -7325,11 +7326,9 @@ def chunk_sizes(stream: ByteStream) -> Iterator[int]:
 
 def read_archive(pieces: Iterator[bytes], budget: Budget) -> Iterator[bytes]:
     """Yield the tar that comes in pieces, which may be compressed: `docker load` takes that too."""
-    size = 0
     for data in decompress(pieces, budget, "the archive is compressed with {name}: decompress it first, "
                                            "{name} -dc FILE | faas new NAME"):
-        size += len(data)
-        budget.check_size(size)
+        budget.spend_bytes("archive", len(data))
         yield data
 
 
@@ -7351,14 +7350,15 @@ def unpack_image(pieces: Iterator[bytes], directory: Path, tag: str, max_size: i
             path.chmod(mode)
         os.chown(rootfs_path, first_id, first_id)
         budget, losses = Budget(max_size, max_entries), Losses()
-        with (directory / "archive").open("x+b", buffering=0) as file:
-            os.unlink(file.name)
+        with contextlib.ExitStack() as files:
             with contextlib.closing(ByteStream(read_archive(pieces, budget))) as stream:
-                archive = Archive(stream, file)
+                archive = Archive(stream, directory, files)
             image = choose_image(archive, tag)
             rootfs = Rootfs(rootfs_path, first_id, budget)
+            ahead = [archive.find(layer.member) for layer in image.layers]      # two names may be one member
             for layer in image.layers:
-                with contextlib.closing(LayerStream(layer, archive.read(layer.member), budget)) as stream:
+                pieces = archive.read(layer.member, forget=ahead.pop(0) not in ahead)
+                with contextlib.closing(LayerStream(layer, pieces, budget)) as stream:
                     LayerApplier(stream, rootfs, budget, losses).apply()
                     stream.verify()
         try:
@@ -7368,7 +7368,7 @@ def unpack_image(pieces: Iterator[bytes], directory: Path, tag: str, max_size: i
             path = os.fsencode(error.filename or "").removeprefix(rootfs.path)
             raise unpack_error(path, error) from None
         document = {"digest": f"sha256:{image.digest}", "version": image.digest[:12], "tag": image.tag,
-                    "first_id": first_id, "size": budget.size, "entries": budget.entries, "process": process,
+                    "first_id": first_id, "size": budget.bytes["files"], "entries": budget.entries, "process": process,
                     "warnings": losses.lines()}
         text = json.dumps(document, indent=1)
         if len(text) > MAX_DESCRIPTION:         # the daemon reads it at each start

@@ -416,6 +416,26 @@ class Staging(Sandbox):
         for name, what in self.check_order(layers=[first]).items():
             self.assertEqual(found[name], what)
 
+    def test_E3_a_layer_is_not_forgotten_before_its_last_turn(self):
+        """What was read for the last time is given back, file by file; here a layer is in many of them."""
+        first, second, third = self.LAYERS
+        layers = [first, second, third, first, second]
+        wanted = {path: what for path, what in archives.full_tree(self.apply(*layers)).items() if path != "."}
+        shutil.rmtree(self.rootfs)
+        image = Image(layers=layers)
+        config, names = ("config", image.config), ["l1", "./x/../l2", "x/l3", "x/hard", "/x/l4"]
+        by_other_names = outer(config, ("l1", first), ("l2", second), symlink("x/l3", "../l3"), ("l3", third),
+                               hardlink("x/hard", "l1"), symlink("x/l4", "l5"), hardlink("x/l5", "./l2"),
+                               manifest_json({"Config": "config", "Layers": names}))
+        for segment in (1000, 4096, 1 << 20):
+            for name, archive in (("docker before 25", archives.docker_old(image)), ("podman", archives.podman(image)),
+                                  ("docker", archives.docker_new(image)), ("OCI", archives.oci(image)),
+                                  ("gzip", archives.oci(image, compress=gz)), ("other names", by_other_names)):
+                with self.subTest(name, segment=segment), mock.patch.object(faasd, "SEGMENT", segment):
+                    self.unpack(archive)
+                    self.assertEqual(self.made(), wanted)
+                    self.assertEqual(sorted(os.listdir(self.image)), ["image.json", "rootfs"])
+
     def test_E4_what_nobody_wants_is_not_unpacked_and_counts_as_it_came(self):
         for name, other in (("large", layer(file("x", bytes(3 << 20)))),
                             ("sparse", layer(sparse_gnu("x", 1 << 40, [(0, b"y" * 600)]))),
@@ -845,6 +865,12 @@ class InChild(Sandbox):
                 ("no room for what faasd adds", archives.podman(APP), "nr_inodes=6")):
             with self.subTest(name):
                 self.assert_child_refused(self.on_small_disk(archive, options), 507, "no space left")
+
+    def test_a_large_layer_does_not_take_twice_its_size_on_the_disk(self):
+        """As much of the archive as has been unpacked is given back."""
+        large = Image(layers=[layer(*(file(f"f{at}", bytes(16 << 20)) for at in range(10)))])
+        child = self.on_small_disk(archives.podman(large), "size=256m")
+        self.assertEqual((child.returncode, child.stderr), (0, ""), child)
 
 
 class Cheap(Sandbox):

@@ -20,6 +20,7 @@ import time
 import unittest
 from pathlib import Path
 
+import faasd
 import support
 import test_quickstart
 
@@ -233,6 +234,21 @@ class DockerPath(EngineTest):
         self.assertEqual([path for path, *_ in sorted(ours ^ docker)], ["t/fifo"])      # named pipes are left out
         self.assertTrue(any(path == "t/gone/again" for path, *_ in ours))
         self.assertEqual(os.stat(rootfs / "t/two").st_ino, os.stat(rootfs / "t/hard2").st_ino)
+
+    def test_large_layer_that_is_there_twice(self):
+        """`docker save` has it once. Its bytes are given back as they are unpacked, but not before the last turn."""
+        large = b"as it was\n" * (faasd.SEGMENT // 8)
+        twice, between = support.layer({"large": large}), support.layer({"large": "other", "more": "more"})
+        archive = self.engine.directory / "twice.tar"
+        archive.write_bytes(support.docker_archive(
+            [twice, support.python_layer(), support.layer({"handler.py": support.HANDLER.read_bytes()}), between, twice],
+            {"Entrypoint": [support.PYTHON, "/handler.py"]}, "twice:latest"))
+        self.engine.docker("load", "-i", archive)
+        archive.unlink()
+        self.assert_deployed(self.save_into_faas(["twice"], "new", "twice"), "twice", "10.0.0.10")
+        rootfs = self.daemon.rootfs("twice")
+        self.assertTrue((rootfs / "large").read_bytes() == large)
+        self.assertEqual((rootfs / "more").read_text(), "more")
 
     def test_two_images_in_one_archive(self):
         images = ["test-handler", "layered"]

@@ -497,7 +497,7 @@ class SparseFiles(Sandbox):
         self.assertEqual((root / "s").read_bytes(), self.content())
         self.assertEqual((root / "after").read_text(), "2")
         self.assertLess(os.stat(root / "s").st_blocks * 512, self.SIZE)
-        self.assertEqual(self.budget.size, self.SIZE + 2)
+        self.assertEqual(self.budget.bytes["files"], self.SIZE + 2)
 
     def check_real_tar(self, *options: str):
         source = self.directory / "source"
