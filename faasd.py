@@ -3461,8 +3461,8 @@ def mount_here(kind: str, source: str, target: str, flags: int, options: str = "
         raise OSError(error.errno, f"mounting {kind or 'what is there'} on {target}: {error.strerror}") from None
 
 
-def mount_root(place: str, image: str, memory: int) -> None:
-    """Mount a root on place/root that looks like the image and can be written, in memory. Raises OSError.
+def mount_root(place: str, bundle: Bundle) -> None:
+    """Mount a root on place/root that looks like a bundle's and can be written, in memory. Raises OSError.
 
     It is there for the calling thread and the processes it makes, in a mount namespace that ends with them: nobody else
     sees these mounts, has to copy them, or finds them left. What is written counts as the memory of who writes it. That
@@ -3472,15 +3472,32 @@ def mount_root(place: str, image: str, memory: int) -> None:
     succeeded(libc.unshare(CLONE_NEWNS))
     mount_here("", "", "/", MS_REC | MS_SLAVE)
     mount_here("tmpfs", "faasd", place, MS_NOSUID | MS_NODEV,
-               f"mode=0711,size={memory},nr_inodes={memory // BYTES_PER_FILE}")
+               f"mode=0711,size={bundle.memory},nr_inodes={bundle.memory // BYTES_PER_FILE}")
     for name in ("upper", "work", "root"):
         os.mkdir(f"{place}/{name}")
-    top = os.stat(image)                # that of the upper directory is what shows
+    top = os.stat(bundle.rootfs)        # that of the upper directory is what shows
     os.chown(f"{place}/upper", top.st_uid, top.st_gid)
     os.chmod(f"{place}/upper", stat.S_IMODE(top.st_mode))
-    lower, upper, work = (re.sub(r"[\\,:]", r"\\\g<0>", path) for path in (image, f"{place}/upper", f"{place}/work"))
+    lower, upper, work = (re.sub(r"[\\,:]", r"\\\g<0>", path) 
+                           for path in (bundle.rootfs, f"{place}/upper", f"{place}/work"))
     mount_here("overlay", "faasd", f"{place}/root", MS_NOSUID | MS_NODEV,
                f"lowerdir={lower},upperdir={upper},workdir={work}")
+    for path, text in bundle.files.items():
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(f"{place}/root{path}")        # whatever it is: nothing there is followed, or opened
+        with open(f"{place}/root{path}", "x") as file:
+            os.fchmod(file.fileno(), 0o644)
+            os.fchown(file.fileno(), bundle.first_id, bundle.first_id)
+            file.write(text)
+
+
+HOSTS = "127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n"
+
+
+def own_files(process: dict, hostname: str) -> dict[str, str]:
+    """Return what each container gets in the place of its image's files, as docker does, by their real paths."""
+    etc = posixpath.dirname(process["resolv_conf"])
+    return {f"{etc}/hosts": f"{HOSTS}127.0.0.1\t{hostname}\n", f"{etc}/hostname": f"{hostname}\n"}
 
 
 def root_place(run_dir: Path) -> Path:
@@ -3496,6 +3513,7 @@ class Bundle:
         """mounts are what the rootfs itself is made of, where it is no unpacked image."""
         self.name, self.version = name, image["version"]
         self.rootfs, self.memory = str(rootfs), options.memory
+        self.files = own_files(image["process"], options.hostname or name)
         self.first_id: int = image["first_id"]          # host id of the containers' root
         self.contract = contract                # auto: what it does first decides
         env = dict(entry.split("=", 1) for entry in (*image["process"]["env"], *options.env))
@@ -3577,7 +3595,8 @@ def build_spec(name: str, image: dict, options: Options, run_dir: Path, cgroups:
             **({"rlimits": [{"type": "RLIMIT_NOFILE", "soft": soft, "hard": hard}]} if can_set_limits() else {}),
             "capabilities": capabilities(options, process, contract),
         },
-        "mounts": container_mounts(options, process, run_dir, container_id, contract),
+        "mounts": container_mounts(options, process, run_dir, container_id, contract) +
+                  cgroups.mounts(name, container_id),
         "linux": {
             "namespaces": [*({"type": kind} for kind in NAMESPACES), *network,
                            {"type": "user", "path": user_namespace}],
@@ -3996,6 +4015,18 @@ class Cgroups:
         """Return the cgroupsPath of a container, which is what the other methods know it by."""
         return f"{self.group(function)}/{container_id}"
 
+    def mounts(self, function: str, container_id: str) -> list[dict]:
+        """Return the mounts that show a container its own cgroup, by which programs size themselves, read-only.
+
+        Of version 1 no runtime makes all of it read-only; and more than these controllers nobody asks for.
+        """
+        if self.kills_whole:
+            return [mount("/sys/fs/cgroup", "cgroup", "noexec", "nodev", "ro")]
+        shown = [h for h in self._hierarchies if {"cpu", "cpuacct", "cpuset", "memory", "pids"} & {*h.name.split(",")}]
+        return [mount("/sys/fs/cgroup", "tmpfs", "nodev", "size=4k", "noexec", "ro", "mode=555"),
+                *(mount(f"/sys/fs/cgroup/{h.name}", "bind", "bind", "ro", "noexec", "nodev",
+                        source=f"{h}{self.path(function, container_id)}") for h in shown)]
+
     def _directories(self, path: str) -> list[Path]:
         # Asked at the end of every container, and a machine may have a dozen of v1: so not by Path.is_dir().
         return [Path(f"{h}{path}") for h in self._hierarchies if os.path.isdir(f"{h}{path}")]
@@ -4252,8 +4283,8 @@ def inspect_process(pid: int) -> dict:
         "no_new_privs": status["NoNewPrivs"] == "1",
         "seccomp": {"0": "none", "1": "strict", "2": "filter"}[status["Seccomp"]],
         "apparmor": read_text(process / "attr/current").strip("\n\0"),     # unreadable without a security module
-        "mounts": [{"target": before[4], "type": after[0], "options": before[5]}
-                   for before, after in read_mountinfo(f"{process}/mountinfo")],
+        "mounts": list({before[4]: {"target": before[4], "type": after[0], "options": before[5]}   # a later one hides
+                        for before, after in read_mountinfo(f"{process}/mountinfo")}.values()),
         "interfaces": [line.partition(":")[0].strip() for line in (process / "net/dev").read_text().splitlines()[2:]],
         "rlimits": {line[:25].strip(): line[26:].split()[0] for line in
                     (process / "limits").read_text().splitlines()[1:]},
@@ -5195,7 +5226,7 @@ class ContainerHost:
 
         In a thread of its own, which gets the container's root, and nothing else to do afterwards.
         """
-        mount_root(str(root_place(self.run_dir)), bundle.rootfs, bundle.memory)
+        mount_root(str(root_place(self.run_dir)), bundle)
         return self.runtime.spawn(directory, container_id, output, deposit)
 
     def inspect(self, container: Container) -> dict:
@@ -5253,7 +5284,7 @@ class ContainerHost:
 PROBE_SECONDS = 10.0                # for the container that shows at start whether any can run here
 # What it runs instead of a handler: it opens its stdout as a program may that logs to a file.
 PROBE = {"version": "", "process": {"env": [f"PATH={DEFAULT_PATH}"], "entrypoint": ["sh"], "cmd": ["-c", "echo works "
-         ">/dev/stdout"], "cwd": "/", "uid": 0, "gid": 0, "groups": []}}
+         ">/dev/stdout"], "cwd": "/", "uid": 0, "gid": 0, "groups": [], "resolv_conf": "/etc/resolv.conf"}}
 PROBE_DIRECTORIES = re.compile(r"bin|lib.*|usr|nix|gnu")            # of this machine, which programs need
 
 
@@ -5320,7 +5351,7 @@ async def try_container(host: ContainerHost) -> str:
 def lay_out_probe(rootfs: Path) -> list[dict]:
     """Make a rootfs in which this machine's programs run; return the mounts that it takes. Raises OSError."""
     mounts = []
-    for name in ("dev", "proc", "sys", "tmp"):
+    for name in ("dev", "etc", "proc", "sys", "tmp"):
         (rootfs / name).mkdir(parents=True)
     (rootfs / CONTROL_SOCKET[1:]).touch()
     for entry in filter(lambda entry: PROBE_DIRECTORIES.fullmatch(entry.name), Path("/").iterdir()):
@@ -7134,6 +7165,15 @@ def parse_id(text: str, what: str) -> int | None:
     return int(text)
 
 
+def find_account(lines: Iterator[list[str]], text: str, what: str, file: str) -> tuple[int, list[str] | None]:
+    """Return the id that a name or number stands for, and its line if it has one. Raises ImageError."""
+    number = parse_id(text, what)
+    line = next((line for line in lines if (line[0] == text if number is None else int(line[2]) == number)), None)
+    if number is None and line is None:
+        raise ImageError(f"the image's {what} {text!r} is not in its {file}, or has an id from {IDS} on")
+    return int(line[2]) if line else number, line
+
+
 def resolve_user(user: str, passwd: bytes, group: bytes) -> Account:
     """Return the account that an image's User means (G.3).
 
@@ -7141,25 +7181,15 @@ def resolve_user(user: str, passwd: bytes, group: bytes) -> Account:
     group brings no supplementary groups, as in Docker. Raises ImageError for a name that is in neither file.
     """
     name, _, group_name = user.partition(":")
-    uid = parse_id(name or "0", "user")
-    account = next((line for line in account_lines(passwd, 6)
-                    if (line[0] == name if uid is None else int(line[2]) == uid)), None)
-    if account is None and uid is None:
-        raise ImageError(f"the image's user {name!r} is not in its /etc/passwd, or has an id from {IDS} on")
-    uid = int(account[2]) if account else uid
+    uid, account = find_account(account_lines(passwd, 6), name or "0", "user", "/etc/passwd")
     home = (account[5] if account else "") or "/"
-    groups = list(account_lines(group, 3))
     if group_name:
-        gid = parse_id(group_name, "group")
-        if gid is None:
-            gid = next((int(line[2]) for line in groups if line[0] == group_name), None)
-        if gid is None:
-            raise ImageError(f"the image's group {group_name!r} is not in its /etc/group, or has an id from {IDS} on")
+        gid, _ = find_account(account_lines(group, 3), group_name, "group", "/etc/group")
         return Account(uid, gid, [], home)
     if account is None:
         return Account(uid, 0, [], home)
     own = parse_id(account[3], "group") or 0
-    members = [int(line[2]) for line in groups if len(line) > 3 and account[0] in line[3].split(",")]
+    members = [int(line[2]) for line in account_lines(group, 4) if account[0] in line[3].split(",")]
     return Account(uid, own, sorted(set(members) - {own}), home)
 
 
@@ -7177,7 +7207,10 @@ def config_path(text: str, what: str) -> bytes:
     return path.rstrip(b"/")
 
 
-def check_working_directory(rootfs: Rootfs, text: str, what: str) -> bytes:
+RESERVED_TARGETS = ("/dev", "/proc", "/sys", CONTROL_SOCKET)       # mounted in every container
+
+
+def check_working_directory(rootfs: Rootfs, text: str, what: str) -> str:
     """Return the real path of a directory for a process to start in, which need not be there (G.2).
 
     So the runtime follows no link of the image. Raises ImageError.
@@ -7185,18 +7218,11 @@ def check_working_directory(rootfs: Rootfs, text: str, what: str) -> bytes:
     path = config_path(text or "/", what)
     real = rootfs.trace_directory(path, what)
     for seen in (path, real, *rootfs.followed):             # as it is written, where links lead, and by which
-        if reserved := reserved_target(os.fsdecode(seen)):
-            raise ImageError(f"{what} {text!r} lies in {reserved}, where a container has other things than the image "
-                             "(CVE-2024-21626)")
-    return real
-
-
-RESERVED_TARGETS = ("/dev", "/proc", "/sys", CONTROL_SOCKET)       # mounted in every container
-
-
-def reserved_target(path: str) -> str | None:
-    """Return the mount of ours that a path of an image lies in, if any."""
-    return next((target for target in RESERVED_TARGETS if path == target or path.startswith(target + "/")), None)
+        for target in RESERVED_TARGETS:
+            if f"{os.fsdecode(seen)}/".startswith(f"{target}/"):
+                raise ImageError(f"{what} {text!r} lies in {target}, where a container has other things than the image "
+                                 "(CVE-2024-21626)")
+    return encode_text(os.fsdecode(real), f"what {what} {text!r} leads to").decode() or "/"
 
 
 def prepare_resolv_conf(rootfs: Rootfs) -> str:
@@ -7207,7 +7233,6 @@ def prepare_resolv_conf(rootfs: Rootfs) -> str:
     return os.fsdecode(real)
 
 
-HOSTS = b"127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n"
 MAX_ACCOUNTS_SIZE = MIB             # /etc/passwd and /etc/group of an image
 
 
@@ -7221,12 +7246,11 @@ def prepare_mount_targets(rootfs: Rootfs) -> None:
         if rootfs.kind(target) != stat.S_IFDIR:
             rootfs.place_directory(target)
     os.chmod(rootfs.host(b"/tmp"), 0o1777)      # for images from scratch
-    rootfs.write_file(os.fsencode(CONTROL_SOCKET), b"")
-    if not rootfs.read_file(b"/etc/hosts", MAX_ACCOUNTS_SIZE).strip():      # Docker gives every container one
-        rootfs.write_file(b"/etc/hosts", HOSTS)
+    for path in (CONTROL_SOCKET, "/etc/hosts", "/etc/hostname"):            # every container has its own of these
+        rootfs.write_file(os.fsencode(path), b"")
 
 
-def find_account(rootfs: Rootfs, user: str) -> Account:
+def find_user(rootfs: Rootfs, user: str) -> Account:
     return resolve_user(user, *(rootfs.read_file(path, MAX_ACCOUNTS_SIZE) for path in (b"/etc/passwd", b"/etc/group")))
 
 
@@ -7240,9 +7264,9 @@ def choose_process(process: dict, options: Options, rootfs: Rootfs) -> dict:
     if options.entrypoint != "auto":
         chosen.update(entrypoint=list(filter(None, [options.entrypoint])), cmd=[])
     if options.workdir:
-        chosen["cwd"] = check_working_directory(rootfs, options.workdir, "the workdir").decode() or "/"
+        chosen["cwd"] = check_working_directory(rootfs, options.workdir, "the workdir")
     if options.user:
-        account = find_account(rootfs, options.user)
+        account = find_user(rootfs, options.user)
         chosen.update(uid=account.uid, gid=account.gid, groups=account.groups)
         if not process.get("has_home", True):           # True: as an older faasd unpacked it
             chosen["env"] = merge_env(process["env"], [f"HOME={account.home}"])
@@ -7253,9 +7277,9 @@ def resolve_process(config: dict, rootfs: Rootfs) -> dict:
     """Return what an image config says about its process, with users and volumes looked up in the rootfs (rules G)."""
     what = "the image config"
     settings = json_field(config, "config", dict, what)
-    account = find_account(rootfs, json_field(settings, "User", str, what))
+    account = find_user(rootfs, json_field(settings, "User", str, what))
     cwd = check_working_directory(rootfs, json_field(settings, "WorkingDir", str, what), "the image's WorkingDir")
-    rootfs.make_directory(cwd)
+    rootfs.make_directory(cwd.encode())
     env = [entry for entry in json_strings(settings, "Env", what) if "=" in entry]     # runc refuses one without
     has_home = any(entry.startswith("HOME=") for entry in env)          # which stays, whoever its user is
     for key, value in ("PATH", DEFAULT_PATH), ("HOME", account.home):
@@ -7270,7 +7294,7 @@ def resolve_process(config: dict, rootfs: Rootfs) -> dict:
         raise ImageError(f"{what} has a label that is no text")
     return {
         "entrypoint": json_strings(settings, "Entrypoint", what), "cmd": json_strings(settings, "Cmd", what),
-        "env": env, "has_home": has_home, "cwd": cwd.decode() or "/", "uid": account.uid, "gid": account.gid,
+        "env": env, "has_home": has_home, "cwd": cwd, "uid": account.uid, "gid": account.gid,
         "groups": account.groups, "resolv_conf": prepare_resolv_conf(rootfs),
         "labels": labels, "stop_signal": json_field(settings, "StopSignal", str, what),
         "exposed_ports": sorted(json_field(settings, "ExposedPorts", dict, what)),

@@ -64,7 +64,7 @@ SAME_LAYER = Image(process={"Cmd": ["/else"]}, tags=("else:1",))
 ABROAD = Image(architecture=FOREIGN)
 LAYOUT = ("oci-layout", b'{"imageLayoutVersion": "1.0.0"}')
 # not the image's; test_process.py
-PREPARED = {"dev", "proc", "sys", "tmp", "control.sock", "etc", "etc/hosts", "etc/resolv.conf"}
+PREPARED = {"dev", "proc", "sys", "tmp", "control.sock", "etc", "etc/hosts", "etc/hostname", "etc/resolv.conf"}
 TREES = {"app": {"hello": "file hello\n"}, "layered": {"d": "dir", "keep": "file k", "again": "file a"},
          "other": {"other": "file o"}}
 

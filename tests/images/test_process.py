@@ -309,6 +309,8 @@ add_cases(Processes, [
      "cannot unpack .*too long"),
     ("G3 passwd lies below a link to a path that cannot be", [symlink("etc", f"{'x' * 250}/" * 16 + "y" * 70)], {}, 400,
      "cannot unpack .*too long"),
+    ("G2 WorkingDir is a link to a name that is no UTF-8", [symlink("w", "\udcff")], {"WorkingDir": "/w"}, 400,
+     "leads to is not valid Unicode"),
     ("G2 WorkingDir is a link to a name that cannot be", [symlink("w", "x" * 256)], {"WorkingDir": "/w"}, 400,
      "cannot unpack .*too long"),
     ("G3 unknown user", [], {"User": "app"}, 400, "user 'app'"),
@@ -341,8 +343,10 @@ class MountTargets(Sandbox):
         status = os.lstat(rootfs / "control.sock")
         self.assertEqual((stat.S_IFMT(status.st_mode), status.st_size, status.st_nlink, status.st_uid),
                          (stat.S_IFREG, 0, 1, 0))
-        hosts = rootfs / os.path.realpath("/" + "etc/hosts").lstrip("/")
-        self.assertEqual(stat.S_IFMT(os.lstat(hosts).st_mode), stat.S_IFREG)
+        for name in ("hosts", "hostname"):
+            status = os.lstat(rootfs / os.path.realpath(f"/etc/{name}").lstrip("/"))
+            self.assertEqual((status.st_mode, status.st_size, status.st_nlink, status.st_uid),
+                             (stat.S_IFREG | 0o644, 0, 1, 0), name)
         return rootfs
 
     def test_H1_made_with_the_right_mode_whatever_the_umask(self):
@@ -363,16 +367,13 @@ class MountTargets(Sandbox):
         self.assertEqual((rootfs / "tmp/keep").read_text(), "k")
         self.assertEqual(stat.S_IMODE(os.lstat(rootfs / "tmp").st_mode), 0o1777)
 
-    def test_H1_hosts_of_the_image_stay(self):
-        rootfs = self.check(file("etc/hosts", "1.2.3.4 x\n", mode=0o600))
-        self.assertEqual((rootfs / "etc/hosts").read_text(), "1.2.3.4 x\n")
-
-    def test_H1_hosts_that_docker_emptied_are_filled(self):
-        for entry in (file("etc/hosts"), file("etc/hosts", " \n"), symlink("etc/hosts", f"{CANARY}/file"),
-                      fifo("etc/hosts"),
-                      symlink("etc/hosts", f"{CANARY}/new"), directory("etc/hosts")):
-            rootfs = self.check(entry)
-            self.assertIn("127.0.0.1\tlocalhost", (rootfs / "etc/hosts").read_text())
+    def test_H1_hosts_and_hostname_are_plain_files(self):
+        """Each container gets its own in their place, as in docker, whatever the image has (test_root)."""
+        for name in ("hosts", "hostname"):
+            for entry in (b"", file(f"etc/{name}", "1.2.3.4 x\n", mode=0o600), symlink(f"etc/{name}", f"{CANARY}/file"),
+                          fifo(f"etc/{name}"), symlink(f"etc/{name}", f"{CANARY}/new"),
+                          directory(f"etc/{name}") + file(f"etc/{name}/x", "x")):
+                self.check(entry)
 
     def test_H1_resolv_conf_is_a_plain_file(self):
         for entry in (b"", symlink("etc/resolv.conf", f"{CANARY}/file"), symlink("etc/resolv.conf", f"{CANARY}/new"),
@@ -388,7 +389,8 @@ class MountTargets(Sandbox):
     def test_H1_etc_that_is_a_link_to_the_host(self):
         image = self.unpack(archives.podman(with_files(symlink("etc", CANARY))))
         self.assertEqual(image["process"]["resolv_conf"], f"{CANARY}/resolv.conf")      # as the container sees it
-        self.assertIn("localhost", Path(f"{self.image}/rootfs{CANARY}/hosts").read_text())
+        for name in ("hosts", "hostname"):
+            self.assertEqual(Path(f"{self.image}/rootfs{CANARY}/{name}").read_text(), "")
 
 
 add_cases(MountTargets, [

@@ -243,6 +243,75 @@ class Chosen(unittest.TestCase):
         self.assertEqual({name: described["options"][name] for name in options}, options)
 
 
+# What an ordinary image looks for in its container, printed; then a handler that answers.
+EXPECTS = """
+import json, os, socket
+
+def read(path):
+    with open(path) as file:
+        return file.read()
+
+def refusal(action):
+    try:
+        action()
+    except OSError as error:
+        return error.strerror
+    return "done"
+
+NAMES = "memory.max", "cpu.max", "pids.max", "memory.limit_in_bytes", "cpu.cfs_quota_us", "cgroup.procs"
+TREE = list(os.walk("/sys/fs/cgroup"))
+FILES = [path for top, _, names in TREE for path in (f"{top}/{name}" for name in names) if os.path.isfile(path)]
+ETC = {name: os.stat(f"/etc/{name}") for name in ("hosts", "hostname")}
+print("expected", json.dumps({
+    "limits": {os.path.basename(path): read(path).strip() for path in FILES if os.path.basename(path) in NAMES},
+    "written": [refusal(lambda: open(path, "r+").close()) for path in FILES if os.stat(path).st_mode & 0o222],
+    "made": [refusal(lambda: os.mkdir(f"{top}/new")) for top, _, _ in TREE],
+    "etc": {name: [status.st_uid, oct(status.st_mode)] for name, status in ETC.items()},
+    "hostname": read("/etc/hostname"),
+    "resolved": {name: socket.gethostbyname(name) for name in ("localhost", socket.gethostname())},
+}), flush=True)
+""" + support.HANDLER.read_text()
+
+
+class Expected(unittest.TestCase):
+    """What an ordinary image expects of its container, as it finds it under docker (ANY_IMAGE.md, rule 7)."""
+
+    @classmethod
+    def setUpClass(cls):
+        cls.daemon = support.Daemon().start()
+        cls.addClassCleanup(cls.daemon.close)
+
+    def expect(self, *options: str, **files: bytes) -> dict:
+        self.addCleanup(self.daemon.faas, "rm", "f", check=False)
+        image = support.handler_image(EXPECTS.encode(), files={
+            "etc/nsswitch.conf": b"hosts: files\n", **{f"etc/{name}": content for name, content in files.items()}})
+        self.daemon.faas("new", "f", "--warm", "0", *options, stdin=image)
+        return json.loads(support.wait_until(lambda: re.findall("expected ({.*})", self.daemon.function_log("f")),
+                                             "the container has said what it finds")[-1])
+
+    def test_its_name(self):
+        for options, hostname in (((), "f"), (("--hostname", "h.example", "--read-only", "--user", "7:8"), "h.example"),
+                                  (("--net", "host"), "f")):
+            with self.subTest(options):
+                found = self.expect(*options, hosts=b"192.0.2.1 localhost f h.example\n")
+                self.assertEqual((found["hostname"], found["resolved"]),
+                                 (f"{hostname}\n", {"localhost": "127.0.0.1", hostname: "127.0.0.1"}))
+                self.assertEqual(found["etc"], dict.fromkeys(("hosts", "hostname"), [0, "0o100644"]))
+                self.daemon.faas("rm", "f")
+
+    def test_its_limits(self):
+        for net in ("none", "host"):
+            with self.subTest(net):
+                found = self.expect("--net", net, "--memory", "96m", "--cpus", "0.5", "--pids", "33")
+                limits = found["limits"]
+                self.assertEqual(limits.get("memory.max", limits.get("memory.limit_in_bytes")), str(96 << 20))
+                self.assertEqual(limits.get("cpu.max", limits.get("cpu.cfs_quota_us")).split()[0], "50000")
+                self.assertEqual((limits["pids.max"], limits["cgroup.procs"]), ("33", "1"))     # nobody else's
+                self.assertEqual({*found["made"]}, {"Read-only file system"})
+                self.assertLessEqual({*found["written"]}, {"Read-only file system", "Permission denied"})
+                self.daemon.faas("rm", "f")
+
+
 FILL = """
 import os
 def fill():

@@ -210,12 +210,17 @@ class NoCgroups:
     def path(function: str, container_id: str) -> str:
         return f"/p/{function}/{container_id}"
 
+    @staticmethod
+    def mounts(function: str, container_id: str) -> list[dict]:
+        return []
+
 
 class Spec(unittest.TestCase):
     """One literal image; each test changes one thing."""
 
     image = {"version": "0123456789ab", "digest": "sha256:00", "first_id": 1 << 20, "process": {
-        "entrypoint": ["/e"], "cmd": ["c"], "env": ["PATH=/bin", "A=1"], "cwd": "/w", "uid": 1, "gid": 2, "groups": [3]}}
+        "entrypoint": ["/e"], "cmd": ["c"], "env": ["PATH=/bin", "A=1"], "cwd": "/w", "uid": 1, "gid": 2, "groups": [3],
+        "resolv_conf": "/usr/etc/resolv.conf"}}
 
     def spec(self, image: dict | None = None, options: faasd.Options = DEFAULTS, **changes) -> dict:
         arguments = {"run_dir": Path("/run/x"), "cgroups": NoCgroups(), "container_id": "ID",
@@ -262,10 +267,9 @@ class Spec(unittest.TestCase):
         self.assertIn("/proc/sys", spec["linux"]["readonlyPaths"])
 
     def test_networks(self):
-        image = {**self.image, "process": {**self.image["process"], "resolv_conf": "/usr/etc/resolv.conf"}}
         for net, namespace, sys_type in (("none", [{"type": "network"}], "sysfs"), ("host", [], "tmpfs"),
                                          ("egress", [{"type": "network", "path": "/run/x/net/name"}], "tmpfs")):
-            spec = self.spec(image, faasd.Options(net=net))
+            spec = self.spec(options=faasd.Options(net=net))
             self.assertEqual([n for n in spec["linux"]["namespaces"] if n["type"] == "network"], namespace)
             mounts = {mount["destination"]: mount for mount in spec["mounts"]}
             self.assertEqual(mounts["/sys"]["type"], sys_type)

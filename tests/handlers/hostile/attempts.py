@@ -432,7 +432,7 @@ for path in ("/proc/kcore", "/proc/keys", "/proc/timer_list", "/proc/sched_debug
     attempt("nothing ENOENT EACCES", "masked paths", f"read {path}")(lambda path=path: read_anything(path))
 for path in ("/proc/kmsg", "/proc/kpagecount", "/proc/kpageflags", "/proc/vmallocinfo", "/proc/slabinfo",
              "/proc/kallsyms", "/sys/kernel/debug", "/sys/kernel/tracing", "/sys/fs/bpf", "/sys/kernel/security",
-             "/sys/fs/cgroup", "/sys/fs/pstore"):
+             "/sys/fs/pstore"):
     attempt("nothing ENOENT EACCES EPERM zeros", "no capabilities", f"read {path}")(
         lambda path=path: read_anything(path))
 
@@ -446,6 +446,30 @@ def read_anything(path: str) -> str:
     if path == "/proc/kallsyms" and data and all(line.split()[0] == b"0" * 16 for line in data.splitlines()[:-1]):
         return "zeros"
     return f"reads {data[:40]!r}" if data else "nothing"
+
+
+@attempt("own", "cgroup namespace, read-only mounts", "cgroups in /sys/fs/cgroup")
+def change_cgroups():
+    """Return "own" if the container's own cgroup shows, and none above, beside or below it, nothing can be changed."""
+    seen, hierarchies = set(), []
+    for top, _, names in os.walk("/sys/fs/cgroup"):
+        if "cgroup.procs" in names:
+            hierarchies.append(top)
+        for action, path in (*((lambda path: open(path, "r+b"), f"{top}/{name}") for name in names),
+                             (os.mkdir, f"{top}/new"), (os.rmdir, top)):
+            try:
+                action(path)
+            except OSError as error:
+                seen.add(errno.errorcode[error.errno])
+            else:
+                return f"changes {path}"
+    for top in hierarchies:
+        with open(f"{top}/cgroup.procs") as file:
+            strangers = [pid for pid in map(int, file) if not os.path.exists(f"/proc/{pid}")]
+        if strangers or top.rpartition("/")[0] in hierarchies:
+            return f"{top} shows {strangers}"
+    assert hierarchies and seen <= {"EROFS", "EACCES", "EBUSY", "ENOENT"}, seen
+    return "own"
 
 
 @attempt("own", "pid and mount namespaces", "other processes in /proc")
