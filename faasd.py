@@ -3686,7 +3686,7 @@ def container_mounts(options: Options, process: dict, run_dir: Path, container_i
     """Return the mounts of a container.
 
     The kernel gives a container sysfs only with a network namespace that its own user namespace made. One that joins
-    another gets an empty /sys: the host's, bound there, would show the host's interfaces.
+    another gets a /sys of its own: the host's, bound there, would show the host's interfaces.
     """
     mounts = [
         mount("/proc", "proc", "noexec", "nodev"),
