@@ -2845,6 +2845,7 @@ NOTIFY_RECEIVE, NOTIFY_SEND, NOTIFY_IS_VALID, NOTIFY_ADD = 0xC050_2100, 0xC018_2
 CONTINUE, ADD_AS_NUMBER, ADD_AND_SEND = 1, 1, 2         # flags: the call goes on in the kernel; the descriptor has
                                     # a number that we choose; it is the call's result
 SO_DOMAIN, SO_BUF_LOCK = 39, 72     # socket(7)
+SOCKADDR_SIZE = 28                  # of struct sockaddr_in6, the larger one
 INHERITED_OPTIONS = (socket.TCP_NODELAY, socket.TCP_USER_TIMEOUT)       # of TCP, unless 0
 KEEPALIVE_TIMES = (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT)
 INHERITED_BUFFERS = [(1, socket.SO_SNDBUF), (2, socket.SO_RCVBUF)]      # by the bit of SO_BUF_LOCK that says it was set
@@ -2879,7 +2880,7 @@ class Call:
 @dataclass
 class HeldAccepts:
     """Calls of accept(2) on a blocking socket for which there is no client yet, with our duplicate of that socket."""
-    listener: socket.socket
+    listener: int
     calls: list[Call]
 
 
@@ -2912,7 +2913,7 @@ class Supervisor:
         self._held: dict[int, HeldAccepts] = {}         # by the listener's inode
         self._beginning: Call | None = None             # the execve of a program that begins with its client
         self._began = not path                          # that has come
-        self._accepting: socket.socket | None = None    # a listener whose queue the thread may be waiting for
+        self._accepting = -1                    # a listener whose queue the thread may be waiting for
         self._in_network = False                # the thread has joined the container's
         self._useless = 0                       # answers in a row by which no client was served
         self._stopping = False
@@ -2950,9 +2951,8 @@ class Supervisor:
     def stop(self) -> None:
         """Answer no more. Calls that wait for a client go on in the kernel. Nothing may be called but join after it."""
         os.eventfd_write(self._wake, STOP)
-        if listener := self._accepting:
-            with contextlib.suppress(OSError):
-                listener.shutdown(socket.SHUT_RDWR)
+        if self._accepting >= 0:
+            libc.shutdown(self._accepting, socket.SHUT_RDWR)
 
     # -- for workers --
 
@@ -2981,7 +2981,7 @@ class Supervisor:
         for call in [*filter(None, [self._beginning]), *(call for held in self._held.values() for call in held.calls)]:
             self._respond(call, flags=CONTINUE)
         for held in self._held.values():
-            held.listener.close()
+            os.close(held.listener)
         self._close_receiver()
         for bell in self._bells.values():
             bell.close()
@@ -3030,7 +3030,7 @@ class Supervisor:
         if self._wake in events:
             self._hear()
         for inode, held in list(self._held.items()):
-            if self._clients or held.listener.fileno() in events or not self._may_serve(inode):
+            if self._clients or held.listener in events or not self._may_serve(inode):
                 self._resume(inode)
         for port in [port for port, bell in self._bells.items() if bell.fileno() in events]:
             self._useless += 1
@@ -3069,8 +3069,8 @@ class Supervisor:
             try:
                 {"bind": self._bind, "listen": self._listen}.get(call.name, self._accept)(call, duplicate)
             finally:
-                if not any(held.listener is duplicate for held in self._held.values()):
-                    duplicate.close()
+                if not any(held.listener == duplicate for held in self._held.values()):
+                    os.close(duplicate)
         except OSError as error:                # what the program's own call would have met, such as EBADF
             self._respond(call, error.errno or errno.EIO)
 
@@ -3082,19 +3082,13 @@ class Supervisor:
         """Raise FileNotFoundError if the caller is gone: what was looked up by its number may be another's."""
         self._ioctl(NOTIFY_IS_VALID, ctypes.create_string_buffer(struct.pack("=Q", call.id)))
 
-    def _duplicate(self, call: Call) -> socket.socket:
-        """Return a duplicate of the socket that a call is about. Raises OSError."""
-        group = read_fields(f"/proc/{call.thread}/status").get("Tgid", "0")
-        with kept_open(os.pidfd_open(int(group))) as pidfd:
+    def _duplicate(self, call: Call) -> int:
+        """Return a duplicate of the descriptor that a call is about. Raises OSError."""
+        with opened(f"/proc/{call.thread}/status", os.O_RDONLY) as status:
+            group = re.search(rb"^Tgid:\t([0-9]+)", os.pread(status, 256, 0), re.MULTILINE)
+        with kept_open(os.pidfd_open(int(group[1]) if group else 0)) as pidfd:
             self._check(call)
-            duplicate = duplicate_socket(pidfd, ctypes.c_int(call.arguments[0]).value)
-        domain = get_option(duplicate, socket.SOL_SOCKET, SO_DOMAIN)
-        if domain == socket.AF_INET:
-            return duplicate
-        with duplicate, kept_open(os.dup(duplicate.fileno())) as number:
-            held = socket.socket(domain, socket.SOCK_STREAM)        # so that Python knows its kind of address
-            os.dup2(number, held.fileno(), inheritable=False)
-            return held
+            return system_call(SYS_PIDFD_GETFD, pidfd, ctypes.c_int(call.arguments[0]).value, 0)
 
     # -- execve --
 
@@ -3129,35 +3123,38 @@ class Supervisor:
 
     # -- bind and listen --
 
-    def _bind(self, call: Call, unbound: socket.socket) -> None:
+    def _bind(self, call: Call, unbound: int) -> None:
         """Bind a server to a port of its own on the loopback interface, where it shares its network with others.
 
         They want the same port. Doorbells find the one that it got.
         """
-        port = self._read(call, call.arguments[1] + 2, ">H")
-        family = self._read(call, call.arguments[1], "=H")
+        with self._memory(call) as memory:
+            start = os.pread(memory, 4, call.arguments[1])
+        (family,), (port,) = struct.unpack("=H2x", start), struct.unpack(">2xH", start)
         hosts = {socket.AF_INET: "127.0.0.1", socket.AF_INET6: "::1"}
-        kind = get_option(unbound, socket.SOL_SOCKET, socket.SO_TYPE)
-        if not port or family != unbound.family or family not in hosts or kind != socket.SOCK_STREAM:
+        domain, kind = (get_option(unbound, socket.SOL_SOCKET, option) for option in (SO_DOMAIN, socket.SO_TYPE))
+        if not port or family != domain or family not in hosts or kind != socket.SOCK_STREAM:
             self._respond(call, flags=CONTINUE)
             return
-        unbound.bind((hosts[family], 0))
-        self._asked[os.fstat(unbound.fileno()).st_ino] = port
+        with as_socket(unbound, domain) as held:
+            held.bind((hosts[family], 0))
+        self._asked[os.fstat(unbound).st_ino] = port
         if len(self._asked) > MAX_LISTENERS:
             del self._asked[next(iter(self._asked))]
         self._respond(call)
 
-    def _listen(self, call: Call, listener: socket.socket) -> None:
+    def _listen(self, call: Call, listener: int) -> None:
         """Do what a call of listen(2) asks for. It is done here, so that the listener is there when we say so."""
-        inode = os.fstat(listener.fileno()).st_ino
-        if listener.family not in (socket.AF_INET, socket.AF_INET6):
-            self._note("a Unix socket" if listener.family == socket.AF_UNIX else "a socket of another kind")
+        inode, domain = os.fstat(listener).st_ino, get_option(listener, socket.SOL_SOCKET, SO_DOMAIN)
+        if domain not in (socket.AF_INET, socket.AF_INET6):
+            self._note("a Unix socket" if domain == socket.AF_UNIX else "a socket of another kind")
             self._respond(call, flags=CONTINUE)
             return
-        succeeded(libc.listen(listener.fileno(), ctypes.c_int(call.arguments[1])))
+        succeeded(libc.listen(listener, ctypes.c_int(call.arguments[1])))
         if inode not in self._addresses:
             self._join_network(call)
-            self._addresses[inode] = listener.getsockname()
+            with as_socket(listener, domain) as held:
+                self._addresses[inode] = held.getsockname()
             self._ports[inode] = self._asked.get(inode, self._addresses[inode][1])
             if len(self._addresses) > MAX_LISTENERS:
                 self._forget(next(iter(self._addresses)))
@@ -3182,29 +3179,27 @@ class Supervisor:
 
     # -- accept --
 
-    def _accept(self, call: Call, listener: socket.socket) -> None:
-        """Answer an accept(2) as the kernel would: with what is in the queue, and clients in the place of doorbells."""
-        inode = os.fstat(listener.fileno()).st_ino
+    def _accept(self, call: Call, listener: int) -> None:
+        """Answer an accept(2) as the kernel would: with what is in the queue, and clients in the place of doorbells.
+
+        A doorbell stays in the queue for as long as others wait whom it might ring in.
+        """
+        inode = os.fstat(listener).st_ino
         if not self._may_serve(inode):
             self._respond(call, flags=CONTINUE)
             return
-        self._accepting = listener
-        try:
-            while is_readable(listener, 0):
-                connection, peer = listener.accept()    # would wait if others took it first, until stop()
-                if peer[1] not in self._bells:  # the program has connected to itself
-                    with connection:
-                        self._inject(call, connection, listener.family, peer)
+        while len(self._clients) <= 1 and is_readable(listener, 0):
+            with kept_open(self._take_from_queue(listener, address := bytearray(SOCKADDR_SIZE))) as connection:
+                port, = struct.unpack_from(">H", address, 2)
+                if port not in self._bells:     # the program has connected to itself
+                    self._inject(call, connection, bytes(address))
                     return
-                connection.close()
-                self._silence(peer[1])
-                if self._clients:
-                    break
-        finally:
-            self._accepting = None
+            self._silence(port)
+            if self._clients:
+                break
         if self._clients:
-            self._give(call, listener)
-        elif not os.get_blocking(listener.fileno()):
+            self._give(call, listener, inode)
+        elif not os.get_blocking(listener):
             self._respond(call, errno.EAGAIN)
         elif inode in self._held:
             self._held[inode].calls.append(call)
@@ -3214,21 +3209,35 @@ class Supervisor:
         else:
             self._respond(call, flags=CONTINUE)
 
+    def _take_from_queue(self, listener: int, address: bytearray) -> int:
+        """Accept a connection, and put its peer's address there. It would wait if others took it first, until stop()."""
+        self._accepting = listener
+        try:
+            where = (ctypes.c_char * len(address)).from_buffer(address)
+            return succeeded(libc.accept4(listener, where, ctypes.byref(ctypes.c_uint(len(address))), os.O_CLOEXEC))
+        finally:
+            self._accepting = -1
+
     def _may_serve(self, inode: int) -> bool:
         """Whether a listener is one that clients may come by."""
         return inode in self._ports and self._port in (0, self._ports[inode])
 
-    def _give(self, call: Call, listener: socket.socket) -> None:
+    def _give(self, call: Call, listener: int, inode: int) -> None:
         """Give the client that waits longest to a program that accepts; if that is gone, the client waits on."""
         with self._giving:
             if not self._clients:               # it was withdrawn just now
                 raise InterruptedError(errno.EINTR, os.strerror(errno.EINTR))
             handover = self._clients[0]
             try:
-                inherit_options(listener, handover.client)
+                inherit_options(listener, handover.client.fileno())
                 host, port = handover.peer.rsplit(":", 1)
-                mapped = "::ffff:" if listener.family == socket.AF_INET6 else ""
-                self._inject(call, handover.client, listener.family, (f"{mapped}{host}", int(port), 0, 0))
+                address = struct.pack(">H4s8x", int(port), socket.inet_aton(host))
+                if len(self._addresses[inode]) == 4:            # IPv6: mapped (ip(7), ipv6(7))
+                    address = struct.pack("=H", socket.AF_INET6) + address[:2] + bytes(14) + b"\xff\xff" + address[2:6]
+                    address += bytes(4)
+                else:
+                    address = struct.pack("=H", socket.AF_INET) + address
+                self._inject(call, handover.client.fileno(), address)
             except OSError:
                 os.set_blocking(handover.client.fileno(), False)
                 raise
@@ -3237,48 +3246,39 @@ class Supervisor:
         self._useless = 0
         os.close(handover.client.detach())      # the program's close must be the last
 
-    def _inject(self, call: Call, connection: socket.socket, family: int, peer: tuple) -> None:
-        """Make a connection the result of an accept(2). Raises OSError."""
+    def _inject(self, call: Call, connection: int, address: bytes) -> None:
+        """Make a connection, whose peer has that address, the result of an accept(2). Raises OSError."""
         flags = call.arguments[3] if call.name == "accept4" else 0
-        os.set_blocking(connection.fileno(), not flags & socket.SOCK_NONBLOCK)
+        os.set_blocking(connection, not flags & socket.SOCK_NONBLOCK)
         if call.arguments[1]:
-            self._write_address(call, family, peer)
+            self._write_address(call, address)
         descriptor_flags = os.O_CLOEXEC if flags & socket.SOCK_CLOEXEC else 0
         self._ioctl(NOTIFY_ADD, ctypes.create_string_buffer(
-            ADDED_DESCRIPTOR.pack(call.id, ADD_AND_SEND, connection.fileno(), 0, descriptor_flags)))
+            ADDED_DESCRIPTOR.pack(call.id, ADD_AND_SEND, connection, 0, descriptor_flags)))
 
-    def _write_address(self, call: Call, family: int, peer: tuple) -> None:
-        """Write the peer's address where the caller wants it, cut to its room (accept(2)). Raises OSError.
-
-        /proc/PID/mem, once open, is one process's for ever, whatever becomes of its number.
-        """
-        host, port = peer[:2]
-        data = struct.pack("=H", family) + struct.pack(">H", port)
-        if family == socket.AF_INET:
-            data += socket.inet_aton(host) + bytes(8)
-        else:
-            data += struct.pack("=I", peer[2]) + socket.inet_pton(family, host) + struct.pack("=I", peer[3])
-        room = self._read(call, call.arguments[2], "=i")
-        if room < 0:
-            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+    def _write_address(self, call: Call, address: bytes) -> None:
+        """Write a peer's address where the caller wants it, cut to its room (accept(2)). Raises OSError."""
+        family, = struct.unpack_from("=H", address)
+        address = address[:28 if family == socket.AF_INET6 else 16]             # struct sockaddr_in6, sockaddr_in
         with self._memory(call) as memory:
-            os.pwrite(memory, data[:room], call.arguments[1])
-            os.pwrite(memory, struct.pack("=i", len(data)), call.arguments[2])
+            room, = struct.unpack("=i", os.pread(memory, 4, call.arguments[2]))
+            if room < 0:
+                raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+            os.pwrite(memory, address[:room], call.arguments[1])
+            os.pwrite(memory, struct.pack("=i", len(address)), call.arguments[2])
 
     @contextlib.contextmanager
     def _memory(self, call: Call) -> Iterator[int]:
-        """Open the caller's memory. Raises OSError: EFAULT for addresses that are none."""
+        """Open the caller's memory. Raises OSError: EFAULT for addresses that are none.
+
+        Once open, it is one process's for ever, whatever becomes of its number.
+        """
         try:
             with opened(f"/proc/{call.thread}/mem", os.O_RDWR) as memory:
                 self._check(call)
                 yield memory
         except (OverflowError, struct.error) as error:
             raise OSError(errno.EFAULT, os.strerror(errno.EFAULT)) from error
-
-    def _read(self, call: Call, address: int, layout: str) -> int:
-        """Return a number in the caller's memory."""
-        with self._memory(call) as memory:
-            return struct.unpack(layout, os.pread(memory, struct.calcsize(layout), address))[0]
 
     # -- clients --
 
@@ -3302,11 +3302,11 @@ class Supervisor:
                 self._held[inode] = held
                 self._poll.register(held.listener, select.POLLIN)
             else:
-                held.listener.close()
+                os.close(held.listener)
 
     def _ring(self) -> None:
-        """Ring a doorbell for each client that waits. Raises OSError if none is to be had."""
-        while len(self._bells) < len(self._clients):
+        """Ring a doorbell for clients that wait: one for each listener that might be woken. Raises OSError."""
+        while len(self._bells) < min(len(self._clients), len(self._ports)):
             inode = next((inode for inode, port in self._ports.items() if port == self._port), None)
             if inode is None:                   # its listeners are closed: --timeout ends the wait
                 return
@@ -3332,7 +3332,15 @@ class Supervisor:
         bell.close()
 
 
-def inherit_options(listener: socket.socket, client: socket.socket) -> None:
+@contextlib.contextmanager
+def as_socket(descriptor: int, domain: int) -> Iterator[socket.socket]:
+    """Have a socket of Python's for a descriptor's. It is given the descriptor later: see duplicate_socket."""
+    with socket.socket(domain, socket.SOCK_STREAM) as held:
+        os.dup2(descriptor, held.fileno(), inheritable=False)
+        yield held
+
+
+def inherit_options(listener: int, client: int) -> None:
     """Give a client's socket the options that the kernel would have copied from its listener. Raises OSError."""
     kept_alive = get_option(listener, socket.SOL_SOCKET, socket.SO_KEEPALIVE)
     for option in (*INHERITED_OPTIONS, *(KEEPALIVE_TIMES if kept_alive else ())):       # else ours stay
@@ -3344,15 +3352,15 @@ def inherit_options(listener: socket.socket, client: socket.socket) -> None:
             set_option(client, socket.SOL_SOCKET, option, get_option(listener, socket.SOL_SOCKET, option) // 2)
 
 
-def get_option(sock: socket.socket, level: int, option: int) -> int:
+def get_option(descriptor: int, level: int, option: int) -> int:
     """Return a number that is an option of a socket. Others may hold its lock, so not by Python: see TcpState.of."""
     value, size = ctypes.c_int(), ctypes.c_uint(4)
-    succeeded(libc.getsockopt(sock.fileno(), level, option, ctypes.byref(value), ctypes.byref(size)))
+    succeeded(libc.getsockopt(descriptor, level, option, ctypes.byref(value), ctypes.byref(size)))
     return value.value
 
 
-def set_option(sock: socket.socket, level: int, option: int, value: int) -> None:
-    succeeded(libc.setsockopt(sock.fileno(), level, option, ctypes.byref(ctypes.c_int(value)), 4))
+def set_option(descriptor: int, level: int, option: int, value: int) -> None:
+    succeeded(libc.setsockopt(descriptor, level, option, ctypes.byref(ctypes.c_int(value)), 4))
 
 
 NETLINK_SOCK_DIAG, SKNLGRP_INET_TCP_DESTROY = 4, 1      # linux/netlink.h, linux/sock_diag.h
