@@ -864,26 +864,26 @@ class Function:
         while self.waiting and len(self.in_flight) < limit and (container := self.pool.take()):
             invocation = next(iter(self.waiting))
             invocation.tries += 1
+            # First, for a server's thread may take it at once. A handler may hold the socket's lock, and end it too.
+            on_hangup = self.services.hangups.forget(invocation.client)
             if handover := container.hand_over(invocation.client, invocation.peer):
                 self.in_flight.add(invocation)
                 self.pool.share(container)
                 invocation.container, invocation.pool, invocation.handover = container, self.pool, handover
                 invocation.handed = self.loop.time()
-                self._leave_queue(invocation)
+                del self.waiting[invocation]
                 invocation.turn.set_result(None)
                 continue
+            if on_hangup:
+                self.services.hangups.watch(invocation.client, on_hangup)
             self.pool.dismiss(container)
             if invocation.tries >= MAX_TRIES:
                 self.pool.failed(StartFailed("the handler connected, but cannot be handed a client", [], 502))
         self.pool.reconcile_soon()
 
-    def _leave_queue(self, invocation: Invocation) -> None:
-        """Forget its client's end at once: a handler may hold the lock of the socket, and its answer ends it too."""
+    def _refuse(self, invocation: Invocation, refusal: Refusal) -> None:
         del self.waiting[invocation]
         self.services.hangups.forget(invocation.client)
-
-    def _refuse(self, invocation: Invocation, refusal: Refusal) -> None:
-        self._leave_queue(invocation)
         invocation.turn.set_exception(refusal)
 
     def _on_hangup(self, invocation: Invocation, events: int) -> None:
@@ -1469,9 +1469,11 @@ class HangupWatch:
         """Call back only when the client resets its connection, which epoll always tells."""
         self._epoll.modify(client, 0)
 
-    def forget(self, client: socket.socket) -> None:
-        if self._callbacks.pop(client.fileno(), None):
+    def forget(self, client: socket.socket) -> Callable[[int], None] | None:
+        """Call back no more; return what would have been called."""
+        if callback := self._callbacks.pop(client.fileno(), None):
             self._epoll.unregister(client)
+        return callback
 
     def _wait(self) -> None:
         poll = select.poll()
