@@ -14,6 +14,7 @@ import tarfile
 import unittest
 
 import support
+from clients import connect
 
 HANDLER = support.TOP / "test_handler.py"
 
@@ -104,7 +105,7 @@ class Pack(unittest.TestCase):
         os.close(master)
         os.close(slave)
         self.assertEqual(result.returncode, 2)
-        self.assertIn("faas pack HANDLER > image.tar", result.stderr)
+        self.assertIn("faas pack FILE > image.tar", result.stderr)
 
     @unittest.skipUnless(shutil.which("skopeo"), "skopeo is not installed")
     def test_skopeo_takes_it(self):
@@ -145,6 +146,62 @@ class Handler(unittest.TestCase):
         self.daemon.wait_idle("f")
         log = self.daemon.faas("logs", "f").stdout
         self.assertNotIn("Traceback", log)
+
+
+SHELL_SCRIPT = """#!/bin/sh
+# a comment needs no perl
+read name
+printf 'HTTP/1.0 200 OK\\r\\n\\r\\n'
+echo "Hello, $name" | tr a-z A-Z
+zcat packed 2>&1
+"""
+PERL_SCRIPT = """#!/usr/bin/env perl
+use strict; use warnings; use POSIX qw(strtol);
+my ($number) = strtol(scalar(<STDIN>), 16);
+print "$number\\n";
+"""
+
+
+class Script(unittest.TestCase):
+    """A script in any language, with the programs that it names, for --contract stdio."""
+
+    def setUp(self):
+        self.directory = support.temporary_directory()
+        self.addCleanup(shutil.rmtree, self.directory)
+
+    def pack(self, name: str, text: str) -> subprocess.CompletedProcess:
+        (self.directory / name).write_text(text)
+        return subprocess.run([PYTHON, support.TOP / "faas", "pack", self.directory / name], capture_output=True,
+                              check=False)
+
+    def test_programs_of_scripts(self):
+        """zcat is a script itself, on most machines, and runs gzip."""
+        with support.Daemon() as daemon:
+            for name, script, sent, answer in (
+                    ("f0", SHELL_SCRIPT, b"you\n", rb"HTTP/1.0 200 OK\r\n\r\nHELLO, YOU\n.*packed.*"),
+                    ("f1", "#!/usr/bin/env -S bash -e\nread\necho ${BASH_VERSION:0:1} $0\n", b"\n", rb"[5-9] /script\n"),
+                    ("f2", PERL_SCRIPT, b"ff\n", rb"255\n")):
+                packed = self.pack(f"{name}.txt", script)
+                self.assertEqual((packed.returncode, packed.stderr), (0, b""))
+                out = daemon.faas("new", name, "--contract", "stdio", stdin=packed.stdout).stdout
+                address = out.split()[4]
+                self.assertEqual(out, f"✓ Deployed {name} at {address} (stdio)\n")
+                with connect(address, sent) as client:
+                    received = b"".join(iter(lambda: client.recv(1000), b""))
+                self.assertRegex(received, rb"(?s)\A%b\Z" % answer)
+                self.assertFalse(list(daemon.rootfs(name).glob("usr/bin/perl*")) if name == "f0" else [])
+
+    def test_same_bytes(self):
+        self.assertEqual(self.pack("one.sh", SHELL_SCRIPT).stdout, self.pack("one.sh", SHELL_SCRIPT).stdout)
+
+    def test_refusals(self):
+        for script, words in (("#!/usr/bin/nosuch -x\n", b"there is no /usr/bin/nosuch here"),
+                              ("#!/usr/bin/env nosuch\n", b"there is no nosuch here"),
+                              ("#!/usr/bin/perl\nuse NoSuch::Module;\n", b"NoSuch/Module.pm")):
+            result = self.pack("bad.sh", script)
+            self.assertEqual((result.returncode, result.stdout), (1, b""))
+            self.assertIn(words, result.stderr)
+            self.assertRegex(result.stderr, rb"\Afaas: cannot pack [^\n]+\n\Z")
 
 
 if __name__ == "__main__":
