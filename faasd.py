@@ -918,7 +918,7 @@ class Function:
                 pool.containers.add(container)
                 for client, peer in survivor.clients if survivor.contract != "handler" else survivor.clients[:1]:
                     invocation = Invocation(self, client, peer, b"", now, container, pool, handed=now,
-                                            handover=container.take_up(client, peer))
+                                            handover=container.take_up(client, self.record.address, peer))
                     self.in_flight.add(invocation)
                     self.begin(invocation)
         finally:
@@ -2109,13 +2109,16 @@ class Container:
         container._output = OutputReader(host.workers, survivor.output, container._on_output)       # last: it reads
         return container
 
-    def take_up(self, client: socket.socket, peer: str) -> Handover:
-        """Return the handover of a client that an adopted container has. Of a server's we keep no descriptor."""
+    def take_up(self, client: socket.socket, address: str, peer: str) -> Handover:
+        """Return the handover of a client of address that an adopted container has.
+
+        Of a server's we keep no descriptor.
+        """
         if self.contract == "handler":
             return Handover(client, peer, self.said)
         handover = Handover(client, peer, self._host.loop.create_future(), os.fstat(client.fileno()).st_ino, True)
         self.handovers.add(handover)
-        self._host.closed.watch(client, functools.partial(self._on_closed, handover))
+        self._host.closed.watch(client, address, functools.partial(self._on_closed, handover))
         self._host.workers.run(os.close, client.detach())
         return handover
 
@@ -2314,7 +2317,7 @@ class Container:
             return None
         handover = Handover(client, peer, self._host.loop.create_future(), os.fstat(client.fileno()).st_ino)
         try:
-            self._host.closed.watch(client, functools.partial(self._on_closed, handover))
+            self._host.closed.watch(client, client.getsockname()[0], functools.partial(self._on_closed, handover))
         except OSError as error:
             log.error("container=%s cannot be handed a client: %s", self.id, error.strerror)
             return None
@@ -2473,7 +2476,7 @@ class Container:
     async def leave(self) -> None:
         """Let go of the container while its handler serves a client: the next daemon will adopt it.
 
-        But not if it holds the lock of its output's pipe: our end, as a process, waits for that.
+        But not if it holds the lock of its output's pipe, or of a listener: our end, as a process, waits for that.
         """
         if self._exited.done():                 # just now
             await self.kill()
@@ -2481,10 +2484,13 @@ class Container:
         self._left = True
         self._unwatch()
         self._close_sockets()
+        joined = True
         if supervisor := self._stop_supervisor():
-            await self._host.workers.run(supervisor.join)
-        if not await self._output.close():
-            log.warning("container=%s does not let go of its output: ending it", self.id)
+            joining = self._host.workers.run(supervisor.join)
+            await asyncio.wait([joining], timeout=2 * JOIN_SECONDS)
+            joined = joining.done() and joining.result()
+        if not await self._output.close() or not joined:
+            log.warning("container=%s does not let go of its output or its listener: ending it", self.id)
             await self._host.killers.run(self._host.cgroups.kill, self.cgroup)
 
     async def exits(self) -> bool:
@@ -2512,7 +2518,8 @@ class Container:
             await self._catch_spawned()
         if self._pid:
             await self._kill_processes()
-        self._stop_supervisor()
+        if (supervisor := self._stop_supervisor()) and supervisor.accepting >= 0:
+            self._host.workers.run(supervisor.join)
         if self._host.runtime.has_state(self.id) or self._host.cgroups.exists(self.cgroup):     # runc was killed
             await self._host.workers.run(self._host.remove_remains, self.id, self.cgroup)
         if self._output is not None:
@@ -2907,7 +2914,7 @@ class Supervisor:
         self._notify = notify
         self._port = 0                          # clients' doorbells ring there; 0: not known yet
         self._clients: collections.deque[Handover] = collections.deque()       # that wait for an accept(2)
-        self._giving = threading.Lock()         # held while one of them is on its way
+        self._giving = threading.Lock()         # held while one of them is on its way, or accepting changes
         self._asked: dict[int, int] = {}        # ports that were asked for in a network that others share, by inode
         self._ports: dict[int, int] = {}        # of listeners, as the program knows them, by inode
         self._addresses: dict[int, tuple] = {}  # of listeners, by inode
@@ -2915,7 +2922,7 @@ class Supervisor:
         self._held: dict[int, HeldAccepts] = {}         # by the listener's inode
         self._beginning: Call | None = None             # the execve of a program that begins with its client
         self._began = not path                          # that has come
-        self._accepting = -1                    # a listener whose queue the thread may be waiting for
+        self.accepting = -1                    # a listener whose queue the thread may be waiting for
         self._in_network = False                # the thread has joined the container's
         self._useless = 0                       # answers in a row by which no client was served
         self._stopping = False
@@ -2953,8 +2960,6 @@ class Supervisor:
     def stop(self) -> None:
         """Answer no more. Calls that wait for a client go on in the kernel. Nothing may be called but join after it."""
         os.eventfd_write(self._wake, STOP)
-        if self._accepting >= 0:
-            libc.shutdown(self._accepting, socket.SHUT_RDWR)
 
     # -- for workers --
 
@@ -2963,9 +2968,13 @@ class Supervisor:
         with self._giving, contextlib.suppress(ValueError):
             self._clients.remove(handover)
 
-    def join(self) -> None:
-        """Wait for the thread to end, but not for long. Blocks."""
+    def join(self) -> bool:
+        """Have the thread end, and return whether it has. Blocks, for long if a process holds its listener's lock."""
+        with self._giving:                      # so that its number stays its own
+            if self.accepting >= 0:
+                libc.shutdown(self.accepting, socket.SHUT_RDWR)
         self._thread.join(JOIN_SECONDS)
+        return not self._thread.is_alive()
 
     # -- the thread --
 
@@ -3213,12 +3222,13 @@ class Supervisor:
 
     def _take_from_queue(self, listener: int, address: bytearray) -> int:
         """Accept a connection, and put its peer's address there. It would wait if others took it first, until stop()."""
-        self._accepting = listener
+        self.accepting = listener
         try:
             where = (ctypes.c_char * len(address)).from_buffer(address)
             return succeeded(libc.accept4(listener, where, ctypes.byref(ctypes.c_uint(len(address))), os.O_CLOEXEC))
         finally:
-            self._accepting = -1
+            with self._giving:
+                self.accepting = -1
 
     def _may_serve(self, inode: int) -> bool:
         """Whether a listener is one that clients may come by."""
@@ -3385,15 +3395,15 @@ class ClosedConnections:
         self._socket: socket.socket | None = None
         self._searching: asyncio.Task | None = None
 
-    def watch(self, client: socket.socket, callback: Callable[[TcpState | None], None]) -> None:
-        """Call back when client's connection is gone, with None if how is not known. Raises OSError.
+    def watch(self, client: socket.socket, address: str, callback: Callable[[TcpState | None], None]) -> None:
+        """Call back when client's connection to address is gone, with None if how is not known. Raises OSError.
 
-        Nobody else may have its socket yet.
+        A container may have its socket, and hold its lock: it must be asked nothing that takes that.
         """
         if self._socket is None:
             self._open()
         cookie, = struct.unpack("=Q", client.getsockopt(socket.SOL_SOCKET, SO_COOKIE, 8))
-        self._waiting[cookie] = os.fstat(client.fileno()).st_ino, client.getsockname()[0], callback
+        self._waiting[cookie] = os.fstat(client.fileno()).st_ino, address, callback
 
     def _open(self) -> None:
         self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_NONBLOCK, NETLINK_SOCK_DIAG)
