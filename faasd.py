@@ -2861,6 +2861,7 @@ INHERITED_BUFFERS = [(1, socket.SO_SNDBUF), (2, socket.SO_RCVBUF)]      # by the
 MAX_LISTENERS = 64                  # of one container that are known, those that it made last; and that are held
 FREE_ANSWERS = 32                   # in a row by which no client was served; after these each comes later …
 ANSWER_PAUSE, MAX_ANSWER_PAUSE = 0.002, 0.1     # … than the one before, by so many seconds, and so many at most
+MAX_HELD_CALLS = 1024               # of accept(2) on one listener
 STOP = 1 << 32                      # added to what wakes a Supervisor: more than it has clients
 JOIN_SECONDS = 1.0                  # for a thread to end that a container may hold up
 DEPOSIT = 3                         # descriptor of the runtime, which closes all above 2 before a container's exec
@@ -2999,8 +3000,9 @@ class Supervisor:
         if self._notify >= 0:
             os.close(self._notify)
         while self._clients or not self._stopping:      # until the loop writes nothing any more
-            while self._clients:
-                self._tell(self._container.on_left, self._clients.popleft())
+            with self._giving:                  # else one is withdrawn meanwhile
+                while self._clients:
+                    self._tell(self._container.on_left, self._clients.popleft())
             if not self._stopping:
                 self._hear()
         os.close(self._wake)
@@ -3066,6 +3068,7 @@ class Supervisor:
         try:
             self._ioctl(NOTIFY_RECEIVE, buffer)
         except FileNotFoundError:               # its caller was killed, or met a signal, and calls again
+            self._useless += 1
             return
         identity, thread, _, number, _, _, *arguments = NOTIFICATION.unpack(buffer.raw)
         call = Call(identity, thread, SERVER_CALLS[number], tuple(arguments))
@@ -3141,7 +3144,7 @@ class Supervisor:
         """
         with self._memory(call) as memory:
             start = os.pread(memory, 4, call.arguments[1])
-        (family,), (port,) = struct.unpack("=H2x", start), struct.unpack(">2xH", start)
+            (family,), (port,) = struct.unpack("=H2x", start), struct.unpack(">2xH", start)
         hosts = {socket.AF_INET: "127.0.0.1", socket.AF_INET6: "::1"}
         domain, kind = (get_option(unbound, socket.SOL_SOCKET, option) for option in (SO_DOMAIN, socket.SO_TYPE))
         if not port or family != domain or family not in hosts or kind != socket.SOCK_STREAM:
@@ -3164,11 +3167,11 @@ class Supervisor:
         succeeded(libc.listen(listener, ctypes.c_int(call.arguments[1])))
         if inode not in self._addresses:
             self._join_network(call)
+            if len(self._addresses) == MAX_LISTENERS:   # one that clients do not come by, if there is one
+                self._forget(min(self._ports, key=lambda known: self._ports[known] == self._port))
             with as_socket(listener, domain) as held:
                 self._addresses[inode] = held.getsockname()
             self._ports[inode] = self._asked.get(inode, self._addresses[inode][1])
-            if len(self._addresses) > MAX_LISTENERS:
-                self._forget(next(iter(self._addresses)))
             self._note(f"port {self._ports[inode]}")
         self._respond(call)
         self._tell(self._container.on_listen, self._ports[inode])
@@ -3213,7 +3216,10 @@ class Supervisor:
         elif not os.get_blocking(listener):
             self._respond(call, errno.EAGAIN)
         elif inode in self._held:
-            self._held[inode].calls.append(call)
+            calls = self._held[inode].calls
+            calls.append(call)
+            if len(calls) > MAX_HELD_CALLS:     # most of their threads were killed
+                self._respond(calls.pop(0), flags=CONTINUE)
         elif len(self._held) < MAX_LISTENERS:
             self._held[inode] = HeldAccepts(listener, [call])
             self._poll.register(listener, select.POLLIN)
@@ -3281,7 +3287,7 @@ class Supervisor:
 
     @contextlib.contextmanager
     def _memory(self, call: Call) -> Iterator[int]:
-        """Open the caller's memory. Raises OSError: EFAULT for addresses that are none.
+        """Open the caller's memory. Raises OSError: EFAULT for addresses that are none, as the call itself would.
 
         Once open, it is one process's for ever, whatever becomes of its number.
         """
@@ -3289,7 +3295,9 @@ class Supervisor:
             with opened(f"/proc/{call.thread}/mem", os.O_RDWR) as memory:
                 self._check(call)
                 yield memory
-        except (OverflowError, struct.error) as error:
+        except (OSError, OverflowError, struct.error) as error:
+            if getattr(error, "errno", errno.EIO) != errno.EIO:
+                raise
             raise OSError(errno.EFAULT, os.strerror(errno.EFAULT)) from error
 
     # -- clients --
@@ -3329,7 +3337,7 @@ class Supervisor:
                 bell.setblocking(False)
                 with contextlib.suppress(BlockingIOError):      # it is connected all the same
                     bell.connect((host, *address[1:]))
-                with contextlib.suppress(BlockingIOError):      # the queue is full
+                with contextlib.suppress(OSError):      # the queue is full; or this one of several listeners is closed
                     bell.send(b"\0")            # TCP_DEFER_ACCEPT, where the program has set it, waits for that
                 self._bells[bell.getsockname()[1]] = bell
                 self._poll.register(bell, 0)    # tells when it is reset
