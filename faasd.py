@@ -2861,6 +2861,8 @@ INHERITED_BUFFERS = [(1, socket.SO_SNDBUF), (2, socket.SO_RCVBUF)]      # by the
 MAX_LISTENERS = 64                  # of one container that are known, those that it made last; and that are held
 FREE_ANSWERS = 32                   # in a row by which no client was served; after these each comes later …
 ANSWER_PAUSE, MAX_ANSWER_PAUSE = 0.002, 0.1     # … than the one before, by so many seconds, and so many at most
+FORGIVEN = 20.0                     # of them in a second
+INTERNAL, EXECUTION = 0.1, 0.01     # of one: what a server accepts behind another; what a script has executed
 MAX_HELD_CALLS = 1024               # of accept(2) on one listener
 STOP = 1 << 32                      # added to what wakes a Supervisor: more than it has clients
 JOIN_SECONDS = 1.0                  # for a thread to end that a container may hold up
@@ -2925,7 +2927,8 @@ class Supervisor:
         self._began = not path                          # that has come
         self.accepting = -1                    # a listener whose queue the thread may be waiting for
         self._in_network = False                # the thread has joined the container's
-        self._useless = 0                       # answers in a row by which no client was served
+        self._useless = 0.0                     # answers in a row by which no client was served, as they count …
+        self._turned = 0.0                      # … at this time
         self._stopping = False
         self._receiver: socket.socket | None = None
         self.deposit: socket.socket | None = None       # the runtime's end of a pair, until it has it
@@ -3039,7 +3042,8 @@ class Supervisor:
 
     def _turn(self) -> bool:
         """Wait for something, and do it. Return whether there is a process left."""
-        events = dict(self._poll.poll())
+        events, now = dict(self._poll.poll()), time.monotonic()
+        self._useless, self._turned = max(0.0, self._useless - FORGIVEN * (now - self._turned)), now
         if self._wake in events:
             self._hear()
         for inode, held in list(self._held.items()):
@@ -3073,6 +3077,7 @@ class Supervisor:
         identity, thread, _, number, _, _, *arguments = NOTIFICATION.unpack(buffer.raw)
         call = Call(identity, thread, SERVER_CALLS[number], tuple(arguments))
         if call.name == "execve":
+            self._useless += EXECUTION
             self._execute(call)
             return
         self._useless += 1
@@ -3200,6 +3205,8 @@ class Supervisor:
         """
         inode = os.fstat(listener).st_ino
         if not self._may_serve(inode):
+            if os.get_blocking(listener) or is_readable(listener, 0):
+                self._useless -= 1 - INTERNAL   # somebody is served, or will be
             self._respond(call, flags=CONTINUE)
             return
         while len(self._clients) <= 1 and is_readable(listener, 0):
@@ -3207,6 +3214,7 @@ class Supervisor:
                 port, = struct.unpack_from(">H", address, 2)
                 if port not in self._bells:     # the program has connected to itself
                     self._inject(call, connection, bytes(address))
+                    self._useless -= 1 - INTERNAL
                     return
             self._silence(port)
             if self._clients:
@@ -3261,7 +3269,7 @@ class Supervisor:
                 raise
             self._clients.popleft()
             handover.taken = True
-        self._useless = 0
+        self._useless = 0.0
         os.close(handover.client.detach())      # the program's close must be the last
 
     def _inject(self, call: Call, connection: int, address: bytes) -> None:

@@ -73,6 +73,10 @@ class Accepting(support.SharedDaemonCase):
                 self.assertEqual(status, 200)
                 self.assertRegex(body, r"^itself: 127\.0\.0\.1 \d+$")
 
+    def test_servers_behind_it_are_not_held_up(self):
+        address = self.daemon.deploy("f", server_image("polling", "0.0.0.0:8080"), "--timeout", "20")
+        self.assertEqual(get(address, "/relay"), (200, " ".join(300 * ["within"])))
+
     def test_half_close_and_much_data(self):
         address = self.daemon.deploy("f", server_image("blocking", "0.0.0.0:8080"))
         data = os.urandom(8 << 20)
@@ -103,6 +107,7 @@ class Accepting(support.SharedDaemonCase):
             for client in waiting:
                 self.assertEqual(client.recv(100), b"waiting\n")
             self.assertEqual(get(address, "/names")[1], f"{address} {address} 8080")
+            self.assertIn("lo", get(address, "/interfaces")[1].split(), "netlink is bound as ever")
 
 
 class Sharing(support.SharedDaemonCase):
