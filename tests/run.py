@@ -31,7 +31,7 @@ from typing import NamedTuple
 
 TESTS = Path(__file__).resolve().parent
 FOLDERS = ("lib", "unit", "images", "serve", "manage", "hold")
-LONGEST = ("hostile_clients", "deploy", "crash", "pool", "restart", "invocation", "hostile", "local_users", "output",
+LONGEST = ("hostile_clients", "deploy", "crash", "pool", "restart", "invocation", "hostile", "hostile_servers", "local_users", "output",
            "docker", "daemon", "faults", "cut", "archive", "soak", "api_tcp", "pack", "cli", "bench")  # begin first
 MAX_WORKERS = 4
 PR_SET_PDEATHSIG = 1
