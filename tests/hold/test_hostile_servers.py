@@ -116,7 +116,8 @@ class Storms(HostileServerCase):
         self.assertEqual(self.attack("blocked", 64, others=7), (None, 7 * ["answered"]))
 
     def test_processes_that_are_killed(self):
-        self.assertEqual(self.attack("vanishing", 50), (None, ["answered"]))
+        # One of those that are killed may have got it, or exit with it.
+        self.assertIn(self.attack("vanishing", 50), [(None, [end]) for end in ("answered", "closed")])
 
 
 class Listeners(HostileServerCase):

@@ -263,7 +263,7 @@ class LostMessages(support.SharedDaemonCase):
     def dropped(self) -> int:
         """Return how many messages on connections that are gone the kernel has dropped."""
         lines = [line.split() for line in Path("/proc/net/netlink").read_text().splitlines()[1:]]
-        return sum(int(drops) for _, protocol, _, groups, *_, drops, _ in lines if (protocol, groups) == ("4", "00000001"))
+        return sum(int(drops) for _, *kind, drops, _ in lines if (kind[0], kind[2]) == ("4", "00000001"))
 
     def daemon_sockets(self) -> set[int]:
         """Return the inodes of the daemon's sockets."""
