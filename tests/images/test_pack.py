@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tarfile
 import unittest
+import zipfile
 
 import support
 from clients import connect
@@ -179,7 +180,8 @@ class Script(unittest.TestCase):
         with support.Daemon() as daemon:
             for name, script, sent, answer in (
                     ("f0", SHELL_SCRIPT, b"you\n", rb"HTTP/1.0 200 OK\r\n\r\nHELLO, YOU\n.*packed.*"),
-                    ("f1", "#!/usr/bin/env -S bash -e\nread\necho ${BASH_VERSION:0:1} $0\n", b"\n", rb"[5-9] /script\n"),
+                    ("f1", "#!/usr/bin/env -S bash -e\nread\necho ${BASH_VERSION:0:1} $0\n", b"\n",
+                     rb"[5-9] /script\n"),
                     ("f2", PERL_SCRIPT, b"ff\n", rb"255\n")):
                 packed = self.pack(f"{name}.txt", script)
                 self.assertEqual((packed.returncode, packed.stderr), (0, b""))
@@ -202,6 +204,61 @@ class Script(unittest.TestCase):
             self.assertEqual((result.returncode, result.stdout), (1, b""))
             self.assertIn(words, result.stderr)
             self.assertRegex(result.stderr, rb"\Afaas: cannot pack [^\n]+\n\Z")
+
+
+APP = """import http.server, greeting
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(f"{greeting.TEXT} {greeting.__cached__}".encode())
+http.server.HTTPServer(("", 8080), Handler).serve_forever()
+"""
+
+
+class Requirements(unittest.TestCase):
+    """A Python program that is a server, with what pip installs."""
+
+    def setUp(self):
+        if subprocess.run([PYTHON, "-m", "pip", "--version"], capture_output=True, check=False).returncode != 0:
+            self.skipTest("this Python has no pip")
+        self.directory = support.temporary_directory()
+        self.addCleanup(shutil.rmtree, self.directory)
+        (self.directory / "app.py").write_text(APP)
+
+    def pack(self, requirements: str, file: str = "app.py") -> subprocess.CompletedProcess:
+        (self.directory / "requirements.txt").write_text(requirements)
+        return subprocess.run([PYTHON, support.TOP / "faas", "pack", self.directory / file, "--requirements",
+                               self.directory / "requirements.txt"], capture_output=True, check=False,
+                              env={**os.environ, "PIP_NO_INDEX": "1"})
+
+    def test_server_with_a_package(self):
+        wheel = self.directory / "greeting-1.0-py3-none-any.whl"
+        with zipfile.ZipFile(wheel, "w") as archive:
+            archive.writestr("greeting.py", "TEXT = 'Hello from a package'\n")
+            archive.writestr("other/of_python_2.py", "print 'no'\n")
+            archive.writestr("greeting-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: greeting\nVersion: 1.0\n")
+            archive.writestr("greeting-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\n"
+                                                             "Tag: py3-none-any\n")
+            archive.writestr("greeting-1.0.dist-info/RECORD", "")
+        packed = self.pack(f"{wheel}\n")
+        self.assertEqual((packed.returncode, packed.stderr), (0, b""))
+        with support.Daemon() as daemon:
+            out = daemon.faas("new", "app", stdin=packed.stdout).stdout
+            self.assertEqual(out, "✓ Deployed app at 10.0.0.10 (server, port 8080)\n")
+            status, body = support.get("10.0.0.10")
+            self.assertEqual(status, 200)
+            self.assertRegex(body, r"\AHello from a package /packages/__pycache__/greeting\.[\w-]+\.pyc\Z")
+            self.assertEqual(len(list(daemon.rootfs("app").glob("packages/__pycache__/greeting.*.pyc"))), 1)
+
+    def test_refusals(self):
+        (self.directory / "script.sh").write_text("#!/bin/sh\n")
+        for file, status, words in (("app.py", 1, b"No matching distribution found for nosuch"),
+                                    ("script.sh", 2, b"--requirements is for Python")):
+            result = self.pack("nosuch\n", file)
+            self.assertEqual((result.returncode, result.stdout), (status, b""))
+            self.assertIn(words, result.stderr)
+            self.assertRegex(result.stderr, rb"\Afaas: [^\n]+\n\Z")
 
 
 if __name__ == "__main__":

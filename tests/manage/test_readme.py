@@ -20,6 +20,7 @@ COVERED = {
     "docker save nginx:alpine | ./faas new web": "tests/serve/test_real_servers.py, with Debian's nginx",
     "docker save alpine | ./faas new shout --contract stdio -- tr a-z A-Z": "tests/serve/test_server.py, with another tr",
     "echo hello | nc -N 10.0.0.10 80": "the same",
+    "./faas pack app.py --requirements requirements.txt | ./faas new app": "tests/images/test_pack.py",
     "docker build -t test-handler -f Dockerfile.test-handler .": "tests/images/test_docker.py",
     "(umask 077; head -c 24 /dev/urandom | base64 > token)": "test_control_over_the_network below",
     "sudo ./faasd.py --api 127.0.0.1:8000 --api-token-file token": "the same",
