@@ -361,6 +361,9 @@ def option(default: Any, read: Callable[[str], Any], fits: Callable[[Any], bool]
     return field(default=default, metadata={"read": read, "fits": fits, "must": must})
 
 
+read_switch = reader("switch", "true|false", "write true or false", lambda match: match[0] == "true")
+
+
 @dataclass(frozen=True)
 class Options:
     """What a user chose for a function; the defaults are the product's.
@@ -386,9 +389,9 @@ class Options:
     port: int | None = option(None, reader("port", r"auto|[0-9]{1,5}", "write auto, or a number from 1 to 65535",
                                            lambda match: None if match[0] == "auto" else int(match[0])),
                               lambda port: port is None or 0 < port < 1 << 16, "be from 1 to 65535")     # a server's
+    speaks_first: bool = option(False, read_switch)     # the program; clients are let in before they say anything
     net: str = option("none", reader("net", "none|egress|host", "write none, egress or host"))
-    read_only: bool = option(False, reader("switch", "true|false", "write true or false",
-                                           lambda match: match[0] == "true"))       # the root
+    read_only: bool = option(False, read_switch)        # the root
     shm_size: int = option(64 * MIB, parse_size, lambda size: size > 0, "be over 0")        # of /dev/shm
     hostname: str = option("", reader("hostname", r"[A-Za-z0-9]([A-Za-z0-9.-]{0,62}[A-Za-z0-9])?|",
                                       "use letters, digits, '-' and '.', at most 64"))      # "": the function's name
@@ -685,13 +688,14 @@ class Tasks(set):
             await asyncio.wait(self)
 
 
+DEFER_ACCEPT_SECONDS = 15           # TCP_DEFER_ACCEPT; the kernel rounds up to its SYN-ACK retransmissions (tcp(7))
 FIRST_BYTE_SECONDS = 75             # for what is accepted without data; load balancers keep such ready for 60 s
 ACCEPT_BATCH = 64                   # connections accepted before other events get their turn
 ACCEPT_PAUSE = 0.5                  # seconds without accepting when descriptors have run out
 
 
 class Entrance:
-    """Accepts a function's connections, and lets in those on which a client has said something."""
+    """Accepts a function's connections, and lets in those on which a client has said something, unless it need not."""
 
     def __init__(self, function: Function):
         self._function = function
@@ -702,7 +706,14 @@ class Entrance:
     def open(self, listener: socket.socket) -> None:
         """Take connections from a listening socket, which becomes ours."""
         self._listener = listener
+        self.defer()
         self._loop.add_reader(listener, self._accept)
+
+    def defer(self) -> None:
+        """Have the kernel show us connections with data only (tcp(7)), unless the program speaks first."""
+        if self._listener is not None:
+            seconds = 0 if self._function.record.options.speaks_first else DEFER_ACCEPT_SECONDS
+            self._listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, seconds)
 
     def close(self, end: Callable[[socket.socket], None]) -> None:
         """Accept what the kernel has completed already, and no more; end closes the listening socket."""
@@ -735,16 +746,16 @@ class Entrance:
         return True
 
     def _receive(self, client: socket.socket, peer: str) -> None:
-        """Let in a client that has said something.
+        """Let in a client that has said something, or waits for the program to.
 
         TCP_DEFER_ACCEPT has normally waited for that. After its time, and when the kernel falls back to SYN cookies,
         a connection is accepted without data; it still costs no container until there is some.
         """
         request = peek(client)
-        if request is None:
+        if request or self._function.record.options.speaks_first:
+            self._function.begin(Invocation(self._function, client, peer, request or b"", self._loop.time()))
+        elif request is None:
             self._silent.start(self._await_request(client, peer))
-        elif request:
-            self._function.begin(Invocation(self._function, client, peer, request, self._loop.time()))
         else:
             client.close()
 
@@ -890,9 +901,10 @@ class Function:
         """Drop a client that gave up, so that it costs no container.
 
         One that has only closed its own direction looks the same as one that has left. Programs do that behind a
-        request (`nc -N`), so it is giving up only if the request is not whole.
+        request (`nc -N`), so it is giving up only if the request is not whole; where the program speaks first, it is.
         """
-        if not events & (select.EPOLLHUP | select.EPOLLERR) and (invocation.tries or is_whole(invocation.client)):
+        serves = invocation.tries or self.record.options.speaks_first
+        if not events & (select.EPOLLHUP | select.EPOLLERR) and (serves or is_whole(invocation.client)):
             self.services.hangups.allow_half_close(invocation.client)
         else:
             self._refuse(invocation, Refusal("abandoned"))
@@ -990,6 +1002,7 @@ class Function:
         if self.pool:
             self._retire(self.pool)
         self.pool = Pool(self, version)
+        self.entrance.defer()
         if container:                           # it was started to prove a deploy
             self.demand.last_used = self.loop.time()
             container.write_line = self.log.write_output
@@ -4624,19 +4637,11 @@ def notice_vanished_clients(listener: socket.socket) -> None:
         listener.setsockopt(socket.IPPROTO_TCP, option, value)
 
 
-DEFER_ACCEPT_SECONDS = 15           # TCP_DEFER_ACCEPT; the kernel rounds up to its SYN-ACK retransmissions (tcp(7))
-
-
 def open_listener(address: str, port: int) -> socket.socket:
-    """Return a non-blocking listening socket. Raises Conflict if the port is taken, FaasdError otherwise.
-
-    TCP_DEFER_ACCEPT: the kernel shows us a connection when its first data is there, so that a client that sends
-    nothing costs no container (tcp(7)).
-    """
+    """Return a non-blocking listening socket. Raises Conflict if the port is taken, FaasdError otherwise."""
     listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, DEFER_ACCEPT_SECONDS)
         notice_vanished_clients(listener)
         listener.bind((address, port))
         keep_to_address(listener)

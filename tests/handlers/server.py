@@ -50,6 +50,14 @@ def serve(client, peer):
         client.close()
 
 
+def greet(client, peer):
+    """Speak first, as in SSH or SMTP; then repeat what the client says."""
+    with client:
+        client.sendall(f"hello {peer[0]} {peer[1]}\n".encode())
+        while data := client.recv(65536):
+            client.sendall(data)
+
+
 def talk_to_itself():
     with socket.create_connection(("127.0.0.1", int(sys.argv[2].rpartition(":")[2]))) as own:
         own.sendall(b"GET /peer HTTP/1.1\r\n\r\n")
@@ -79,9 +87,9 @@ def listen(place, reuse_port=False):
     return listener
 
 
-def blocking(listener):
+def blocking(listener, work=serve):
     while True:
-        threading.Thread(target=serve, args=listener.accept()).start()
+        threading.Thread(target=work, args=listener.accept()).start()
 
 
 def polling(listener):
@@ -116,6 +124,8 @@ def main():
         first = listen(places[0])
         first.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, 5)
         polling(first)
+    if how == "speaking":
+        blocking(listen(places[0]), greet)
     if how == "dying":
         listen(places[0])
         time.sleep(0.5)

@@ -110,6 +110,73 @@ class Accepting(support.SharedDaemonCase):
             self.assertIn("lo", get(address, "/interfaces")[1].split(), "netlink is bound as ever")
 
 
+class SpeakingFirst(support.SharedDaemonCase):
+    """--speaks-first: a client need not say anything before its server does."""
+
+    IMAGE = server_image("speaking", "0.0.0.0:8080")
+    HANDLER = b"""import socket
+control = socket.socket(socket.AF_UNIX)
+control.connect("/control.sock")
+client = socket.socket(fileno=socket.recv_fds(control, 1, 1)[1][0])
+client.sendall(b"hello\\n")
+client.sendall(client.recv(100))
+"""
+
+    def check(self, address: str) -> None:
+        with connect(address) as client:
+            self.assertEqual(client.recv(100).decode(), "hello {} {}\n".format(*client.getsockname()))
+            client.sendall(b"good bye")
+            client.shutdown(socket.SHUT_WR)
+            self.assertEqual(read_until_cut(client), b"good bye")
+
+    def check_that_silence_costs_nothing(self, address: str) -> None:
+        before = self.daemon.info("f")["requests"]
+        with contextlib.ExitStack() as stack:
+            for _ in range(5):
+                stack.enter_context(connect(address))
+            self.assertTrue(clients.exchange(address, b"x").endswith(b"\nx"))       # later than those
+        self.assertEqual(self.daemon.info("f")["requests"], before + 1)
+
+    def test_warm_and_cold(self):
+        address = self.daemon.deploy("f", self.IMAGE, "--speaks-first", "true")
+        for options in ("--warm", "1"), ("--warm", "0"):
+            with self.subTest(options):
+                self.daemon.set("f", *options)
+                for _ in range(3):
+                    self.check(address)
+        wait_until(lambda: self.daemon.function_log("f").count("outcome=answered") == 6, "the log says what was")
+        self.assertEqual(len(set(re.findall(r" (\w{12}) > outcome=", self.daemon.function_log("f")))), 6)
+
+    def test_switched_on_and_off(self):
+        address = self.daemon.deploy("f", self.IMAGE)
+        self.check_that_silence_costs_nothing(address)
+        self.daemon.set("f", "--speaks-first", "true")
+        self.check(address)
+        self.assertEqual(self.daemon.stop(), 0)
+        self.daemon.start()
+        self.check(address)
+        self.daemon.set("f", "--speaks-first", "false")
+        self.check_that_silence_costs_nothing(address)
+
+    def test_half_closed_without_a_word(self):
+        address = self.daemon.deploy("f", self.IMAGE, "--speaks-first", "true", "--warm", "0")
+        self.assertRegex(clients.exchange(address, b""), rb"^hello [0-9.]+ [0-9]+\n$")
+
+    def test_one_that_leaves_costs_no_container(self):
+        address = self.daemon.deploy("f", self.IMAGE, "--speaks-first", "true", "--warm", "0", "--concurrency", "1")
+        with connect(address) as first:
+            self.assertIn(b"hello", first.recv(100))
+            clients.reset(connect(address))
+            self.daemon.wait_outcomes("f", {"abandoned": 1})
+
+    def test_handler(self):
+        address = self.daemon.deploy("f", support.handler_image(self.HANDLER), "--speaks-first", "true")
+        with connect(address) as client:
+            self.assertEqual(client.recv(100), b"hello\n")
+            client.sendall(b"good bye")
+            self.assertEqual(read_until_cut(client), b"good bye")
+
+
 class Sharing(support.SharedDaemonCase):
     def test_reuse(self):
         address = self.daemon.deploy("f", server_image("polling", "0.0.0.0:8080"), "--reuse", "3", "--warm", "1")
