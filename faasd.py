@@ -3914,7 +3914,8 @@ def socket_rules() -> Iterator[dict]:
     yield from (refuse("socket", condition) for condition in [*all_but(0, families, 4), above(0, socket.AF_NETLINK)])
     yield from (allow(name, compare(0, socket.AF_UNIX)) for name in ("socket", "socketpair"))
     yield allow("socket", compare(0, socket.AF_NETLINK), compare(2, 0))
-    yield refuse("socket", compare(0, socket.AF_NETLINK), above(2, 0))
+    # As a kernel without them says it: then PAM knows that there is no audit, and runuser, su and sshd go on.
+    yield refuse("socket", compare(0, socket.AF_NETLINK), above(2, 0), error=errno.EPROTONOSUPPORT)
     internet = compare(0, socket.AF_INET, EVERY_BIT - (socket.AF_INET ^ socket.AF_INET6))       # either: a bit apart
     for kind, protocol in ((socket.SOCK_STREAM, socket.IPPROTO_TCP), (socket.SOCK_DGRAM, socket.IPPROTO_UDP)):
         plain = compare(1, kind, EVERY_BIT - socket.SOCK_NONBLOCK - socket.SOCK_CLOEXEC)

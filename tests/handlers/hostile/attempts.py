@@ -203,7 +203,7 @@ for family in (IP, IPV6):
         attempt("EPROTONOSUPPORT", FILTER, f"{label}, {family.name}")(
             lambda family=family, kind=kind, protocol=protocol: socket.socket(family, kind, protocol))
 for protocol in (2, 3, 4, 9, 12, 15, 16, 20):       # NETLINK_USERSOCK queues what no cgroup counts; others need modules
-    attempt(BLOCKED, FILTER, f"netlink protocol {protocol}")(
+    attempt("EPROTONOSUPPORT", FILTER, f"netlink protocol {protocol}")(
         lambda protocol=protocol: socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, protocol))
 attempt("ENOSYS", FILTER, "a pair of sockets that are not local")(lambda: socket.socketpair(30, socket.SOCK_STREAM))
 
