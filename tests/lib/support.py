@@ -131,11 +131,14 @@ def layer(files: dict[str, bytes | str]) -> bytes:
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as tar:
         for name, content in files.items():
-            data = content.encode() if isinstance(content, str) else content
-            entry = tarfile.TarInfo(name)
-            entry.size, entry.mode = len(data), 0o755
-            tar.addfile(entry, io.BytesIO(data))
+            add_file(tar, name, content.encode() if isinstance(content, str) else content)
     return buffer.getvalue()
+
+
+def add_file(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    entry = tarfile.TarInfo(name)
+    entry.size, entry.mode = len(data), 0o755
+    tar.addfile(entry, io.BytesIO(data))
 
 
 def docker_archive(layers: list[bytes], config: dict, tag: str = "test:latest") -> bytes:
