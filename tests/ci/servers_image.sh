@@ -13,6 +13,10 @@ if [ "${1:-}" = --path ]; then
     exit
 fi
 [ ! -e "$layer" ] || exit 0
+mkdir -p "$(dirname "$layer")"
+exec 9>"$layer.lock"                    # the tests wait for it
+flock 9
+[ ! -e "$layer" ] || exit 0
 work=$(mktemp -d /var/tmp/faasd-servers.XXXXXX)
 trap 'rm -rf --one-file-system "$work"' EXIT
 packages=nginx-light,apache2,lighttpd,caddy,busybox-static,redis-server,memcached,postgresql,dropbear-bin
@@ -30,7 +34,6 @@ unshare --mount --propagation private -- sh -euc '
         HOME=/root CGO_ENABLED=0 go build -ldflags=-s -o hello hello.go
         openssl req -x509 -newkey rsa:2048 -nodes -keyout key.pem -out certificate.pem -days 3650 -subj /CN=faasd"
     ' sh "$work/root" >"$work/log" 2>&1 || { cat "$work/log" >&2; exit 1; }
-mkdir -p "$(dirname "$layer")"
 libraries=./usr/lib/$(uname -m)-linux-gnu
 # Nothing is compiled any more, in postgres neither (LLVM), and nobody reads manuals.
 tar --create --numeric-owner --directory "$work/root" \

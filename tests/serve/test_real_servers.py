@@ -1,6 +1,7 @@
 """Servers as Debian has them, unmodified, in the image that tests/ci/servers_image.sh makes. No option is needed."""
 
 import contextlib
+import fcntl
 import hashlib
 import http.client
 import json
@@ -89,12 +90,15 @@ class Chunks:
             yield chunk
 
 
-@unittest.skipUnless(LAYER.exists(), f"no {LAYER}; tests/ci/servers_image.sh makes it")
 class Servers(support.SharedDaemonCase):
     """One image; the command says which of its servers runs."""
 
     @classmethod
     def setUpClass(cls) -> None:
+        with contextlib.suppress(FileNotFoundError), open(f"{LAYER}.lock", "rb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH)    # it is being made
+        if not LAYER.exists():
+            raise unittest.SkipTest(f"no {LAYER}; tests/ci/servers_image.sh makes it")
         super().setUpClass()
         with tempfile.NamedTemporaryFile(dir="/var/tmp", prefix=support.PREFIX) as archive:
             cls.write_image(archive)
