@@ -3099,10 +3099,11 @@ class Supervisor:
         try:
             duplicate = self._duplicate(call)
             try:
-                {"bind": self._bind, "listen": self._listen}.get(call.name, self._accept)(call, duplicate)
-            finally:
+                answer = {"bind": self._bind, "listen": self._listen}.get(call.name, self._accept)(call, duplicate)
+            finally:                            # first: the program may close its own next, and bind its port again
                 if not any(held.listener == duplicate for held in self._held.values()):
                     os.close(duplicate)
+            answer()
         except OSError as error:                # what the program's own call would have met, such as EBADF
             self._respond(call, error.errno or errno.EIO)
 
@@ -3155,7 +3156,7 @@ class Supervisor:
 
     # -- bind and listen --
 
-    def _bind(self, call: Call, unbound: int) -> None:
+    def _bind(self, call: Call, unbound: int) -> Callable[[], None]:
         """Bind a server to a port of its own on the loopback interface, where it shares its network with others.
 
         They want the same port. Doorbells find the one that it got.
@@ -3166,22 +3167,20 @@ class Supervisor:
         hosts = {socket.AF_INET: "127.0.0.1", socket.AF_INET6: "::1"}
         domain, kind = (get_option(unbound, socket.SOL_SOCKET, option) for option in (SO_DOMAIN, socket.SO_TYPE))
         if not port or family != domain or family not in hosts or kind != socket.SOCK_STREAM:
-            self._respond(call, flags=CONTINUE)
-            return
+            return functools.partial(self._respond, call, flags=CONTINUE)
         with as_socket(unbound, domain) as held:
             held.bind((hosts[family], 0))
         self._asked[os.fstat(unbound).st_ino] = port
         if len(self._asked) > MAX_LISTENERS:
             del self._asked[next(iter(self._asked))]
-        self._respond(call)
+        return functools.partial(self._respond, call)
 
-    def _listen(self, call: Call, listener: int) -> None:
+    def _listen(self, call: Call, listener: int) -> Callable[[], None]:
         """Do what a call of listen(2) asks for. It is done here, so that the listener is there when we say so."""
         inode, domain = os.fstat(listener).st_ino, get_option(listener, socket.SOL_SOCKET, SO_DOMAIN)
         if domain not in (socket.AF_INET, socket.AF_INET6):
             self._note("a Unix socket" if domain == socket.AF_UNIX else "a socket of another kind")
-            self._respond(call, flags=CONTINUE)
-            return
+            return functools.partial(self._respond, call, flags=CONTINUE)
         succeeded(libc.listen(listener, ctypes.c_int(call.arguments[1])))
         if inode not in self._addresses:
             self._join_network(call)
@@ -3191,8 +3190,8 @@ class Supervisor:
                 self._addresses[inode] = held.getsockname()
             self._ports[inode] = self._asked.get(inode, self._addresses[inode][1])
             self._note(f"port {self._ports[inode]}")
-        self._respond(call)
         self._tell(self._container.on_listen, self._ports[inode])
+        return functools.partial(self._respond, call)
 
     def _forget(self, inode: int) -> None:
         del self._addresses[inode], self._ports[inode]
@@ -3211,41 +3210,42 @@ class Supervisor:
 
     # -- accept --
 
-    def _accept(self, call: Call, listener: int) -> None:
+    def _accept(self, call: Call, listener: int) -> Callable[[], None]:
         """Answer an accept(2) as the kernel would: with what is in the queue, and clients in the place of doorbells.
 
-        A doorbell stays in the queue for as long as others wait whom it might ring in.
+        What it returns does it, once our duplicate of the listener is closed. A doorbell stays in the queue for as long as
+        others wait whom it might ring in.
         """
         inode = os.fstat(listener).st_ino
         if not self._may_serve(inode):
             if os.get_blocking(listener) or is_readable(listener, 0):
                 self._useless -= 1 - INTERNAL   # somebody is served, or will be
-            self._respond(call, flags=CONTINUE)
-            return
+            return functools.partial(self._respond, call, flags=CONTINUE)
         while len(self._clients) <= 1 and is_readable(listener, 0):
             with kept_open(self._take_from_queue(listener, address := bytearray(SOCKADDR_SIZE))) as connection:
                 port, = struct.unpack_from(">H", address, 2)
                 if port not in self._bells:     # the program has connected to itself
                     self._inject(call, connection, bytes(address))
                     self._useless -= 1 - INTERNAL
-                    return
+                    return lambda: None
             self._silence(port)
             if self._clients:
                 break
         if self._clients:
-            self._give(call, listener, inode)
-        elif not os.get_blocking(listener):
-            self._respond(call, errno.EAGAIN)
-        elif inode in self._held:
+            return functools.partial(self._give, call, inode, inherited_options(listener))
+        if not os.get_blocking(listener):
+            return functools.partial(self._respond, call, errno.EAGAIN)
+        if inode in self._held:
             calls = self._held[inode].calls
             calls.append(call)
             if len(calls) > MAX_HELD_CALLS:     # most of their threads were killed
-                self._respond(calls.pop(0), flags=CONTINUE)
+                return functools.partial(self._respond, calls.pop(0), flags=CONTINUE)
         elif len(self._held) < MAX_LISTENERS:
             self._held[inode] = HeldAccepts(listener, [call])
             self._poll.register(listener, select.POLLIN)
         else:
-            self._respond(call, flags=CONTINUE)
+            return functools.partial(self._respond, call, flags=CONTINUE)
+        return lambda: None
 
     def _take_from_queue(self, listener: int, address: bytearray) -> int:
         """Accept a connection, and put its peer's address there. It would wait if others took it first, until stop()."""
@@ -3261,14 +3261,15 @@ class Supervisor:
         """Whether a listener is one that clients may come by."""
         return inode in self._ports and self._port in (0, self._ports[inode])
 
-    def _give(self, call: Call, listener: int, inode: int) -> None:
+    def _give(self, call: Call, inode: int, options: list[tuple[int, int, int]]) -> None:
         """Give the client that waits longest to a program that accepts; if that is gone, the client waits on."""
         with self._giving:
             if not self._clients:               # it was withdrawn just now
                 raise InterruptedError(errno.EINTR, os.strerror(errno.EINTR))
             handover = self._clients[0]
             try:
-                inherit_options(listener, handover.client.fileno())
+                for option in options:
+                    set_option(handover.client.fileno(), *option)
                 host, port = handover.peer.rsplit(":", 1)
                 address = struct.pack(">H4s8x", int(port), socket.inet_aton(host))
                 if len(self._addresses[inode]) == 4:            # IPv6: mapped (ip(7), ipv6(7))
@@ -3327,23 +3328,22 @@ class Supervisor:
         """Answer calls that were kept waiting, except those that have to wait on."""
         held = self._held.pop(inode)
         self._poll.unregister(held.listener)
-        try:
-            while held.calls and (self._clients or not self._may_serve(inode) or is_readable(held.listener, 0)):
-                call = held.calls.pop(0)
-                try:
-                    self._accept(call, held.listener)
-                except OSError as error:
-                    self._respond(call, error.errno or errno.EIO)
+        while held.calls and (self._clients or not self._may_serve(inode) or is_readable(held.listener, 0)):
+            call = held.calls.pop(0)
+            try:
+                answer = self._accept(call, held.listener)
                 if inode in self._held:         # it has to wait on
                     held.calls.append(self._held.pop(inode).calls[0])
                     self._poll.unregister(held.listener)
                     break
-        finally:
-            if held.calls:
-                self._held[inode] = held
-                self._poll.register(held.listener, select.POLLIN)
-            else:
-                os.close(held.listener)
+                if not held.calls:              # first: see _answer
+                    os.close(held.listener)
+                answer()
+            except OSError as error:
+                self._respond(call, error.errno or errno.EIO)
+        if held.calls:
+            self._held[inode] = held
+            self._poll.register(held.listener, select.POLLIN)
 
     def _ring(self) -> None:
         """Ring a doorbell for clients that wait: one for each listener that might be woken. Raises OSError."""
@@ -3381,16 +3381,15 @@ def as_socket(descriptor: int, domain: int) -> Iterator[socket.socket]:
         yield held
 
 
-def inherit_options(listener: int, client: int) -> None:
-    """Give a client's socket the options that the kernel would have copied from its listener. Raises OSError."""
+def inherited_options(listener: int) -> list[tuple[int, int, int]]:
+    """Return level, name and value of options that the kernel would have copied from a listener. Raises OSError."""
     kept_alive = get_option(listener, socket.SOL_SOCKET, socket.SO_KEEPALIVE)
-    for option in (*INHERITED_OPTIONS, *(KEEPALIVE_TIMES if kept_alive else ())):       # else ours stay
-        if value := get_option(listener, socket.IPPROTO_TCP, option):
-            set_option(client, socket.IPPROTO_TCP, option, value)
+    options = [(socket.IPPROTO_TCP, option, value)
+               for option in (*INHERITED_OPTIONS, *(KEEPALIVE_TIMES if kept_alive else ()))     # else ours stay
+               if (value := get_option(listener, socket.IPPROTO_TCP, option))]
     locked = get_option(listener, socket.SOL_SOCKET, SO_BUF_LOCK)
-    for bit, option in INHERITED_BUFFERS:
-        if locked & bit:                        # the kernel doubles what is set (socket(7))
-            set_option(client, socket.SOL_SOCKET, option, get_option(listener, socket.SOL_SOCKET, option) // 2)
+    return options + [(socket.SOL_SOCKET, option, get_option(listener, socket.SOL_SOCKET, option) // 2)
+                      for bit, option in INHERITED_BUFFERS if locked & bit]     # the kernel doubles what is set
 
 
 def get_option(descriptor: int, level: int, option: int) -> int:

@@ -31,6 +31,7 @@ def serve(client, peer):
             client.sendall(b"waiting\n")
             client.recv(1)
         if path == "/echo":
+            client.sendall(request.partition(b"\r\n\r\n")[2])
             while data := client.recv(65536):
                 client.sendall(data)
             return

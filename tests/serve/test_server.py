@@ -81,7 +81,6 @@ class Accepting(support.SharedDaemonCase):
         address = self.daemon.deploy("f", server_image("blocking", "0.0.0.0:8080"))
         data = os.urandom(8 << 20)
         client = connect(address, b"GET /echo HTTP/1.1\r\n\r\n")
-        time.sleep(0.5)                         # so that the request comes alone
         with ThreadPoolExecutor(1) as pool:
             sending = pool.submit(lambda: (client.sendall(data), client.shutdown(socket.SHUT_WR)))
             received = client.makefile("rb").read()
