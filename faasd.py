@@ -3213,8 +3213,8 @@ class Supervisor:
     def _accept(self, call: Call, listener: int) -> Callable[[], None]:
         """Answer an accept(2) as the kernel would: with what is in the queue, and clients in the place of doorbells.
 
-        What it returns does it, once our duplicate of the listener is closed. A doorbell stays in the queue for as long as
-        others wait whom it might ring in.
+        What it returns does it, once our duplicate of the listener is closed. A doorbell stays in the queue for as long
+        as others wait whom it might ring in.
         """
         inode = os.fstat(listener).st_ino
         if not self._may_serve(inode):
