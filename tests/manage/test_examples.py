@@ -9,11 +9,12 @@ import os
 import re
 import shutil
 import subprocess
+import tempfile
 import unittest
 from pathlib import Path
 
 import support
-from test_real_servers import LAYER
+import test_real_servers
 
 EXAMPLES = support.TOP / "examples"
 
@@ -98,17 +99,21 @@ class Examples(support.SharedDaemonCase):
         self.deploy([layer], config, " (server, port 8080)")
         self.assert_answers(r"Hello, 10\.0\.0\.10:\d+, from Go!\n")
 
-    @unittest.skipUnless(LAYER.exists(), f"no {LAYER}; tests/ci/servers_image.sh makes it")
+    @unittest.skipUnless(test_real_servers.LAYER.exists(), "tests/ci/servers_image.sh has made no image")
     def test_static_and_flask(self):
         """One image, for their base is the same, and large; the command says which of them runs."""
         layer, config = read_dockerfile("static")
         flask, flask_config = read_dockerfile("flask")
-        self.deploy([LAYER.read_bytes(), layer, flask], config, " (server, port 80)")
+        with tempfile.NamedTemporaryFile(dir="/var/tmp", prefix=support.PREFIX) as archive:
+            test_real_servers.write_image(archive, [layer, flask], **config)
+            out = self.daemon.faas("new", "hello", "-f", archive.name).stdout
+        self.assertEqual(out, "✓ Deployed hello at 10.0.0.10 (server, port 80)\n")
         self.assert_answers(".*<p>Hello from nginx!</p>\n")
         self.daemon.faas("set", "hello", "--workdir", flask_config["WorkingDir"], "--", *flask_config["Cmd"])
         self.assert_answers(r"Hello, 10\.0\.0\.10, from Flask!\n")
         self.daemon.remove("hello")             # large, and removing it goes on behind the answer
-        support.wait_until(lambda: not list((self.daemon.state_dir / "tmp").iterdir()), "its image is gone")
+        support.wait_until(lambda: not list((self.daemon.state_dir / "tmp").iterdir()), "its image is gone",
+                           test_real_servers.REMOVAL_SECONDS)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import tarfile
 import tempfile
 import time
 import unittest
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -26,6 +27,7 @@ LAYER = Path(subprocess.run([support.TOP / "tests/ci/servers_image.sh", "--path"
                             check=True).stdout.strip())
 ADDRESS = "10.0.0.10"
 CONNECTIONS = 4
+REMOVAL_SECONDS = 4 * support.READY_SECONDS     # of the image, which is large
 GET = b"GET / HTTP/1.0\r\nHost: f\r\n\r\n"
 CGI = GET.replace(b"/", b"/cgi-bin/address", 1)
 PAGE = rb"^HTTP/1.. 200 .*</html>\s*$"
@@ -90,6 +92,24 @@ class Chunks:
             yield chunk
 
 
+def write_image(archive, layers: Iterable[bytes] = (), **config) -> None:
+    """Write an archive of the servers' layer and others as `docker save` did; it is too large to be kept in memory."""
+    with open(LAYER, "rb") as layer:
+        digests = [hashlib.file_digest(layer, "sha256").hexdigest(), *(hashlib.sha256(own).hexdigest() for own in layers)]
+    names = [f"{digest}.tar" for digest in digests]
+    settings = {"Env": ["PATH=/usr/sbin:/usr/bin:/sbin:/bin"], "WorkingDir": "/srv", **config}
+    document = {"architecture": {"x86_64": "amd64", "aarch64": "arm64"}[os.uname().machine], "os": "linux",
+                "config": settings,
+                "rootfs": {"type": "layers", "diff_ids": [f"sha256:{digest}" for digest in digests]}}
+    manifest = [{"Config": "config.json", "RepoTags": ["servers:latest"], "Layers": names}]
+    with tarfile.open(fileobj=archive, mode="w") as tar:
+        tar.add(LAYER, names[0])
+        for name, data in (*zip(names[1:], layers, strict=True), ("config.json", json.dumps(document).encode()),
+                           ("manifest.json", json.dumps(manifest).encode())):
+            support.add_file(tar, name, data)
+    archive.flush()
+
+
 class Servers(support.SharedDaemonCase):
     """One image; the command says which of its servers runs."""
 
@@ -101,25 +121,10 @@ class Servers(support.SharedDaemonCase):
             raise unittest.SkipTest(f"no {LAYER}; tests/ci/servers_image.sh makes it")
         super().setUpClass()
         with tempfile.NamedTemporaryFile(dir="/var/tmp", prefix=support.PREFIX) as archive:
-            cls.write_image(archive)
+            write_image(archive)
             command = shlex.split(SERVERS["nginx"][0])
             out = cls.daemon.faas("new", "f", "--warm", "auto", "-f", archive.name, "--", *command).stdout
         assert out == f"✓ Deployed f at {ADDRESS} (server, port 80)\n", out
-
-    @staticmethod
-    def write_image(archive) -> None:
-        """Write an archive of the one layer as `docker save` did; it is too large to be kept in memory."""
-        with open(LAYER, "rb") as layer:
-            digest = hashlib.file_digest(layer, "sha256").hexdigest()
-        config = {"architecture": {"x86_64": "amd64", "aarch64": "arm64"}[os.uname().machine], "os": "linux",
-                  "config": {"Env": ["PATH=/usr/sbin:/usr/bin:/sbin:/bin"], "WorkingDir": "/srv"},
-                  "rootfs": {"type": "layers", "diff_ids": [f"sha256:{digest}"]}}
-        manifest = [{"Config": "config.json", "RepoTags": ["servers:latest"], "Layers": ["layer.tar"]}]
-        with tarfile.open(fileobj=archive, mode="w") as tar:
-            tar.add(LAYER, "layer.tar")
-            for name, document in (("config.json", config), ("manifest.json", manifest)):
-                support.add_file(tar, name, json.dumps(document).encode())
-        archive.flush()
 
     def setUp(self) -> None:
         """The function stays."""
@@ -129,7 +134,7 @@ class Servers(support.SharedDaemonCase):
         cls.daemon.remove("f")                  # its image is large, and removing it goes on behind the answer
         wait_until(lambda: not support.list_containers(cls.daemon), "no container is left")
         tmp = cls.daemon.state_dir / "tmp"
-        wait_until(lambda: not list(tmp.iterdir()), "its image is gone", 4 * support.READY_SECONDS)
+        wait_until(lambda: not list(tmp.iterdir()), "its image is gone", REMOVAL_SECONDS)
 
     def run_server(self, command: str, port: int, *options: str) -> None:
         self.daemon.faas("set", "f", *options, "--", *shlex.split(command))
