@@ -928,7 +928,7 @@ class Function:
                 container = Container.adopt(self.services.host, survivor, self.log.write_output)
                 survivors.pop()
                 pool.containers.add(container)
-                for client, peer in survivor.clients if survivor.contract != "handler" else survivor.clients[:1]:
+                for client, peer in survivor.clients:
                     invocation = Invocation(self, client, peer, b"", now, container, pool, handed=now,
                                             handover=container.take_up(client, self.record.address, peer))
                     self.in_flight.add(invocation)
@@ -2114,11 +2114,11 @@ class Container:
         """
         container = cls(host, survivor.function, write_line, survivor.container_id, survivor.cgroup)
         container._adopted, container._pid = True, survivor.pid
+        container.contract = survivor.contract
+        if survivor.notify >= 0:                # first: where no thread is to be had, all of the survivor is closed
+            container._supervisor = Supervisor(container, host.loop, survivor.notify)
         container._watch_exit(survivor.pidfd)
         container._watch_memory()
-        container.contract = survivor.contract
-        if survivor.notify >= 0:
-            container._supervisor = Supervisor(container, host.loop, survivor.notify)
         container._output = OutputReader(host.workers, survivor.output, container._on_output)       # last: it reads
         return container
 
@@ -2938,7 +2938,7 @@ class Supervisor:
         self._held: dict[int, HeldAccepts] = {}         # by the listener's inode
         self._beginning: Call | None = None             # the execve of a program that begins with its client
         self._began = not path                          # that has come
-        self.accepting = -1                    # a listener whose queue the thread may be waiting for
+        self.accepting = -1                     # a listener whose queue the thread may be waiting for
         self._in_network = False                # the thread has joined the container's
         self._useless = 0.0                     # answers in a row by which no client was served, as they count …
         self._turned = 0.0                      # … at this time
@@ -5459,6 +5459,9 @@ class Survivor:
             client.close()
 
 
+MAX_SURVIVING_CLIENTS = 1024        # of one container: with --net host it may have connected to its own address
+
+
 class Leftovers:
     """What the daemon before has left: containers that serve clients, which survive, and all others, which end."""
 
@@ -5513,34 +5516,34 @@ class Leftovers:
             notify = -1
             if contract and contract != ["handler"]:
                 notify = stack.enter_context(kept_open(take_deposit(pidfd)))
-            clients = self._clients_of(cgroups[container_id], addresses[name], connections)
+            found = self._clients_of(cgroups[container_id], addresses[name], connections)
+            clients = list(itertools.islice(found, MAX_SURVIVING_CLIENTS if notify >= 0 else 1))
             if not clients:
                 raise KeyError(addresses[name])
             return Survivor(container_id, cgroups[container_id], name, version, *(contract or ["handler"]), pid,
                             os.dup(pidfd), os.dup(output), os.dup(notify) if notify >= 0 else -1, clients)
 
     def _clients_of(self, cgroup: str, address: str,
-                    connections: dict[int, tuple[str, str]]) -> list[tuple[socket.socket, str]]:
-        """Return duplicates of a container's sockets that are connected to clients of address, and those clients.
+                    connections: dict[int, tuple[str, str]]) -> Iterator[tuple[socket.socket, str]]:
+        """Yield duplicates of a container's sockets that are connected to clients of address, and those clients.
 
         If the kernel gives us none, a socket without a connection stands for it.
         """
-        clients: dict[int, tuple[socket.socket, str]] = {}
+        seen = set()
         for pidfd, number, inode in self._host.cgroups.sockets(cgroup):
             host, peer = connections.get(inode, ("", ""))
-            if host == address and inode not in clients:
+            if host == address and inode not in seen:
                 try:
                     duplicate = duplicate_socket(pidfd, number)
                 except PermissionError:         # see machine_warnings
-                    clients[inode] = socket.socket(), peer
-                    continue
+                    duplicate, inode = socket.socket(), 0
                 except OSError:                 # it is gone
                     continue
-                if os.fstat(duplicate.fileno()).st_ino == inode:    # else the handler has put another file there
-                    clients[inode] = duplicate, peer
-                else:
+                if inode and os.fstat(duplicate.fileno()).st_ino != inode:      # the handler has put another file there
                     duplicate.close()
-        return list(clients.values())
+                    continue
+                seen.add(inode)
+                yield duplicate, peer
 
     def _kill_runtimes(self, survivors: set[int]) -> None:
         """Kill runtimes that a daemon before has started, but for survivors': they could still start a container.
