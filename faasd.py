@@ -2419,7 +2419,7 @@ class Container:
         """One process is killed for want of memory: the others might wait for it for ever.
 
         The event comes before the kernel has chosen a victim and counted it; also where a cgroup above has run out,
-        whose victim may be anybody's; and once more when the cgroup is removed.
+        whose victim may be anybody's; and once more when the cgroup has been removed.
         """
         if self._memory < 0:                    # it has exited
             return
@@ -2433,7 +2433,7 @@ class Container:
         if self._memory >= 0:
             with contextlib.suppress(BlockingIOError):          # nothing new
                 events = os.eventfd_read(self._memory)
-                self._memory_told = self._memory_told or events > 1 or self._host.cgroups.exists(self.cgroup)
+                self._memory_told = self._memory_told or events > 1 or self._host.cgroups.counts_memory(self.cgroup)
         self.out_of_memory = self.out_of_memory or self._host.cgroups.memory_kills(self.cgroup) > 0
         return self.out_of_memory
 
@@ -4156,6 +4156,10 @@ class Cgroups:
             os.close(event)
             raise
         return event
+
+    def counts_memory(self, path: str) -> bool:
+        """Return whether a memory cgroup is still there. A runtime removes a container's cgroups one by one."""
+        return os.path.exists(f"{self._memory}{path}")
 
     def memory_kills(self, path: str) -> int:
         """Return how many processes of a cgroup the kernel has killed for want of memory; 0 once it is gone.
