@@ -18,7 +18,7 @@ COVERED = {
     "sudo ./faasd.py --subnet 10.20.0.0/24 --port 8080": "test_daemon_on_another_subnet_and_port below",
     "docker save test-handler | ./faas new test-handler": "tests/images/test_docker.py",
     "docker save nginx:alpine | ./faas new web": "tests/serve/test_real_servers.py, with Debian's nginx",
-    "docker save alpine | ./faas new shout --contract stdio -- tr a-z A-Z": "tests/serve/test_server.py, with another tr",
+    "docker save alpine | ./faas new shout --contract stdio -- tr a-z A-Z": "tests/serve/test_server.py",
     "echo hello | nc -N 10.0.0.10 80": "the same",
     "./faas pack app.py --requirements requirements.txt | ./faas new app": "tests/images/test_pack.py",
     "docker build -t test-handler -f Dockerfile.test-handler .": "tests/images/test_docker.py",
@@ -28,14 +28,17 @@ COVERED = {
     "curl http://10.0.0.10/": "tests/images/test_docker.py",
     "./quickstart.sh": "tests/manage/test_quickstart.py",
     "sudo ./test.sh": ".ci/run",
+    "sudo tar --numeric-owner --xattrs --acls -C /var/lib -cf faasd.tar faasd": "test_backup below",
+    "sudo tar --numeric-owner --xattrs --acls -C /var/lib -xpf faasd.tar": "the same",
 }
 # What stands for something of the user's own.
 PLACEHOLDERS = {"NAME": "my-function", "IMAGE": "image", "HANDLER.py": "test_handler.py", " ARGUMENT…": " one two"}
 
 
 def commands() -> list[str]:
-    """Return the commands of the README's code blocks, without comments."""
-    lines = re.findall(r"^ {4}(\S.*)$", README, re.MULTILINE)
+    """Return the commands of the README's code blocks, without comments. What is fenced is no command."""
+    text = re.sub(r"^```.*?^```$", "", README, flags=re.MULTILINE | re.DOTALL)
+    lines = re.findall(r"^ {4}(\S.*)$", text, re.MULTILINE)
     return [re.split(r"\s{2,}#|\s+# →", line)[0].strip() for line in lines]
 
 
@@ -61,7 +64,7 @@ class Readme(unittest.TestCase):
                     for placeholder, value in PLACEHOLDERS.items():
                         command = command.replace(placeholder, value)
                     command = command.replace("/run/faasd/faasd.sock", str(daemon.socket))
-                    if re.search("logs|top", command):
+                    if re.search("logs .* -f$|top$", command):
                         command = f"timeout 1 {command}; [ $? = 124 ]"      # it goes on until it is ended
                     result = subprocess.run(["bash", "-o", "pipefail", "-c", command], cwd=directory, env=env,
                                             stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
@@ -86,10 +89,15 @@ class Readme(unittest.TestCase):
             self.assertIn(option, out)
 
     def test_links_lead_somewhere(self):
-        for name in ("README.md", "RUNC.md", "SECURITY.md", "TESTING.md", "IMPLEMENTATION_STATUS.md"):
-            text = (support.TOP / name).read_text()
-            for target in re.findall(r"\]\(([^)#:]+)\)", text):
-                self.assertTrue((support.TOP / target).exists(), f"{name} links to {target}")
+        for path in [*support.TOP.glob("*.md"), *support.TOP.glob("docs/*.md")]:
+            name, text = path.name, path.read_text()
+            for target, heading in re.findall(r"\]\(([^)#:]*)(?:#([^)]+))?\)", text):
+                there = path.parent / target if target else path
+                self.assertTrue(there.exists(), f"{name} links to {target}")
+                if heading:
+                    titles = re.findall(r"^#+ (.*)$", there.read_text(), re.MULTILINE)
+                    anchors = [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles]
+                    self.assertIn(heading, anchors, f"{name} links to {target}")
             for path in re.findall(r"`((?:tests|bench|\.ci)/[\w./]+)`", text):
                 self.assertTrue((support.TOP / path).exists(), f"{name} names {path}")
 
@@ -117,6 +125,24 @@ class Readme(unittest.TestCase):
             labels = re.findall(r'class="code">([^<]+)<', (support.TOP / "docs" / drawing).read_text())
             self.assertGreater(len(labels), 4, drawing)
             self.assertLessEqual(set(labels), known, drawing)
+
+    def test_backup(self):
+        """What is unpacked on another machine comes back on the same address, and rolls back."""
+        save, restore = (command.removeprefix("sudo ") for command in COVERED if "sudo tar" in command)
+        directory = support.temporary_directory()
+        self.addCleanup(shutil.rmtree, directory)
+        with support.Daemon() as daemon:
+            for label in ("1", "2"):
+                daemon.deploy("f", support.small_image(label))
+            save = save.replace("/var/lib", str(daemon.directory)).replace("tar faasd", "tar state")
+            subprocess.run(["bash", "-c", save], cwd=directory, check=True)
+            daemon.remove("f")
+        other = support.Daemon()
+        subprocess.run(["bash", "-c", restore.replace("/var/lib", str(other.directory))], cwd=directory, check=True)
+        with other:
+            self.assertEqual(support.get("10.0.0.10"), (200, "2"))
+            other.faas("rollback", "f")
+            self.assertEqual(support.get("10.0.0.10"), (200, "1"))
 
     def test_control_over_the_network(self):
         make_token, start, ask = (command for command in COVERED if "token" in command)
