@@ -11,13 +11,25 @@ import threading
 import time
 
 
+class Load:
+    """How many clients are served at a time."""
+    lock, now, most = threading.Lock(), 0, 0
+
+    @classmethod
+    def add(cls, count):
+        with cls.lock:
+            cls.now += count
+            cls.most = max(cls.most, cls.now)
+
+
 def serve(client, peer):
+    Load.add(1)
     try:
         request = client.recv(65536)
         path = request.split(b" ")[1].decode() if request.count(b" ") > 1 else ""
         names = f"{client.getpeername()[0]} {client.getsockname()[0]} {os.environ.get('PORT')}"
         body = {"/id": os.environ.get("FAAS_CONTAINER_ID", ""), "/peer": f"{peer[0]} {peer[1]}",
-                "/names": names}.get(path, "hello")
+                "/names": names, "/load": f"{os.environ.get('FAAS_CONTAINER_ID')} {Load.most}"}.get(path, "hello")
         if path == "/exit":
             os._exit(3)
         if path == "/silent":
@@ -48,6 +60,7 @@ def serve(client, peer):
     except OSError as error:
         print("server:", error, file=sys.stderr, flush=True)
     finally:
+        Load.add(-1)
         client.close()
 
 

@@ -6,6 +6,7 @@ What would disturb this machine is changed in private namespaces of the daemon's
 from __future__ import annotations
 
 import ast
+import contextlib
 import json
 import os
 import re
@@ -218,7 +219,10 @@ os.execv(sys.argv[1], sys.argv[1:])"""
         with open(os.devnull, "wb") as nowhere:
             process = subprocess.Popen(daemon.command(), stderr=nowhere)
         try:
-            wait_until(lambda: daemon.socket.exists() and daemon.api("GET", "/healthz")[0] == 200, "it is there")
+            def answers() -> bool:
+                with contextlib.suppress(FileNotFoundError, ConnectionRefusedError):      # its socket, or its listen
+                    return daemon.api("GET", "/healthz")[0] == 200
+            wait_until(answers, "it is there")
             self.assertEqual((daemon.run_dir / "faasd.lock").read_bytes(), b"")
         finally:
             process.terminate()

@@ -1,5 +1,6 @@
 """Servers: programs that know nothing of faasd, and get their clients from accept(2)."""
 
+import collections
 import contextlib
 import json
 import os
@@ -19,6 +20,7 @@ from clients import connect, exchange, get, read_all, read_until_cut, request
 from support import wait_until
 
 SERVER = support.TOP / "tests/handlers/server.py"
+CONNECTIONS, CLIENTS = (10_000, 64) if "FAASD_SOAK_SECONDS" in os.environ else (1_000, 32)
 
 
 def server_image(*arguments: str, source: bytes | None = None, **config) -> bytes:
@@ -208,11 +210,26 @@ class Sharing(support.SharedDaemonCase):
 
     def test_many_connections(self):
         address = self.daemon.deploy("f", server_image("polling", "0.0.0.0:8080"), "--reuse", "100", "--share", "8")
-        with ThreadPoolExecutor(32) as pool:
-            answers = list(pool.map(lambda _: get(address, "/id"), range(1000)))
-        self.assertEqual({status for status, _ in answers}, {200})
-        served = [body for _, body in answers]
-        self.assertLessEqual(max(served.count(one) for one in set(served)), 100)
+        containers, shares, used = collections.Counter(), set(), []
+        for _ in range(2):
+            with ThreadPoolExecutor(CLIENTS) as pool:
+                for status, body in pool.map(lambda _: get(address, "/load"), range(CONNECTIONS // 2)):
+                    self.assertEqual(status, 200)
+                    container, at_a_time = body.split()
+                    containers[container] += 1
+                    shares.add(int(at_a_time))
+            wait_until(lambda: not self.daemon.info("f")["running"], "all have ended")
+            self.daemon.set("f", "--warm", "1")         # so that as many containers wait each time
+            self.daemon.wait_warm("f", 1)
+            wait_until(lambda: len(support.list_containers(self.daemon)) == 1, "the others are gone")
+            used.append((support.resident_memory(self.daemon.process.pid),
+                         len(os.listdir(f"/proc/{self.daemon.process.pid}/fd"))))
+        self.assertLessEqual(max(containers.values()), 100)
+        self.assertLessEqual(max(shares), 8)
+        self.assertGreater(max(shares), 1)              # so that they did share
+        (memory, descriptors), (memory_later, descriptors_later) = used
+        self.assertLess(memory_later, memory + (8 << 20))
+        self.assertLessEqual(descriptors_later, descriptors + 8)
 
     def test_one_that_takes_too_long_does_not_end_the_others(self):
         address = self.daemon.deploy("f", server_image("polling", "0.0.0.0:8080"), "--reuse", "0", "--share", "4",
