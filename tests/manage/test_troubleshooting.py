@@ -1,0 +1,143 @@
+"""Each message of README's section "Troubleshooting" is provoked, and found there as it is said."""
+
+import dataclasses
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import unittest
+from concurrent.futures import ThreadPoolExecutor
+
+import archives
+import clients
+import support
+from support import wait_until
+
+SECTION = (support.TOP / "README.md").read_text().partition("### Troubleshooting\n")[2].partition("\n## ")[0]
+SLEEP = (support.PERL, "-e", "sleep")
+
+
+def rows(title: str) -> list[list[str]]:
+    """Return for each row of a table the messages in its first cell, and that cell alone if it has none."""
+    table = SECTION.partition(f"{title}\n\n")[2].partition("\n\n")[0].splitlines()[2:]
+    cells = [line.split(" | ")[0].removeprefix("| ") for line in table]
+    return [re.findall("`([^`]+)`", cell) or [cell] for cell in cells]
+
+
+def pattern(message: str) -> str:
+    return ".+".join(re.escape(part.strip()) for part in message.split("…") if part.strip())
+
+
+class Troubleshooting(unittest.TestCase):
+    def setUp(self):
+        self.said: list[str] = []           # all that was answered and printed
+        self.directory = support.temporary_directory()
+        self.addCleanup(shutil.rmtree, self.directory)
+
+    def check(self, title: str) -> None:
+        """Every message of a table has been said."""
+        self.assertGreater(len(rows(title)), 3, title)
+        for messages in rows(title):
+            for message in messages:
+                with self.subTest(message):
+                    self.assertRegex("\n".join(self.said), pattern(message))
+
+    def answer(self, address: str, path: str = "/") -> None:
+        status, body = support.get(address, path)
+        self.said.append(f"{status} {body}")
+
+    def faas(self, daemon: support.Daemon, *arguments: str, stdin: bytes | None = None) -> None:
+        result = daemon.faas(*arguments, stdin=stdin, check=False)
+        self.assertEqual(result.returncode, 1, result)
+        self.said.append(result.stderr)
+
+    def test_there_are_as_many_tables_as_tests_of_them(self):
+        self.assertEqual(SECTION.count("\n| --- |"), 4)
+
+    def test_what_clients_are_answered(self):
+        with support.Daemon() as daemon:
+            address = daemon.deploy("f", None, "--memory", "32m")
+            self.answer(address, "/exit?3")
+            self.answer(address, f"/memory?{64 << 20}")
+            daemon.set("f", "--timeout", "1")
+            self.answer(address, "/hang")
+            with clients.request(address, "/half-and-hang") as client, self.assertRaises(ConnectionResetError):
+                while client.recv(65536):
+                    pass
+            self.said.append("the connection is reset")
+            daemon.set("f", "--timeout", "0", "--concurrency", "1", "--queue", "1", "--queue-timeout", "1")
+            with ThreadPoolExecutor() as pool:
+                running = pool.submit(support.get, address, "/label?go:")
+                wait_until(lambda: daemon.info("f")["running"] == 1, "it runs")
+                waiting = pool.submit(self.answer, address)
+                wait_until(lambda: daemon.info("f")["queued"] == 1 or waiting.done(), "one waits")
+                daemon.set("f", "--queue", "0")
+                self.answer(address)
+                waiting.result()
+                daemon.release("f", "go")
+                running.result()
+            daemon.wait_idle("f")
+            with clients.connect(address) as silent:
+                self.answer(address)            # one that came later, and spoke
+                silent.setblocking(False)
+                self.assertRaises(BlockingIOError, silent.recv, 1)
+            self.said.append("the connection hangs")
+        self.check("What a client may be answered:")
+
+    def test_what_new_says(self):
+        image, one = support.small_image(Entrypoint=[]), archives.Image()
+        other = archives.Image([archives.layer()], tags=("other:1",))
+        with support.Daemon() as daemon:
+            for archive, *options in (
+                    (b"",), (archives.layer(*map(archives.directory, ("bin", "etc", "usr"))),),
+                    (support.docker_archive([], {}),), (archives.podman(one, other),),
+                    (archives.podman(dataclasses.replace(one, architecture="s390x")),),
+                    (image, "--", support.PERL, "-e", "exit 3"),
+                    (image, "--start-timeout", "1", "--", *SLEEP),
+                    (image, "--memory", "16m", "--", support.PERL, "-e", "my $memory = 'x' x (64 << 20); sleep")):
+                self.faas(daemon, "new", "f", *options, stdin=archive)
+        self.check("What `faas new` may say:")
+
+    def test_what_faas_says(self):
+        with support.Daemon() as daemon:
+            daemon.deploy("f")
+            self.faas(daemon, "info", "g")
+            daemon.stop()
+            for path in daemon.state_dir.glob("images/f/*/image.json"):
+                path.unlink()
+            self.faas(daemon, "list")
+            daemon.start()
+            self.faas(daemon, "info", "f", "--isolation")
+        with socket.socket(socket.AF_UNIX) as server:
+            path = self.directory / "socket"
+            server.bind(str(path))
+            shutil.chown(path, 12345, 12345)
+            path.chmod(0o600)
+            # In a user namespace without a mapping nobody is root, though all of root's files can be read.
+            said = subprocess.run(["unshare", "--user", sys.executable, support.TOP / "faas", "--socket", path, "list"],
+                                  capture_output=True, text=True, check=False)
+            self.said.append(said.stderr)
+        self.check("What `faas` may say:")
+
+    def refuse(self, *arguments: str, wrapper: tuple[str, ...] = ()) -> None:
+        daemon = support.Daemon(*arguments, directory=self.directory, wrapper=wrapper)
+        result = subprocess.run(daemon.command(), capture_output=True, text=True, timeout=support.READY_SECONDS,
+                                check=False)
+        self.assertNotEqual(result.returncode, 0)
+        self.said.append(result.stderr)
+
+    def test_why_the_daemon_may_not_start(self):
+        self.refuse(wrapper=("unshare", "--user"))
+        self.refuse("--runtime", "rune")
+        with support.Daemon() as daemon:
+            self.refuse()
+            self.refuse("--run-dir", str(daemon.run_dir), "--subnet", "10.1.0.0/24")
+        registry = self.directory / "state/registry.json"
+        registry.write_text("{")
+        self.refuse()
+        self.check("Why the daemon may not start:")
+
+
+if __name__ == "__main__":
+    unittest.main()
