@@ -1,4 +1,4 @@
-"""Every command of the README is run: here, or where COVERED says."""
+"""Every command of the documents is run: here, or where COVERED says."""
 
 import ast
 import os
@@ -11,6 +11,7 @@ import unittest
 import support
 
 README = (support.TOP / "README.md").read_text()
+DOCUMENTS = [README, *((support.TOP / name).read_text() for name in ("SECURITY.md", "RUNC.md", "docs/API.md"))]
 
 # Commands that other tests or CI run as they are written.
 COVERED = {
@@ -28,6 +29,8 @@ COVERED = {
     "curl http://10.0.0.10/": "tests/images/test_docker.py",
     "./quickstart.sh": "tests/manage/test_quickstart.py",
     "sudo ./test.sh": ".ci/run",
+    "iptables -I DOCKER-USER -i 'faas+' -j ACCEPT": "tests/serve/test_network.py",
+    "iptables -I DOCKER-USER -o 'faas+' -m conntrack --ctstate ESTABLISHED,RELATED -j ACCEPT": "the same",
     "sudo tar --numeric-owner --xattrs --acls -C /var/lib -cf faasd.tar faasd": "test_backup below",
     "sudo tar --numeric-owner --xattrs --acls -C /var/lib -xpf faasd.tar": "the same",
 }
@@ -36,10 +39,19 @@ PLACEHOLDERS = {"NAME": "my-function", "IMAGE": "image", "HANDLER.py": "test_han
 
 
 def commands() -> list[str]:
-    """Return the commands of the README's code blocks, without comments. What is fenced is no command."""
-    text = re.sub(r"^```.*?^```$", "", README, flags=re.MULTILINE | re.DOTALL)
-    lines = re.findall(r"^ {4}(\S.*)$", text, re.MULTILINE)
-    return [re.split(r"\s{2,}#|\s+# →", line)[0].strip() for line in lines]
+    """Return the commands of the documents' code blocks, without comments. What is fenced is no command."""
+    found = []
+    for text in DOCUMENTS:
+        text = re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL).replace("\\\n", "")
+        found += re.findall(r"^ {4}(\S.*)$", text, re.MULTILINE)
+    return [re.split(r"\s{2,}#|\s+# →", line)[0].strip() for line in found]
+
+
+def words_in_text() -> list[str]:
+    """Return the commands in the documents' text that take a function as it is, or none."""
+    name = "(faas (?:list|stats|version|(?:info|ip|logs|set|url|versions) NAME)[^`…]*)"
+    found = re.findall(rf"`(?:\./)?{name}`", "\n".join(DOCUMENTS))
+    return list(dict.fromkeys(found))
 
 
 class Readme(unittest.TestCase):
@@ -48,7 +60,7 @@ class Readme(unittest.TestCase):
         self.addCleanup(shutil.rmtree, directory)
         for name in ("faas", "test_handler.py"):
             shutil.copy(support.TOP / name, directory)
-        run = [command for command in commands() if command not in COVERED]
+        run = [command for command in dict.fromkeys(commands()) if command not in COVERED]
         self.assertGreater(len(run), 9, "the README has lost its commands, or this test cannot find them")
         # Made first, for the commands before it take it. Another function comes last, after the address is free again.
         run.sort(key=lambda command: 2 if "pack script.sh" in command else "pack test_handler.py" not in command)
@@ -63,13 +75,17 @@ class Readme(unittest.TestCase):
                 with self.subTest(command):
                     for placeholder, value in PLACEHOLDERS.items():
                         command = command.replace(placeholder, value)
-                    command = command.replace("/run/faasd/faasd.sock", str(daemon.socket))
+                    command = command.replace("/run/faasd/faasd.sock", str(daemon.socket)).replace("curl ", "curl -f ")
                     if re.search("logs .* -f$|top$", command):
                         command = f"timeout 1 {command}; [ $? = 124 ]"      # it goes on until it is ended
                     result = subprocess.run(["bash", "-o", "pipefail", "-c", command], cwd=directory, env=env,
                                             stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
                     self.assertEqual(result.returncode, 0, f"{command}: {result.stderr}")
             self.assertEqual(daemon.faas("ip", "test-handler").stdout, "10.0.0.10\n")
+            self.assertGreater(len(words_in_text()), 5)
+            for command in words_in_text():
+                with self.subTest(command):
+                    daemon.faas(*command.replace("NAME", "test-handler").split()[1:])
             self.assertEqual(daemon.faas("list").stdout.count("\n"), 3)
 
     def test_what_is_said_to_be_covered_is_there(self):

@@ -417,6 +417,26 @@ class Egress(unittest.TestCase):
         self.assertEqual(attempt(place), {place: "b's saw 198.18.0.1"})
         self.assertEqual(attempt(place, wrapper=self.lan.wrapper), {place: "ECONNREFUSED"})
 
+    def test_the_network_reaches_functions_unless_the_rules_of_the_documents_forbid_it(self):
+        run(*self.lan.wrapper, "ip", "route", "add", "10.0.0.0/24", "via", "192.168.77.1")
+        place = f"tcp:{self.b}:80"
+        self.assertEqual(attempt(place, wrapper=self.lan.wrapper), {place: "b saw 192.168.77.2"})
+        with rules((support.TOP / "SECURITY.md").read_text().partition("```nft\n")[2].partition("```")[0]):
+            self.assertEqual(attempt(place, wrapper=self.lan.wrapper), {place: "ECONNREFUSED"})
+            self.assertEqual(attempt(place), {place: f"b saw {self.b}"})
+            self.assertEqual(self.attempt(self.a, place), {place: f"b saw {self.a_inside}"})
+
+    def test_commands_of_the_documents_open_the_firewall_of_a_docker_engine(self):
+        if shutil.which("iptables") is None:
+            self.skipTest("iptables is not installed")
+        self.addCleanup(run, "nft", "-f", "-", stdin="add table ip filter\ndelete table ip filter\n")
+        for arguments in ("-N DOCKER-USER", "-A FORWARD -j DOCKER-USER", "-A FORWARD -j REJECT"):
+            run("iptables", *arguments.split())
+        self.assertEqual(self.attempt(self.a, INTERNET), {INTERNET: "ECONNREFUSED"})
+        text = (support.TOP / "RUNC.md").read_text()
+        run("sh", "-e", "-c", "\n".join(re.findall("^ {4}(iptables .*)$", text, re.MULTILINE)))
+        self.assertEqual(self.attempt(self.a, INTERNET), BY_NAT)
+
     def test_flushed_rules_come_back(self):
         table, = tables()
         run("nft", "flush", "ruleset")          # as a firewall does that is reloaded
