@@ -391,6 +391,7 @@ class Options:
                               lambda port: port is None or 0 < port < 1 << 16, "be from 1 to 65535")     # a server's
     speaks_first: bool = option(False, read_switch)     # the program; clients are let in before they say anything
     net: str = option("none", reader("net", "none|egress|host", "write none, egress or host"))
+    publish: str = option("", lambda text: read_places(text))           # [ADDRESS:]PORT of this machine, by commas
     read_only: bool = option(False, read_switch)        # the root
     shm_size: int = option(64 * MIB, parse_size, lambda size: size > 0, "be over 0")        # of /dev/shm
     hostname: str = option("", reader("hostname", r"[A-Za-z0-9]([A-Za-z0-9.-]{0,62}[A-Za-z0-9])?|",
@@ -468,6 +469,27 @@ def read_capabilities(text: str) -> str:
         if name not in (*CAPABILITIES, "ALL"):
             raise BadRequest(f"bad capability {name!r}: write ALL, or some of {', '.join(CAPABILITIES)}")
     return ",".join(dict.fromkeys(names))
+
+
+def split_place(text: str) -> tuple[str, int]:
+    """Return the address, "" for any, and the port of an [ADDRESS:]PORT of this machine. Raises ValueError."""
+    address, _, port = text.rpartition(":")
+    if not re.fullmatch("[0-9]{1,5}", port) or not 0 < int(port) < 1 << 16:
+        raise ValueError(port)
+    return str(ipaddress.IPv4Address(address)) if address not in ("", "0.0.0.0") else "", int(port)
+
+
+def read_places(text: str) -> str:
+    """Return what --publish names as we write it. Raises BadRequest."""
+    try:
+        places = [split_place(place) for place in text.split(",") if place]
+    except ValueError:
+        raise BadRequest(f"bad place to publish {text!r}: write PORT, or ADDRESS:PORT of this machine") from None
+    return ",".join(dict.fromkeys(f"{address}:{port}".removeprefix(":") for address, port in places))
+
+
+def places_of(options: Options) -> list[tuple[str, int]]:
+    return [split_place(place) for place in options.publish.split(",") if place]
 
 
 def merge_env(base: Iterable[str], overrides: Iterable[str]) -> list[str]:
@@ -5204,6 +5226,142 @@ table inet {table} {{
 """
 
 
+class PublishedPorts:
+    """Ports of this machine that lead to functions (--publish), by rules of nftables. Nothing of ours is in between.
+
+    A function does not listen there itself: a handler that dissolves its client's connection keeps the address, and
+    AddressGuard could not tell such a socket from the machine's own. So the kernel sends what comes to such a port on
+    to the function's address; the client keeps its own. A socket that is bound, and does not listen, keeps the port from
+    everybody else. Methods block, and must not run at the same time.
+    """
+
+    def __init__(self, run_dir: Path, subnet: ipaddress.IPv4Network, port: int):
+        self.table = f"faasd_publish_{run_dir_mark(run_dir)}"
+        self._subnet, self._port = subnet, port
+        self._published: dict[str, tuple[str, list[tuple[str, int]]]] = {}     # by function: its address, and places
+        self._held: dict[tuple[str, int], tuple[str, socket.socket]] = {}      # by address and port, for a function
+
+    @property
+    def any(self) -> bool:
+        return bool(self._published)
+
+    def hold(self, name: str, places: Iterable[tuple[str, int]]) -> None:
+        """Take ports for a function. Raises FaasdError if one is another's; then it has those that it had."""
+        try:
+            for address, port in places:
+                for own in self._addresses(address):
+                    holder, _ = self._held.get((own, port), ("", None))
+                    if holder not in ("", name):
+                        raise Conflict(f"cannot publish {own}:{port}: function {holder} does")
+                    if not holder:
+                        self._held[own, port] = name, bind_port(own, port)
+        except BaseException:
+            self.give_back(name)
+            raise
+
+    def _addresses(self, address: str) -> list[str]:
+        """Return the address itself, or all that this machine has if it is "". Raises FaasdError."""
+        if shutil.which("nft") is None:
+            raise Conflict("--publish needs the nft program: apt install nftables")
+        if address and ipaddress.ip_address(address) in self._subnet:
+            raise Conflict(f"cannot publish {address}: that is an address of functions")
+        own = [address] if address else dict.fromkeys(entry["local"] for _, entry in ip_addresses())
+        return [other for other in own if ipaddress.ip_address(other) not in self._subnet]
+
+    def give_back(self, name: str) -> None:
+        """Let go of ports that were held for a function, and that it does not publish."""
+        _, places = self._published.get(name, ("", []))
+        for (address, port), (holder, held) in list(self._held.items()):
+            if holder == name and (address, port) not in places and ("", port) not in places:
+                del self._held[address, port]
+                held.close()
+
+    def publish(self, name: str, address: str, places: list[tuple[str, int]]) -> None:
+        """Have places that are held lead to a function, and no other. Raises FaasdError; then all is as before."""
+        before = dict(self._published)
+        self._published[name] = address, places
+        if not places:
+            del self._published[name]
+        if self._published != before:
+            try:
+                self.load_rules()
+            except FaasdError:
+                self._published = before
+                raise
+        self.give_back(name)
+
+    def load_rules(self) -> None:
+        """Replace our rules as a whole, or remove them with the last published port. Raises FaasdError."""
+        # What names an address comes before what means any.
+        rules = sorted(((place, address) for address, places in self._published.values() for place in places),
+                       reverse=True)
+        text = PUBLISH_RULES.format(table=self.table, subnet=self._subnet, rules="\n        ".join(
+            f"{f'ip daddr {own} ' if own else ''}tcp dport {port} dnat to {address}:{self._port}"
+            for (own, port), address in rules))
+        if not rules:
+            text = f"add table ip {self.table}\ndelete table ip {self.table}\n"
+        if rules or shutil.which("nft"):
+            run_command("nft cannot load the rules of --publish", "nft", "-f", "-", stdin=text)
+
+    def restore_rules(self) -> None:
+        """Load the rules again if somebody has flushed them; failure is logged."""
+        if self._published and not try_command(f"somebody deleted nftables table ip {self.table}: loading the rules of "
+                                               "--publish again", "nft", "list", "table", "ip", self.table):
+            try:
+                self.load_rules()
+            except FaasdError as error:
+                log.error("%s", error)
+
+    def remove_stale(self) -> None:
+        """Remove the rules of the daemon before, if nothing is published any more; failure is logged."""
+        with contextlib.suppress(FaasdError):           # there are none, as nearly always
+            if not self._published and shutil.which("nft"):
+                run_command("there are no rules", "nft", "list", "table", "ip", self.table)
+                self.remove_all()
+
+    def remove_all(self) -> None:
+        """Remove the rules; failure is logged."""
+        self._published.clear()
+        try:
+            self.load_rules()
+        except FaasdError as error:
+            log.error("%s", error)
+
+
+def bind_port(address: str, port: int) -> socket.socket:
+    """Return a socket that keeps others from a port. Raises Conflict."""
+    held = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    try:
+        held.bind((address, port))
+    except OSError as error:
+        held.close()
+        reason = ("another program has it" if error.errno == errno.EADDRINUSE else
+                  "this machine has no such address" if error.errno == errno.EADDRNOTAVAIL else error.strerror)
+        raise Conflict(f"cannot publish {address}:{port}: {reason}") from None
+    return held
+
+
+# To function addresses themselves nothing is changed, also not to their port of the same number. The kernel asks these
+# chains for the first packet of a connection only.
+PUBLISH_RULES = """\
+add table ip {table}
+delete table ip {table}
+table ip {table} {{
+    chain published {{
+        {rules}
+    }}
+    chain prerouting {{
+        type nat hook prerouting priority -100; policy accept;
+        ip daddr != {subnet} fib daddr type local goto published
+    }}
+    chain output {{
+        type nat hook output priority -100; policy accept;
+        ip daddr != {subnet} fib daddr type local goto published
+    }}
+}}
+"""
+
+
 def fit_resolv_conf(texts: Iterable[str]) -> tuple[str, list[str]]:
     """Return a resolv.conf for a network namespace of its own, and the resolvers in it; empty if there are none.
 
@@ -8198,12 +8356,17 @@ class Attachments:
         self._rules_watch = NetlinkWatch(
             NETLINK_NETFILTER, 1 << NFNLGRP_NFTABLES - 1, NFT_DELTABLE, f"{self.egress.table}\0".encode(),
             lambda: self._run(self.egress.restore_rules))       # by ourselves too, whenever we replace them
+        self.published = PublishedPorts(settings.run_dir, settings.subnet, settings.port)
+        self._published_watch = NetlinkWatch(
+            NETLINK_NETFILTER, 1 << NFNLGRP_NFTABLES - 1, NFT_DELTABLE, f"{self.published.table}\0".encode(),
+            lambda: self._run(self.published.restore_rules))
         addresses.greet(workers)
         self._address_watch.open()
 
     def close(self) -> None:
         """Put nothing back any more."""
         self._rules_watch.close()
+        self._published_watch.close()
         self._address_watch.close()
         self._keeper.cancel()
 
@@ -8218,6 +8381,8 @@ class Attachments:
             log.info("cannot take away the guard of the addresses: %s", error.strerror)
         self.addresses.remove_all()
         await self._run(self.egress.remove_all)
+        if self.published.any:
+            await self._run(self.published.remove_all)
         for path in self._settings.run_dir.glob("resolv.conf.*"):
             path.unlink()
 
@@ -8265,7 +8430,10 @@ class Attachments:
                 self._loop.call_later(ADDRESS_RETRY_SECONDS, self._address_lost.set)
 
     async def provide(self, name: str, options: Options) -> None:
-        """Make what a function's containers need of the network. Raises FaasdError."""
+        """Make what a function's containers need of the network, and hold its published ports. Raises FaasdError."""
+        if options.publish:
+            self._published_watch.open()
+            await self._run(self.published.hold, name, places_of(options))
         if options.net == "egress":
             self._rules_watch.open()
             await self._run(self.egress.provide, name)
@@ -8275,6 +8443,18 @@ class Attachments:
                 await asyncio.to_thread(write_anew, path, read_text(RESOLV_CONFS[0]))
             except OSError as error:
                 raise storage_error(error, f"writing {path}") from error
+
+    async def give_back(self, name: str) -> None:
+        """Let go of ports that were held for a function in vain."""
+        await self._run(self.published.give_back, name)
+
+    async def remove_stale_rules(self) -> None:
+        await self._run(self.published.remove_stale)
+
+    async def publish(self, name: str, record: FunctionRecord | None) -> None:
+        """Have the ports that a function publishes, None if it is gone, lead to it, and no others. Raises FaasdError."""
+        places = places_of(record.options) if record else []
+        await self._run(self.published.publish, name, record.address if record else "", places)
 
     def withdraw(self, name: str) -> asyncio.Future:
         """Remove a function's egress network, if it has one, before any other is made."""
@@ -8395,6 +8575,7 @@ class Deploys:
             await self._save(name, None)
             function.being_removed = True
         # In this order: invocations need the address until they end.
+        await self.attachments.publish(name, None)
         function.stop_accepting(refuse_connections)
         await function.drain(self._settings.drain_timeout)
         await self.attachments.release(record.address)
@@ -8466,6 +8647,7 @@ class Deploys:
         entry = replace(entry, contract=contract, port=entry.options.port or 0 if contract in ("auto", "server") else 0)
         if not self.attachments.egress.has(name):
             undo.push_async_callback(self.attachments.withdraw, name)
+        undo.push_async_callback(self.attachments.give_back, name)
         await self.attachments.provide(name, entry.options)
         version, container, output = await self._prove(name, entry)
         undo.push_async_callback(container.kill)        # once more does no harm where its pool was closed
@@ -8517,8 +8699,10 @@ class Deploys:
             else:
                 listener = await self.attachments.listen(record.address)
             try:
+                await self.attachments.publish(name, record)
                 await self._save(name, record)
             except BaseException:
+                await self.attachments.publish(name, function and function.record)
                 if listener:
                     refuse_connections(listener)
                     await self.attachments.release(record.address)
@@ -8640,6 +8824,7 @@ class Restart:
         if self._deploys.promised() > self._settings.max_warm:
             log.warning("functions were promised %d warm containers, and --max-warm is %d: some get fewer",
                         self._deploys.promised(), self._settings.max_warm)
+        await self._deploys.attachments.remove_stale_rules()
         self._deploys.attachments.listeners.forget_unclaimed()
         self._deploys.attachments.addresses.remove_stale({record.address for record in self._records})
 
@@ -8654,6 +8839,7 @@ class Restart:
             version = self._deploys.images.version(name, record.versions[0])
             await self._deploys.attachments.provide(name, record.options)
             listener = await self.bind(lambda: self._deploys.attachments.listen(record.address), self._settings.port)
+            await self._deploys.attachments.publish(name, record)
             function.replace_version(version)
             function.entrance.open(listener)
             if survivors:

@@ -10,6 +10,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -271,6 +272,15 @@ def rules(text: str):
         yield
     finally:
         run("nft", "delete", *text.split()[:3])
+
+
+def change_registry(daemon: support.Daemon, name: str, **options: str) -> None:
+    """Change options of a function of a daemon that is not running."""
+    registry = daemon.state_dir / "registry.json"
+    document = json.loads(registry.read_text())
+    function, = (function for function in document["functions"] if function["name"] == name)
+    function["versions"][0]["options"].update(options)
+    registry.write_text(json.dumps(document))
 
 
 class World:
@@ -538,6 +548,72 @@ class Modes(unittest.TestCase):
                          (False, [], False))
 
 
+class Published(unittest.TestCase):
+    """Ports of this machine that lead to functions."""
+
+    HERE, LAN = "tcp:127.0.0.1:8000", "tcp:192.168.77.1:8000"
+    ONE = "tcp:192.168.77.1:80"
+
+    def start(self) -> support.Daemon:
+        return world.start_daemon(self.addCleanup, *OTHER_DAEMON)
+
+    def from_the_lan(self, *places: str) -> dict[str, str]:
+        return attempt(*places, wrapper=world.lan.wrapper)
+
+    def test_answers_there(self):
+        daemon = self.start()
+        address = daemon.deploy("f", world.image, "--publish", "8000,192.168.77.1:80")
+        self.assertEqual(self.from_the_lan(self.LAN, self.ONE, "tcp:192.168.77.1:81"), {
+            self.LAN: "f saw 192.168.77.2", self.ONE: "f saw 192.168.77.2", "tcp:192.168.77.1:81": "ECONNREFUSED"})
+        self.assertEqual(attempt(self.HERE, "tcp:127.0.0.1:80", f"tcp:{address}:8000", f"tcp:{address}:80"), {
+            self.HERE: "f saw 127.0.0.1", "tcp:127.0.0.1:80": "ECONNREFUSED", f"tcp:{address}:8000": "ECONNREFUSED",
+            f"tcp:{address}:80": f"f saw {address}"})
+        self.assertRegex(daemon.faas("info", "f").stdout, r"(?m)^publish: +8000,192\.168\.77\.1:80$")
+        daemon.set("f", "--publish", "192.168.77.1:80")
+        self.assertEqual(self.from_the_lan(self.LAN, self.ONE),
+                         {self.LAN: "ECONNREFUSED", self.ONE: "f saw 192.168.77.2"})
+        with socket.create_server(("0.0.0.0", 8000)):           # nobody keeps it any more
+            pass
+        daemon.remove("f")
+        self.assertEqual(self.from_the_lan(self.ONE), {self.ONE: "ECONNREFUSED"})
+        self.assertEqual([table for table in tables() if "publish" in table], [])
+        with socket.create_server(("192.168.77.1", 80)):
+            pass
+
+    def test_what_is_taken_is_refused(self):
+        daemon = self.start()
+        daemon.deploy("f", world.image, "--publish", "8000")
+        for places, status, words in (
+                ("8080", 409, "cannot publish 127.0.0.1:8080: another program has it"),
+                ("192.168.77.1:8000", 409, "cannot publish 192.168.77.1:8000: function f does"),
+                ("8001,8000", 409, "cannot publish 127.0.0.1:8000: function f does"),
+                ("192.0.2.9:80", 409, "cannot publish 192.0.2.9:80: this machine has no such address"),
+                ("10.7.0.10:81", 409, "cannot publish 10.7.0.10: that is an address of functions"),
+                ("0", 400, "bad place to publish '0'"), ("1.2.3:80", 400, "bad place"), ("x", 400, "bad place")):
+            with self.subTest(places):
+                answer, body = daemon.api("POST", f"/functions/g?publish={places}&warm=0", world.image)
+                self.assertEqual((answer, words in json.loads(body)["error"]), (status, True), body)
+        with socket.create_server(("0.0.0.0", 8001)):           # held in vain
+            pass
+        with self.assertRaises(OSError), socket.create_server(("0.0.0.0", 8000)):
+            self.fail("others can take what is published")
+        self.assertEqual(attempt(self.HERE), {self.HERE: "f saw 127.0.0.1"})
+
+    def test_restarts_and_flushed_rules(self):
+        daemon = self.start()
+        daemon.deploy("f", world.image, "--publish", "8000")
+        for end in (daemon.kill, lambda: daemon.stop(signal.SIGHUP)):
+            end()
+            daemon.start()
+            self.assertEqual(self.from_the_lan(self.LAN), {self.LAN: "f saw 192.168.77.2"})
+        run("nft", "flush", "ruleset")
+        wait_until(lambda: self.from_the_lan(self.LAN) == {self.LAN: "f saw 192.168.77.2"}, "the rules are back")
+        daemon.kill()
+        change_registry(daemon, "f", publish="")
+        daemon.start()
+        self.assertEqual([table for table in tables() if "publish" in table], [])
+
+
 class Daemons(unittest.TestCase):
     """A second daemon beside the first."""
 
@@ -565,7 +641,7 @@ class Daemons(unittest.TestCase):
         h = daemon.deploy("h", world.image, "--net", "egress")
         link, namespace = link_of("f"), os.stat(daemon.run_dir / "net/f").st_ino
         daemon.kill()
-        self.want_none(daemon, "h")
+        change_registry(daemon, "h", net="none")
         half = link.rpartition("-")[0] + "-9"
         run("ip", "link", "add", half, "type", "veth", "peer", "name", "half")
         (daemon.run_dir / "net/ghost").touch()
@@ -582,18 +658,9 @@ class Daemons(unittest.TestCase):
         daemon.start()
         self.assertEqual(requested(f, f"/try?{INTERNET}"), BY_NAT)
         daemon.kill()
-        self.want_none(daemon, "f")
+        change_registry(daemon, "f", net="none")
         daemon.start()
         self.assertEqual((support.networks(), (daemon.run_dir / "net").exists()), ([], False))
-
-    @staticmethod
-    def want_none(daemon: support.Daemon, name: str) -> None:
-        """Change a function's network in the registry of a daemon that is not running."""
-        registry = daemon.state_dir / "registry.json"
-        document = json.loads(registry.read_text())
-        function, = (function for function in document["functions"] if function["name"] == name)
-        function["versions"][0]["options"]["net"] = "none"
-        registry.write_text(json.dumps(document))
 
     def test_without_nft(self):
         hidden = ("unshare", "--mount", "--propagation", "private", "sh", "-c",
