@@ -431,8 +431,12 @@ class Egress(unittest.TestCase):
         run(*self.lan.wrapper, "ip", "route", "add", "10.0.0.0/24", "via", "192.168.77.1")
         place = f"tcp:{self.b}:80"
         self.assertEqual(attempt(place, wrapper=self.lan.wrapper), {place: "b saw 192.168.77.2"})
+        self.daemon.set("b", "--publish", "8000")
+        self.addCleanup(self.daemon.set, "b", "--publish", "")
+        published = "tcp:192.168.77.1:8000"
         with rules((support.TOP / "SECURITY.md").read_text().partition("```nft\n")[2].partition("```")[0]):
-            self.assertEqual(attempt(place, wrapper=self.lan.wrapper), {place: "ECONNREFUSED"})
+            self.assertEqual(attempt(place, published, wrapper=self.lan.wrapper),
+                             {place: "ECONNREFUSED", published: "b saw 192.168.77.2"})
             self.assertEqual(attempt(place), {place: f"b saw {self.b}"})
             self.assertEqual(self.attempt(self.a, place), {place: f"b saw {self.a_inside}"})
 
