@@ -133,7 +133,7 @@ from pathlib import Path
 from tarfile import TarInfo
 from typing import Any, BinaryIO, NoReturn
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"               # and in faas; what is new is in CHANGELOG.md
 
 log = logging.getLogger("faasd")
 libc = ctypes.CDLL(None, use_errno=True)        # lets other threads run while it is called
@@ -8987,9 +8987,10 @@ class Settings(argparse.Namespace):
     """What parse_arguments makes of the command line: an attribute for each option."""
 
 
-def parse_arguments(argv: list[str]) -> Settings:
-    """Return the settings of a command line; exits with status 2 and a line on bad usage, as argparse does."""
-    parser = argparse.ArgumentParser(prog="faasd.py", description="A serverless runtime for one Linux machine.",
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line, of which packaging/generate makes the manual page too."""
+    parser = argparse.ArgumentParser(prog=os.path.basename(sys.argv[0]),
+                                     description="A serverless runtime for one Linux machine.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add, none = parser.add_argument, argparse.SUPPRESS          # a default that --help does not show
     add("--state-dir", type=resolved_path, default="/var/lib/faasd", help="images, registry and logs")
@@ -9007,8 +9008,9 @@ def parse_arguments(argv: list[str]) -> Settings:
     add("--max-image-size", type=parse_size, default="16g", metavar="SIZE",
         help="limit for an archive, for its layers uncompressed, and for their files")
     add("--max-image-entries", type=parse_count, default="1000000", metavar="N", help="limit for the files of an image")
-    add("--max-warm", type=parse_amount, default=str(default_max_warm()), metavar="N",
-        help="limit for the containers that wait for a client, of all functions together")
+    add("--max-warm", type=parse_amount, default=none, metavar="N",
+        help="limit for the containers that wait for a client, of all functions together (default: 16 for each CPU, or "
+             "one for each 64 MiB of memory if those are fewer)")
     add("--max-uploads", type=parse_count, default="8", metavar="N",
         help="limit for the images that are received and unpacked at a time")
     add("--keep-versions", type=parse_count, default="3", metavar="N",
@@ -9020,8 +9022,16 @@ def parse_arguments(argv: list[str]) -> Settings:
         help="another name by which they reach it: a proxy's, or a translated address")
     add("--log-format", choices=["text", "json"], default="text", help="of the daemon's own log")
     add("-v", "--verbose", action="store_true", help="log every invocation")
+    add("--check", action="store_true", help="see whether these options can be, and what is installed; then end")
     add("--version", action="version", version=f"faasd {__version__}")
-    settings = parser.parse_args(argv, Settings(api=None, api_token_file=None, api_host=[]))
+    return parser
+
+
+def parse_arguments(argv: list[str]) -> Settings:
+    """Return the settings of a command line; exits with status 2 and a line on bad usage, as argparse does."""
+    parser = build_parser()
+    settings = parser.parse_args(
+        argv, Settings(api=None, api_token_file=None, api_host=[], max_warm=default_max_warm()))
     if settings.api and not settings.api_token_file:
         parser.error(f"--api needs --api-token-file FILE; {MAKE_TOKEN}")
     if settings.api_token_file and not settings.api:
@@ -9341,6 +9351,10 @@ def main(argv: list[str]) -> int:
             raise UsageError("faasd needs root, for namespaces, addresses and file owners: sudo ./faasd.py")
         leave_behind_the_shell()
         check_machine(settings)
+        if settings.check:
+            if settings.api:
+                read_token(settings.api_token_file)
+            return 0
         ids = IdRanges(find_host_ids())
         take_directories(settings)
         outlive_containers(settings.run_dir)

@@ -578,7 +578,8 @@ class Systemd:
         mkdir /usr/local/lib/faasd
         cp "$1/faasd.py" /usr/local/lib/faasd/
         mkdir /usr/local/lib/units
-        cp "$1/packaging/faasd.service" /usr/local/lib/units/
+        sed 's|/usr/sbin/faasd|/usr/local/lib/faasd/faasd.py|' "$1/packaging/faasd.service" \
+            >/usr/local/lib/units/faasd.service
         umount --lazy /proc             # one that stays below would let containers mount theirs whatever the unit hides
         mount -t proc proc /proc
         mount -t tmpfs tmpfs /run
@@ -682,8 +683,8 @@ class UnderSystemd(RestartCase):
         wait_until(lambda: systemd.show("NFileDescriptorStore") == "1", "systemd keeps the listener")
         pids = {systemd.show("MainPID")}
         with steady_load([address]) as failures:
-            for _ in range(2):
-                systemd.systemctl("restart", "faasd")
+            for change in ("restart", "reload"):
+                systemd.systemctl(change, "faasd")
                 pids.add(systemd.show("MainPID"))
         self.assertEqual(failures, [])
         client.read_number()
