@@ -107,6 +107,7 @@ import math
 import os
 import platform
 import posixpath
+import pwd
 import queue
 import re
 import resource
@@ -6150,18 +6151,34 @@ def function_metrics(functions: list[Function]) -> Iterator[str]:
             yield f'{name}{{function="{function.record.name}"}} {function.counts()[key]}'
 
 
-class LogFormatter(logging.Formatter):
-    """`TIME LEVEL message` with control characters escaped, or a JSON object a line."""
+PRIORITIES = {logging.DEBUG: 7, logging.INFO: 6, logging.WARNING: 4, logging.ERROR: 3, logging.CRITICAL: 2}
 
-    def __init__(self, as_json: bool):
+
+class LogFormatter(logging.Formatter):
+    """`TIME LEVEL message` with control characters escaped, or a JSON object a line.
+
+    For systemd's journal a line begins with `<PRIORITY>` (sd-daemon(3)), which it takes off, and it knows the time.
+    """
+
+    def __init__(self, as_json: bool, for_journal: bool = False):
         super().__init__("%(message)s")
-        self._as_json = as_json
+        self._as_json, self._for_journal = as_json, for_journal
 
     def format(self, record: logging.LogRecord) -> str:
         message, level = super().format(record), record.levelname.lower()
+        priority = f"<{PRIORITIES[record.levelno]}>" if self._for_journal else ""
         if self._as_json:
-            return json.dumps({"time": timestamp(), "level": level, "message": message})
-        return "\n".join(f"{timestamp()} {level} {escape_controls(line)}" for line in message.split("\n"))
+            return priority + json.dumps({"time": timestamp(), "level": level, "message": message})
+        head = priority or f"{timestamp()} {level} "
+        return "\n".join(head + escape_controls(line) for line in message.split("\n"))
+
+
+def is_journal(descriptor: int) -> bool:
+    """Return whether what we write there goes to systemd's journal (systemd.exec(5), JOURNAL_STREAM)."""
+    with contextlib.suppress(OSError):
+        status = os.fstat(descriptor)
+        return os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
+    return False
 
 
 MAX_UNWRITTEN_MESSAGES = 10_000     # of our own log, on their way to stderr
@@ -6172,11 +6189,16 @@ class StderrHandler(logging.Handler):
 
     def __init__(self, as_json: bool):
         super().__init__()
-        self.setFormatter(LogFormatter(as_json))
+        self._for_journal = is_journal(2)
+        self.setFormatter(LogFormatter(as_json, self._for_journal))
         self.writer = Writer(self._write, MAX_UNWRITTEN_MESSAGES)
 
     def emit(self, record: logging.LogRecord) -> None:
         self.writer.add(self.format(record))
+
+    def refuse(self, error: Exception) -> None:
+        """Say why we do not start, or go on no more, as a command line program does."""
+        self.writer.add(f"{'<3>' if self._for_journal else ''}faasd: {error}")
 
     def _write(self, lines: list[str], dropped: int) -> None:
         if dropped:
@@ -7076,7 +7098,8 @@ XATTR_RECORD = "SCHILY.xattr."           # + name: how PAX headers carry extende
 SELINUX_XATTR = "security.selinux"      # labels are the host's affair
 EARLIEST_TIME, LATEST_TIME = -1 << 31, (1 << 34) - 1    # what ext4 can hold, in seconds since 1970
 ACL_XATTRS = ("system.posix_acl_access", "system.posix_acl_default")
-ACL_VERSION, ACL_USER, ACL_GROUP = 2, 0x02, 0x08        # linux/posix_acl_xattr.h, linux/posix_acl.h
+ACL_VERSION, NOBODY = 2, 0xFFFF_FFFF                    # linux/posix_acl_xattr.h; and linux/posix_acl.h:
+ACL_USER_OBJ, ACL_USER, ACL_GROUP_OBJ, ACL_GROUP, ACL_MASK, ACL_OTHER = 0x01, 0x02, 0x04, 0x08, 0x10, 0x20
 
 
 def shift_acl(value: bytes, first_id: int) -> bytes:
@@ -7663,6 +7686,41 @@ class Refused(FaasdError):
         self.headers = {name.replace("_", "-"): value for name, value in headers.items()}
 
 
+def watch_directory(path: str) -> int:
+    """Return a descriptor that tells when a file of a directory was written or replaced (inotify(7)), or -1."""
+    try:
+        descriptor = succeeded(libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC))
+        succeeded(libc.inotify_add_watch(descriptor, path.encode(), 0x88))      # IN_CLOSE_WRITE, IN_MOVED_TO
+    except OSError as error:
+        log.warning("who joins the group faas from now on can use its socket only after a new login: %s", error)
+        return -1
+    return descriptor
+
+
+def admit_members(path: Path) -> None:
+    """Let the user who ran sudo and the group `faas` open a socket: its members by name too.
+
+    A process has the groups that its user had at login. By an access list a new member need not log in anew.
+    """
+    try:
+        group = grp.getgrnam("faas")
+    except KeyError:
+        group = grp.struct_group(("", "", 0, []))
+    members = []
+    for name in group.gr_mem:
+        with contextlib.suppress(KeyError):     # there is no such user
+            members.append(pwd.getpwnam(name).pw_uid)
+    entries = [(ACL_USER_OBJ, 6, NOBODY), *((ACL_USER, 6, uid) for uid in sorted({*members})),
+               (ACL_GROUP_OBJ, 6, NOBODY), (ACL_MASK, 6, NOBODY), (ACL_OTHER, 0, NOBODY)]
+    with contextlib.suppress(FileNotFoundError):        # the daemon has ended meanwhile
+        os.chown(path, sudo_user(), group.gr_gid)
+        try:
+            os.setxattr(path, ACL_XATTRS[0], struct.pack("<I", ACL_VERSION) + b"".join(
+                struct.pack("<HHI", *entry) for entry in entries))
+        except OSError:                         # such as a file system without access lists
+            path.chmod(0o660)
+
+
 MAX_CONNECTIONS = 128               # at a time, of each listener; more are closed at once
 
 
@@ -7678,13 +7736,16 @@ class ControlServer:
         path.unlink(missing_ok=True)    # of a killed daemon; faasd.lock says that none runs
         listener = socket.socket(socket.AF_UNIX)
         listener.bind(self._name)
-        try:
-            group = grp.getgrnam("faas").gr_gid
-        except KeyError:
-            group = 0
-        os.chown(path, sudo_user(), group)
-        path.chmod(0o660)
+        self._watch = watch_directory("/etc")   # first: no change of the group is missed
+        admit_members(path)
         self._listen(listener, answers)         # last: nobody can connect to what does not listen yet
+        if self._watch >= 0:
+            answers.loop.add_reader(self._watch, self._look_at_group)
+
+    def _look_at_group(self) -> None:
+        """Let in whoever is a member now, if /etc/group was replaced. In a thread: it may not be the only source."""
+        if b"group\0" in os.read(self._watch, 64 * KIB):
+            threading.Thread(target=admit_members, args=(Path(self._name),), daemon=True).start()
 
     def _listen(self, listener: socket.socket, answers: Answers) -> None:
         self.answers, self._listener = answers, listener
@@ -7755,6 +7816,9 @@ class ControlServer:
         self.answers.loop.remove_reader(self._listener)
         if self._listener.family == socket.AF_UNIX:
             Path(self._name).unlink(missing_ok=True)
+            if self._watch >= 0:
+                self.answers.loop.remove_reader(self._watch)
+                os.close(self._watch)
         self._listener.close()
         for connection in list(self._connections):
             with contextlib.suppress(OSError):          # the client was faster
@@ -9247,8 +9311,9 @@ def lock_directory(directory: Path) -> BinaryIO:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 if private or (holder := lock_holder(path)) and is_roots(holder):
-                    raise UsageError(f"faasd is already running on {directory}: stop it, or choose another --state-dir "
-                                     "and --run-dir") from None
+                    service = " as a service (systemctl status faasd)" if is_service(lock_holder(path)) else ""
+                    raise UsageError(f"faasd is already running on {directory}{service}: stop it, or choose another "
+                                     "--state-dir and --run-dir") from None
             with contextlib.suppress(FileNotFoundError):
                 if private and os.path.samestat(status, path.lstat()):      # else somebody has replaced it meanwhile
                     return file
@@ -9265,6 +9330,11 @@ def lock_holder(path: Path) -> int:
     file = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}:{status.st_ino}"
     holder = re.search(rf"FLOCK .* ([0-9]+) {file} ", Path("/proc/locks").read_text())
     return int(holder[1]) if holder else 0
+
+
+def is_service(pid: int) -> bool:
+    """Return whether a process is in the cgroup of our unit."""
+    return "/faasd.service\n" in read_text(f"/proc/{pid}/cgroup")
 
 
 def is_dead_with_lock(path: Path) -> bool:
@@ -9365,7 +9435,7 @@ def main(argv: list[str]) -> int:
             with asyncio.Runner(loop_factory=lambda: asyncio.SelectorEventLoop(EventsFirst())) as runner:
                 runner.run(serve(settings, addresses, ids))
     except FaasdError as error:
-        stderr.writer.add(f"faasd: {error}")
+        stderr.refuse(error)
         return 2 if isinstance(error, UsageError) else 1
     return 0
 

@@ -319,6 +319,37 @@ class Socket(unittest.TestCase):
             self.assertEqual(version_as(12345), 0)
             self.assertEqual(version_as(12346), 7)      # curl: could not connect
 
+    def test_members_of_the_group_from_the_moment_they_are_added(self):
+        """Neither the daemon nor the user's session begins anew; and the group need not be there when it starts."""
+        etc = support.temporary_directory()
+        self.addCleanup(shutil.rmtree, etc)
+        shutil.copytree("/etc", etc / "etc", symlinks=True, dirs_exist_ok=True)
+        etc /= "etc"
+
+        def replace(name: str, line: str) -> None:          # as useradd and groupadd do
+            text = "".join(each + "\n" for each in Path("/etc", name).read_text().splitlines()
+                           if each.split(":")[0] != line.split(":")[0])
+            (etc / f"{name}.new").write_text(f"{text}{line}\n")
+            (etc / f"{name}.new").rename(etc / name)
+        replace("passwd", "somebody:x:12345:12345::/:/bin/sh")
+        replace("group", "nothing:x:54320:")
+        own_etc = ("unshare", "--mount", "sh", "-ec", 'mount --bind "$0" /etc; exec "$@"', str(etc))
+        with support.Daemon(wrapper=own_etc) as daemon:
+            daemon.directory.chmod(0o755)
+
+            def may_open(uid: int, gid: int) -> bool:
+                return subprocess.run(["setpriv", f"--reuid={uid}", f"--regid={gid}", "--clear-groups", "curl", "-sS",
+                                       "--unix-socket", daemon.socket, "http://x/version"], capture_output=True,
+                                      check=False).returncode == 0
+            self.assertFalse(may_open(12345, 12345))
+            replace("group", "faas:x:54321:nobody-there,somebody")
+            support.wait_until(lambda: may_open(12345, 12345), "a member may open it")
+            self.assertFalse(may_open(12346, 12346))
+            self.assertTrue(may_open(12346, 54321), "who has logged in since")
+            replace("group", "faas:x:54321:")
+            support.wait_until(lambda: not may_open(12345, 12345), "it is a member no more")
+            self.assertEqual(os.stat(daemon.socket).st_mode & 0o777, 0o660)
+
     def test_state_is_closed_to_others(self):
         with support.Daemon() as daemon:
             self.assertEqual(os.stat(daemon.state_dir).st_mode & 0o777, 0o711)

@@ -129,6 +129,11 @@ class Text(unittest.TestCase):
         self.assertRegex(faasd.LogFormatter(False).format(record), r"^\S+Z info a\\x1bb$")
         self.assertEqual(json.loads(faasd.LogFormatter(True).format(record))["message"], "a\x1bb")
 
+    def test_log_lines_for_the_journal(self):
+        record = logging.LogRecord("faasd", logging.WARNING, "", 0, "a\n<0>b", (), None)
+        self.assertEqual(faasd.LogFormatter(False, for_journal=True).format(record), "<4>a\n<4><0>b")
+        self.assertTrue(faasd.LogFormatter(True, for_journal=True).format(record).startswith('<4>{"time": '))
+
 
 class Cgroups(unittest.TestCase):
     def test_process_that_is_gone_while_its_session_is_not(self):
