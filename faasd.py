@@ -1219,7 +1219,9 @@ class Invocation:
         if state.unacknowledged:
             await self._drain(state)
         if ending:
-            self.exit_status = await ending
+            ended = await ending
+            if not (self.handover.taken and container.killed):      # a server ends because we kill it: that is no error
+                self.exit_status = ended
         if container.out_of_memory:
             self.reason = "the container ran out of memory after its answer"
 

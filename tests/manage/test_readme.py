@@ -17,6 +17,7 @@ DOCUMENTS = [README, *((support.TOP / name).read_text() for name in ("SECURITY.m
 COVERED = {
     "sudo ./faasd.py": "tests/lib/support.py starts it so, with directories of its own",
     "sudo ./faasd.py --subnet 10.20.0.0/24 --port 8080": "test_daemon_on_another_subnet_and_port below",
+    "sudo ./faasd.py --port 81": "tests/serve/test_real_servers.py, behind nginx",
     "docker save test-handler | ./faas new test-handler": "tests/images/test_docker.py",
     "docker save nginx:alpine | ./faas new web": "tests/serve/test_real_servers.py, with Debian's nginx",
     "docker save alpine | ./faas new shout --contract stdio -- tr a-z A-Z": "tests/serve/test_server.py",

@@ -97,6 +97,8 @@ class Troubleshooting(unittest.TestCase):
                     (image, "--start-timeout", "1", "--", *SLEEP),
                     (image, "--memory", "16m", "--", support.PERL, "-e", "my $memory = 'x' x (64 << 20); sleep")):
                 self.faas(daemon, "new", "f", *options, stdin=archive)
+            with socket.create_server(("", 80)):
+                self.faas(daemon, "new", "f", stdin=support.small_image())
         self.check("What `faas new` may say:")
 
     def test_what_faas_says(self):

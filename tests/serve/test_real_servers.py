@@ -94,6 +94,12 @@ class Chunks:
             yield chunk
 
 
+def answers(host: str, port: int) -> bool:
+    with contextlib.suppress(ConnectionRefusedError), socket.create_connection((host, port)):
+        return True
+    return False
+
+
 def write_image(archive, layers: Iterable[bytes] = (), **config) -> None:
     """Write an archive of the servers' layer and others as `docker save` did; it is too large to be kept in memory."""
     with open(LAYER, "rb") as layer:
@@ -184,6 +190,30 @@ class Servers(support.SharedDaemonCase):
                 answer = connection.getresponse()
                 self.assertEqual((answer.status, bool(answer.read())), (200, True))
                 self.assertIs(connection.sock, own)
+
+    def test_the_proxies_of_the_documents(self):
+        """nginx and Caddy as README has them, from the image's files, before a function on port 81."""
+        fences = re.findall(r"(?ms)^```(nginx|caddy)\n(.*?)^```", (support.TOP / "README.md").read_text())
+        self.assertEqual([name for name, _ in fences], ["nginx", "caddy"])
+        changes = ("10.0.0.10:81", "10.7.0.10:81"), ("listen 80", "listen 127.0.0.1:8088"), (
+            "example.org {", "http://127.0.0.1:8088 {")
+        run = {"nginx": "nginx -e stderr -c {}", "caddy": "env HOME=/tmp caddy run --adapter caddyfile --config {}"}
+        around = {"nginx": "user root; daemon off; pid /tmp/nginx.pid; events {{}} http {{ access_log off; {} }}",
+                  "caddy": "{{\n    admin off\n}}\n{}"}
+        with support.Daemon("--subnet", "10.7.0.0/24", "--port", "81") as daemon:
+            daemon.deploy("g", support.small_image("behind"))
+            for name, text in fences:
+                for old, new in changes:
+                    text = text.replace(old, new)
+                root = self.daemon.rootfs("f")
+                (root / "tmp/proxy.conf").write_text(around[name].format(text))
+                command = ["chroot", root, *run[name].format("/tmp/proxy.conf").split()]
+                with self.subTest(name), subprocess.Popen(command, stderr=subprocess.DEVNULL) as proxy:
+                    try:
+                        wait_until(lambda: answers("127.0.0.1", 8088), f"{name} listens")
+                        self.assertEqual(curl("http://127.0.0.1:8088/"), "behind")
+                    finally:
+                        proxy.terminate()
 
     def test_upload_and_download_in_chunks(self):
         """Node sends back what comes, while it comes."""

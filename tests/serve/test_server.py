@@ -99,6 +99,7 @@ class Accepting(support.SharedDaemonCase):
         self.assertEqual(len({body for _, body in answers}), 50)
         wait_until(lambda: not support.list_containers(self.daemon), "no container is left")
         wait_until(lambda: self.daemon.function_log("f").count("outcome=answered") == 50, "50 are logged")
+        self.assertEqual(self.daemon.info("f")["errors"], 0, "that faasd ends a server is no error")
 
     def test_in_the_host_network_each_has_a_port_of_its_own(self):
         address = self.daemon.deploy("f", server_image("polling", "0.0.0.0:8080"), "--net", "host", "--warm", "3")
