@@ -30,6 +30,10 @@ COVERED = {
     "curl http://10.0.0.10/": "tests/images/test_docker.py",
     "./quickstart.sh": "tests/manage/test_quickstart.py",
     "sudo ./test.sh": ".ci/run",
+    "packaging/build-deb": "tests/manage/test_packaging.py",
+    "sudo apt install ./faasd_*_all.deb": "the same",
+    "sudo ./install.sh": "the same",
+    "sudo usermod -aG faas $USER": "test_group below",
     "iptables -I DOCKER-USER -i 'faas+' -j ACCEPT": "tests/serve/test_network.py",
     "iptables -I DOCKER-USER -o 'faas+' -m conntrack --ctstate ESTABLISHED,RELATED -j ACCEPT": "the same",
     "sudo tar --numeric-owner --xattrs --acls -C /var/lib -cf faasd.tar faasd": "test_backup below",
@@ -142,6 +146,15 @@ class Readme(unittest.TestCase):
             labels = re.findall(r'class="code">([^<]+)<', (support.TOP / "docs" / drawing).read_text())
             self.assertGreater(len(labels), 4, drawing)
             self.assertLessEqual(set(labels), known, drawing)
+
+    def test_group(self):
+        """In a copy of /etc."""
+        command, = (command for command in COVERED if "usermod" in command)
+        script = ("mount -t tmpfs tmpfs /mnt && cp -a /etc /mnt && mount --bind /mnt/etc /etc && groupadd -f faas && "
+                  f"USER=nobody && {command.removeprefix('sudo ')} && id -nG nobody")
+        result = subprocess.run(["unshare", "--mount", "bash", "-c", script], capture_output=True, text=True,
+                                check=False)
+        self.assertIn("faas", result.stdout.split(), result)
 
     def test_backup(self):
         """What is unpacked on another machine comes back on the same address, and rolls back."""
