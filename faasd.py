@@ -39,13 +39,12 @@ clients' sockets out of them (Leftovers.survivors), and goes on as if it had sta
 
 On disk:
     STATE_DIR/registry.json                   functions and their addresses
-    STATE_DIR/images/NAME/VERSION/rootfs/     the unpacked image; VERSION = first 12 hex digits of its digest
-    STATE_DIR/images/NAME/VERSION/image.json  what the image says about the process to run
+    STATE_DIR/images/NAME/IMAGE/rootfs/       an unpacked image; IMAGE = first 12 hex digits of its digest
+    STATE_DIR/images/NAME/IMAGE/image.json    what the image says about the process to run
     STATE_DIR/logs/NAME.log, NAME.log.1       output of the handlers and a line per invocation
     STATE_DIR/tmp/                            unpacking; emptied at start
     RUN_DIR/faasd.sock, faasd.lock            control API; one daemon per run-dir
     RUN_DIR/net/NAME, resolv.conf.*           network namespaces of functions with --net egress, and their resolvers
-    RUN_DIR/hosts/functions                   their names and addresses, as in hosts(5)
     RUN_DIR/program/                          this program, as the unpacking child runs it
     RUN_DIR/rootfs/                           where a container's root is mounted, in its runtime's mount namespace
     RUN_DIR/containers/ID/                    config.json, control.sock, output and note of one container, on a tmpfs
@@ -248,12 +247,9 @@ def read_text(path: str | Path) -> str:
         return ""
 
 
-def write_anew(path: Path, text: str, beside: Path | None = None) -> None:
-    """Put a file at path as a whole: containers that have the one before keep it.
-
-    Until it is whole it is beside it, or in another directory, for somebody may read all that is there.
-    """
-    new = (beside or path.parent) / (path.name + ".new")
+def write_anew(path: Path, text: str) -> None:
+    """Put a file at path as a whole: containers that have the one before keep it."""
+    new = path.with_name(path.name + ".new")
     new.write_text(text)
     new.chmod(0o644)
     new.rename(path)
@@ -412,7 +408,7 @@ class Options:
     def changed(self, query: dict[str, list[str]]) -> Options:
         """Return the options with what a query names in the place of what was; env is merged. Raises BadRequest."""
         readers = {entry.name: entry.metadata["read"] for entry in fields(self) if entry.metadata}
-        values: dict = {}
+        values: dict = {"cmd": ()} if "unset_cmd" in query else {}
         env = merge_env(self.env, query.get("env", []))
         for key, texts in query.items():
             if key in readers:
@@ -421,9 +417,21 @@ class Options:
                 values[key] = tuple(texts)
             elif key == "unset_env":
                 env = [entry for entry in env if entry.partition("=")[0] not in texts]
-            elif key != "env":
+            elif key not in ("env", "unset_cmd"):
                 raise BadRequest(f"unknown option {key!r}")
         return replace(self, env=tuple(env), **values).check()
+
+    def chosen(self) -> dict:
+        """Return what is not the default, as JSON."""
+        defaults = Options().to_json()
+        return {key: value for key, value in self.to_json().items() if value != defaults[key]}
+
+    def kept(self, query: dict[str, list[str]]) -> dict:
+        """Return what was chosen before the query that has changed options to these, and what it does not name."""
+        named = {entry.partition("=")[0] for entry in query.get("env", [])}
+        env = [entry for entry in self.env if entry.partition("=")[0] not in named]
+        kept = {key: value for key, value in self.chosen().items() if key not in query and key != "env"}
+        return kept | ({"env": env} if env else {})
 
     @property
     def reuses(self) -> bool:
@@ -504,10 +512,11 @@ def merge_env(base: Iterable[str], overrides: Iterable[str]) -> list[str]:
 
 @dataclass
 class VersionRecord:
-    """What the registry keeps of an image that a function runs, or ran and can be rolled back to."""
-    version: str                # first 12 hex digits of the image's digest: the directory of the image
+    """A version is an image with its options, which a function runs, or ran and can be rolled back to."""
+    number: int                 # counts up from 1
+    image: str                  # first 12 hex digits of its digest: its directory, which versions share
     deployed: str               # RFC 3339
-    options: Options            # those it ran under last
+    options: Options
     contract: str = "handler"   # how it takes its clients, handler, server or stdio, as was seen when it was proved
     port: int = 0               # a server's
 
@@ -544,8 +553,8 @@ class FunctionRecord:
         if not isinstance(self.first_id, int) or self.first_id < IDS:
             raise ValueError(f"function {self.name} has the ids {self.first_id!r}")
         for entry in self.versions:
-            if not re.fullmatch(r"[0-9a-f]{12}", entry.version):
-                raise ValueError(f"function {self.name} has a version {entry.version!r}")
+            if not re.fullmatch(r"[0-9a-f]{12}", entry.image) or not isinstance(entry.number, int) or entry.number < 1:
+                raise ValueError(f"function {self.name} has a version {entry.number!r} of the image {entry.image!r}")
             entry.options.check()
             if entry.contract not in ("handler", "server", "stdio") or not isinstance(entry.port, int):
                 raise ValueError(f"function {self.name} has the contract {entry.contract!r}")
@@ -555,15 +564,22 @@ class FunctionRecord:
         return self
 
     @property
-    def version(self) -> str:
-        return self.versions[0].version
+    def version(self) -> int:
+        return self.versions[0].number
 
     @property
     def options(self) -> Options:
         return self.versions[0].options
 
 
-REGISTRY_FORMAT = 3
+REGISTRY_FORMAT = 4
+
+
+def upgraded(function: dict) -> dict:
+    """Return a function of format 3, that of faasd 0.1.0, in ours: there a version was an image, and had no number."""
+    versions = [{"number": number, "image": entry["version"], **{key: entry[key] for key in entry if key != "version"}}
+                for number, entry in zip(itertools.count(len(function["versions"]), -1), function["versions"])]
+    return {**function, "versions": versions}
 
 
 class Registry:
@@ -576,10 +592,12 @@ class Registry:
         """Return the functions. Raises FaasdError if the file is damaged or newer; it is never overwritten."""
         try:
             document = json.loads(self._path.read_text())
-            if document["format"] != REGISTRY_FORMAT:
-                raise FaasdError(f"{self._path} has format {document['format']!r}, this faasd knows "
-                                 f"{REGISTRY_FORMAT}: use the faasd that wrote it")
-            records = [FunctionRecord.from_json(entry).check() for entry in document["functions"]]
+            written = document["format"]
+            if written not in (3, REGISTRY_FORMAT):
+                raise FaasdError(f"{self._path} has format {written!r}, this faasd knows 3 and {REGISTRY_FORMAT}: use "
+                                 "the faasd that wrote it")
+            functions = map(upgraded, document["functions"]) if written == 3 else document["functions"]
+            records = [FunctionRecord.from_json(entry).check() for entry in functions]
             for what in ("name", "address", "first_id"):
                 for value, count in collections.Counter(getattr(record, what) for record in records).items():
                     if count > 1:
@@ -632,17 +650,13 @@ def sync_file_system(path: Path) -> None:
 
 
 class Version:
-    """An image with the options it runs under: what a deploy makes, and the next one replaces."""
+    """What runs a version: made of its record, whose contract may be auto and port 0: not known yet."""
 
-    def __init__(self, name: str, directory: Path, image: dict, options: Options, host: ContainerHost,
-                 contract: str, port: int):
-        self.directory = directory
-        self.image = image
-        self.options = options
-        self.contract, self.port = contract, port       # auto and 0: not known yet
-        self.command = command_line(image["process"], options)
-        self.bundle = Bundle(name, image, options, directory / "rootfs", host.run_dir, host.cgroups, host.apparmor, (),
-                             contract, port)
+    def __init__(self, name: str, directory: Path, image: dict, record: VersionRecord, host: ContainerHost):
+        self.image, self.record, self.options = image, record, record.options
+        self.command = command_line(image["process"], record.options)
+        self.bundle = Bundle(name, image, record.options, directory / "rootfs", host.run_dir, host.cgroups,
+                             host.apparmor, (), record.contract, record.port, record.number)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1067,12 +1081,13 @@ class Function:
         document = {**self._summary(), "version": record.version, "created": record.created, "updated": record.updated,
                     "options": record.options.to_json()}
         if self.pool is None:
-            return {**document, "error": self.error, "digest": "", "image": record.version, "command": [],
+            return {**document, "error": self.error, "digest": "", "image": record.versions[0].image, "command": [],
                     "user": "", "workdir": "", "size": 0}
         version, image = self.pool.version, self.pool.version.image
-        document.update(contract=version.contract, server_port=version.port)
+        document.update(contract=version.record.contract, server_port=version.record.port)
         process = image["process"]
-        return {**document, "digest": image["digest"], "image": image["tag"] or record.version, "size": image["size"],
+        return {**document, "digest": image["digest"], "image": image["tag"] or version.record.image,
+                "size": image["size"],
                 "command": version.command, "user": f"{process['uid']}:{process['gid']}", "workdir": process["cwd"]}
 
 
@@ -2261,7 +2276,7 @@ class Container:
         self._pid = self._spawning.result()
         try:
             # All that the next daemon will believe of this container. A link is one call, and never half written.
-            os.symlink(f"{self._pid} {start_time(self._pid)} {bundle.name} {bundle.version} {bundle.contract}",
+            os.symlink(f"{self._pid} {start_time(self._pid)} {bundle.name} {bundle.image} {bundle.contract}",
                        f"{self._directory}/note")
             self._watch_exit(os.pidfd_open(self._pid))
         except OSError:                 # out of descriptors: what cannot be watched must not run
@@ -3559,7 +3574,7 @@ def mount_root(place: str, bundle: Bundle) -> None:
                            for path in (bundle.rootfs, f"{place}/upper", f"{place}/work"))
     mount_here("overlay", "faasd", f"{place}/root", MS_NOSUID | MS_NODEV,
                f"lowerdir={lower},upperdir={upper},workdir={work}")
-    for path, text in own_files(bundle).items():
+    for path, text in bundle.files.items():
         with contextlib.suppress(FileNotFoundError):
             os.unlink(f"{place}/root{path}")        # whatever it is: nothing there is followed, or opened
         with open(f"{place}/root{path}", "x") as file:
@@ -3571,19 +3586,10 @@ def mount_root(place: str, bundle: Bundle) -> None:
 HOSTS = "127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n"
 
 
-def own_files(bundle: Bundle) -> dict[str, str]:
-    """Return what a container gets in the place of its image's files, as docker does, by their real paths.
-
-    One that has a network finds the functions by the names that they have now.
-    """
-    functions = "" if bundle.own_network else read_text(bundle.names)
-    return {f"{bundle.etc}/hosts": f"{HOSTS}127.0.0.1\t{bundle.hostname}\n{functions}",
-            f"{bundle.etc}/hostname": f"{bundle.hostname}\n"}
-
-
-def names_path(run_dir: Path) -> Path:
-    """Return the file of the functions' names, in a directory where dnsmasq's hostsdir finds nothing else."""
-    return run_dir / "hosts/functions"
+def own_files(process: dict, hostname: str) -> dict[str, str]:
+    """Return what each container gets in the place of its image's files, as docker does, by their real paths."""
+    etc = posixpath.dirname(process["resolv_conf"])
+    return {f"{etc}/hosts": f"{HOSTS}127.0.0.1\t{hostname}\n", f"{etc}/hostname": f"{hostname}\n"}
 
 
 def root_place(run_dir: Path) -> Path:
@@ -3595,12 +3601,12 @@ class Bundle:
     """A function's config.json, rendered once; for each container its id and the user namespace are filled in."""
 
     def __init__(self, name: str, image: dict, options: Options, rootfs: Path, run_dir: Path, cgroups: Cgroups,
-                 apparmor: str = "", mounts: Iterable[dict] = (), contract: str = "handler", port: int = 0):
-        """mounts are what the rootfs itself is made of, where it is no unpacked image."""
-        self.name, self.version = name, image["version"]
+                 apparmor: str = "", mounts: Iterable[dict] = (), contract: str = "handler", port: int = 0,
+                 number: int = 0):
+        """mounts are what the rootfs itself is made of, where it is no unpacked image; number is the version's."""
+        self.name, self.image = name, image["version"]
         self.rootfs, self.memory = str(rootfs), options.memory
-        self.hostname, self.names = options.hostname or name, names_path(run_dir)
-        self.etc = posixpath.dirname(image["process"]["resolv_conf"])           # its real path
+        self.files = own_files(image["process"], options.hostname or name)
         self.first_id: int = image["first_id"]          # host id of the containers' root
         self.contract = contract                # auto: what it does first decides
         env = dict(entry.split("=", 1) for entry in (*image["process"]["env"], *options.env))
@@ -3616,7 +3622,7 @@ class Bundle:
         self._mark = f"@{secrets.token_hex(16)}@"       # stands for the id; nothing a user writes contains it
         self._namespace_mark = f"@{secrets.token_hex(16)}@"
         spec = build_spec(name, image, options, run_dir, cgroups, self._mark, self._namespace_mark, apparmor, contract,
-                          self.ports[0])
+                          self.ports[0], number)
         spec["mounts"][:0] = mounts
         self._template = json.dumps(spec)
         check_sizes(spec["process"], len(self._template))
@@ -3649,17 +3655,18 @@ MAX_OPEN_FILES = (1024, 4096)       # RLIMIT_NOFILE inside, soft and hard: a con
 
 
 def build_spec(name: str, image: dict, options: Options, run_dir: Path, cgroups: Cgroups, container_id: str,
-               user_namespace: str, apparmor: str = "", contract: str = "handler", port: int = 0) -> dict:
+               user_namespace: str, apparmor: str = "", contract: str = "handler", port: int = 0,
+               number: int = 0) -> dict:
     """Return the OCI runtime configuration (runtime-spec config.md) of a function's container.
 
-    image is the content of image.json, user_namespace the path of the one to join, and apparmor the name of a profile
-    that is loaded, or empty.
+    image is the content of image.json, user_namespace the path of the one to join, apparmor the name of a profile
+    that is loaded, or empty, and number the version's.
     """
     process = image["process"]
     hostname = options.hostname or name
     default = [f"HOSTNAME={hostname}", *([f"PORT={port}"] if contract in ("auto", "server") else [])]
     env = merge_env([*default, *process["env"]], [
-        *options.env, f"FAAS_FUNCTION={name}", f"FAAS_VERSION={image['version']}", f"FAAS_CONTAINER_ID={container_id}"])
+        *options.env, f"FAAS_FUNCTION={name}", f"FAAS_VERSION={number}", f"FAAS_CONTAINER_ID={container_id}"])
     ids = [{"containerID": 0, "hostID": image["first_id"], "size": IDS}]
     soft, hard = MAX_OPEN_FILES
     seccomp = seccomp_profile(platform.machine())
@@ -5432,7 +5439,6 @@ class ContainerHost:
     def prepare(self) -> None:
         """Make RUN_DIR/containers, on a tmpfs, and the place of containers' roots. Raises FaasdError."""
         self.containers_dir.mkdir(mode=0o711, exist_ok=True)
-        names_path(self.run_dir).parent.mkdir(mode=0o755, exist_ok=True)
         mounts = dict(read_mounts())            # a later mount hides an earlier one
         mount = next(str(path) for path in (self.containers_dir, *self.containers_dir.parents) if str(path) in mounts)
         if mounts[mount] != "tmpfs":
@@ -5492,8 +5498,7 @@ class ContainerHost:
         self.cgroups.remove(self.cgroups.parent)
         shutil.rmtree(self.runtime.root / ".cache", ignore_errors=True)         # crun's, of seccomp filters
         mounts = dict(read_mounts())
-        names = names_path(self.run_dir).parent
-        for directory in (self.containers_dir, root_place(self.run_dir), self.runtime.root, names):
+        for directory in (self.containers_dir, root_place(self.run_dir), self.runtime.root):
             if str(directory) in mounts:
                 try_command(f"cannot unmount {directory}", "umount", str(directory))
             try:
@@ -5622,7 +5627,7 @@ class Survivor:
     container_id: str
     cgroup: str
     function: str
-    version: str
+    image: str
     contract: str
     pid: int                    # of runc run
     pidfd: int
@@ -5683,7 +5688,7 @@ class Leftovers:
         with contextlib.ExitStack() as stack:
             directory = self._host.containers_dir / container_id
             directory = stack.enter_context(opened(directory, os.O_PATH | os.O_DIRECTORY))
-            number, started, name, version, *contract = os.readlink("note", dir_fd=directory).split(" ")
+            number, started, name, image, *contract = os.readlink("note", dir_fd=directory).split(" ")
             pid = int(number)
             pidfd = stack.enter_context(kept_open(os.pidfd_open(pid)))
             if not is_roots(pid) or start_time(pid) != started:
@@ -5701,7 +5706,7 @@ class Leftovers:
             clients = list(itertools.islice(found, MAX_SURVIVING_CLIENTS if notify >= 0 else 1))
             if not clients:
                 raise KeyError(addresses[name])
-            return Survivor(container_id, cgroups[container_id], name, version, *(contract or ["handler"]), pid,
+            return Survivor(container_id, cgroups[container_id], name, image, *(contract or ["handler"]), pid,
                             os.dup(pidfd), os.dup(output), os.dup(notify) if notify >= 0 else -1, clients)
 
     def _clients_of(self, cgroup: str, address: str,
@@ -8048,8 +8053,8 @@ class ControlHandler(http.server.BaseHTTPRequestHandler):
 
     def deploy(self, name: str, query: dict) -> None:
         """Have a child unpack the body, which it reads from the connection itself."""
-        options = Options().changed({key: texts for key, texts in query.items() if key != "tag"})
-        tag = query.get("tag", [""])[-1]
+        tag, reset = query.pop("tag", [""])[-1], read_switch(query.pop("reset", ["false"])[-1])
+        Options().changed(query)        # what is wrong with it is said before the archive is sent
         if self.headers.get_content_type() not in ARCHIVE_TYPES:        # none at all is what a page can send, too
             raise Refused(415, f"an archive needs `Content-Type: {ARCHIVE_TYPES[0]}`")
         length = "chunked" if "Transfer-Encoding" in self.headers else self.headers.get("Content-Length")
@@ -8059,7 +8064,7 @@ class ControlHandler(http.server.BaseHTTPRequestHandler):
             self.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         try:
             deploys = self.server.answers.deploys
-            created, document = self._call(deploys.deploy(name, self.connection, length, tag, options))
+            created, document = self._call(deploys.deploy(name, self.connection, length, tag, reset, query))
         except OSError as error:
             raise storage_error(error, "storing the image") from error
         self._reply(201 if created else 200, document)
@@ -8227,12 +8232,13 @@ class Answers:
         documents = []
         for number, entry in enumerate(self.deploys.get(name).record.versions):
             try:
-                image = self.deploys.images.load(name, entry.version)
+                image = self.deploys.images.load(name, entry.image)
             except FaasdError:
                 image = {"digest": "", "tag": "", "size": 0}
-            documents.append({"version": entry.version, "digest": image["digest"], "size": image["size"],
-                              "image": image["tag"] or entry.version, "deployed": entry.deployed,
-                              "current": number == 0, "options": entry.options.to_json()})
+            documents.append({"version": entry.number, "digest": image["digest"], "size": image["size"],
+                              "image": image["tag"] or entry.image, "deployed": entry.deployed,
+                              "current": number == 0, "options": entry.options.to_json(),
+                              "chosen": entry.options.chosen()})
         return {"versions": documents}
 
     async def statistics(self, *names: str, query: dict) -> dict:
@@ -8264,7 +8270,7 @@ DISCARD_SECONDS = 3.0               # for which a start, a stop or a change wait
 
 
 class ImageStore:
-    """The unpacked images, STATE_DIR/images/NAME/VERSION. They come from STATE_DIR/tmp, and go there, by one rename."""
+    """The unpacked images, STATE_DIR/images/NAME/IMAGE. They come from STATE_DIR/tmp, and go there, by one rename."""
 
     def __init__(self, settings: Settings, host: ContainerHost):
         self._settings, self._host = settings, host
@@ -8405,15 +8411,15 @@ class ImageStore:
 
     def version(self, name: str, entry: VersionRecord) -> Version:
         """Return what runs for a record. Raises FaasdError if its image is damaged."""
-        image, directory = self.load(name, entry.version), self._images / name / entry.version
+        image, directory = self.load(name, entry.image), self._images / name / entry.image
         try:
             rootfs = Rootfs(directory / "rootfs", image["first_id"], Budget(0, 0))
             image["process"] = choose_process(image["process"], entry.options, rootfs)
-            return Version(name, directory, image, entry.options, self._host, entry.contract, entry.port)
+            return Version(name, directory, image, entry, self._host)
         except OSError as error:
-            raise FaasdError(f"its image {entry.version} cannot be read: {error.strerror}") from error
+            raise FaasdError(f"its image {entry.image} cannot be read: {error.strerror}") from error
         except (KeyError, TypeError, AttributeError) as error:
-            raise FaasdError(f"its image {entry.version} is damaged ({error!r}): deploy it again") from None
+            raise FaasdError(f"its image {entry.image} is damaged ({error!r}): deploy it again") from None
 
 
 ADDRESS_RETRY_SECONDS = 1.0         # between attempts to put an address back on lo
@@ -8467,7 +8473,6 @@ class Attachments:
             await self._run(self.published.remove_all)
         for path in self._settings.run_dir.glob("resolv.conf.*"):
             path.unlink()
-        names_path(self._settings.run_dir).unlink(missing_ok=True)
 
     def guard(self) -> None:
         """Keep handlers from using their client's socket for anything else, and warn if that cannot be. Blocks."""
@@ -8547,6 +8552,9 @@ class Attachments:
         return self._loop.run_in_executor(self._egress_thread, function, *arguments)
 
 
+MAX_OPTIONS_KEPT = 10               # versions kept of one image
+
+
 class Deploys:
     """The functions there are, and the only way in which they change: proved first, then written down, then in service.
 
@@ -8577,7 +8585,9 @@ class Deploys:
         return Function(record, self._services, FunctionLog(path, self._services.logs))
 
     def describe(self, function: Function) -> dict:
-        document = {**function.describe(), "port": self._settings.port}
+        port = self._settings.port
+        url = f"http://{function.record.address}" + (f":{port}" if port != 80 else "")
+        document = {**function.describe(), "port": port, "url": url}
         if function.record.address in self.attachments.addresses.missing:
             document.update(state="broken", error="somebody has taken its address from lo, and faasd cannot put it "
                                                   "back")
@@ -8585,24 +8595,47 @@ class Deploys:
 
     # -- changes --
 
-    async def deploy(self, name: str, connection: socket.socket, length: str, tag: str,
-                     options: Options) -> tuple[bool, dict]:
-        """Make an archive what a function runs. Raises FaasdError, OSError.
+    async def deploy(self, name: str, connection: socket.socket, length: str, tag: str, reset: bool,
+                     query: dict[str, list[str]]) -> tuple[bool, dict]:
+        """Make an archive what a function runs, with its options, or the defaults, changed as a query says.
 
         connection and length are as unpack_main takes them. Returns whether the function is new, and its description.
+        Raises FaasdError, OSError.
         """
         created = name not in self.functions
         async with self._changing(name, "deploy") as undo:
+            options = self._options(name, reset, query)
+            kept = options.kept(query)
             self._check_warm(name, options)
             unpacked = self.images.unused_path()
             undo.push_async_callback(self.images.discard, unpacked)
             first_id = self._first_id(name, undo)
             image = await self.images.unpack(connection, length, unpacked, tag, first_id)
             await self.images.put(name, unpacked, image, undo)
-            document = await self._install(name, VersionRecord(image["version"], "", options), "deployed", undo)
+            what, entry = "deployed" if created else "replaced", self._next_version(name, image["version"], options)
+            try:
+                document = await self._install(name, entry, what, undo)
+            except FaasdError as error:
+                if kept and error.status in (400, 422):
+                    names = ", ".join(kept).replace("_", "-")
+                    raise FaasdError(f"{error} (kept from before: {names}; `--reset` starts from the defaults)",
+                                     error.output, error.status) from error
+                raise
             for line in image["warnings"]:
                 log.warning("function=%s image: %s", name, line)
-            return created, {**document, "warnings": image["warnings"]}
+            return created, {**document, "warnings": image["warnings"], "replaced": not created, "kept": kept}
+
+    def _options(self, name: str, reset: bool, query: dict[str, list[str]]) -> Options:
+        """Return a function's options, or the defaults, changed as a query says. Raises BadRequest."""
+        known = name in self.functions and not reset
+        return (self.functions[name].record.options if known else Options()).changed(query)
+
+    def _next_version(self, name: str, image: str, options: Options) -> VersionRecord:
+        """Return the version that an image and options are: the one that a function runs, or a new one."""
+        kept = self.functions[name].record.versions if name in self.functions else []
+        if kept and (kept[0].image, kept[0].options) == (image, options):
+            return kept[0]
+        return VersionRecord(1 + max((entry.number for entry in kept), default=0), image, "", options)
 
     def _first_id(self, name: str, undo: contextlib.AsyncExitStack) -> int:
         """Return the first host id of a function's range, for a new one of a free range. Raises Conflict."""
@@ -8618,31 +8651,33 @@ class Deploys:
         await asyncio.to_thread(self._host.forget, name)
 
     async def change(self, name: str, query: dict[str, list[str]]) -> dict:
-        """Change options of a function as a query names them. Raises FaasdError."""
+        """Change options of a function as a query names them, which makes a version too. Raises FaasdError."""
         if not query:
             raise BadRequest("nothing to change: name an option")
-        function = self.get(name)
+        reset, function = read_switch(query.pop("reset", ["false"])[-1]), self.get(name)
         async with self._changing(name, "change") as undo:
-            entry = function.record.versions[0]
-            return await self._install(name, replace(entry, options=entry.options.changed(query)), "changed", undo)
+            options = self._options(name, reset, query)
+            entry = self._next_version(name, function.record.versions[0].image, options)
+            return await self._install(name, entry, "changed", undo)
 
     async def roll_back(self, name: str, query: dict[str, list[str]]) -> dict:
-        """Go back to an earlier version and the options it ran under. Raises FaasdError.
+        """Go back to an earlier version. Raises FaasdError.
 
-        The query's `version` is the beginning of its name; without it, to the one before.
+        The query's `version` is its number, or its image's first 12 digits; without it, to the one before.
         """
         wanted = query.get("version", [""])[-1]
         function = self.get(name)
         async with self._changing(name, "rollback") as undo:
-            earlier = function.record.versions[1:]
-            if not earlier:
+            current, *others = function.record.versions
+            if wanted == str(current.number):
+                raise Conflict(f"function {name} runs version {wanted} already")
+            if not others:
                 raise Conflict(f"function {name} has no earlier version to go back to")
-            found = [entry for entry in earlier if entry.version.startswith(wanted)][:None if wanted else 1]
-            if len(found) != 1:
-                count = "more than one" if found else "no earlier"
-                raise FaasdError(f"function {name} has {count} version {wanted!r}: `faas versions {name}` shows them",
-                                 status=404)
-            return await self._install(name, found[0], "rolled back", undo)
+            found = next((entry for entry in others if wanted in ("", str(entry.number), entry.image)), None)
+            if not found:
+                raise FaasdError(f"function {name} has no version {wanted!r} to go back to: `faas versions {name}` "
+                                 "shows those there are", status=404)
+            return await self._install(name, found, "rolled back", undo)
 
     async def remove(self, name: str, query: dict) -> dict:
         """Drain a function and remove its address, images and log. Raises FaasdError."""
@@ -8739,8 +8774,9 @@ class Deploys:
             function.log.write_output(container.id, line)
         record = function.record
         function.log.write("-", ">", f"{what} version={record.version}")
-        log.info("function=%s version=%s %s at %s", name, record.version, what, record.address)
-        return self.describe(function)
+        document = self.describe(function)
+        log.info("function=%s version=%s %s at %s", name, record.version, what, document["url"].removeprefix("http://"))
+        return document
 
     async def _prove(self, name: str, entry: VersionRecord) -> tuple[Version, Container, list[str]]:
         """Start one container; return it once it is ready, with what it runs and what it printed. Raises FaasdError.
@@ -8803,26 +8839,22 @@ class Deploys:
         before, now = function.record if function else None, timestamp()
         addresses, taken = self.attachments.addresses, [other.record.address for other in self.functions.values()]
         address = before.address if before and addresses.has(before.address) else addresses.lowest_free(taken)
-        entry = VersionRecord(version.directory.name, now, version.options, version.contract, version.port)
-        others = [other for other in (before.versions if before else []) if other.version != entry.version]
+        entry = replace(version.record, deployed=now)
+        others = [other for other in (before.versions if before else []) if other.number != entry.number]
         return FunctionRecord(name, address, version.bundle.first_id, before.created if before else now, now,
-                              [entry, *others[:self._settings.keep_versions - 1]])
+                              self._worth_keeping([entry, *others]))
+
+    def _worth_keeping(self, versions: list[VersionRecord]) -> list[VersionRecord]:
+        """Return those with one of the images used last, and of each image those that ran last: images take room."""
+        images = list(dict.fromkeys(entry.image for entry in versions))[:self._settings.keep_versions]
+        last = {image: [entry for entry in versions if entry.image == image][:MAX_OPTIONS_KEPT] for image in images}
+        return [entry for entry in versions if entry in last.get(entry.image, ())]
 
     async def _save(self, name: str, record: FunctionRecord | None) -> None:
         """Write the functions down, one with this record, or without it. Raises FaasdError; then all is as before."""
         records = {function.record.name: function.record for function in self.functions.values()
                    if not function.being_removed} | {name: record}
-        kept = list(filter(None, records.values()))
-        await asyncio.to_thread(self.registry.save, kept)
-        await self.write_names(kept)
-
-    async def write_names(self, records: Iterable[FunctionRecord]) -> None:
-        """Put the functions' names where resolvers and containers find them; failure is logged."""
-        text = "".join(f"{record.address}\t{record.name}.{self._settings.domain}\n" for record in records)
-        try:
-            await asyncio.to_thread(write_anew, names_path(self._settings.run_dir), text, self._settings.run_dir)
-        except OSError as error:
-            log.error("cannot write the names of functions: %s", error)
+        await asyncio.to_thread(self.registry.save, list(filter(None, records.values())))
 
     # -- what is old --
 
@@ -8840,7 +8872,7 @@ class Deploys:
             if self.functions.get(name) is function and name not in self._changes:
                 if function.record.options.net != "egress":
                     self.attachments.withdraw(name)
-                await self.images.keep(name, [entry.version for entry in function.record.versions])
+                await self.images.keep(name, [entry.image for entry in function.record.versions])
 
     # -- for the daemon --
 
@@ -8899,8 +8931,8 @@ class Restart:
             self._host.prepare()
             self.survivors = await self.leftovers.survivors({record.name: record.address for record in self._records})
             self._deploys.registry.clear()
-            kept = {(record.name, entry.version) for record in self._records for entry in record.versions}
-            kept |= {(survivor.function, survivor.version) for survivor in self.survivors}
+            kept = {(record.name, entry.image) for record in self._records for entry in record.versions}
+            kept |= {(survivor.function, survivor.image) for survivor in self.survivors}
             await self._deploys.images.clear(kept)
             for path in (self._settings.state_dir / "logs").glob("*.log*"):
                 if path.name.split(".")[0] not in names:
@@ -8918,7 +8950,6 @@ class Restart:
             log.warning("functions were promised %d warm containers, and --max-warm is %d: some get fewer",
                         self._deploys.promised(), self._settings.max_warm)
         await self._deploys.attachments.remove_stale_rules()
-        await self._deploys.write_names(self._records)
         self._deploys.attachments.listeners.forget_unclaimed()
         self._deploys.attachments.addresses.remove_stale({record.address for record in self._records})
 
@@ -9096,8 +9127,6 @@ def build_parser() -> argparse.ArgumentParser:
     # 10/8, 172.16/12, 192.168/16 (LANs, VPNs, Docker), 100.64/10 (carriers, Tailscale), 169.254/16 (which we block).
     add("--egress-subnet", type=parse_egress_subnet, default="198.18.0.0/20", metavar="CIDR",
         help="functions with --net egress get its addresses, which nobody but this machine sees")
-    add("--domain", type=parse_domain, default="faas", metavar="NAME",
-        help="functions are named NAME.faas, or as you say here, in RUN_DIR/hosts/functions")
     add("--runtime", default="runc", metavar="PROGRAM", help="an OCI runtime with runc's command line")
     add("--drain-timeout", type=parse_duration, default="30s", metavar="TIME",
         help="how long running invocations may go on after SIGTERM, and waiting ones after SIGHUP")
@@ -9110,7 +9139,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--max-uploads", type=parse_count, default="8", metavar="N",
         help="limit for the images that are received and unpacked at a time")
     add("--keep-versions", type=parse_count, default="3", metavar="N",
-        help="images kept of each function, for rollback")
+        help="images kept of each function, with the options they ran under, for rollback")
     add("--api", type=parse_endpoint, default=none, metavar="HOST:PORT",
         help="serve the control API there as well, such as 127.0.0.1:9000")
     add("--api-token-file", type=Path, default=none, metavar="FILE", help="the token that its clients have to send")
@@ -9133,10 +9162,6 @@ def parse_arguments(argv: list[str]) -> Settings:
     if settings.api_token_file and not settings.api:
         parser.error("--api-token-file is of use with --api HOST:PORT only")
     return settings
-
-
-parse_domain = reader("domain", r"[a-z0-9]([a-z0-9-]*[a-z0-9])?(\.[a-z0-9]([a-z0-9-]*[a-z0-9])?)*",
-                      "write names of a-z, 0-9 and '-', with dots between")
 
 
 def default_max_warm() -> int:

@@ -49,13 +49,13 @@ class Crash(unittest.TestCase):
         self.daemon = support.Daemon(wrapper=self.gate.wrapper).start()
         self.addCleanup(self.daemon.close)
         self.images = {label: support.small_image(label=label) for label in LABELS}
-        self.labels: dict[str, str] = {}                # version → label
+        self.labels: dict[str, str] = {}                # image → label
         self.prepare: Callable[[], object] = lambda: None       # makes f what the operation needs
         self.goal: dict = {}                            # what state() is when it has succeeded
         for label in LABELS:
             self.deploy("f", label)
         self.deploy("g", "1", warm=1)
-        self.options = self.state()["f"]["versions"][0][1]
+        self.options = self.state()["f"]["versions"][0][2]
         self.settle()
         self.standing = self.what_stands()
 
@@ -100,7 +100,7 @@ class Crash(unittest.TestCase):
     def deploy(self, name: str, label: str, warm: int = 0) -> dict | None:
         document = self.api("POST", f"/functions/{name}?warm={warm}", self.images[label])
         if document:
-            self.labels[document["version"]] = label
+            self.labels[document["digest"][7:19]] = label
         return document
 
     def state(self) -> dict[str, dict]:
@@ -110,7 +110,7 @@ class Crash(unittest.TestCase):
             versions = self.api("GET", f"/functions/{entry['name']}/versions")["versions"]
             functions[entry["name"]] = {
                 "address": entry["address"], "state": entry["state"],
-                "versions": [(version["version"], version["options"]) for version in versions]}
+                "versions": [(version["digest"][7:19], version["version"], version["options"]) for version in versions]}
         return functions
 
     def settle(self) -> None:
@@ -136,7 +136,7 @@ class Crash(unittest.TestCase):
         self.assertEqual({path.rpartition("/")[2] for path in support.container_cgroups(self.daemon)}, set(ids))
         self.assertEqual(self.what_stands(), self.standing)
         self.assertEqual(os.listdir(state_dir / "tmp"), [])
-        kept = {(name, version) for name, entry in functions.items() for version, _ in entry["versions"]}
+        kept = {(name, image) for name, entry in functions.items() for image, *_ in entry["versions"]}
         self.assertEqual({(path.parent.name, path.name) for path in (state_dir / "images").glob("*/*")}, kept)
         self.assertEqual(set(os.listdir(state_dir / "images")), set(functions))
         self.assertLessEqual({path.name for path in (state_dir / "logs").iterdir()}, {f"{f}.log" for f in functions})
@@ -198,33 +198,37 @@ class Crash(unittest.TestCase):
 
     # -- operations --
 
-    def with_version(self, before: dict, version: str, options: dict) -> dict:
-        """Return the state with that version of f on top."""
-        kept = dict(before["f"]["versions"]) if "f" in before else {}
-        kept.pop(version, None)
-        versions = [(version, options), *kept.items()]
-        return {**before, "f": {"address": F_ADDRESS, "state": "ready", "versions": versions}}
+    def with_version(self, before: dict, image: str, options: dict, number: int = 0) -> dict:
+        """Return the state with that version of f on top, a new one unless it has a number."""
+        kept = before["f"]["versions"] if "f" in before else []
+        number = number or 1 + max((version[1] for version in kept), default=0)
+        versions = [(image, number, options), *(version for version in kept if version[1] != number)]
+        images = [version[0] for version in versions]
+        last = [version for place, version in enumerate(versions)
+                if images[:place].count(version[0]) < support.faasd.MAX_OPTIONS_KEPT]
+        return {**before, "f": {"address": F_ADDRESS, "state": "ready", "versions": last}}
 
-    def version_of(self, label: str) -> str:
-        return next(version for version, other in self.labels.items() if other == label)
+    def image_of(self, label: str) -> str:
+        return next(image for image, other in self.labels.items() if other == label)
 
     def redeploy(self, before: dict) -> bool:
         label = "2" if self.labels[before["f"]["versions"][0][0]] == "1" else "1"
-        self.goal = self.with_version(before, self.version_of(label), self.options)
+        self.goal = self.with_version(before, self.image_of(label), self.options)
         return self.deploy("f", label) is not None
 
     def deploy_new(self, before: dict) -> bool:
-        self.goal = self.with_version(before, self.version_of("1"), self.options)
+        self.goal = self.with_version(before, self.image_of("1"), self.options)
         return self.deploy("f", "1") is not None
 
     def roll_back(self, before: dict) -> bool:
-        self.goal = self.with_version(before, *before["f"]["versions"][1])
+        image, number, options = before["f"]["versions"][1]
+        self.goal = self.with_version(before, image, options, number)
         return self.api("POST", "/functions/f/rollback") is not None
 
     def set_timeout(self, before: dict) -> bool:
-        version, options = before["f"]["versions"][0]
+        image, _, options = before["f"]["versions"][0]
         timeout = 50 - options["timeout"]
-        self.goal = self.with_version(before, version, {**options, "timeout": timeout})
+        self.goal = self.with_version(before, image, {**options, "timeout": timeout})
         return self.api("PATCH", f"/functions/f?timeout={timeout:g}") is not None
 
     def remove(self, before: dict) -> bool:

@@ -457,7 +457,7 @@ class Registry(unittest.TestCase):
         self.path = Path(self.directory.name) / "registry.json"
         options = faasd.Options()
         self.record = faasd.FunctionRecord("f", "10.0.0.10", faasd.FIRST_ID, "2026", "2026", [
-            faasd.VersionRecord("0123456789ab", "2026", options)])
+            faasd.VersionRecord(1, "0123456789ab", "2026", options)])
         faasd.Registry(self.path).save([self.record])
         self.good = json.loads(self.path.read_text())
 
@@ -475,7 +475,7 @@ class Registry(unittest.TestCase):
 
     def test_damaged_file(self):
         whole = self.path.read_bytes()
-        for content in (b"", b"{", b"null", b"[]", b"\0" * len(whole), b"\xff\xfe", b"[" * 100_000, b'{"format": 3}',
+        for content in (b"", b"{", b"null", b"[]", b"\0" * len(whole), b"\xff\xfe", b"[" * 100_000, b'{"format": 4}',
                         *(whole[:cut] for cut in range(1, len(whole) - 2, 37))):
             with self.subTest(content[:40]):
                 line = self.refuse(content)
@@ -493,9 +493,9 @@ class Registry(unittest.TestCase):
                         {"address": "10.0.0.10/8"}, {"address": None}, {"created": 1}, {"updated": None},
                         {"first_id": 0}, {"first_id": None}, {"first_id": "1000000"},
                         {"versions": []}, {"versions": {}}, {"versions": None}, {"versions": ["0123456789ab"]},
-                        version(version="../../../etc"), version(version="0123"), version(version=None),
-                        version(deployed=0), version(options={}), version(options=None), options(memory="512m"),
-                        options(memory=1), options(cpus=None), options(timeout="30"), options(env="A=1"),
+                        version(image="../../../etc"), version(image="0123"), version(image=None), version(number=0),
+                        version(number="1"), version(deployed=0), version(options={}), version(options=None),
+                        options(memory="512m"), options(memory=1), options(cpus=None), options(timeout="30"), options(env="A=1"),
                         options(env=["A"]), options(env=[1]), options(cmd=[None]), options(warm="many"),
                         options(concurrency=1.5), options(queue_timeout=0)):
             with self.subTest(changes):

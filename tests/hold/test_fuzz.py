@@ -41,7 +41,8 @@ PATHS = [
     "/%", "/[", "//[", "http://[/"]
 OPTIONS = [
     "memory", "cpus", "pids", "timeout", "start_timeout", "concurrency", "queue", "queue_timeout", "warm", "reuse",
-    "env", "cmd", "unset_env", "tag", "version", "tail", "since", "follow", "colour", "", "__class__"]
+    "env", "cmd", "unset_env", "unset_cmd", "reset", "tag", "version", "tail", "since", "follow", "colour", "",
+    "__class__"]
 VALUES = [
     "", "0", "1", "2", "-1", "1.5", "64m", "512m", "1g", "999999999999999g", "9" * 400, "1e309", "nan", "inf",
     "auto", "10ms", "1s", "999999999h", "0x10", "١", "A=1", "=", "A", "A=\0", "\0", "A=" + "x" * 9000, "\n",

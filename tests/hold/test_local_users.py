@@ -175,8 +175,7 @@ class Forgers(LocalUserCase):
         source = HANDLER.replace("COMMAND", "/forge").replace("BODY", """run, trap = key.split(":")
     os.set_inheritable(client.fileno(), True)
     if os.fork() == 0:
-        os.execv("/x", ["x", "--root", run, "run", trap + "/$FAAS_VERSION/rootfs/evil".replace(
-            "$FAAS_VERSION", os.environ["FAAS_VERSION"])])
+        os.execv("/x", ["x", "--root", run, "run", trap])
     client.sendall(HEAD + b"0\\n")
     while not os.path.exists("/go"):
         time.sleep(0.02)
@@ -190,7 +189,7 @@ class Forgers(LocalUserCase):
         daemon = self.start()
         address = daemon.deploy("f", image)
         other = daemon.deploy("good", support.small_image())
-        client = self.client(address, f"/forge?{daemon.run_dir}/runc:{far_path(daemon.state_dir / 'images/f')}")
+        client = self.client(address, f"/forge?{daemon.run_dir}/runc:{far_path(daemon.rootfs('f') / 'evil')}")
         self.assertEqual(client.read_line() and "200", "200")
         wait_until(lambda: support.processes(f"x --root {daemon.run_dir}"), "it poses")
         end(daemon)

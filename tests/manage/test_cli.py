@@ -198,11 +198,11 @@ class Conversation(unittest.TestCase):
         for tag, shown in (("app\nforged  *", r"app\nforged  *"), ("\x1b]52;c;aGk=\x07", r"\x1b]52;c;aGk=\x07"),
                            ("\u202e\x9b2J\r", r"\u202e\x9b2J\r"), ("x" * 200_000, "x" * 99 + "…")):
             answer = response(200, {"versions": [{"version": "0123", "current": True, "deployed": moment, "size": 5,
-                                                  "image": tag}]})
+                                                  "digest": "", "image": tag}]})
             out = self.talk(answer, "versions", "f").stdout
             self.socket.unlink()
             self.assertEqual(out.count("\n"), 2)
-            self.assertTrue(out.endswith(f"5 B   {shown}\n"), out[-200:])
+            self.assertTrue(out.endswith(f"5 B           {shown}\n"), out[-200:])
             self.assertEqual(json.loads(self.talk(answer, "--json", "versions", "f").stdout)[0]["image"], tag)
             self.socket.unlink()
         self.assertEqual(self.talk(response(404, {"error": "no \x1b[2J"}), "info", "f").stderr, "faas: no \\x1b[2J\n")
@@ -267,28 +267,63 @@ class WithDaemon(unittest.TestCase):
             self.assertEqual(set(document("version")), {"client", "daemon"})
             self.assertEqual(document("set", "f", "--reuse", "2")["options"]["reuse"], 2)
             self.assertEqual([f["requests"] for f in document("stats", "f")["functions"]], [0])
-            self.assertEqual([v["current"] for v in document("versions", "f")], [True])
+            self.assertEqual([v["current"] for v in document("versions", "f")], [True, False])
+            self.assertEqual(document("url", "f"), "http://10.0.0.10")
             self.assertEqual(document("rm", "f"), {"removed": ["f"]})
 
     def test_set_versions_rollback(self):
         with support.Daemon() as daemon:
             daemon.deploy("f", None, "-e", "A=1", "-e", "B=1")
-            first, = daemon.versions("f")
             out = daemon.faas("set", "f", "-e", "A=2", "--unset-env", "B", "--queue", "0", "--", "x y").stdout
-            self.assertEqual(out, "✓ Updated f at 10.0.0.10\n")
+            self.assertEqual(out, "✓ Updated f at 10.0.0.10 (version 2)\n")
             options = daemon.info("f")["options"]
             self.assertEqual((options["env"], options["queue"], options["cmd"]), (["A=2"], 0, ["x y"]))
             daemon.deploy("f", support.handler_image(label="2"))
-            second = daemon.versions("f")[0]
-            rows = [row.split() for row in daemon.faas("versions", "f").stdout.splitlines()]
-            self.assertEqual(rows[0], ["VERSION", "CURRENT", "DEPLOYED", "SIZE", "IMAGE"])
-            self.assertEqual([row[0] for row in rows[1:]], [second, first])
-            self.assertEqual(rows[1][1], "*")
-            self.assertEqual(daemon.faas("rollback", "f").stdout, f"✓ Rolled back f to {first}\n")
+            rows = daemon.faas("versions", "f").stdout.splitlines()
+            self.assertEqual(rows[0].split(), ["VERSION", "CURRENT", "DEPLOYED", "SIZE", "DIGEST", "IMAGE", "OPTIONS"])
+            self.assertEqual([row.split()[0] for row in rows[1:]], ["3", "2", "1"])
+            self.assertEqual(rows[1].split()[1], "*")
+            self.assertTrue(rows[2].endswith("  queue 0, warm 0, 1 variable and the command 'x y'"), rows[2])
+            self.assertEqual(daemon.faas("rollback", "f").stdout, "✓ Rolled back f to version 2\n")
             self.assertEqual(daemon.info("f")["options"]["env"], ["A=2"])
-            self.assertEqual(daemon.faas("rollback", "f", second[:6]).stdout, f"✓ Rolled back f to {second}\n")
-            result = daemon.faas("rollback", "f", "zz", check=False)
-            self.assertEqual((result.returncode, result.stderr.count("\n")), (1, 1), result.stderr)
+            self.assertEqual(daemon.faas("rollback", "f", "1").stdout, "✓ Rolled back f to version 1\n")
+            self.assertEqual(sorted(daemon.info("f")["options"]["env"]), ["A=1", "B=1"])
+            for version, words in (("zz", "has no version 'zz' to go back to"), ("1", "runs version 1 already")):
+                result = daemon.faas("rollback", "f", version, check=False)
+                self.assertEqual((result.returncode, result.stderr.count("\n")), (1, 1), result.stderr)
+                self.assertIn(words, result.stderr)
+
+    def test_new_keeps_options_unless_they_are_named_or_reset(self):
+        """What it says of them; an empty `--` is the image's command again; set makes versions too, but not forever."""
+        with support.Daemon("--port", "8080") as daemon:
+            def new(*arguments: str) -> str:
+                return daemon.faas("new", "f", "--warm", "0", *arguments, stdin=support.handler_image()).stdout
+            self.assertEqual(new("--memory", "1g", "-e", "A=1", "-e", "B=1", "--read-only", "--", "x"),
+                             "✓ Deployed f at 10.0.0.10:8080\n")
+            self.assertEqual(new("-e", "C=1"), "✓ Replaced f at 10.0.0.10:8080 (version 2; kept memory 1g, read-only, "
+                                               "2 variables and the command x)\n")
+            self.assertEqual(new("--unset-env", "A", "--no-read-only", "--"),
+                             "✓ Replaced f at 10.0.0.10:8080 (version 3; kept memory 1g and 2 variables)\n")
+            options = daemon.info("f")["options"]
+            self.assertEqual((options["memory"], options["env"], options["cmd"], options["read_only"]),
+                             (1 << 30, ["B=1", "C=1"], [], False))
+            self.assertEqual(new(), "✓ Replaced f at 10.0.0.10:8080 (version 3; kept memory 1g and 2 variables)\n")
+            self.assertEqual(daemon.faas("set", "f", "--reset", "--warm", "0").stdout,
+                             "✓ Updated f at 10.0.0.10:8080 (version 4)\n")
+            self.assertEqual(daemon.info("f")["options"]["env"], [])
+            self.assertEqual(new("--reset", "-e", "D=1"), "✓ Replaced f at 10.0.0.10:8080 (version 5)\n")
+            self.assertEqual(daemon.faas("url", "f").stdout, "http://10.0.0.10:8080\n")
+            self.assertEqual(daemon.faas("ip", "f").stdout, "10.0.0.10\n")
+            self.assertIn(" 10.0.0.10:8080 ", daemon.faas("list").stdout)
+            new("--user", "1:1", "--start-timeout", "20s")
+            bad = support.handler_image("raise SystemExit(3)")
+            result = daemon.faas("new", "f", "--warm", "0", stdin=bad, check=False)
+            self.assertIn("(kept from before: start-timeout, user, env; `--reset` starts from the defaults)\n",
+                          result.stderr)
+            self.assertEqual(daemon.info("f")["version"], 6)
+            for number in range(11):
+                daemon.set("f", "-e", f"N={number}")
+            self.assertEqual(daemon.versions("f"), list(range(17, 7, -1)))
 
     def test_statistics_for_people(self):
         with support.Daemon() as daemon:
@@ -354,8 +389,8 @@ print({evil!r}, flush=True)
         with support.Daemon() as daemon:
             daemon.deploy("f", support.handler_image(), "-e", "A=b c", "--timeout", "0")
             out = daemon.faas("info", "f").stdout
-            for line in ("address:       10.0.0.10:80", "state:         ready", "memory:        512.0 MiB",
-                         "timeout:       none", "env:           'A=b c'"):
+            for line in ("address:       10.0.0.10:80", "state:         ready", "memory:        512m",
+                         "timeout:       none", "start-timeout: 10s", "env:           'A=b c'"):
                 self.assertIn(line + "\n", out)
 
 

@@ -154,7 +154,7 @@ def with_layer(layer: bytes, source: str | None = None, **config) -> bytes:
 class Deploy(DeployCase):
     def test_whole_life(self):
         self.assertEqual(self.daemon.faas("list").stdout.split(),
-                         "NAME IP STATE WARM RUNNING REQUESTS IMAGE CREATED COMMAND".split())
+                         "NAME ADDRESS STATE WARM RUNNING REQUESTS IMAGE CREATED COMMAND".split())
         address = self.daemon.deploy("hello", support.handler_image(), "--memory", "64m", "--cpus", "0.5")
         self.assertEqual(address, "10.0.0.10")
         self.assertEqual(support.addresses(), ["10.0.0.10/32"])
@@ -442,11 +442,12 @@ class Redeploy(DeployCase):
             self.assertEqual(json.loads(get(address, "/facts")[1])["env"]["X"], "2")
             self.daemon.release("f", "go")
             self.assertEqual(slow.result(), (200, "1"))
-        self.assertEqual((first["version"], first["created"]), (second["version"], second["created"]))
-        self.assertEqual(get(address)[0], 200)
-        # Options are those of the last deploy, not the sum of all.
-        self.daemon.deploy("f", image)
-        self.assertNotIn("X", json.loads(get(address, "/facts")[1])["env"])
+        self.assertEqual((first["version"], first["created"]), (1, second["created"]))
+        self.assertEqual((second["version"], second["digest"]), (2, first["digest"]))
+        self.assertEqual(len(list((self.daemon.state_dir / "images/f").iterdir())), 1)
+        # An environment is never overwritten: the one before is what a rollback brings back.
+        self.daemon.post("POST", "/functions/f/rollback")
+        self.assertEqual(json.loads(get(address, "/facts")[1])["env"]["X"], "1")
 
     def test_back_to_the_image_before_while_it_is_still_in_use(self):
         old, new = support.handler_image(label="old"), support.handler_image(label="new")

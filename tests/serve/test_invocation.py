@@ -161,7 +161,7 @@ class InsideContainer(InvocationCase):
         facts = self.facts()
         env = facts["env"]
         self.assertEqual((env["MINE"], env["LABEL"], env["FAAS_FUNCTION"]), ("1", "mine", "f"))
-        self.assertEqual(env["FAAS_VERSION"], self.daemon.info("f")["version"])
+        self.assertEqual(env["FAAS_VERSION"], str(self.daemon.info("f")["version"]))
         self.assertRegex(env["FAAS_CONTAINER_ID"], "^[0-9a-f]{12}$")
         self.assertEqual((env["HOME"], env["PATH"]), ("/", faasd.DEFAULT_PATH))
         self.assertEqual(facts["argv"][1:], ["an argument", "another"])

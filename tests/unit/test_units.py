@@ -233,10 +233,10 @@ class Spec(unittest.TestCase):
         return faasd.build_spec("name", image or self.image, options, **{**arguments, **changes})
 
     def test_process(self):
-        process = self.spec()["process"]
+        process = self.spec(number=7)["process"]
         self.assertEqual((process["args"], process["cwd"]), (["/e", "c"], "/w"))
         self.assertEqual(process["user"], {"uid": 1, "gid": 2, "additionalGids": [3]})
-        self.assertEqual(process["env"], ["HOSTNAME=name", "PATH=/bin", "A=1", "FAAS_FUNCTION=name", "FAAS_VERSION=0123456789ab",
+        self.assertEqual(process["env"], ["HOSTNAME=name", "PATH=/bin", "A=1", "FAAS_FUNCTION=name", "FAAS_VERSION=7",
                                           "FAAS_CONTAINER_ID=ID"])
 
     def test_capabilities_are_those_that_a_user_adds(self):
@@ -408,13 +408,28 @@ class RegistryFile(unittest.TestCase):
         with tempfile.TemporaryDirectory() as directory:
             registry = faasd.Registry(Path(directory) / "registry.json")
             self.assertEqual(registry.load(), [])
-            versions = [faasd.VersionRecord("0" * 11 + "2", "t", faasd.Options(env=("A=1",), cmd=("x",), warm=3)),
-                        faasd.VersionRecord("0" * 11 + "1", "s", faasd.Options())]
+            versions = [faasd.VersionRecord(2, "0" * 12, "t", faasd.Options(env=("A=1",), cmd=("x",), warm=3)),
+                        faasd.VersionRecord(1, "0" * 12, "s", faasd.Options())]
             record = faasd.FunctionRecord("n", "10.0.0.10", 1 << 20, "t", "u", versions)
             registry.save([record])
             self.assertEqual(registry.load(), [record])
-            self.assertEqual((record.version, record.options.warm), ("0" * 11 + "2", 3))
+            self.assertEqual((record.version, record.options.warm), (2, 3))
             self.assertEqual([path.name for path in Path(directory).iterdir()], ["registry.json"])
+
+    def test_one_of_faasd_0_1_0_is_read(self):
+        """There a version was an image: numbers are given, the highest to the one that runs."""
+        with tempfile.TemporaryDirectory() as directory:
+            path, options = Path(directory) / "registry.json", faasd.Options(memory=1 << 30, env=("A=1",))
+            versions = [{"version": digit * 12, "deployed": "t", "options": options.to_json(), "contract": "server",
+                         "port": 80} for digit in "ba"]
+            path.write_text(json.dumps({"format": 3, "functions": [{
+                "name": "n", "address": "10.0.0.10", "first_id": 1 << 20, "created": "t", "updated": "u",
+                "versions": versions}]}))
+            record, = faasd.Registry(path).load()
+            self.assertEqual(record.versions, [faasd.VersionRecord(2, "b" * 12, "t", options, "server", 80),
+                                               faasd.VersionRecord(1, "a" * 12, "t", options, "server", 80)])
+            faasd.Registry(path).save([record])
+            self.assertEqual((json.loads(path.read_text())["format"], faasd.Registry(path).load()), (4, [record]))
 
     def test_failed_save_leaves_the_old_file(self):
         with tempfile.TemporaryDirectory() as directory:
