@@ -45,6 +45,7 @@ On disk:
     STATE_DIR/tmp/                            unpacking; emptied at start
     RUN_DIR/faasd.sock, faasd.lock            control API; one daemon per run-dir
     RUN_DIR/net/NAME, resolv.conf.*           network namespaces of functions with --net egress, and their resolvers
+    RUN_DIR/hosts/functions                   their names and addresses, as in hosts(5)
     RUN_DIR/program/                          this program, as the unpacking child runs it
     RUN_DIR/rootfs/                           where a container's root is mounted, in its runtime's mount namespace
     RUN_DIR/containers/ID/                    config.json, control.sock, output and note of one container, on a tmpfs
@@ -247,9 +248,12 @@ def read_text(path: str | Path) -> str:
         return ""
 
 
-def write_anew(path: Path, text: str) -> None:
-    """Put a file at path as a whole: containers that have the one before keep it."""
-    new = path.with_name(path.name + ".new")
+def write_anew(path: Path, text: str, beside: Path | None = None) -> None:
+    """Put a file at path as a whole: containers that have the one before keep it.
+
+    Until it is whole it is beside it, or in another directory, for somebody may read all that is there.
+    """
+    new = (beside or path.parent) / (path.name + ".new")
     new.write_text(text)
     new.chmod(0o644)
     new.rename(path)
@@ -3574,7 +3578,7 @@ def mount_root(place: str, bundle: Bundle) -> None:
                            for path in (bundle.rootfs, f"{place}/upper", f"{place}/work"))
     mount_here("overlay", "faasd", f"{place}/root", MS_NOSUID | MS_NODEV,
                f"lowerdir={lower},upperdir={upper},workdir={work}")
-    for path, text in bundle.files.items():
+    for path, text in own_files(bundle).items():
         with contextlib.suppress(FileNotFoundError):
             os.unlink(f"{place}/root{path}")        # whatever it is: nothing there is followed, or opened
         with open(f"{place}/root{path}", "x") as file:
@@ -3586,10 +3590,19 @@ def mount_root(place: str, bundle: Bundle) -> None:
 HOSTS = "127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n"
 
 
-def own_files(process: dict, hostname: str) -> dict[str, str]:
-    """Return what each container gets in the place of its image's files, as docker does, by their real paths."""
-    etc = posixpath.dirname(process["resolv_conf"])
-    return {f"{etc}/hosts": f"{HOSTS}127.0.0.1\t{hostname}\n", f"{etc}/hostname": f"{hostname}\n"}
+def own_files(bundle: Bundle) -> dict[str, str]:
+    """Return what a container gets in the place of its image's files, as docker does, by their real paths.
+
+    One that has a network finds the functions by the names that they have now.
+    """
+    functions = "" if bundle.own_network else read_text(bundle.names)
+    return {f"{bundle.etc}/hosts": f"{HOSTS}127.0.0.1\t{bundle.hostname}\n{functions}",
+            f"{bundle.etc}/hostname": f"{bundle.hostname}\n"}
+
+
+def names_path(run_dir: Path) -> Path:
+    """Return the file of the functions' names, in a directory where dnsmasq's hostsdir finds nothing else."""
+    return run_dir / "hosts/functions"
 
 
 def root_place(run_dir: Path) -> Path:
@@ -3606,7 +3619,8 @@ class Bundle:
         """mounts are what the rootfs itself is made of, where it is no unpacked image; number is the version's."""
         self.name, self.image = name, image["version"]
         self.rootfs, self.memory = str(rootfs), options.memory
-        self.files = own_files(image["process"], options.hostname or name)
+        self.hostname, self.names = options.hostname or name, names_path(run_dir)
+        self.etc = posixpath.dirname(image["process"]["resolv_conf"])           # its real path
         self.first_id: int = image["first_id"]          # host id of the containers' root
         self.contract = contract                # auto: what it does first decides
         env = dict(entry.split("=", 1) for entry in (*image["process"]["env"], *options.env))
@@ -5439,6 +5453,7 @@ class ContainerHost:
     def prepare(self) -> None:
         """Make RUN_DIR/containers, on a tmpfs, and the place of containers' roots. Raises FaasdError."""
         self.containers_dir.mkdir(mode=0o711, exist_ok=True)
+        names_path(self.run_dir).parent.mkdir(mode=0o755, exist_ok=True)
         mounts = dict(read_mounts())            # a later mount hides an earlier one
         mount = next(str(path) for path in (self.containers_dir, *self.containers_dir.parents) if str(path) in mounts)
         if mounts[mount] != "tmpfs":
@@ -5498,7 +5513,8 @@ class ContainerHost:
         self.cgroups.remove(self.cgroups.parent)
         shutil.rmtree(self.runtime.root / ".cache", ignore_errors=True)         # crun's, of seccomp filters
         mounts = dict(read_mounts())
-        for directory in (self.containers_dir, root_place(self.run_dir), self.runtime.root):
+        names = names_path(self.run_dir).parent
+        for directory in (self.containers_dir, root_place(self.run_dir), self.runtime.root, names):
             if str(directory) in mounts:
                 try_command(f"cannot unmount {directory}", "umount", str(directory))
             try:
@@ -8473,6 +8489,7 @@ class Attachments:
             await self._run(self.published.remove_all)
         for path in self._settings.run_dir.glob("resolv.conf.*"):
             path.unlink()
+        names_path(self._settings.run_dir).unlink(missing_ok=True)
 
     def guard(self) -> None:
         """Keep handlers from using their client's socket for anything else, and warn if that cannot be. Blocks."""
@@ -8854,7 +8871,17 @@ class Deploys:
         """Write the functions down, one with this record, or without it. Raises FaasdError; then all is as before."""
         records = {function.record.name: function.record for function in self.functions.values()
                    if not function.being_removed} | {name: record}
-        await asyncio.to_thread(self.registry.save, list(filter(None, records.values())))
+        kept = list(filter(None, records.values()))
+        await asyncio.to_thread(self.registry.save, kept)
+        await self.write_names(kept)
+
+    async def write_names(self, records: Iterable[FunctionRecord]) -> None:
+        """Put the functions' names where resolvers and containers find them; failure is logged."""
+        text = "".join(f"{record.address}\t{record.name}.{self._settings.domain}\n" for record in records)
+        try:
+            await asyncio.to_thread(write_anew, names_path(self._settings.run_dir), text, self._settings.run_dir)
+        except OSError as error:
+            log.error("cannot write the names of functions: %s", error)
 
     # -- what is old --
 
@@ -8950,6 +8977,7 @@ class Restart:
             log.warning("functions were promised %d warm containers, and --max-warm is %d: some get fewer",
                         self._deploys.promised(), self._settings.max_warm)
         await self._deploys.attachments.remove_stale_rules()
+        await self._deploys.write_names(self._records)
         self._deploys.attachments.listeners.forget_unclaimed()
         self._deploys.attachments.addresses.remove_stale({record.address for record in self._records})
 
@@ -9127,6 +9155,8 @@ def build_parser() -> argparse.ArgumentParser:
     # 10/8, 172.16/12, 192.168/16 (LANs, VPNs, Docker), 100.64/10 (carriers, Tailscale), 169.254/16 (which we block).
     add("--egress-subnet", type=parse_egress_subnet, default="198.18.0.0/20", metavar="CIDR",
         help="functions with --net egress get its addresses, which nobody but this machine sees")
+    add("--domain", type=parse_domain, default="faas", metavar="NAME",
+        help="functions are named NAME.faas, or as you say here, in RUN_DIR/hosts/functions")
     add("--runtime", default="runc", metavar="PROGRAM", help="an OCI runtime with runc's command line")
     add("--drain-timeout", type=parse_duration, default="30s", metavar="TIME",
         help="how long running invocations may go on after SIGTERM, and waiting ones after SIGHUP")
@@ -9162,6 +9192,10 @@ def parse_arguments(argv: list[str]) -> Settings:
     if settings.api_token_file and not settings.api:
         parser.error("--api-token-file is of use with --api HOST:PORT only")
     return settings
+
+
+parse_domain = reader("domain", r"[a-z0-9]([a-z0-9-]*[a-z0-9])?(\.[a-z0-9]([a-z0-9-]*[a-z0-9])?)*",
+                      "write names of a-z, 0-9 and '-', with dots between")
 
 
 def default_max_warm() -> int:

@@ -18,7 +18,6 @@ from pathlib import Path
 
 import lab
 
-GET = b"GET / HTTP/1.0\r\nHost: bench\r\n\r\n"
 BARE_PORT, PROXY_PORT, ENGINE_PORT = 8001, 8002, 8080
 START_SECONDS = 60
 NGINX, GO = "nginx -g 'daemon off;'", "./hello"
@@ -65,7 +64,7 @@ def first_byte(address: str, port: int = 80) -> float:
     """Return the seconds until a request has the first byte of its answer, which is OK. Raises OSError."""
     start = time.perf_counter()
     with socket.create_connection((address, port), lab.CLIENT_SECONDS) as client:
-        client.sendall(GET)
+        client.sendall(lab.REQUEST)
         first = client.recv(65536)
         seconds = time.perf_counter() - start
         while client.recv(65536):

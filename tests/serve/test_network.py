@@ -90,6 +90,8 @@ def answer(client, path):
         return facts()
     if command == "/late":
         return late(client, argument)
+    if command == "/hosts":
+        return open("/etc/hosts").read()
     if command == "/lookup":
         return socket.getaddrinfo(argument.encode(), 80, socket.AF_INET, socket.SOCK_STREAM)[0][4][0]
     return None
@@ -550,6 +552,62 @@ class Modes(unittest.TestCase):
             networks.provide("g")
         self.assertEqual((networks.has("g"), support.networks(mark), (world.directory / "net").exists()),
                          (False, [], False))
+
+
+class Names(unittest.TestCase):
+    """RUN_DIR/hosts/functions, and who reads it."""
+
+    RESOLVER = "127.0.0.1"
+
+    def setUp(self):
+        self.daemon = world.start_daemon(self.addCleanup, *OTHER_DAEMON, "--domain", "functions.test")
+        self.names = self.daemon.run_dir / "hosts/functions"
+
+    def test_containers_with_a_network_find_functions(self):
+        address = self.daemon.deploy("f", world.image)
+        self.assertEqual(self.names.read_text(), f"{address}\tf.functions.test\n")
+        for net, expected in (("egress", f'"{address}"'), ("host", f'"{address}"')):
+            with self.subTest(net):
+                other = self.daemon.deploy(net, world.image, "--net", net)
+                self.assertEqual(get(other, "/lookup?f.functions.test"), (200, expected))
+        self.assertNotIn("functions.test", get(self.daemon.deploy("n", world.image), "/hosts")[1])
+        self.daemon.kill()
+        self.daemon.start()
+        self.daemon.remove("f")
+        self.assertEqual(sorted(line.split()[1] for line in self.names.read_text().splitlines()),
+                         [f"{name}.functions.test" for name in ("egress", "host", "n")])
+        self.daemon.stop()
+        self.assertFalse(self.names.exists())
+        self.daemon.start()
+
+    def test_dnsmasq(self):
+        if shutil.which("dnsmasq") is None:
+            self.skipTest("dnsmasq is not installed")
+        server = subprocess.Popen(["dnsmasq", "--keep-in-foreground", "--conf-file=/dev/null", "--no-resolv", "--no-hosts",
+                                   "--user=nobody", "--pid-file=", "--port=5353", f"--listen-address={self.RESOLVER}",
+                                   "--bind-interfaces", f"--hostsdir={self.names.parent}"], stderr=subprocess.DEVNULL)
+        self.addCleanup(server.wait)
+        self.addCleanup(server.terminate)
+        self.daemon.deploy("f", world.image)
+        wait_until(lambda: self.look_up("f.functions.test") == "10.7.0.10", "it resolves")
+        self.daemon.deploy("g", world.image)
+        wait_until(lambda: self.look_up("g.functions.test") == "10.7.0.11", "a second one does")
+        self.daemon.remove("f")
+        wait_until(lambda: self.look_up("f.functions.test") == "", "it does no more")
+        self.assertEqual(self.look_up("g.functions.test"), "10.7.0.11")
+
+    def look_up(self, name: str) -> str:
+        """Return the address that dnsmasq has for a name."""
+        question = b"".join(bytes([len(label)]) + label.encode() for label in name.split(".")) + b"\0\0\1\0\1"
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client:
+            client.settimeout(1)
+            client.connect((self.RESOLVER, 5353))
+            try:
+                client.send(b"\x12\x34\1\0\0\1\0\0\0\0\0\0" + question)
+                answer = client.recv(512)
+            except OSError:                     # it does not listen yet
+                return ""
+        return socket.inet_ntoa(answer[-4:]) if answer[6:8] == b"\0\1" else ""
 
 
 class Published(unittest.TestCase):
