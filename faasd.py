@@ -9149,35 +9149,40 @@ def build_parser() -> argparse.ArgumentParser:
     add("--state-dir", type=resolved_path, default="/var/lib/faasd", help="images, registry and logs")
     add("--run-dir", type=resolved_path, default="/run/faasd", help="control socket and containers")
     add("--subnet", type=parse_subnet, default="10.0.0.0/24", metavar="CIDR",
-        help="functions get its addresses, from .10 up")
+        help="network that functions get addresses from, starting at .10")
     add("--port", type=parse_port, default="80", help="the port functions listen on")
     # Of RFC 2544's range for tests of network equipment: routed nowhere, and hardly ever anybody's network, unlike
     # 10/8, 172.16/12, 192.168/16 (LANs, VPNs, Docker), 100.64/10 (carriers, Tailscale), 169.254/16 (which we block).
     add("--egress-subnet", type=parse_egress_subnet, default="198.18.0.0/20", metavar="CIDR",
-        help="functions with --net egress get its addresses, which nobody but this machine sees")
+        help="network for functions with --net egress, which only this machine sees")
     add("--domain", type=parse_domain, default="faas", metavar="NAME",
-        help="functions are named NAME.faas, or as you say here, in RUN_DIR/hosts/functions")
-    add("--runtime", default="runc", metavar="PROGRAM", help="an OCI runtime with runc's command line")
+        help="domain of the functions' names in RUN_DIR/hosts/functions: NAME.faas, unless you say another")
+    add("--runtime", default="runc", metavar="PROGRAM", help="runc, or another OCI runtime with its command line")
     add("--drain-timeout", type=parse_duration, default="30s", metavar="TIME",
-        help="how long running invocations may go on after SIGTERM, and waiting ones after SIGHUP")
+        help="how long running invocations may go on after SIGTERM, and waiting clients after SIGHUP")
     add("--max-image-size", type=parse_size, default="16g", metavar="SIZE",
-        help="limit for an archive, for its layers uncompressed, and for their files")
-    add("--max-image-entries", type=parse_count, default="1000000", metavar="N", help="limit for the files of an image")
+        help="size limit for an archive, for its uncompressed layers, and for their files")
+    add("--max-image-entries", type=parse_count, default="1000000", metavar="N",
+        help="how many files an image may have")
     add("--max-warm", type=parse_amount, default=none, metavar="N",
-        help="limit for the containers that wait for a client, of all functions together (default: 16 for each CPU, or "
-             "one for each 64 MiB of memory if those are fewer)")
+        help="how many containers of all functions together may wait for clients (default: 16 for each CPU, or "
+             "one for each 64 MiB of memory if that is fewer)")
     add("--max-uploads", type=parse_count, default="8", metavar="N",
-        help="limit for the images that are received and unpacked at a time")
+        help="how many images may be received and unpacked at a time")
     add("--keep-versions", type=parse_count, default="3", metavar="N",
-        help="images kept of each function, with the options they ran under, for rollback")
+        help="network for functions with --net egress, which only this machine sees")
+    add("--domain", type=parse_domain, default="faas", metavar="NAME",
+        help="domain of the functions' names in RUN_DIR/hosts/functions: NAME.faas, unless you say another")
+    add("--runtime", default="runc", metavar="PROGRAM", help="runc, or another OCI runtime with its command line")
     add("--api", type=parse_endpoint, default=none, metavar="HOST:PORT",
-        help="serve the control API there as well, such as 127.0.0.1:9000")
-    add("--api-token-file", type=Path, default=none, metavar="FILE", help="the token that its clients have to send")
+        help="serve the control API on TCP too, at 127.0.0.1:9000 for instance")
+    add("--api-token-file", type=Path, default=none, metavar="FILE",
+        help="a file with the token that its clients must send")
     add("--api-host", type=str.lower, action="append", default=none, metavar="NAME",
-        help="another name by which they reach it: a proxy's, or a translated address")
-    add("--log-format", choices=["text", "json"], default="text", help="of the daemon's own log")
+        help="another name by which clients reach it: a proxy's, or a translated address")
+    add("--log-format", choices=["text", "json"], default="text", help="format of the daemon's own log")
     add("-v", "--verbose", action="store_true", help="log every invocation")
-    add("--check", action="store_true", help="see whether these options can be, and what is installed; then end")
+    add("--check", action="store_true", help="check these options and what is installed, and exit")
     add("--version", action="version", version=f"faasd {__version__}")
     return parser
 
