@@ -9170,10 +9170,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--max-uploads", type=parse_count, default="8", metavar="N",
         help="how many images may be received and unpacked at a time")
     add("--keep-versions", type=parse_count, default="3", metavar="N",
-        help="network for functions with --net egress, which only this machine sees")
-    add("--domain", type=parse_domain, default="faas", metavar="NAME",
-        help="domain of the functions' names in RUN_DIR/hosts/functions: NAME.faas, unless you say another")
-    add("--runtime", default="runc", metavar="PROGRAM", help="runc, or another OCI runtime with its command line")
+        help="images kept of each function for rollback, with the options they ran under")
     add("--api", type=parse_endpoint, default=none, metavar="HOST:PORT",
         help="serve the control API on TCP too, at 127.0.0.1:9000 for instance")
     add("--api-token-file", type=Path, default=none, metavar="FILE",
