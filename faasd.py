@@ -406,6 +406,7 @@ class Options:
     entrypoint: str = option("auto", str)               # instead of Entrypoint and Cmd; "": none; auto: the image's
     cap_add: str = option("", lambda text: read_capabilities(text))     # names, separated by commas
     cap_drop: str = option("", lambda text: read_capabilities(text))
+    volume: str = option("", lambda text: read_volumes(text))           # HOST:PATH[:ro], separated by commas
     env: tuple[str, ...] = ()                           # KEY=value
     cmd: tuple[str, ...] = ()                           # in the place of the image's Cmd
 
@@ -507,6 +508,34 @@ def read_places(text: str) -> str:
 
 def places_of(options: Options) -> list[tuple[str, int]]:
     return [split_place(place) for place in options.publish.split(",") if place]
+
+
+@dataclass(frozen=True)
+class Volume:
+    """A directory or a file of the host's that containers have at a path (--volume)."""
+    host: str
+    path: str
+    read_only: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.host}:{self.path}{':ro' if self.read_only else ''}"
+
+
+def volumes_of(text: str) -> list[Volume]:
+    """Return the volumes that --volume names. Raises BadRequest."""
+    volumes = []
+    for entry in filter(None, text.split(",")):
+        match = re.fullmatch(r"(/[^:\0]*):(/[^:\0]*?)(:ro|:rw)?", entry)
+        if not match:
+            raise BadRequest(f"bad volume {entry!r}: write HOST:PATH or HOST:PATH:ro, both absolute, without : and ,")
+        host, path = ("/" + posixpath.normpath(match[number]).lstrip("/") for number in (1, 2))
+        volumes.append(Volume(host, path, match[3] == ":ro"))
+    return volumes
+
+
+def read_volumes(text: str) -> str:
+    """Return what --volume names as we write it. Raises BadRequest."""
+    return ",".join(dict.fromkeys(map(str, volumes_of(text))))
 
 
 def merge_env(base: Iterable[str], overrides: Iterable[str]) -> list[str]:
@@ -3631,6 +3660,8 @@ class Bundle:
         if not exposed and not port:
             self.ports = [int(env["PORT"]) if re.fullmatch("[0-9]{1,5}", env.get("PORT", "")) else DEFAULT_PORT]
         self.own_network = options.net == "none"
+        self.volumes: list[Volume] = image["process"].get("volumes", [])        # by their real paths in the image
+        self.user = image["process"]["uid"], image["process"]["gid"]
         # runc joins a user namespace first, and from there no network that the host has made.
         self.joins_user_namespace = options.net != "egress"
         self._mark = f"@{secrets.token_hex(16)}@"       # stands for the id; nothing a user writes contains it
@@ -3662,6 +3693,168 @@ class Bundle:
         return text.replace(f', "path": "{self._namespace_mark}"', "").encode()
 
 
+# What would give the machine away, or another function's files: no volume is one of these, nor above one, …
+GIVES_AWAY = ("/bin", "/boot", "/dev", "/etc", "/lib", "/lib32", "/lib64", "/libx32", "/proc", "/root", "/run", "/sbin",
+              "/sys", "/usr", "/var/lib/containerd", "/var/lib/containers", "/var/lib/docker", "/var/run")
+NOTHING_OF = ("/dev", "/proc", "/run", "/sys")     # … nor in one of these; the daemon's own directories are of both
+MAX_ANCESTORS = 4096                # directories above one (PATH_MAX)
+# The same on every architecture: mount_setattr(2), Linux 5.12, the others older.
+SYS_OPEN_TREE, SYS_MOVE_MOUNT, SYS_OPENAT2, SYS_MOUNT_SETATTR = 428, 429, 437, 442
+RESOLVE_NO_SYMLINKS, OPEN_TREE_CLONE, AT_EMPTY_PATH, AT_FDCWD, MS_PRIVATE = 4, 1, 0x1000, -100, 1 << 18
+MOVE_MOUNT_EMPTY_PATHS = 0x44       # MOVE_MOUNT_F_EMPTY_PATH | MOVE_MOUNT_T_EMPTY_PATH
+MOUNT_ATTR_RDONLY, MOUNT_ATTR_NOSUID, MOUNT_ATTR_NODEV, MOUNT_ATTR_IDMAP = 1, 2, 4, 1 << 20
+
+
+class Volumes:
+    """Mounts directories and files of the host's in containers' roots.
+
+    A mount shows other owners than the file system has (idmapped mounts): the owner of the volume is the image's user,
+    and what the image's user makes is the owner's on the host. What other users of the image make belongs to the
+    function's own ids. Everybody else's files show as nobody's. Root's ids are never among them: a container's files
+    must not be root's. Methods block, and are for threads.
+    """
+
+    def __init__(self, private: Iterable[Path]):
+        """private are directories of the daemon's own."""
+        self._private = [str(path) for path in private]
+        self._lock = threading.Lock()
+        self._maps: dict[tuple[int, str, str], int] = {}        # user namespaces: first id, maps of users and groups
+
+    def resolve(self, text: str) -> str:
+        """Return what --volume names, without links, once it is there and may be one. Raises BadRequest.
+
+        No link is followed from then on: somebody else could have made it.
+        """
+        volumes = [replace(volume, host=str(resolved_path(volume.host))) for volume in volumes_of(text)]
+        for volume in volumes:
+            try:
+                os.close(self._open(volume))
+            except OSError as error:
+                raise BadRequest(f"volume {volume.host}: {error.strerror}") from None
+        return read_volumes(",".join(map(str, volumes)))
+
+    def _open(self, volume: Volume) -> int:
+        """Return a descriptor (O_PATH) of what a volume is on the host. Raises OSError.
+
+        What may not be one is known by device and inode, whatever its name: a bind mount has another.
+        """
+        directory, name = os.path.split(volume.host)
+        how = struct.pack("QQQ", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC, 0, RESOLVE_NO_SYMLINKS)
+        try:
+            with kept_open(system_call(SYS_OPENAT2, AT_FDCWD, os.fsencode(directory), how, len(how))) as above:
+                ancestors = set(identities(above))
+                descriptor = os.open(name or ".", os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=above)
+        except OSError as error:
+            why = {errno.ENOENT: "it is not there: make it first", errno.ENOSYS: "it takes Linux 5.12",
+                   errno.ELOOP: "there is a symbolic link on the way now"}.get(error.errno, error.strerror)
+            raise OSError(error.errno, why) from None
+        status = os.fstat(descriptor)
+        refusal = ""
+        if not stat.S_ISDIR(status.st_mode) and not stat.S_ISREG(status.st_mode):
+            refusal = "it is neither a directory nor a file"
+        elif self._gives_away(status, ancestors):
+            refusal = "that would give this machine away: name a directory of its own"
+        elif not volume.read_only and status.st_uid == 0:
+            refusal = ("it is root's, and a container must not write files of root's: chown it to whose data it is, or "
+                       "add :ro")
+        if refusal:
+            os.close(descriptor)
+            raise OSError(errno.EPERM, refusal)
+        return descriptor
+
+    def _gives_away(self, status: os.stat_result, ancestors: set[tuple[int, int]]) -> bool:
+        """Whether something is, holds or lies in what no volume may be."""
+        for path in (*GIVES_AWAY, *self._private):
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError), \
+                    kept_open(os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)) as directory:
+                itself, *above = identities(directory)
+                if (status.st_dev, status.st_ino) in (itself, *above):
+                    return True
+                if itself in ancestors and path in (*NOTHING_OF, *self._private):
+                    return True
+        return False
+
+    def mount(self, volume: Volume, bundle: Bundle, root: str) -> None:
+        """Mount a volume below a container's root, in the calling thread's mount namespace. Raises OSError.
+
+        Nothing is mounted in a volume, where containers may have made links, so no path leads out of the root. What the
+        error says goes to clients, so it does not name the host's path.
+        """
+        try:
+            with kept_open(self._open(volume)) as source:
+                status = os.fstat(source)
+                make_mount_point(Rootfs(root, bundle.first_id, Budget(0, 0)), os.fsencode(volume.path), status.st_mode)
+                flags = OPEN_TREE_CLONE | os.O_CLOEXEC | AT_EMPTY_PATH
+                with (kept_open(system_call(SYS_OPEN_TREE, source, b"", flags)) as tree,
+                      kept_open(self._map(bundle, status)) as owners,
+                      opened(f"{root}{volume.path}", os.O_PATH) as place):
+                    attributes = MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV | MOUNT_ATTR_IDMAP
+                    attributes |= MOUNT_ATTR_RDONLY if volume.read_only else 0
+                    how = struct.pack("QQQQ", attributes, 0, MS_PRIVATE, owners)
+                    system_call(SYS_MOUNT_SETATTR, tree, b"", AT_EMPTY_PATH, how, len(how))
+                    system_call(SYS_MOVE_MOUNT, tree, b"", place, b"", MOVE_MOUNT_EMPTY_PATHS)
+        except OSError as error:
+            why = {errno.ENOSYS: "it takes Linux 5.12",
+                   errno.EINVAL: "its file system cannot show files as another user's (idmapped mounts), or only with "
+                                 "a newer Linux: use ext4, XFS or btrfs"}
+            raise OSError(error.errno, f"volume {volume.path}: {why.get(error.errno, error.strerror)}") from None
+
+    def _map(self, bundle: Bundle, status: os.stat_result) -> int:
+        """Return a descriptor of a user namespace whose maps lead from owners on the disk to those that show.
+
+        It is made at first use. The descriptor is a duplicate: ours may be closed meanwhile, and be another file's.
+        """
+        key = bundle.first_id, *(owner_map(bundle.first_id, user, owner) for user, owner in
+                                 zip(bundle.user, (status.st_uid, status.st_gid), strict=True))
+        with self._lock:
+            if key not in self._maps:
+                try:
+                    self._maps[key] = make_user_namespace(*key)
+                except FaasdError as error:
+                    raise OSError(errno.EAGAIN, f"no user namespace for its owners: {error}") from None
+            return os.dup(self._maps[key])
+
+    def forget(self, first_id: int) -> None:
+        """Let go of what a function's volumes took, once none is mounted any more."""
+        with self._lock:
+            for key in [key for key in self._maps if key[0] == first_id]:
+                os.close(self._maps.pop(key))
+
+
+def make_mount_point(rootfs: Rootfs, path: bytes, mode: int) -> None:
+    """Make a directory or file at a real path, if there is nothing. Raises OSError if there is the other of them."""
+    there = rootfs.kind(path)
+    if there and there != stat.S_IFMT(mode):
+        raise OSError(errno.ENOTDIR, "of it and what the image has there, one is a file and the other is not")
+    if stat.S_ISDIR(mode):
+        rootfs.make_directory(path)
+    elif not there:
+        rootfs.write_file(path, b"")
+
+
+def identities(directory: int) -> Iterator[tuple[int, int]]:
+    """Yield device and inode of an open directory, and of those above it. Raises OSError."""
+    with contextlib.ExitStack() as stack:
+        for _ in range(MAX_ANCESTORS):
+            status = os.fstat(directory)
+            yield status.st_dev, status.st_ino
+            directory = stack.enter_context(kept_open(os.open("..", os.O_PATH | os.O_CLOEXEC, dir_fd=directory)))
+            if os.path.samestat(os.fstat(directory), status):
+                break
+
+
+def owner_map(first_id: int, user: int, owner: int) -> str:
+    """Return the map by which an owner on the disk shows as a user of an image, and a function's ids as themselves.
+
+    Each line is a first id on the disk, a first id that shows instead, and a number of them (user_namespaces(7)).
+    """
+    if owner == 0 or first_id <= owner < first_id + IDS:
+        return f"{first_id} {first_id} {IDS}\n"
+    shown = first_id + user
+    below, above = f"{first_id} {first_id} {user}\n", f"{shown + 1} {shown + 1} {IDS - user - 1}\n"
+    return f"{owner} {shown} 1\n" + (below if user else "") + (above if user < IDS - 1 else "")
+
+
 CPU_PERIOD = 100_000                # microseconds (cgroup cpu controller)
 DEFAULT_PORT = 8080                 # what PORT says, where neither the image nor the user does, as on Cloud Run
 MAX_OPEN_FILES = (1024, 4096)       # RLIMIT_NOFILE inside, soft and hard: a container serves one client at a time, and
@@ -3688,6 +3881,8 @@ def build_spec(name: str, image: dict, options: Options, run_dir: Path, cgroups:
         calls = ["listen", "accept", "accept4", *(["bind"] if options.net != "none" else [])]
         calls = ["execve"] if contract == "stdio" else calls
         seccomp = supervised(seccomp, calls, f"{run_dir}/containers/{container_id}/{NOTIFY_SOCKET}")
+    if seccomp and any(not volume.read_only for volume in process.get("volumes", [])):
+        seccomp = refusing_set_id(seccomp)
     network = {"none": [{"type": "network"}], "host": [],       # none of its own
                "egress": [{"type": "network", "path": str(namespace_path(run_dir, name))}]}[options.net]
     return {
@@ -3877,8 +4072,31 @@ def seccomp_profile(machine: str) -> dict | None:
 def supervised(profile: dict | None, names: list[str], path: str) -> dict:
     """Return a seccomp filter that hands these calls over to a Supervisor, which has the socket of that path."""
     profile = profile or {"defaultAction": "SCMP_ACT_ALLOW", "syscalls": []}
-    rules = [{**rule, "names": [name for name in rule["names"] if name not in names]} for rule in profile["syscalls"]]
-    return {**profile, "syscalls": [*rules, {"names": names, "action": "SCMP_ACT_NOTIFY"}], "listenerPath": path}
+    rules = [*rules_without(names, profile), {"names": names, "action": "SCMP_ACT_NOTIFY"}]
+    return {**profile, "syscalls": rules, "listenerPath": path}
+
+
+def rules_without(names: Collection[str], profile: dict) -> list[dict]:
+    """Return the rules of a seccomp filter, for all calls but these."""
+    return [{**rule, "names": [name for name in rule["names"] if name not in names]} for rule in profile["syscalls"]]
+
+
+# Calls that give a file its mode, and which of their arguments that is.
+MODE_CALLS = {"chmod": 1, "fchmod": 1, "fchmodat": 2, "fchmodat2": 2, "creat": 1, "mknod": 1, "mknodat": 2, "open": 2,
+              "openat": 3}
+
+
+def refusing_set_id(profile: dict) -> dict:
+    """Return a seccomp filter that lets nobody make a file setuid or setgid, as systemd's RestrictSUIDSGID= does.
+
+    On a volume such a file would run as the volume's owner, by whoever finds it on the host. openat2 has its mode where
+    no filter can look: it does not exist, and programs use openat.
+    """
+    rules = rules_without([*MODE_CALLS, "openat2"], profile)
+    for name, index in MODE_CALLS.items():
+        rules += [allow(name, compare(index, 0, 0o6000)), refuse(name, compare(index, 0o4000, 0o4000)),
+                  refuse(name, compare(index, 0o2000, 0o6000))]
+    return {**profile, "syscalls": rules}
 
 
 SECCOMP_ARCHITECTURES = {"x86_64": "SCMP_ARCH_X86_64", "aarch64": "SCMP_ARCH_AARCH64", "riscv64": "SCMP_ARCH_RISCV64"}
@@ -4488,8 +4706,10 @@ class IdRanges:
         return f"//proc/{os.getpid()}/fd/{self._namespaces[first]}"
 
 
-def make_user_namespace(first: int) -> int:
+def make_user_namespace(first: int, *maps: str) -> int:
     """Return a descriptor of a user namespace with the ids from first on, made by the first of them. Blocks.
+
+    maps are the users' and the groups', if they are not just these ids.
 
     The kernel charges what it counts by user, such as inotify instances, message queues and timers, to a container's
     user, and once more to the user who made the namespace. runc would make it as root: then one function could take all
@@ -4502,8 +4722,8 @@ def make_user_namespace(first: int) -> int:
                 stdin.write(b".")
             if not process.stdout.read(1):      # from cat, so that it has been made
                 raise FaasdError(process.stderr.read().decode(errors="replace").strip())
-            for kind in ("uid_map", "gid_map"):
-                Path(f"/proc/{process.pid}/{kind}").write_text(f"0 {first} {IDS}\n")
+            for kind, text in zip(("uid_map", "gid_map"), maps or [f"0 {first} {IDS}\n"] * 2, strict=True):
+                Path(f"/proc/{process.pid}/{kind}").write_text(text)
             return os.open(f"/proc/{process.pid}/ns/user", os.O_RDONLY | os.O_CLOEXEC)
 
 
@@ -5436,8 +5656,10 @@ def is_reachable(resolver: str) -> bool:
 class ContainerHost:
     """What all containers of this daemon share: directories, runtime, cgroups, ids, and threads that wait for them."""
 
-    def __init__(self, run_dir: Path, runtime: Runtime, ids: IdRanges, subnet: ipaddress.IPv4Network):
+    def __init__(self, run_dir: Path, runtime: Runtime, ids: IdRanges, subnet: ipaddress.IPv4Network,
+                 volumes: Volumes):
         self.run_dir = run_dir
+        self.volumes = volumes
         self.containers_dir = run_dir / "containers"
         self.ids = ids
         self.runtime = runtime
@@ -5468,7 +5690,10 @@ class ContainerHost:
 
         In a thread of its own, which gets the container's root, and nothing else to do afterwards.
         """
-        mount_root(str(root_place(self.run_dir)), bundle)
+        place = str(root_place(self.run_dir))
+        mount_root(place, bundle)
+        for volume in bundle.volumes:
+            self.volumes.mount(volume, bundle, f"{place}/root")
         return self.runtime.spawn(directory, container_id, output, deposit)
 
     def inspect(self, container: Container) -> dict:
@@ -7036,6 +7261,10 @@ class Rootfs:
                 raise ImageError(f"{what}: {show(here)} of the image is not a directory")
         return self._walk(path, check)
 
+    def trace_path(self, path: bytes) -> bytes:
+        """Return the real path that anything has or would have. Raises NotADirectoryError for what is below a file."""
+        return self._walk(path, lambda here: None)
+
     def find_directory(self, path: bytes) -> bytes:
         """Return the real path of a directory. Raises Missing."""
         def refuse(here: bytes) -> None:
@@ -7487,10 +7716,47 @@ def check_working_directory(rootfs: Rootfs, text: str, what: str) -> str:
     real = rootfs.trace_directory(path, what)
     for seen in (path, real, *rootfs.followed):             # as it is written, where links lead, and by which
         for target in RESERVED_TARGETS:
-            if f"{os.fsdecode(seen)}/".startswith(f"{target}/"):
+            if is_within(os.fsdecode(seen), target):
                 raise ImageError(f"{what} {text!r} lies in {target}, where a container has other things than the image "
                                  "(CVE-2024-21626)")
     return encode_text(os.fsdecode(real), f"what {what} {text!r} leads to").decode() or "/"
+
+
+SECRETS_DIRECTORY = "/run/secrets"
+
+
+def place_volumes(rootfs: Rootfs, volumes: list[Volume], process: dict) -> list[Volume]:
+    """Return volumes with the real paths where they go in an image. Raises ImageError.
+
+    Nobody may mount, make or enter anything below a volume on the way to a start: containers that have it can exchange
+    what is there for a link at any time (CVE-2021-30465, CVE-2024-21626).
+    """
+    reserved = (*RESERVED_TARGETS, SECRETS_DIRECTORY, process["resolv_conf"])
+    placed: list[Volume] = []
+    for volume in volumes:
+        what = f"the volume {volume.path}"
+        path = config_path(volume.path, what)
+        try:
+            real = rootfs.trace_path(path)
+        except NotADirectoryError:
+            raise ImageError(f"{what}: something on the way is a file of the image") from None
+        for seen in map(os.fsdecode, (path, real, *rootfs.followed)):
+            for target in reserved:
+                if is_within(target, seen) or is_within(seen, target):
+                    raise ImageError(f"{what} and {target} are in each other's way: choose another path")
+        for other in placed:
+            if is_within(os.fsdecode(real), other.path) or is_within(other.path, os.fsdecode(real)):
+                raise ImageError(f"{what} lies in another volume, or another in it: mount the directory above both")
+        if process["cwd"] != os.fsdecode(real) and is_within(process["cwd"], os.fsdecode(real)):
+            raise ImageError(f"the working directory {process['cwd']} lies in {what}, where containers could exchange "
+                             "it: choose the volume itself with --workdir")
+        placed.append(replace(volume, path=os.fsdecode(real)))
+    return placed
+
+
+def is_within(path: str, directory: str) -> bool:
+    """Whether a normalised path is a directory or lies in it."""
+    return f"{path}/".startswith(f"{directory.rstrip('/')}/")
 
 
 def prepare_resolv_conf(rootfs: Rootfs) -> str:
@@ -7533,6 +7799,7 @@ def choose_process(process: dict, options: Options, rootfs: Rootfs) -> dict:
         chosen.update(entrypoint=list(filter(None, [options.entrypoint])), cmd=[])
     if options.workdir:
         chosen["cwd"] = check_working_directory(rootfs, options.workdir, "the workdir")
+    chosen["volumes"] = place_volumes(rootfs, volumes_of(options.volume), {**process, **chosen})
     if options.user:
         account = find_user(rootfs, options.user)
         chosen.update(uid=account.uid, gid=account.gid, groups=account.groups)
@@ -8043,6 +8310,8 @@ class ControlHandler(http.server.BaseHTTPRequestHandler):
                                           max_num_fields=10_000)
             route = self._route(parts)
             names = [check_name(part) for part in parts[1:2]]
+            if "volume" in query:               # here, for a disk may hold up this thread
+                query["volume"] = [self.server.answers.resolve_volumes(query["volume"][-1])]
             if "Transfer-Encoding" in self.headers or int(self.headers.get("Content-Length", "0")) > 0:
                 self.close_connection = True            # nobody knows how much of the body will be read
             if route in (ControlHandler.deploy, ControlHandler.logs):
@@ -8223,6 +8492,10 @@ class Answers:
             ("functions", "*", "rollback"): {"POST": deploys.roll_back},
             ("functions", "*", "logs"): {"GET": ControlHandler.logs},
         }
+
+    def resolve_volumes(self, text: str) -> str:
+        """Return what --volume names, without links. Blocks. Raises BadRequest."""
+        return self._services.host.volumes.resolve(text)
 
     async def health(self, query: dict) -> dict:
         return {"status": "ok"}
@@ -8665,6 +8938,7 @@ class Deploys:
     async def _forget(self, name: str, first_id: int) -> None:
         """Let go of what all containers of a function had in common."""
         self._host.ids.release(first_id)
+        await asyncio.to_thread(self._host.volumes.forget, first_id)
         await asyncio.to_thread(self._host.forget, name)
 
     async def change(self, name: str, query: dict[str, list[str]]) -> dict:
@@ -9027,7 +9301,8 @@ class Daemon:
         self._loop = asyncio.get_running_loop()
         # By its full name: it is started with a PATH that may differ from ours.
         self._runtime = Runtime(shutil.which(settings.runtime) or settings.runtime, settings.run_dir / "runc")
-        self._host = ContainerHost(settings.run_dir, self._runtime, ids, settings.subnet)
+        self._host = ContainerHost(settings.run_dir, self._runtime, ids, settings.subnet,
+                                   Volumes((settings.state_dir, settings.run_dir)))
         eighth = self._host.descriptors.limit // 8
         self._services = Services(
             self._host, Starter(os.cpu_count() or 1, self._loop), WarmLimit(settings.max_warm),
