@@ -36,8 +36,9 @@ listen bench
 # nginx of the image with its own configuration, but for the port, and a root that it may write, as it has in a container.
 BARE_NGINX = f"""mount -t tmpfs tmpfs "$2" && mkdir "$2/upper" "$2/work" "$2/root" &&
 mount -t overlay -o "lowerdir=$1,upperdir=$2/upper,workdir=$2/work" overlay "$2/root" && cd "$2/root" &&
-mount --bind /dev dev && sed -i 's/listen 80 /listen 127.0.0.1:{BARE_PORT} /; /listen \\[/d' etc/nginx/sites-enabled/default &&
-exec chroot . /usr/sbin/nginx -g 'daemon off;'"""
+mount --bind /dev dev && exec chroot . sh -c "
+    sed -i 's/listen 80 /listen 127.0.0.1:{BARE_PORT} /; /listen \\[/d' /etc/nginx/sites-available/default
+    exec nginx -g 'daemon off;'" """
 
 
 def write_image(path: Path) -> None:
