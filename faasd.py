@@ -4851,6 +4851,12 @@ class Addresses:
                 return str(self.subnet[number])
         raise Conflict(f"subnet {self.subnet} has no free address: remove a function, or start with a larger --subnet")
 
+    def moved(self, address: str, taken: Collection[str]) -> str:
+        """Return what an address of another subnet is in this one: the same host's, if that is free. Raises Conflict."""
+        number = int(ipaddress.IPv4Address(address)) & int(self.subnet.hostmask)
+        fits = FIRST_HOST <= number < self.subnet.num_addresses - 1 and str(self.subnet[number]) not in taken
+        return str(self.subnet[number]) if fits else self.lowest_free(taken)
+
     def add(self, address: str) -> None:
         """Put a function's address on lo, where it may be already. Raises FaasdError."""
         with self._lock:
@@ -9245,6 +9251,8 @@ class Restart:
 
     async def restore(self) -> None:
         """Bring all functions back on their addresses, with their containers that serve clients."""
+        known = {record.address for record in self._records}
+        await self._move()
         for record in self._records:
             await self._restore(record, [entry for entry in self.survivors if entry.function == record.name])
         if self._deploys.promised() > self._settings.max_warm:
@@ -9253,7 +9261,26 @@ class Restart:
         await self._deploys.attachments.remove_stale_rules()
         await self._deploys.write_names(self._records)
         self._deploys.attachments.listeners.forget_unclaimed()
-        self._deploys.attachments.addresses.remove_stale({record.address for record in self._records})
+        self._deploys.attachments.addresses.remove_stale(known)
+
+    async def _move(self) -> None:
+        """Give functions an address of this subnet if theirs is of another. Clients that they serve there are cut."""
+        addresses, moved = self._deploys.attachments.addresses, set()
+        for record in [record for record in self._records if not addresses.has(record.address)]:
+            with contextlib.suppress(Conflict):         # there is no free one, which _restore says
+                before, record.address = record.address, addresses.moved(
+                    record.address, [other.address for other in self._records])
+                log.warning("function=%s its address is %s now: %s is not in %s", record.name, record.address,
+                            before, self._settings.subnet)
+                moved.add(record.name)
+        for survivor in [survivor for survivor in self.survivors if survivor.function in moved]:
+            self.survivors.remove(survivor)
+            await self._host.workers.finished([self._host.workers.run(self.leftovers.end, survivor)])
+        if moved:
+            try:
+                await asyncio.to_thread(self._deploys.registry.save, self._records)
+            except FaasdError as error:         # the next start moves them again
+                log.error("the new addresses are not written down: %s", error)
 
     async def _restore(self, record: FunctionRecord, survivors: list[Survivor]) -> None:
         """Bring a function back. Whatever the reason why it cannot be, it is kept, as broken, and the others go on."""
@@ -9261,8 +9288,8 @@ class Restart:
         function = self._deploys.functions[name] = self._deploys.make_function(record)
         try:
             if not self._deploys.attachments.addresses.has(record.address):
-                raise FaasdError(f"its address {record.address} is not in {self._settings.subnet}: start faasd with "
-                                 "the --subnet that it was deployed under, or deploy it again for a new address")
+                raise FaasdError(f"its address {record.address} is not in {self._settings.subnet}, which has no free "
+                                 "one: start faasd with a larger --subnet")
             version = self._deploys.images.version(name, record.versions[0])
             await self._deploys.attachments.provide(name, record.options)
             listener = await self.bind(lambda: self._deploys.attachments.listen(record.address), self._settings.port)

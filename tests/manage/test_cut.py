@@ -134,18 +134,25 @@ class Stop(CutCase):
 
 
 class Start(CutCase):
-    def test_function_of_another_subnet_is_broken_until_it_is_deployed_again(self):
+    def test_functions_of_another_subnet_move(self):
+        """Each keeps its number, so that it has its address again when the subnet comes back."""
         daemon = self.start()
-        daemon.deploy("f")
-        self.assertEqual(daemon.stop(), 0)
-        daemon.arguments = ("--subnet", "10.1.0.0/24")
-        daemon.start()
-        info = daemon.info("f")
-        self.assertEqual(info["state"], "broken")
-        self.assertIn("10.0.0.10 is not in 10.1.0.0/24", info["error"])
-        self.assertEqual(support.addresses(), [])
-        self.assertEqual(get(daemon.deploy("f"))[0], 200)
-        self.assertEqual(daemon.info("f")["address"], "10.1.0.10")
+        for name in ("e", "f", "g"):
+            daemon.deploy(name)
+        daemon.remove("e")
+        client = request("10.0.0.11", "/hang")
+        wait_until(lambda: daemon.info("f")["running"] == 1, "one is served")
+        daemon.kill()
+        for subnet, f, g in (("10.1.0.0/24", "10.1.0.11", "10.1.0.12"), ("10.2.0.0/28", "10.2.0.11", "10.2.0.12"),
+                             ("10.0.0.0/24", "10.0.0.11", "10.0.0.12")):
+            daemon.arguments = ("--subnet", subnet)
+            daemon.start()
+            self.assertEqual([daemon.info(name)["address"] for name in ("f", "g")], [f, g])
+            self.assertEqual((get(f)[0], get(g)[0]), (200, 200))
+            self.assertEqual(support.addresses(), [f"{f}/32", f"{g}/32"])
+            self.assertIn("function=f its address is", daemon.log())
+            self.assertEqual(daemon.stop(), 0)
+        client.close()
 
     def test_damaged_image_breaks_its_function_alone(self):
         daemon = self.start()
