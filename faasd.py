@@ -4851,6 +4851,14 @@ class Addresses:
                 return str(self.subnet[number])
         raise Conflict(f"subnet {self.subnet} has no free address: remove a function, or start with a larger --subnet")
 
+    def check(self, address: str) -> None:
+        """Raise BadRequest if a function cannot have an address."""
+        first, last = self.subnet[FIRST_HOST], self.subnet[-2]
+        with contextlib.suppress(ValueError):
+            if first <= ipaddress.IPv4Address(address) <= last:
+                return
+        raise BadRequest(f"a function cannot have the address {address!r}: ask for one from {first} to {last}")
+
     def moved(self, address: str, taken: Collection[str]) -> str:
         """Return what an address of another subnet is in this one: the same host's, if that is free. Raises Conflict."""
         number = int(ipaddress.IPv4Address(address)) & int(self.subnet.hostmask)
@@ -8345,6 +8353,7 @@ class ControlHandler(http.server.BaseHTTPRequestHandler):
     def deploy(self, name: str, query: dict) -> None:
         """Have a child unpack the body, which it reads from the connection itself."""
         tag, reset = query.pop("tag", [""])[-1], read_switch(query.pop("reset", ["false"])[-1])
+        address = query.pop("ip", [""])[-1]
         Options().changed(query)        # what is wrong with it is said before the archive is sent
         if self.headers.get_content_type() not in ARCHIVE_TYPES:        # none at all is what a page can send, too
             raise Refused(415, f"an archive needs `Content-Type: {ARCHIVE_TYPES[0]}`")
@@ -8355,7 +8364,8 @@ class ControlHandler(http.server.BaseHTTPRequestHandler):
             self.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         try:
             deploys = self.server.answers.deploys
-            created, document = self._call(deploys.deploy(name, self.connection, length, tag, reset, query))
+            created, document = self._call(deploys.deploy(name, self.connection, length, tag, address, reset,
+                                                                query))
         except OSError as error:
             raise storage_error(error, "storing the image") from error
         self._reply(201 if created else 200, document)
@@ -8864,6 +8874,7 @@ class Deploys:
         self.registry = Registry(settings.state_dir / "registry.json")
         self._settings, self._services, self._host = settings, services, services.host
         self._changes: dict[str, str] = {}              # name → what is being done to it
+        self._claimed: dict[str, str] = {}              # name → the address that it will have
         self._commit = asyncio.Lock()                   # from choosing an address to writing it down
         self._tasks: set[asyncio.Task] = set()          # changes, inspections and removals of what is old, under way
         self._stopping = False
@@ -8891,15 +8902,16 @@ class Deploys:
 
     # -- changes --
 
-    async def deploy(self, name: str, connection: socket.socket, length: str, tag: str, reset: bool,
+    async def deploy(self, name: str, connection: socket.socket, length: str, tag: str, address: str, reset: bool,
                      query: dict[str, list[str]]) -> tuple[bool, dict]:
         """Make an archive what a function runs, with its options, or the defaults, changed as a query says.
 
-        connection and length are as unpack_main takes them. Returns whether the function is new, and its description.
-        Raises FaasdError, OSError.
+        connection and length are as unpack_main takes them; address is the one asked for, or "". Returns whether the
+        function is new, and its description. Raises FaasdError, OSError.
         """
         created = name not in self.functions
         async with self._changing(name, "deploy") as undo:
+            self._claim(name, address)
             options = self._options(name, reset, query)
             kept = options.kept(query)
             self._check_warm(name, options)
@@ -8920,6 +8932,20 @@ class Deploys:
             for line in image["warnings"]:
                 log.warning("function=%s image: %s", name, line)
             return created, {**document, "warnings": image["warnings"], "replaced": not created, "kept": kept}
+
+    def _claim(self, name: str, address: str) -> None:
+        """Keep the address that a new function asks for from others, until its deploy ends. Raises FaasdError."""
+        has = self.functions[name].record.address if name in self.functions else None
+        if not address or address == has:
+            return
+        if has:
+            raise Conflict(f"function {name} has {has} already: remove it to give it another address")
+        self.attachments.addresses.check(address)
+        taken = {other.record.address: other.record.name for other in self.functions.values()}
+        taken |= {claimed: other for other, claimed in self._claimed.items()}
+        if address in taken:
+            raise Conflict(f"function {taken[address]} has {address}: ask for another address, or for none")
+        self._claimed[name] = address
 
     def _options(self, name: str, reset: bool, query: dict[str, list[str]]) -> Options:
         """Return a function's options, or the defaults, changed as a query says. Raises BadRequest."""
@@ -9020,6 +9046,7 @@ class Deploys:
                     await to_the_end(undo.aclose())
                 finally:
                     del self._changes[name]
+                    self._claimed.pop(name, None)
                     self.remove_old_soon(name)
 
     @contextlib.contextmanager
@@ -9134,8 +9161,10 @@ class Deploys:
     def _next_record(self, name: str, function: Function | None, version: Version) -> FunctionRecord:
         """Return the record of a function with a version on top of those that are kept. Raises Conflict."""
         before, now = function.record if function else None, timestamp()
-        addresses, taken = self.attachments.addresses, [other.record.address for other in self.functions.values()]
-        address = before.address if before and addresses.has(before.address) else addresses.lowest_free(taken)
+        addresses = self.attachments.addresses
+        taken = [*(other.record.address for other in self.functions.values()), *self._claimed.values()]
+        address = (before.address if before and addresses.has(before.address) else
+                   self._claimed.get(name) or addresses.lowest_free(taken))
         entry = replace(version.record, deployed=now)
         others = [other for other in (before.versions if before else []) if other.number != entry.number]
         return FunctionRecord(name, address, version.bundle.first_id, before.created if before else now, now,

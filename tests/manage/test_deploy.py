@@ -1,5 +1,6 @@
 """Deploying, redeploying and removing functions through the real CLI, and everything that may go wrong on the way."""
 
+import functools
 import json
 import os
 import re
@@ -170,6 +171,21 @@ class Deploy(DeployCase):
         self.assert_nothing_there("hello")
         with self.assertRaises(OSError):
             socket.create_connection((address, 80), timeout=5).close()
+
+    def test_address_that_is_asked_for(self):
+        ask = functools.partial(self.daemon.faas, "new", stdin=support.handler_image(), check=False)
+        self.assertEqual(ask("f", "--ip", "10.0.0.77").stdout, "✓ Deployed f at 10.0.0.77\n")
+        self.assertEqual(get("10.0.0.77")[0], 200)
+        for name, address, complaint in (
+                ("g", "10.0.0.77", "function f has 10.0.0.77: ask for another address, or for none"),
+                ("f", "10.0.0.78", "function f has 10.0.0.77 already: remove it to give it another address"),
+                ("g", "10.0.0.9", "ask for one from 10.0.0.10 to 10.0.0.254"),
+                ("g", "10.0.0.255", "a function cannot have the address"), ("g", "10.1.0.10", "a function cannot have"),
+                ("g", "x", "a function cannot have the address 'x'")):
+            with self.subTest(address):
+                self.assertIn(complaint, ask(name, "--ip", address).stderr)
+        self.assertIn("✓ Replaced f at 10.0.0.77", ask("f", "--ip", "10.0.0.77").stdout)
+        self.assertEqual(self.daemon.deploy("g"), "10.0.0.10")
 
     def test_lowest_free_address(self):
         image = support.handler_image()
