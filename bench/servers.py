@@ -189,13 +189,14 @@ def measure_cold(report, daemon: lab.Faasd, image: Path, directory: Path, rounds
 
         def docker_run(command: str) -> float:
             start = time.perf_counter()
-            with running([*engine.docker(), "run", "--rm", "--name", "bench", "--network", "host", "servers:latest",
-                          *shlex.split(command)]) as process:
-                wait_for("127.0.0.1", ENGINE_PORT, process)
-                seconds = time.perf_counter() - start
-                subprocess.run([*engine.docker(), "kill", "bench"], capture_output=True, check=True)
-                process.wait()
-            return seconds
+            with running([*engine.docker(), "run", "--rm", "--name", "bench", "--network", "host", "--env",
+                          f"PORT={ENGINE_PORT}", "servers:latest", *shlex.split(command)]) as process:
+                try:
+                    wait_for("127.0.0.1", ENGINE_PORT, process)
+                    return time.perf_counter() - start
+                finally:                # not by a signal to docker, which process 1 of the container may ignore
+                    subprocess.run([*engine.docker(), "kill", "bench"], capture_output=True, check=False)
+                    process.wait()
         for name, command in COLD.items():
             daemon.faas("set", "web", "--reuse", "1", "--share", "1", "--warm", "0", "--port", str(ENGINE_PORT), "--",
                         *shlex.split(command))

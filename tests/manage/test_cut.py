@@ -37,12 +37,14 @@ class CutCase(unittest.TestCase):
 
 class ClientLeaves(CutCase):
     def interrupt_in_save(self, daemon: support.Daemon, image: bytes) -> None:
-        before = daemon.log().count("deployed at")
+        def count() -> int:
+            return len(re.findall("(deployed|replaced) at", daemon.log()))
+        before = count()
         new = self.client(daemon, "new", "f", "--warm", "0", image=image)
         wait_until((daemon.state_dir / ".registry.json.new").exists, "the registry is being written")
         new.send_signal(signal.SIGINT)
         new.wait()
-        wait_until(lambda: daemon.log().count("deployed at") > before, "it is over")
+        wait_until(lambda: count() > before, "it is over")
 
     def check(self, daemon: support.Daemon, label: str) -> None:
         address = daemon.info("f")["address"]
