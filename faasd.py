@@ -1246,7 +1246,7 @@ class Invocation:
             raise Refusal(*CUTS.get(said, CUTS[Release.STOPPED]))
         if self.handover.taken and self.handover.state is None:
             self.exit_status = await pool.end(container)
-            raise Refusal("closed", 0, "the kernel's word on how it ended was lost")
+            raise Refusal("closed", 0, "the kernel's report of how it ended was lost")
         state = self.handover.state or await self._answered(gone=said is not Release.READY)
         if self.handover.taken and not state.sent and await container.exits():  # the kernel has told the client
             self.exit_status = await pool.end(container)
@@ -3081,7 +3081,7 @@ class Supervisor:
                 continue
         except Exception as error:              # a container's doing, or descriptors have run out
             if not self._stopping:
-                log.warning("container=%s its calls are answered no more: %r", self._container.id, error)
+                log.warning("container=%s its system calls are no longer answered: %r", self._container.id, error)
                 self._tell(self._container.kill_soon)
         for call in [*filter(None, [self._beginning]), *(call for held in self._held.values() for call in held.calls)]:
             self._respond(call, flags=CONTINUE)
@@ -4698,7 +4698,7 @@ class IdRanges:
                 except (OSError, FaasdError) as error:
                     self.can_make = isinstance(error, OSError)         # out of descriptors or processes, for now
                     log.warning("user=%d cannot make a user namespace, so runc makes one for each container, and all "
-                                "functions share what root may take of inotify, queues and timers: %s", first, error)
+                                "functions share root's limits of inotify, queues and timers: %s", first, error)
                     return ""
         # runc from 1.1.11 on looks up which ids a namespace has. For a path that begins with /proc/PID it takes those
         # of that process, which are ours, says "non-matching mapping", and gives the container's stdout to our root.
@@ -5422,7 +5422,7 @@ class EgressNetworks:
         try:
             Path(f"/proc/sys/net/ipv4/conf/{link}/forwarding").write_text("1")
         except OSError as error:
-            raise FaasdError(f"cannot have {link} forward packets: {error.strerror}") from error
+            raise FaasdError(f"cannot make {link} forward packets: {error.strerror}") from error
         run("nsenter", f"--net={namespace}", "ip", "-batch", "-", stdin=[
             *without_ipv6("eth0"), f"addr add {address}/32 dev eth0", "link set eth0 up",
             f"route add {self._gateway}/32 dev eth0", f"route add default via {self._gateway}"])
@@ -5719,7 +5719,7 @@ class ContainerHost:
                             "limits": self.cgroups.limits(container.cgroup)}
         except (OSError, LookupError) as error:         # LookupError: of a file that could not be read
             log.info("container=%s inspecting it: %r", container.id, error)
-        raise Conflict("the container that was looked at has ended meanwhile: try again")
+        raise Conflict("the container that was being looked at has ended: try again")
 
     def kill_all(self, cgroup: str) -> None:
         """Kill every process of a container until none is left, or for KILL_TIMEOUT. Blocks."""
@@ -5784,11 +5784,11 @@ async def probe_machine(host: ContainerHost) -> None:
             errors.append(error)
             continue
         if errors and not host.ids.can_make:
-            log.warning("%s joins no user namespace, so it makes one for each container, and all functions share what "
-                        "root may take of inotify, queues and timers: %s", host.runtime.name, errors[0])
+            log.warning("%s joins no user namespace, so it makes one for each container, and all functions share "
+                        "root's limits of inotify, queues and timers: %s", host.runtime.name, errors[0])
         if not host.supervises:
-            log.warning("no container's system calls can be answered here, so only images run that take their clients "
-                        "from %s: %s", CONTROL_SOCKET, errors[0])
+            log.warning("no container's system calls can be answered here, so no servers run, only handlers, which "
+                        "take their clients from %s: %s", CONTROL_SOCKET, errors[0])
         return
     raise unfit_machine(host.runtime, errors[-1])
 
@@ -7863,7 +7863,7 @@ def receive(descriptor: int) -> Iterator[bytes]:
         if not data:
             raise BadRequest("the upload was cut short")
         yield data
-    raise FaasdError(f"the upload stood still for {MAX_BODY_SECONDS:g} s", status=408)
+    raise FaasdError(f"no data came for {MAX_BODY_SECONDS:g} s during the upload", status=408)
 
 
 def request_body(stream: ByteStream, length: str, limit: int) -> Iterator[memoryview]:
@@ -8012,7 +8012,7 @@ def watch_directory(path: str) -> int:
         descriptor = succeeded(libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC))
         succeeded(libc.inotify_add_watch(descriptor, path.encode(), 0x88))      # IN_CLOSE_WRITE, IN_MOVED_TO
     except OSError as error:
-        log.warning("who joins the group faas from now on can use its socket only after a new login: %s", error)
+        log.warning("users who join the group faas from now on must log in again to use the socket: %s", error)
         return -1
     return descriptor
 
@@ -8180,7 +8180,7 @@ class TcpControlServer(ControlServer):
                           WWW_Authenticate="Bearer")
         host = ",".join(headers.get_all("Host", []))
         if not self._is_our_name(host, connection.getsockname()[0]):
-            raise Refused(421, f"no address of ours: {host!r} in the Host header; --api-host NAME makes it one")
+            raise Refused(421, f"{host!r} in the Host header is no name of this API; --api-host NAME makes it one")
 
     def _is_our_name(self, host: str, local_end: str) -> bool:
         """Return whether a Host header names this server: by the connection's own address, or as --api-host says.
@@ -8709,7 +8709,7 @@ class ImageStore:
                 raise FileNotFoundError(errno.ENOENT, "No such file or directory", "rootfs")
             for key, kind in IMAGE_FIELDS.items():
                 if not isinstance(image.get(key), kind):
-                    raise ImageError(f"image.json has no good {key!r}")
+                    raise ImageError(f"image.json has no valid {key!r}")
             return image
         except (OSError, ImageError) as error:
             raise FaasdError(f"its image in {directory} is damaged ({error}): deploy it again") from None
@@ -8771,7 +8771,7 @@ class Attachments:
         try:
             await asyncio.to_thread(self._guard.detach)
         except OSError as error:
-            log.info("cannot take away the guard of the addresses: %s", error.strerror)
+            log.info("cannot remove the guard of the addresses: %s", error.strerror)
         self.addresses.remove_all()
         await self._run(self.egress.remove_all)
         if self.published.any:
@@ -9083,8 +9083,8 @@ class Deploys:
         contract = entry.options.contract
         if not self._host.supervises:
             if contract in ("server", "stdio"):
-                raise FaasdError("no container's system calls can be answered on this machine, so no server runs, nor "
-                                 "--contract stdio: see the daemon's log", status=422)
+                raise FaasdError("no container's system calls can be answered on this machine, so no server runs, "
+                                 "and no --contract stdio: see the daemon's log", status=422)
             contract = "handler"
         entry = replace(entry, contract=contract, port=entry.options.port or 0 if contract in ("auto", "server") else 0)
         if not self.attachments.egress.has(name):
@@ -9698,8 +9698,8 @@ def check_directory(option: str, directory: Path) -> None:
     """
     status = directory.lstat()
     if not stat.S_ISDIR(status.st_mode) or status.st_uid != 0 or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        raise UsageError(f"{option} {directory} is open to others than root, who could put files of their own in the "
-                         f"place of ours: chown root {directory} && chmod go-w {directory}")
+        raise UsageError(f"{option} {directory} is open to others than root, who could replace its files: "
+                         f"chown root {directory} && chmod go-w {directory}")
     for parent in directory.parents:
         status = parent.lstat()
         mode = status.st_mode
@@ -9782,7 +9782,7 @@ def outlive_containers(run_dir: Path) -> None:
     while is_dead_with_lock(run_dir / "faasd.lock") and (passed := time.monotonic() - begin) < STOP_SECONDS:
         if passed > EXIT_GRACE:                 # else it is about to end
             for container_id, cgroup in cgroups.containers().items():
-                log.warning("container=%s may keep the daemon before from ending: ending it", container_id)
+                log.warning("container=%s may keep the previous daemon from ending: ending it", container_id)
                 cgroups.kill(cgroup)
         time.sleep(KILL_RETRY)
 
