@@ -42,6 +42,7 @@ On disk:
     STATE_DIR/images/NAME/IMAGE/rootfs/       an unpacked image; IMAGE = first 12 hex digits of its digest
     STATE_DIR/images/NAME/IMAGE/image.json    what the image says about the process to run
     STATE_DIR/logs/NAME.log, NAME.log.1       output of the handlers and a line per invocation
+    STATE_DIR/events.log, events.log.1        what became of functions, and by whom
     STATE_DIR/tmp/                            unpacking; emptied at start
     RUN_DIR/faasd.sock, faasd.lock            control API; one daemon per run-dir
     RUN_DIR/net/NAME, resolv.conf.*           network namespaces of functions with --net egress, and their resolvers
@@ -65,7 +66,7 @@ Top to bottom, in the order in which a request meets it:
     Its place on this machine   IdRanges, Addresses, ListenerStore, AddressGuard
     Networks                    EgressNetworks, for --net egress
     Where containers live       ContainerHost, the trial container at start, Leftovers of the daemon before
-    Logs and metrics            FunctionLog, Statistics
+    Logs and metrics            FunctionLog, Events, Statistics
     Images                      Archive, LayerApplier, resolve_process; they run in the unpacking child
     Control API                 ControlServer, ControlHandler, Answers
     Deploys                     ImageStore, Attachments (addresses, networks), Deploys: deploy, change, remove
@@ -88,6 +89,7 @@ import bisect
 import collections
 import concurrent.futures
 import contextlib
+import contextvars
 import ctypes
 import enum
 import errno
@@ -732,6 +734,7 @@ class Services:
     answering: Crowd            # clients that get an answer of our own
     lag: LoopLag
     logs: Writer                # of the functions' logs
+    events: Events
 
 
 class Tasks(set):
@@ -858,6 +861,7 @@ class Function:
         self.error = ""
         self.being_removed = False              # no longer written down
         self.draining = False                   # serves those it has accepted, and nobody else
+        self.told_back_off = -math.inf          # loop time of the last such event
         self.demand = Demand()
         self.statistics = Statistics()
         self.services = services
@@ -987,7 +991,9 @@ class Function:
         """Tell the client that waits longest that its container did not start; return False if there is none."""
         if not self.entitled:
             return False
-        self._refuse(next(iter(self.waiting)), Refusal("start-failed", failure.status, str(failure)))
+        first = next(iter(self.waiting))
+        first.failed = failure.container
+        self._refuse(first, Refusal("start-failed", failure.status, str(failure)))
         return True
 
     def adopt(self, survivors: list[Survivor]) -> None:
@@ -1015,7 +1021,7 @@ class Function:
         durations = invocation.durations
         self.statistics.record(invocation, durations)
         line = invocation.line(durations)
-        container = invocation.container.id if invocation.container else "-"
+        container = invocation.container.id if invocation.container else invocation.failed or "-"
         self.log.write(container, ">", line)
         if invocation.outcome != "answered":
             self._warnings.add(container, line)
@@ -1149,9 +1155,10 @@ class Invocation:
     outcome: str = ""
     status: int = 0                     # of the answer that faasd itself gave, if it did
     reason: str = ""
+    failed: str = ""                    # the container that did not start for it
     exit_status: int | None = None
-    received: int = 0                   # bytes on the client's connection
-    sent: int = 0
+    received: int | None = None         # bytes on the client's connection, as far as that is known
+    sent: int | None = None
 
     async def serve(self) -> None:
         """Wait for a container, let its handler work, and see to it that the client has an answer."""
@@ -1248,13 +1255,13 @@ class Invocation:
             self.exit_status = await pool.end(container)
             raise Refusal("closed", 0, "the kernel's report of how it ended was lost")
         state = self.handover.state or await self._answered(gone=said is not Release.READY)
+        self.received, self.sent = state.received, state.sent
         if self.handover.taken and not state.sent and await container.exits():  # the kernel has told the client
             self.exit_status = await pool.end(container)
             outcome, _, reason = OUT_OF_MEMORY if container.out_of_memory else (
                 "no-answer", 0, f"the handler {container.describe_end(self.exit_status)} without an answer")
             raise Refusal(outcome, 0, reason)
         self.outcome = "answered" if state.sent else "closed"
-        self.received, self.sent = state.received, state.sent
         function.demand.run.add(self.handled - self.handed)
         if not state.unacknowledged:            # first: what follows is nothing the client should wait for
             self._let_go()
@@ -1389,8 +1396,8 @@ class Invocation:
         parts = [f"outcome={self.outcome} client={self.peer} request={quote(first_line, MAX_REQUEST)}"]
         for key, name in (("wait", "queue"), ("start", "start"), ("run", "run")):
             parts.append(f"{key}={durations[name] * 1000:.1f}ms" if name in durations else f"{key}=-")
-        exit_status = "-" if self.exit_status is None else self.exit_status
-        parts.append(f"received={self.received} sent={self.sent} exit={exit_status}")
+        known = ("-" if number is None else number for number in (self.received, self.sent, self.exit_status))
+        parts.append("received={} sent={} exit={}".format(*known))
         if self.status:
             parts.append(f"status={self.status}")
         if self.reason:
@@ -1635,6 +1642,7 @@ SURPLUS_SECONDS = 20.0              # how long more containers than asked for ma
 MAX_WARM_SECONDS = 3600.0           # age at which a container that waits is replaced by a new one
 HEALTHY_SECONDS = 10.0              # a warm container that dies younger counts as a failed start
 FIRST_RETRY_SECONDS, MAX_RETRY_SECONDS = 1.0, 60.0     # between failed starts that nobody waits for
+BACK_OFF_EVENT_SECONDS = 60.0       # between two events of that of one function: it must not push out all others
 
 
 class Pool:
@@ -1764,6 +1772,7 @@ class Pool:
             await container.start(self.version.bundle, self.options.start_timeout)
         except StartFailed as error:
             failure = error
+            failure.container = container.id
         finally:
             self._starts.discard(asyncio.current_task())
             if not container.ready_at:          # then nothing of it is left
@@ -1788,6 +1797,10 @@ class Pool:
         self._retry_at = self._loop.time() + delay
         log.warning("function=%s a warm container was lost, next one in %g s: %s", self._function.record.name, delay,
                     reason)
+        now, function = self._loop.time(), self._function
+        if now - function.told_back_off >= BACK_OFF_EVENT_SECONDS:
+            function.told_back_off = now
+            self._services.events.add(function.record.name, "back-off", by="faasd", reason=reason)
 
     def put(self, container: Container) -> None:
         """Take a container that could serve somebody."""
@@ -2113,6 +2126,7 @@ class StartFailed(Exception):
         super().__init__(reason)
         self.output = list(output)
         self.status = status
+        self.container = ""             # its id, where a client is told
 
 
 class RuntimeFailed(StartFailed):
@@ -6267,21 +6281,23 @@ class FunctionLog:
                 except OSError as error:
                     log.error("cannot remove %s: %s", path, error.strerror)
 
-    def read(self, tail: int | None, since: str) -> tuple[list[bytes], BinaryIO | None]:
+    def read(self, tail: int | None, since: str, choose: Callable[[Iterable[bytes]], Iterable[bytes]] = iter
+             ) -> tuple[list[bytes], BinaryIO | None]:
         """Return the last `tail` lines (None: all) from the time `since` (RFC 3339 UTC) on, and the log behind them.
 
-        The open file, None if there is no log yet, is for follow(), or for the caller to close.
+        Of those that choose takes. The open file, None if there is no log yet, is for follow(), or for the caller to
+        close.
         """
         lines: collections.deque[bytes] = collections.deque(maxlen=tail)
         with contextlib.suppress(FileNotFoundError), self._previous.open("rb") as previous:
-            lines.extend(line for line in previous if line >= since.encode())
+            lines.extend(line for line in choose(previous) if line >= since.encode())
         file = self._open()
         if file:
-            lines.extend(line for line in file if line >= since.encode())
+            lines.extend(line for line in choose(file) if line >= since.encode())
         return list(lines), file
 
     def follow(self, file: BinaryIO | None) -> Iterator[bytes]:
-        """Yield what is appended to file and its successors, b"" now and then when there is nothing."""
+        """Yield what is appended to file and its successors, whole lines; b"" now and then when there is nothing."""
         try:
             while True:
                 with self._grown:       # taken to write, so nothing is written unnoticed between read and wait
@@ -6313,6 +6329,94 @@ class FunctionLog:
         return False
 
 
+class Events(FunctionLog):
+    """STATE_DIR/events.log: `TIME FUNCTION > event key=value …` for whatever becomes of functions."""
+
+    def add(self, function: str, event: str, **values: str) -> None:
+        """Add an event. Without by= it is what REQUESTER does."""
+        values.setdefault("by", REQUESTER.get())
+        self.write(function, ">", " ".join([event, *(f"{key}={plain(value)}" for key, value in values.items())]))
+
+
+# Who has asked for what a task does; so that what is written of it at its end can say so.
+REQUESTER = contextvars.ContextVar("requester", default="faasd")
+PLAIN = re.compile(r"[\w.:@+\[\]-]+", re.ASCII)      # what is written without quotes
+FIELD = re.compile(r'(\w+)=("(?:[^"\\]|\\.)*"|\S*)')      # as `quote` writes them: a client chooses some
+
+
+def plain(value: str) -> str:
+    return value if PLAIN.fullmatch(value) else quote(value, MAX_MESSAGE)
+
+
+def parse_fields(text: str) -> dict[str, str]:
+    """Return the fields key=value of a line; control characters in them stay escaped."""
+    return {key: re.sub(r'\\(["\\])', r"\1", value[1:-1]) if value.startswith('"') else value
+            for key, value in FIELD.findall(text)}
+
+
+def split_line(line: bytes) -> tuple[str, str, str, str]:
+    """Return time, second column, mark and text of a line. A power failure may have left one that is none."""
+    text = line.decode("utf-8", "backslashreplace").rstrip("\n")
+    match = re.fullmatch(r"(\S+) (\S+) ([|>]) (.*)", text, re.DOTALL)
+    return match.groups() if match else ("", "-", "|", text)
+
+
+def log_document(function: str, line: bytes) -> dict:
+    """Return a line of a function's log for programs: output has a text, an invocation its fields, a change an event.
+
+    What is not known of an invocation is null. Durations are in seconds.
+    """
+    moment, container, mark, text = split_line(line)
+    document = {"time": moment, "function": function, "container": None if container == "-" else container}
+    if mark == "|":
+        return {**document, "text": text}
+    fields = parse_fields(text)
+    if "outcome" not in fields:
+        return {**document, "event": text}
+
+    def number(key: str, kind: type = int) -> float | None:
+        value = fields.get(key, "").removesuffix("ms")
+        return kind(value) if re.fullmatch(r"-?[0-9]+(\.[0-9]+)?", value) else None
+    seconds = {name: milliseconds if milliseconds is None else round(milliseconds / 1000, 4)
+               for name, milliseconds in ((name, number(key, float)) for name, key in
+                                          (("queue", "wait"), ("start", "start"), ("run", "run")))}
+    return {**document, "outcome": fields["outcome"], "status": number("status"), **seconds,
+            "received": number("received"), "sent": number("sent"), "exit": number("exit"),
+            "peer": fields.get("client"), "request": fields.get("request"), "reason": fields.get("reason")}
+
+
+def event_document(line: bytes) -> dict:
+    """Return a line of the events for programs."""
+    moment, function, _, text = split_line(line)
+    return {"time": moment, "function": function, "event": text.partition(" ")[0], **parse_fields(text)}
+
+
+MAX_PRINTING = 1024                 # containers of which output is held until it is known how their invocation ends
+
+
+class Failures:
+    """Chooses the lines of a function's log that tell of failures: invocations, behind what their containers printed.
+
+    What `errors` counts: no answer of the program's, or a bad exit.
+    """
+
+    def __init__(self) -> None:
+        self._printed: collections.OrderedDict[str, collections.deque[bytes]] = collections.OrderedDict()
+
+    def __call__(self, lines: Iterable[bytes]) -> Iterator[bytes]:
+        for line in lines:
+            _, container, mark, text = split_line(line)
+            if mark == "|":
+                self._printed.setdefault(container, collections.deque(maxlen=TAIL_LINES)).append(line)
+                if len(self._printed) > MAX_PRINTING:
+                    self._printed.popitem(last=False)
+            elif text.startswith("outcome="):
+                printed, fields = self._printed.pop(container, ()), parse_fields(text)
+                if fields["outcome"] != "answered" or fields.get("exit", "-") not in ("-", "0"):
+                    yield from printed
+                    yield line
+
+
 BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)   # seconds
 RECENT_SAMPLES = 1000               # of which percentiles are made
 
@@ -6333,7 +6437,7 @@ class Histogram:
     def percentiles(self) -> dict[str, float] | None:
         """Return p50, p95 and p99 of the last samples in seconds, None if there are none."""
         ordered = sorted(self._recent)
-        return {f"p{n}": ordered[len(ordered) * n // 100] for n in (50, 95, 99)} if ordered else None
+        return {f"p{n}": round(ordered[len(ordered) * n // 100], 6) for n in (50, 95, 99)} if ordered else None
 
     def expose(self, name: str, labels: str = "") -> Iterator[str]:
         """Yield the samples in Prometheus' text format; labels are such as `function="a"`."""
@@ -8079,6 +8183,13 @@ class ControlServer:
     def check(self, headers: http.client.HTTPMessage, connection: socket.socket) -> None:
         """Raise Refused unless the sender of these headers may use the API."""
 
+    def name_client(self, client: str) -> str:
+        """Return what events say of whoever describe_client has described. May block: users can be in a directory."""
+        uid = int(re.search("uid=([0-9]+)", client)[1])
+        with contextlib.suppress(KeyError):
+            return pwd.getpwuid(uid).pw_name
+        return f"uid:{uid}"
+
     def describe_client(self, connection: socket.socket, address: Any) -> str:
         credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, UCRED.size)
         return "pid={} uid={} gid={}".format(*UCRED.unpack(credentials))
@@ -8169,6 +8280,9 @@ class TcpControlServer(ControlServer):
             listener.close()
             raise UsageError(f"cannot listen on {self}: {os.strerror(error.errno)}; "
                              "choose another --api HOST:PORT") from error
+
+    def name_client(self, client: str) -> str:
+        return f"token@{client.removeprefix('peer=')}"
 
     def describe_client(self, connection: socket.socket, address: Any) -> str:
         return "peer=[{}]:{}".format(*address[:2]) if ":" in address[0] else "peer={}:{}".format(*address)
@@ -8328,7 +8442,7 @@ class ControlHandler(http.server.BaseHTTPRequestHandler):
                 query["volume"] = [self.server.answers.resolve_volumes(query["volume"][-1])]
             if "Transfer-Encoding" in self.headers or int(self.headers.get("Content-Length", "0")) > 0:
                 self.close_connection = True            # nobody knows how much of the body will be read
-            if route in (ControlHandler.deploy, ControlHandler.logs):
+            if route in ControlHandler.own_routes:
                 route(self, *names, query)
             else:
                 self._reply(200, self._call(route(*names, query=query)))
@@ -8371,21 +8485,35 @@ class ControlHandler(http.server.BaseHTTPRequestHandler):
         self._reply(201 if created else 200, document)
 
     def logs(self, name: str, query: dict) -> None:
+        answers = self.server.answers
+        self._send_lines(self._call(answers.function_log(name)), functools.partial(log_document, name), query)
+
+    def events(self, query: dict) -> None:
+        self._send_lines(self._call(self.server.answers.event_log()), event_document, query)
+
+    own_routes = (deploy, logs, events)         # that answer by themselves
+
+    def _send_lines(self, source: FunctionLog, describe: Callable[[bytes], dict], query: dict) -> None:
+        """Answer with the lines of a log, as text or as a JSON object a line."""
         tail = parse_count(query["tail"][-1]) if "tail" in query else None
         since = parse_since(query["since"][-1]) if "since" in query else ""
-        function_log = self._call(self.server.answers.function_log(name))
-        lines, file = function_log.read(tail, since)
+        as_json = query.get("format", ["text"])[-1] == "json"
+        choose = Failures() if is_set(query, "failed") else iter
+
+        def encode(lines: Iterable[bytes]) -> bytes:
+            return b"".join(json.dumps(describe(line)).encode() + b"\n" if as_json else line for line in lines)
+        lines, file = source.read(tail, since, choose)
         self.send_response(200)
-        self.send_header("Content-Type", "text/plain; charset=utf-8")
+        self.send_header("Content-Type", "application/x-ndjson" if as_json else "text/plain; charset=utf-8")
         if self.request_version == "HTTP/1.0":          # which knows no chunks
             self.close_connection = True
         else:
             self.send_header("Transfer-Encoding", "chunked")
         self.end_headers()
-        self._write_chunk(b"".join(lines))
-        if query.get("follow", ["0"])[-1] not in ("", "0", "false"):
-            for data in function_log.follow(file):
-                self._write_chunk(data)
+        self._write_chunk(encode(lines))
+        if is_set(query, "follow"):
+            for data in source.follow(file):
+                self._write_chunk(encode(choose(data.splitlines(keepends=True))))
                 if not data and self._client_left():
                     break
         elif file:
@@ -8401,9 +8529,11 @@ class ControlHandler(http.server.BaseHTTPRequestHandler):
     def _call(self, coroutine):
         """Run a coroutine on the daemon's loop and return its result. Cancels it when the client leaves."""
         running: list[asyncio.Task] = []
+        requester = "" if self.command == "GET" else self.server.name_client(self.client_address)
 
         async def run():
             running.append(asyncio.current_task())
+            REQUESTER.set(requester)
             return await coroutine
         loop = self.server.answers.loop
         result = asyncio.run_coroutine_threadsafe(run(), loop)
@@ -8468,6 +8598,10 @@ class ControlHandler(http.server.BaseHTTPRequestHandler):
         log.info("control API: %s %r %d", self.client_address, self._subject(), code)
 
 
+def is_set(query: dict[str, list[str]], key: str) -> bool:
+    return query.get(key, ["0"])[-1] not in ("", "0", "false")
+
+
 def parse_since(text: str) -> str:
     """Return a time as log lines begin with it, from RFC 3339 or from a duration before now. Raises BadRequest."""
     try:
@@ -8499,6 +8633,7 @@ class Answers:
             ("version",): {"GET": self.version},
             ("metrics",): {"GET": self.metrics},
             ("stats",): {"GET": self.statistics},
+            ("events",): {"GET": ControlHandler.events},
             ("functions",): {"GET": self.functions},
             ("functions", "*"): {"GET": self.function, "POST": ControlHandler.deploy, "PATCH": deploys.change,
                                  "DELETE": deploys.remove},
@@ -8532,6 +8667,11 @@ class Answers:
         await self._services.logs.flush()
         return function.log
 
+    async def event_log(self) -> Events:
+        """Return the events of all functions, with all that has happened so far."""
+        await self._services.logs.flush()
+        return self._services.events
+
     async def versions(self, name: str, query: dict) -> dict:
         """Return the versions of a function, the one that runs first."""
         documents = []
@@ -8549,7 +8689,7 @@ class Answers:
     async def statistics(self, *names: str, query: dict) -> dict:
         """Return counts and percentiles of functions, all of them for no names."""
         functions = [self.deploys.get(name) for name in names] or self.deploys.in_order()
-        return {"time": time.time(), "functions": [function.describe_statistics() for function in functions]}
+        return {"time": round(time.time(), 3), "functions": [function.describe_statistics() for function in functions]}
 
     async def metrics(self, query: dict) -> str:
         """Return everything that is counted in Prometheus' text format, version 0.0.4."""
@@ -8873,6 +9013,7 @@ class Deploys:
         self.attachments = Attachments(settings, addresses, services.host.workers)
         self.registry = Registry(settings.state_dir / "registry.json")
         self._settings, self._services, self._host = settings, services, services.host
+        self.events = services.events
         self._changes: dict[str, str] = {}              # name → what is being done to it
         self._claimed: dict[str, str] = {}              # name → the address that it will have
         self._commit = asyncio.Lock()                   # from choosing an address to writing it down
@@ -9027,6 +9168,7 @@ class Deploys:
         await self._services.logs.flush()
         await asyncio.to_thread(function.log.remove)
         log.info("function=%s removed", name)
+        self.events.add(name, "removed")
 
     @contextlib.asynccontextmanager
     async def _changing(self, name: str, what: str) -> AsyncIterator[contextlib.AsyncExitStack]:
@@ -9100,6 +9242,8 @@ class Deploys:
         function.log.write("-", ">", f"{what} version={record.version}")
         document = self.describe(function)
         log.info("function=%s version=%s %s at %s", name, record.version, what, document["url"].removeprefix("http://"))
+        event = {"changed": "set"}.get(what, what).replace(" ", "-")
+        self.events.add(name, event, version=str(record.version), address=record.address)
         return document
 
     async def _prove(self, name: str, entry: VersionRecord) -> tuple[Version, Container, list[str]]:
@@ -9332,6 +9476,7 @@ class Restart:
             function.error = str(error) if isinstance(error, FaasdError) else f"{error!r}; faasd's log has the detail"
             log.error("function=%s is broken: %s", name, function.error,
                       exc_info=None if isinstance(error, FaasdError) else error)
+            self._deploys.events.add(name, "broken", by="faasd", reason=function.error)
         for survivor in survivors:              # adopt takes them off the list
             await self._host.workers.finished([self._host.workers.run(self.leftovers.end, survivor)])
 
@@ -9359,11 +9504,11 @@ class Daemon:
         self._runtime = Runtime(shutil.which(settings.runtime) or settings.runtime, settings.run_dir / "runc")
         self._host = ContainerHost(settings.run_dir, self._runtime, ids, settings.subnet,
                                    Volumes((settings.state_dir, settings.run_dir)))
-        eighth = self._host.descriptors.limit // 8
+        eighth, logs = self._host.descriptors.limit // 8, Writer(write_logs, MAX_UNWRITTEN_LINES, LOG_DELAY)
         self._services = Services(
             self._host, Starter(os.cpu_count() or 1, self._loop), WarmLimit(settings.max_warm),
             HangupWatch(self._loop), Crowd(min(MAX_SILENT, eighth)), Crowd(min(MAX_ANSWERING, eighth)),
-            LoopLag(self._loop), Writer(write_logs, MAX_UNWRITTEN_LINES, LOG_DELAY))
+            LoopLag(self._loop), logs, Events(settings.state_dir / "events.log", logs))
         self._deploys = Deploys(settings, self._services, addresses)
         self._restart = Restart(settings, self._host, self._deploys)
         self._servers: list[ControlServer] = []
@@ -9436,8 +9581,8 @@ class Daemon:
         await self._end_invocations(left, changes)
         await self._host.workers.finished(self._host.workers.pending)           # output that was being read
         await self._services.logs.flush()
-        for function in functions.values():
-            function.log.end()
+        for one in (*(function.log for function in functions.values()), self._services.events):
+            one.end()
         deadline = self._loop.time() + UPLOAD_END_SECONDS
         while any(one.busy for one in (self._deploys, *self._servers)) and self._loop.time() < deadline:
             await asyncio.sleep(0.01)

@@ -208,9 +208,9 @@ class Conversation(unittest.TestCase):
         self.assertEqual(self.talk(response(404, {"error": "no \x1b[2J"}), "info", "f").stderr, "faas: no \\x1b[2J\n")
 
     def test_logs_reach_no_terminal_raw(self):
-        body = "one\ttab ü\n\x1b[2J two\r\n".encode() + b"\xff\xc3"
+        body = "one\ttab ü\n\x1b[2J two\r\n".encode() + b"\xff\xc3\n"
         head = b"HTTP/1.1 200 X\r\nContent-Length: %d\r\n\r\n" % len(body)
-        self.assertEqual(self.talk(head + body, "logs", "f").stdout, "one\ttab ü\n\\x1b[2J two\\r\n\\xff")
+        self.assertEqual(self.talk(head + body, "logs", "f").stdout, "one\ttab ü\n\\x1b[2J two\\r\n\\xff\\xc3\n")
 
     def test_options_are_sent_as_they_are_typed(self):
         env_file = self.directory / "env"

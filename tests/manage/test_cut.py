@@ -121,18 +121,20 @@ class Stop(CutCase):
         _, error = new.communicate()
         self.assertEqual((new.returncode, error.decode()), (1, "faas: faasd is stopping, or you left\n"))
 
-    def test_followers_of_a_log_come_to_its_end(self):
+    def test_followers_of_a_log_come_to_its_end_with_its_function(self):
         daemon = self.start()
         for name in ("f", "g"):
             daemon.deploy(name)
         followers = {name: self.client(daemon, "logs", "-f", name) for name in ("f", "g")}
         wait_until(lambda: len(re.findall("GET /functions/./logs", daemon.log())) == 2, "both follow")
         daemon.remove("f")
-        self.assertIn(b"deployed", followers["f"].communicate()[0])
+        output, error = followers["f"].communicate()
+        self.assertEqual((followers["f"].returncode, output.count(b"deployed"), error), (0, 1, b""))
         daemon.stop()
-        for follower in followers.values():
-            _, error = follower.communicate()
-            self.assertEqual((follower.returncode, error), (0, b""))
+        self.assertEqual(followers["g"].stderr.readline(), b"faas: faasd has ended; waiting for it to come back\n")
+        followers["g"].send_signal(signal.SIGINT)
+        output, error = followers["g"].communicate()
+        self.assertEqual((followers["g"].returncode, output.count(b"deployed"), error), (130, 1, b""))
 
 
 class Start(CutCase):

@@ -29,6 +29,9 @@ COVERED = {
     "(umask 077; head -c 24 /dev/urandom | base64 > token)": "test_control_over_the_network below",
     "sudo ./faasd.py --api 127.0.0.1:8000 --api-token-file token": "the same",
     "./faas --api http://127.0.0.1:8000 --token-file token list": "the same",
+    "sudo ./faasd.py --state-dir /var/lib/faasd-2 --run-dir /run/faasd-2 --subnet 10.0.1.0/24":
+        "test_several_daemons below",
+    "./faas --socket /run/faasd-2/faasd.sock list": "the same",
     "curl http://10.0.0.10/": "tests/images/test_docker.py",
     "./quickstart.sh": "tests/manage/test_quickstart.py",
     "sudo ./test.sh": ".ci/run",
@@ -104,6 +107,17 @@ class Readme(unittest.TestCase):
             self.assertEqual(daemon.deploy("f"), "10.20.0.10")
             self.assertEqual(support.get("10.20.0.10", port=8080)[0], 200)
             self.assertEqual(daemon.info("f")["port"], 8080)
+
+    def test_several_daemons(self):
+        start, ask = (command.replace("/var/lib/faasd-2", "{state}").replace("/run/faasd-2", "{run}")
+                      for command in COVERED if "faasd-2" in command)
+        with support.Daemon() as one, support.Daemon(*start.partition("--run-dir {run} ")[2].split()) as two:
+            self.assertEqual([daemon.deploy("f", support.small_image(label)) for daemon, label in ((one, "1"), (two, "2"))],
+                             ["10.0.0.10", "10.0.1.10"])
+            self.assertEqual([support.get(address)[1] for address in ("10.0.0.10", "10.0.1.10")], ["1", "2"])
+            listed = subprocess.run(ask.format(run=two.run_dir), shell=True, cwd=support.TOP, capture_output=True,
+                                    text=True, check=True).stdout
+            self.assertIn("10.0.1.10", listed)
 
     def test_options_of_new_are_those_of_the_program(self):
         out = subprocess.run([sys.executable, support.TOP / "faas", "new", "--help"], capture_output=True, text=True,
