@@ -112,9 +112,9 @@ class Readme(unittest.TestCase):
         start, ask = (command.replace("/var/lib/faasd-2", "{state}").replace("/run/faasd-2", "{run}")
                       for command in COVERED if "faasd-2" in command)
         with support.Daemon() as one, support.Daemon(*start.partition("--run-dir {run} ")[2].split()) as two:
-            self.assertEqual([daemon.deploy("f", support.small_image(label)) for daemon, label in ((one, "1"), (two, "2"))],
-                             ["10.0.0.10", "10.0.1.10"])
-            self.assertEqual([support.get(address)[1] for address in ("10.0.0.10", "10.0.1.10")], ["1", "2"])
+            addresses = one.deploy("f", support.small_image("1")), two.deploy("f", support.small_image("2"))
+            self.assertEqual(addresses, ("10.0.0.10", "10.0.1.10"))
+            self.assertEqual([support.get(address)[1] for address in addresses], ["1", "2"])
             listed = subprocess.run(ask.format(run=two.run_dir), shell=True, cwd=support.TOP, capture_output=True,
                                     text=True, check=True).stdout
             self.assertIn("10.0.1.10", listed)
