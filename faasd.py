@@ -90,6 +90,7 @@ import collections
 import concurrent.futures
 import contextlib
 import contextvars
+import copy
 import ctypes
 import enum
 import errno
@@ -127,6 +128,7 @@ import tarfile
 import termios
 import threading
 import time
+import tty
 import urllib.parse
 import zlib
 from collections.abc import AsyncIterator, Callable, Collection, Generator, Iterable, Iterator
@@ -869,6 +871,7 @@ class Function:
         self.entrance = Entrance(self)
         self.waiting: collections.OrderedDict[Invocation, None] = collections.OrderedDict()
         self.in_flight: set[Invocation] = set()         # a handler has, or had, the client, and we have it still
+        self.executions: set[asyncio.Task] = set()      # commands of operators
         self._invocations = Tasks(f"function={record.name} an invocation")
         self.retirements = Tasks(f"function={record.name} a retirement")      # of versions, until no container is left
         self._warnings = Warnings(record.name, self.loop)
@@ -881,7 +884,12 @@ class Function:
     @property
     def entitled(self) -> int:
         """How many of the clients that wait may be served now."""
-        return max(0, min(len(self.waiting), self.record.options.concurrency - len(self.in_flight)))
+        return max(0, min(len(self.waiting), self.record.options.concurrency - self.taken))
+
+    @property
+    def taken(self) -> int:
+        """How many of the places are taken that --concurrency gives."""
+        return len(self.in_flight) + len(self.executions)
 
     @property
     def patient_until(self) -> float:
@@ -910,7 +918,7 @@ class Function:
             raise Refusal("abandoned")
         self.demand.arrived(invocation.accepted)
         options, waiting = self.record.options, len(self.waiting)
-        if len(self.in_flight) + waiting >= options.concurrency + options.queue:
+        if self.taken + waiting >= options.concurrency + options.queue:
             raise Refusal("queue-full", 503, f"{options.concurrency} invocations are in flight and {options.queue} "
                                              "connections wait already")
         few = self.services.host.descriptors.limit * 3 // 4         # the client's was the lowest that was free
@@ -1016,6 +1024,30 @@ class Function:
         finally:
             self._retire(pool)
 
+    async def execute(self, command: list[str], terminal: bool, takes_input: bool, size: tuple[int, int],
+                      started: Callable[[Streams], None]) -> tuple[int | None, str]:
+        """Run a command of an operator's in a container of its own: see Execution.run. Raises FaasdError."""
+        name, pool, task = self.record.name, self.pool, asyncio.current_task()
+        if pool is None:
+            raise Conflict(f"function {name} is broken: `faas info {name}` says why")
+        if self.draining:
+            raise FaasdError(Release.STOPPED.value, status=503)
+        if self.taken >= (most := self.record.options.concurrency):
+            raise Conflict(f"function {name} has no room: all {most} places of --concurrency are taken; try later")
+        bundle = pool.version.bundle.for_command(command, terminal)
+        execution = Execution(self.services.host, name, terminal, takes_input, size)
+        self.services.events.add(name, "exec", container=execution.id, command=command[0])
+        self.executions.add(task)
+        pool.containers.add(execution)          # its image stays until it ends
+        try:
+            return await execution.run(bundle, pool.options.start_timeout, started)
+        except StartFailed as failure:
+            raise FaasdError(f"function {name}: {failure}", failure.output, 503) from failure
+        finally:
+            self.executions.discard(task)
+            pool.remove(execution)
+            self.dispatch()
+
     def write_down(self, invocation: Invocation) -> None:
         """Count an invocation and log it."""
         durations = invocation.durations
@@ -1033,6 +1065,8 @@ class Function:
     def stop_accepting(self, end: Callable[[socket.socket], None]) -> None:
         """Accept what the kernel has completed already, and nobody after that; end closes the listening socket."""
         self.draining = True
+        for task in self.executions:
+            task.cancel()
         self.entrance.close(end)
         if self.pool:
             self.pool.reconcile()
@@ -1776,7 +1810,7 @@ class Pool:
         finally:
             self._starts.discard(asyncio.current_task())
             if not container.ready_at:          # then nothing of it is left
-                self._remove(container)
+                self.remove(container)
         if failure:
             self.failed(failure)
         else:
@@ -1867,7 +1901,7 @@ class Pool:
         try:
             return await container.finish()
         finally:
-            self._remove(container)
+            self.remove(container)
 
     async def kill(self, container: Container) -> int | None:
         """Kill a container, and return its exit status."""
@@ -1875,12 +1909,12 @@ class Pool:
         try:
             return await container.kill()
         finally:
-            self._remove(container)
+            self.remove(container)
 
     async def pass_on(self, container: Container) -> None:
         """Leave a container that serves somebody to the next daemon."""
         await container.leave()
-        self._remove(container)
+        self.remove(container)
         log.info("function=%s container=%s serves a client and is left running", self._function.record.name,
                  container.id)
 
@@ -1889,7 +1923,8 @@ class Pool:
         self.idle.pop(container, None)
         self.shared.pop(container, None)
 
-    def _remove(self, container: Container) -> None:
+    def remove(self, container: Container) -> None:
+        """Nothing is left of a container."""
         self.containers.discard(container)
         if self._closed and not self.containers:
             self.empty.set()
@@ -2146,6 +2181,7 @@ KILL_RETRY = 0.02                   # seconds between two rounds of killing one 
 MEMORY_LOOKS = 10                   # … between so many looks whether the kernel has, after it said that memory ran out
 KILL_TIMEOUT = 10.0                 # seconds before runc itself is killed and its remains are deleted
 EXIT_GRACE = 1.0                    # seconds a handler has between letting go of its client and being killed
+NOT_STARTED = 127                   # the exit status of a command that could not be started, as in a shell
 MAX_RUNTIME_LOG = 64 * KIB          # bytes read of what the runtime has to say about one container
 
 
@@ -2294,11 +2330,14 @@ class Container:
                 error = entry["msg"] if entry["level"] in ("error", "fatal") else error
         return error
 
-    def _spawn(self, bundle: Bundle, user_namespace: str) -> asyncio.Future[int]:
+    def _make_directory(self, bundle: Bundle, user_namespace: str) -> None:
         os.mkdir(self._directory, 0o710)
         os.chown(self._directory, 0, bundle.first_id)   # runc mounts control.sock as the container's root
         with open(f"{self._directory}/config.json", "xb") as file:
             file.write(bundle.render(self.id, user_namespace))
+
+    def _spawn(self, bundle: Bundle, user_namespace: str) -> asyncio.Future[int]:
+        self._make_directory(bundle, user_namespace)
         if bundle.contract in ("auto", "handler"):
             self._listen()
         if bundle.contract != "handler":
@@ -2311,9 +2350,12 @@ class Container:
         # the pipe is full, until the next daemon reads on, rather than die of SIGPIPE.
         with contextlib.ExitStack() as stack:
             writing = stack.enter_context(kept_open(os.open(output, os.O_RDWR)))
-            deposit = stack.enter_context(self._supervisor.deposit.dup()) if self._supervisor else None
-            self._spawning = in_thread(self._host.loop, self._host.spawn, bundle, self._directory, self.id, writing,
-                                       deposit)
+            files = [(os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0), (os.POSIX_SPAWN_DUP2, writing, 1),
+                     (os.POSIX_SPAWN_DUP2, writing, 2)]
+            if self._supervisor:        # the runtime keeps its deposit for us until it ends
+                deposit = stack.enter_context(self._supervisor.deposit.dup())
+                files.append((os.POSIX_SPAWN_DUP2, deposit.fileno(), DEPOSIT))
+            self._spawning = in_thread(self._host.loop, self._host.spawn, bundle, self._directory, self.id, files)
             given = stack.pop_all()
         self._spawning.add_done_callback(lambda _: given.close())
         return self._spawning
@@ -2322,15 +2364,18 @@ class Container:
         """Note the runtime that was spawned, for the next daemon, and watch it."""
         self._pid = self._spawning.result()
         try:
-            # All that the next daemon will believe of this container. A link is one call, and never half written.
-            os.symlink(f"{self._pid} {start_time(self._pid)} {bundle.name} {bundle.image} {bundle.contract}",
-                       f"{self._directory}/note")
+            self._note(bundle)
             self._watch_exit(os.pidfd_open(self._pid))
         except OSError:                 # out of descriptors: what cannot be watched must not run
             self._pid = 0
             end_process(self._spawning)
             self._spawning = None
             raise
+
+    def _note(self, bundle: Bundle) -> None:
+        # All that the next daemon will believe of this container. A link is one call, and never half written.
+        os.symlink(f"{self._pid} {start_time(self._pid)} {bundle.name} {bundle.image} {bundle.contract}",
+                   f"{self._directory}/note")
 
     def _listen(self) -> None:
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -2673,6 +2718,134 @@ class Container:
                 os.rmdir(self._directory)
         except OSError as error:
             log.warning("container=%s cannot remove %s: %s", self.id, self._directory, error.strerror)
+
+
+class Streams:
+    """The stdin, stdout and stderr of a command that an operator runs: a terminal, or pipes. We have the other ends.
+
+    The runtime copies between such a terminal and another, in the container, which is the only one that the command
+    sees.
+    """
+
+    def __init__(self, terminal: bool, takes_input: bool, size: tuple[int, int]):
+        """size is a terminal's lines and columns. Raises OSError."""
+        self.terminal = terminal
+        self.input = -1                         # what is written there the command reads
+        self.outputs: dict[int, int] = {}       # what can be read here, and as which of STDOUT and STDERR
+        self.files: list[tuple] = []            # that the runtime gets
+        self.given_up = False                   # the command is being ended: nobody needs the rest of its output
+        self._theirs: list[int] = []
+        with contextlib.ExitStack() as stack:
+            stack.callback(self.close)
+            stack.callback(self.close_theirs)
+            if terminal:
+                self._open_terminal(takes_input, size)
+            else:
+                self._open_pipes(takes_input)
+            stack.pop_all()
+
+    def _open_terminal(self, takes_input: bool, size: tuple[int, int]) -> None:
+        ours, theirs = os.openpty()
+        self.outputs[ours] = STDOUT
+        self._theirs.append(theirs)
+        os.set_blocking(ours, False)
+        tty.setraw(theirs)                      # lines, echo and Ctrl-C are the inner one's
+        self.resize(*size)
+        if takes_input:
+            self.input = os.dup(ours)
+        # Opened anew: it becomes the terminal of the runtime's session, which is so told of its size.
+        self.files = [(os.POSIX_SPAWN_OPEN, 0, f"/proc/self/fd/{theirs}", os.O_RDWR, 0), (os.POSIX_SPAWN_DUP2, 0, 1),
+                      (os.POSIX_SPAWN_DUP2, 0, 2)]
+
+    def _open_pipes(self, takes_input: bool) -> None:
+        self.files = [(os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0)]
+        if takes_input:
+            theirs, self.input = self._pipe()
+            self.files = [(os.POSIX_SPAWN_DUP2, theirs, 0)]
+            os.set_blocking(self.input, False)
+            self._give(theirs)
+        for number in (STDOUT, STDERR):
+            ours, theirs = self._pipe()
+            self.outputs[ours] = number
+            os.set_blocking(ours, False)
+            self._give(theirs)
+            self.files.append((os.POSIX_SPAWN_DUP2, theirs, number))
+
+    @staticmethod
+    def _pipe() -> tuple[int, int]:
+        return os.pipe2(os.O_CLOEXEC)
+
+    def _give(self, theirs: int) -> None:
+        self._theirs.append(theirs)
+        os.fchmod(theirs, 0o666)                # the image's user may open /dev/stdout
+
+    def resize(self, lines: int, columns: int) -> None:
+        for ours in self.outputs if self.terminal else ():
+            fcntl.ioctl(ours, termios.TIOCSWINSZ, struct.pack("4H", lines, columns, 0, 0))
+
+    def close_input(self) -> None:
+        """Have the command meet the end of file; in a terminal nothing means that but Ctrl-D, as it is typed."""
+        if self.input >= 0:
+            os.close(self.input)
+        self.input = -1
+
+    def close_theirs(self) -> None:
+        while self._theirs:
+            os.close(self._theirs.pop())
+
+    def close(self) -> None:
+        self.close_input()
+        while self.outputs:
+            os.close(self.outputs.popitem()[0])
+
+
+class Execution(Container):
+    """A container in which a command of an operator's runs, with streams of its own: no client, no log, no note.
+
+    So the daemon that comes after us does not take it for one that serves a client, and ends it.
+    """
+
+    def __init__(self, host: ContainerHost, function: str, terminal: bool, takes_input: bool, size: tuple[int, int]):
+        super().__init__(host, function, lambda container_id, line: None)
+        self._wanted = terminal, takes_input, size
+        self._streams: Streams | None = None
+
+    async def run(self, bundle: Bundle, timeout: float, started: Callable[[Streams], None]) -> tuple[int | None, str]:
+        """Run it until its command ends; return its exit status, and what there is to say of its end.
+
+        started gets the streams, to close them. Raises StartFailed. In the end nothing is left, also when cancelled.
+        """
+        try:
+            await self.start(bundle, timeout)
+        except BaseException:
+            if self._streams:
+                self._streams.close()
+            raise
+        started(self._streams)
+        try:
+            await asyncio.wait([self._exited])
+            error = escape_controls(self._runtime_error())
+        finally:
+            self._streams.given_up = not self._exited.done()    # or the runtime waits for room for the rest
+            status = await to_the_end(self.kill())
+        if error:
+            return NOT_STARTED, error
+        return status, "the command ran out of memory (--memory)" if self.out_of_memory else ""
+
+    def _spawn(self, bundle: Bundle, user_namespace: str) -> asyncio.Future[int]:
+        self._make_directory(bundle, user_namespace)
+        self._streams = Streams(*self._wanted)
+        try:
+            self._spawning = in_thread(self._host.loop, self._host.spawn, bundle, self._directory, self.id,
+                                       self._streams.files)
+        except OSError:
+            self._streams.close_theirs()
+            raise
+        self._spawning.add_done_callback(lambda _: self._streams.close_theirs())
+        return self._spawning
+
+    def _note(self, bundle: Bundle) -> None:
+        self._connected.set_result(None)        # nobody waits for it to be ready
 
 
 def end_process(spawning: asyncio.Future[int]) -> None:
@@ -3699,6 +3872,21 @@ class Bundle:
         """Return on which of the ports that a server listens on it is to serve clients."""
         return next((port for port in self.ports if port in listened), listened[0])
 
+    def for_command(self, command: list[str], terminal: bool) -> Bundle:
+        """Return the bundle of a container that runs a command instead, and takes no client; all else is the same."""
+        spec, filter_ = json.loads(self._template), seccomp_profile(platform.machine())
+        process, linux = spec["process"], spec["linux"]
+        process.update(args=command, terminal=terminal)
+        if terminal and not any(entry.startswith("TERM=") for entry in process["env"]):
+            process["env"].append("TERM=xterm")         # as docker has it
+        spec["mounts"] = [entry for entry in spec["mounts"] if entry["destination"] != CONTROL_SOCKET]
+        linux.pop("seccomp", None)                      # a server's has somebody answer some of its calls
+        linux.update({"seccomp": filter_} if filter_ else {})
+        bundle = copy.copy(self)
+        bundle.contract, bundle._template = "command", json.dumps(spec)
+        check_sizes(process, len(bundle._template))
+        return bundle
+
     def render(self, container_id: str, user_namespace: str = "") -> bytes:
         """user_namespace is the path of the one to join, or empty for a new one."""
         text = self._template.replace(self._mark, container_id)
@@ -4275,20 +4463,15 @@ class Runtime:
         return [self.program, "--root", str(self.root), "--log", f"{bundle}/runtime.log", "--log-format", "json", "run",
                 *keyring, "--bundle", bundle, container_id]
 
-    def spawn(self, bundle: str, container_id: str, output: int, deposit: socket.socket | None) -> int:
-        """Start `runc run` with stdout and stderr on the descriptor output; return its pid. Raises OSError.
-
-        It keeps deposit for us until it ends: see Supervisor.
+    def spawn(self, bundle: str, container_id: str, files: list[tuple]) -> int:
+        """Start `runc run`; files make its descriptors, as posix_spawn does. Return its pid. Raises OSError.
 
         posix_spawn takes half the time of subprocess.Popen, and the loop stands still for it. A session of its own:
         a Ctrl-C on our terminal is not for handlers. Python ignores SIGPIPE, nohup SIGHUP: no program expects that.
         """
         return os.posix_spawn(
             self.program, self.run_argv(bundle, container_id), {"PATH": DEFAULT_PATH}, setsid=True,
-            setsigdef=signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP},
-            file_actions=[(os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
-                          (os.POSIX_SPAWN_DUP2, output, 1), (os.POSIX_SPAWN_DUP2, output, 2),
-                          *([(os.POSIX_SPAWN_DUP2, deposit.fileno(), DEPOSIT)] if deposit else [])])
+            setsigdef=signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}, file_actions=files)
 
     def containers(self) -> set[str]:
         """Return the ids that the runtime keeps state for."""
@@ -5712,8 +5895,7 @@ class ContainerHost:
         self.containers_dir.chmod(0o711)
         root_place(self.run_dir).mkdir(exist_ok=True)
 
-    def spawn(self, bundle: Bundle, directory: str, container_id: str, output: int,
-              deposit: socket.socket | None) -> int:
+    def spawn(self, bundle: Bundle, directory: str, container_id: str, files: list[tuple]) -> int:
         """Start `runc run` for a bundle that lies in directory; return its pid. Raises OSError.
 
         In a thread of its own, which gets the container's root, and nothing else to do afterwards.
@@ -5722,7 +5904,7 @@ class ContainerHost:
         mount_root(place, bundle)
         for volume in bundle.volumes:
             self.volumes.mount(volume, bundle, f"{place}/root")
-        return self.runtime.spawn(directory, container_id, output, deposit)
+        return self.runtime.spawn(directory, container_id, files)
 
     def inspect(self, container: Container) -> dict:
         """Return how a running container is isolated. Blocks. Raises Conflict if it ends meanwhile."""
@@ -8345,6 +8527,150 @@ ARCHIVE_TYPES = ("application/x-tar", "application/octet-stream")
 FORM_TYPES = ("application/x-www-form-urlencoded", "multipart/form-data", "text/plain")     # CORS-safelisted (Fetch)
 
 
+FRAMES = "faasd-frames"             # the protocol of a connection on which a command runs, for Upgrade
+FRAME = struct.Struct(">BI")        # head of a frame: what it is, and how many bytes follow
+STDIN, STDOUT, STDERR, RESIZE, END = range(5)   # data, none ends stdin; lines and columns (">2H"); its end (JSON)
+MAX_FRAME = 64 * KIB                # bytes in a frame
+DEFAULT_COMMAND = "/bin/sh"
+LEFT_SECONDS = 1.0                  # between two looks whether a command's client is still there
+END_SECONDS = 2.0                   # for it to take what a command that was ended has left
+
+
+class Relay(threading.Thread):
+    """Carries frames between a command's client and its streams.
+
+    In a thread of its own, for the command can hold the lock of its pipes (OutputReader). Nothing is read that the
+    other side has no room for, so whoever is slow holds up nobody else, and a flood fills nothing. Output begins with
+    the client's first frame: until then it may not have read the head of our answer.
+    """
+
+    def __init__(self, connection: socket.socket, streams: Streams):
+        super().__init__(name="relay", daemon=True)
+        self.over = threading.Event()
+        self._connection, self._streams = connection, streams
+        self._wake = io.FileIO(os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK), "r+")   # told to by other threads
+        self._finishing = self._given_up = False
+        self._received = self._input = self._output = b""       # frames; what of them is for the command; frames
+        self.last = b""                 # of the output
+        self._begun = False
+
+    def begin(self) -> None:
+        try:
+            self.start()
+        except RuntimeError:            # no more threads
+            self._end()
+
+    def finish(self) -> None:
+        """The command is over: end once its client has what is left of its output."""
+        self._finishing = True
+        os.eventfd_write(self._wake.fileno(), 1)
+
+    def give_up(self) -> None:
+        """The client has left, or is to be told that the command is ended: carry nothing any more."""
+        self._given_up = True
+        os.eventfd_write(self._wake.fileno(), 1)
+
+    def say(self, kind: int, data: bytes) -> None:
+        """Send a last frame, once it is over; a client that takes nothing does not get it."""
+        with contextlib.suppress(OSError):
+            self._connection.settimeout(END_SECONDS)
+            self._connection.sendall(self._output + FRAME.pack(kind, len(data)) + data)
+
+    def run(self) -> None:
+        try:
+            self._connection.setblocking(False)
+            while not self._given_up and self._carry():
+                pass
+        except (OSError, ValueError) as error:          # ValueError: what comes is no frame
+            log.info("control API: a command's client: %r", error)
+        finally:
+            self._end()
+
+    def _end(self) -> None:
+        self._streams.close()
+        self.over.set()
+
+    def _carry(self) -> bool:
+        """Wait until something can be carried, and do it; return False when all is done."""
+        poll, streams, connection = select.poll(), self._streams, self._connection.fileno()
+        poll.register(self._wake, select.POLLIN)
+        wanted = (0 if self._input else select.POLLIN) | (select.POLLOUT if self._output else 0)
+        if wanted:                      # nothing is said of a connection on which we wait for nothing
+            poll.register(connection, wanted)
+        if self._input and streams.input >= 0:
+            poll.register(streams.input, select.POLLOUT)
+        sources = streams.outputs if self._begun and not self._output else {}
+        for source in sources:
+            poll.register(source, select.POLLIN)
+        drained = self._finishing and bool(sources or not streams.outputs) and not self._output
+        ready = dict(poll.poll(0 if drained else None))
+        if ready.pop(self._wake.fileno(), None):
+            os.eventfd_read(self._wake.fileno())
+        if drained and not ready.keys() & sources.keys():
+            return False
+        if ready.get(connection, 0) & select.POLLOUT:
+            self._output = self._output[self._connection.send(self._output):]
+        elif connection in ready:
+            if not (data := self._connection.recv(MAX_FRAME)):
+                return False
+            self._received += data
+        if streams.input in ready:
+            self._write()
+        self._take_frames()
+        for source in ready.keys() & sources.keys():
+            self._read(source)
+        return True
+
+    def _read(self, source: int) -> None:
+        data = b""
+        try:
+            data = os.read(source, MAX_FRAME // 2)
+        except BlockingIOError:
+            return
+        except OSError:                 # EIO: nobody has the terminal any more
+            pass
+        if data:
+            self.last = (self.last + data)[-KIB:]
+            self._output += FRAME.pack(self._streams.outputs[source], len(data)) + data
+        else:
+            del self._streams.outputs[source]
+            os.close(source)
+
+    def _write(self) -> None:
+        """Give the command what it takes of its input; one that has closed it misses the rest."""
+        try:
+            self._input = self._input[os.write(self._streams.input, self._input):]
+        except BlockingIOError:
+            pass
+        except OSError:
+            self._input = b""
+            self._streams.close_input()
+
+    def _take_frames(self) -> None:
+        """Do what whole frames say, one after the other. Raises ValueError."""
+        while not self._input and len(self._received) >= FRAME.size:
+            kind, size = FRAME.unpack_from(self._received)
+            if size > MAX_FRAME or kind not in (STDIN, RESIZE) or kind == RESIZE and size != 4:
+                raise ValueError(f"kind {kind} of {size} bytes")
+            if len(self._received) < FRAME.size + size:
+                return
+            data = self._received[FRAME.size:FRAME.size + size]
+            self._received, self._begun = self._received[FRAME.size + size:], True
+            if kind == RESIZE:
+                self._streams.resize(*struct.unpack(">2H", data))
+            elif not data and not self._streams.terminal:
+                self._streams.close_input()
+            elif self._streams.input >= 0:
+                self._input = data
+
+
+def has_hung_up(connection: socket.socket) -> bool:
+    """Return whether the other end will send nothing any more, which a command's client does not do in its life."""
+    poll = select.poll()
+    poll.register(connection, select.POLLRDHUP)
+    return bool(poll.poll(0))
+
+
 class ControlHandler(http.server.BaseHTTPRequestHandler):
     """Answers one connection of the control API. Runs in a thread of its own; state is the loop's, reached by _call."""
 
@@ -8491,7 +8817,51 @@ class ControlHandler(http.server.BaseHTTPRequestHandler):
     def events(self, query: dict) -> None:
         self._send_lines(self._call(self.server.answers.event_log()), event_document, query)
 
-    own_routes = (deploy, logs, events)         # that answer by themselves
+    def execute(self, name: str, query: dict) -> None:
+        """Run a command; what it reads and writes goes over this connection, which becomes one of frames: see Relay."""
+        if self.headers.get("Upgrade", "").lower() != FRAMES:
+            raise Refused(426, f"this needs `Upgrade: {FRAMES}` and `Connection: Upgrade`", Upgrade=FRAMES)
+        size = tuple(parse_amount(query.get(key, ["0"])[-1]) & 0xFFFF for key in ("lines", "columns"))
+        news, streams = threading.Event(), []
+
+        def started(theirs: Streams) -> None:
+            streams.append(theirs)
+            news.set()
+        result, cancel = self._begin(self.server.answers.deploys.execute(
+            name, query.get("cmd") or [DEFAULT_COMMAND], is_set(query, "tty"), is_set(query, "stdin"), size, started))
+        result.add_done_callback(lambda _: news.set())
+        while not news.wait(timeout=LEFT_SECONDS):
+            if has_hung_up(self.connection):
+                cancel()
+        self.close_connection = True
+        if not streams:
+            self._result_of(result)     # raises
+        self.connection.settimeout(MAX_WRITE_SECONDS)
+        relay = Relay(self.connection, streams[0])
+        try:
+            self.connection.sendall(f"HTTP/1.1 101 Switching Protocols\r\nUpgrade: {FRAMES}\r\n"
+                                    "Connection: Upgrade\r\n\r\n".encode())
+        except OSError:                 # it has left
+            relay.give_up()
+        relay.begin()
+        result.add_done_callback(lambda _: relay.finish())
+        while not (relay.over.wait(timeout=LEFT_SECONDS) and result.done()):
+            if relay.over.is_set() or streams[0].given_up or has_hung_up(self.connection):
+                relay.give_up()
+                cancel()
+                concurrent.futures.wait([result], timeout=LEFT_SECONDS)
+                if result.done() and not relay.over.wait(timeout=LEFT_SECONDS):
+                    return              # a container of its network holds the lock of a pipe
+        try:
+            status, error = self._result_of(result)
+        except FaasdError:
+            status, error = None, f"the command was ended: {Release.STOPPED.value}"
+        if error[:MAX_REQUEST].encode() in relay.last:          # the runtime has said so itself
+            error = ""
+        self.log_request(101)
+        relay.say(END, json.dumps({"status": status, "error": error}).encode())
+
+    own_routes = (deploy, logs, events, execute)        # that answer by themselves
 
     def _send_lines(self, source: FunctionLog, describe: Callable[[bytes], dict], query: dict) -> None:
         """Answer with the lines of a log, as text or as a JSON object a line."""
@@ -8526,8 +8896,8 @@ class ControlHandler(http.server.BaseHTTPRequestHandler):
             piece = data[at:at + COPY_CHUNK]
             self.wfile.write(piece if self.request_version == "HTTP/1.0" else b"%x\r\n%s\r\n" % (len(piece), piece))
 
-    def _call(self, coroutine):
-        """Run a coroutine on the daemon's loop and return its result. Cancels it when the client leaves."""
+    def _begin(self, coroutine) -> tuple[concurrent.futures.Future, Callable[[], None]]:
+        """Run a coroutine on the daemon's loop; return the future of its result, and what cancels it, once."""
         running: list[asyncio.Task] = []
         requester = "" if self.command == "GET" else self.server.name_client(self.client_address)
 
@@ -8537,11 +8907,20 @@ class ControlHandler(http.server.BaseHTTPRequestHandler):
             return await coroutine
         loop = self.server.answers.loop
         result = asyncio.run_coroutine_threadsafe(run(), loop)
+        return result, lambda: loop.call_soon_threadsafe(running.pop().cancel) if running else None
+
+    def _call(self, coroutine):
+        """Run a coroutine on the daemon's loop and return its result. Cancels it when the client leaves."""
+        result, cancel = self._begin(coroutine)
         seconds_gone = 0                # how long ago the client has left
         while not concurrent.futures.wait([result], timeout=1.0).done:
             seconds_gone = seconds_gone + 1 if self._client_left() else 0
-            if seconds_gone > 4 and running:            # once, after the unpacking child could say how its body was cut
-                loop.call_soon_threadsafe(running.pop().cancel)
+            if seconds_gone > 4:        # after the unpacking child could say how its body was cut
+                cancel()
+        return self._result_of(result)
+
+    @staticmethod
+    def _result_of(result: concurrent.futures.Future):
         try:
             return result.result()
         except concurrent.futures.CancelledError:
@@ -8642,6 +9021,7 @@ class Answers:
             ("functions", "*", "isolation"): {"GET": deploys.inspect},
             ("functions", "*", "rollback"): {"POST": deploys.roll_back},
             ("functions", "*", "logs"): {"GET": ControlHandler.logs},
+            ("functions", "*", "exec"): {"POST": ControlHandler.execute},
         }
 
     def resolve_volumes(self, text: str) -> str:
@@ -9369,6 +9749,12 @@ class Deploys:
                 return await self._host.workers.run(self._host.inspect, container)
             finally:
                 await to_the_end(container.kill())
+
+    async def execute(self, name: str, *arguments) -> tuple[int | None, str]:
+        """Run a command as Function.execute does, until stop()."""
+        function = self.get(name)
+        with self._until_stop():
+            return await function.execute(*arguments)
 
     @property
     def busy(self) -> bool:

@@ -44,7 +44,7 @@ class Usage(unittest.TestCase):
                 (("new", "f", "--memory", "lots"), "write 512m"), (("new", "f", "--memory", "-1"), "write 512m"),
                 (("new", "f", "--cpus", "x"), "write 0.5"), (("new", "f", "--pids", "0"), "whole number"),
                 (("new", "f", "--timeout", "1d"), "write 500ms"), (("logs", "f", "-n", "x"), "whole number"),
-                (("new", "f", "-e", "=x"), "bad environment entry"), (("list", "--", "x"), "only new and set take"),
+                (("new", "f", "-e", "=x"), "bad environment entry"), (("list", "--", "x"), "only new, set and exec take"),
                 (("set", "f"), "nothing to change"), (("set", "f", "--warm", "x"), "write auto"),
                 (("new", "f", "--queue", "-1"), "from 0 on"), (("top", "--json"), "faas --json stats"),
                 (("list", "extra"), "unrecognized arguments")):

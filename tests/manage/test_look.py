@@ -1,4 +1,4 @@
-"""Looking inside: logs and events for people and programs, also across a restart of the daemon; top on a terminal."""
+"""Looking inside: logs and events, also across a restart of the daemon; top on a terminal; commands in a container."""
 
 from __future__ import annotations
 
@@ -8,15 +8,17 @@ import os
 import pty
 import re
 import signal
+import socket
 import struct
 import subprocess
 import sys
 import termios
 import unittest
+from pathlib import Path
 
 import support
-from clients import get
-from support import wait_until
+from clients import get, read_all, request
+from support import faasd, wait_until
 
 FAAS = (sys.executable, str(support.TOP / "faas"))
 API = ("--api", "http://127.0.0.1:9000")
@@ -174,11 +176,12 @@ class Top(LookCase):
         self.addCleanup(process.kill)
         return process
 
-    def wait_shown(self, text: str) -> None:
-        """Read until the terminal has been sent a text, since the last time."""
+    def wait_shown(self, text: str) -> str:
+        """Read until the terminal has been sent a text, since the last time; return what came before it."""
         while text not in self.shown:
             self.shown += os.read(self.master, 65536).decode()
-        self.shown = self.shown.partition(text)[2]
+        before, _, self.shown = self.shown.partition(text)
+        return before
 
     def test_keys_sort_and_end_it_within_80_columns(self):
         process = self.start("top", "-d", "0.1")
@@ -186,13 +189,10 @@ class Top(LookCase):
         for keys, wanted in (("", "(by RATE)"), ("\x1b[D\x1b[D", "(by REQUESTS)"), ("\x1b[C", "(by ERRORS)"),
                              ("x\x1bOD", "(by REQUESTS)"), ("\x1b[B\x1b[A", "(by REQUESTS)")):
             os.write(self.master, keys.encode())
-            while wanted not in self.shown:
-                self.shown += os.read(self.master, 65536).decode()
-            screens += self.shown
-            self.shown = ""
+            screens += self.wait_shown(wanted) + wanted
         os.write(self.master, b"q")
-        self.assertEqual(process.wait(), 0)
         self.wait_shown("\x1b[?25h\x1b[?1049l")
+        self.assertEqual(process.wait(), 0)
         self.assertEqual(termios.tcgetattr(self.slave), self.before)
         self.assertIn("\x1b[7m", screens)
         self.assertIn("p50/p95/p99", screens)
@@ -203,13 +203,11 @@ class Top(LookCase):
     def test_terminal_is_as_before_however_it_ends(self):
         for number, status in ((signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGINT, 130)):
             process = self.start("top", "-d", "0.1", NO_COLOR="1")
-            self.wait_shown("scroll")
-            self.wait_shown("scroll")
+            self.assertNotIn("\x1b[7m", self.wait_shown("scroll") + self.wait_shown("scroll"))
             self.assertNotEqual(termios.tcgetattr(self.slave), self.before)
             process.send_signal(number)
-            self.assertEqual(process.wait(), status)
-            self.assertNotIn("\x1b[7m", self.shown)
             self.wait_shown("\x1b[?25h\x1b[?1049l")
+            self.assertEqual(process.wait(), status)
             self.assertEqual(termios.tcgetattr(self.slave), self.before)
 
     def test_tables_fit_the_terminal(self):
@@ -226,6 +224,194 @@ class Top(LookCase):
         document = json.loads(self.daemon.faas("stats", "--json").stdout)
         values = re.findall(r"[0-9]+\.([0-9]+)", json.dumps(document))
         self.assertLessEqual(max(map(len, values)), 6)
+
+
+def shell_image() -> bytes:
+    """Return the image of a handler that has a shell as well, and what these tests have it run."""
+    files = {path.lstrip("/"): Path(path).read_bytes() for program in ("/bin/dash", "/bin/cat", "/bin/stty")
+             for path in (program, *support.libraries(program))}
+    files["bin/sh"] = files.pop("bin/dash")
+    return support.handler_image(files=files, Env=["LABEL=1", "FROM=image"])
+
+
+# It ignores every signal that it can, fills all of --pids, and each of its processes prints without end.
+HOSTILE = (support.PERL, "-e", '$SIG{$_} = "IGNORE" for qw(TERM INT HUP PIPE); fork for 1 .. 30; '
+                               'syswrite STDOUT, ("x" x 63) . "\\n" while 1')
+
+
+class ExecCase(LookCase):
+    """What is run, and by whom; afterwards there is nothing that was not there before."""
+
+    def deploy(self, *options: str) -> str:
+        address = self.daemon.deploy("f", shell_image(), *options)
+        daemon, before = self.daemon.process.pid, support.footprint(self.daemon)
+        self.addCleanup(lambda: self.daemon.process.pid != daemon or wait_until(
+            lambda: support.footprint(self.daemon, before) == before, "nothing is left"))
+        return address
+
+    def exec(self, *arguments: str, stdin: bytes | None = None) -> tuple[int, str, str]:
+        result = self.daemon.faas("exec", *arguments, stdin=stdin, check=False)
+        return result.returncode, result.stdout, result.stderr
+
+    def begin(self, *arguments: str) -> subprocess.Popen:
+        """Start a command whose client is not read from."""
+        process = client(self.daemon, "exec", "f", *arguments, stdin=subprocess.PIPE)
+        self.addCleanup(process.communicate)
+        self.addCleanup(process.kill)
+        wait_until(lambda: support.container_pids(self.daemon), "it runs")
+        return process
+
+
+class Exec(ExecCase):
+    def test_streams_and_status(self):
+        self.deploy("-e", "OWN=1", "--user", "1234:5678", "--hostname", "name")
+        script = 'echo $FROM $OWN $(cat /etc/hostname) $(stty size 2>/dev/null); echo bad >/dev/stderr; exit 7'
+        self.assertEqual(self.exec("f", "--", "sh", "-c", script), (7, "image 1 name\n", "bad\n"))
+        self.assertEqual(self.exec("f", "-i", stdin=b"echo $$; exit 3"), (3, "1\n", ""))       # /bin/sh
+        self.assertEqual(self.exec("f", "--", "cat", stdin=b"not for it"), (0, "", ""))
+        self.assertEqual(self.exec("f", "--", "sh", "-c", "sh -c 'kill -9 $$'")[0], 137)
+        status, _, error = self.exec("f", "--", "nonsense")
+        self.assertEqual((status, error.count("\n"), error.count('"nonsense"')), (127, 1, 1), error)
+        data = os.urandom(2_000_000)
+        copy = subprocess.run([*FAAS, "--socket", self.daemon.socket, "exec", "-i", "f", "--", "cat"], input=data,
+                              capture_output=True, check=False)
+        self.assertEqual((copy.returncode, copy.stdout == data, copy.stderr), (0, True, b""))
+        self.assertEqual(self.daemon.info("f")["requests"], 0)
+        last = self.documents("events", "-n", "1")[0]
+        self.assertEqual((last["event"], last["command"], last["by"]), ("exec", "cat", "root"))
+        for arguments, words in ((("f", "sh"), "after --: faas exec f -- sh"), (("f", "-it"), "-it needs a terminal"),
+                                 (("nope",), "no function 'nope'"), (("f", "--json"), "no JSON document")):
+            status, output, error = self.exec(*arguments)
+            self.assertEqual((status in (1, 2), output, error.count("\n")), (True, "", 1), error)
+            self.assertIn(words, error)
+
+    def test_isolation_is_that_of_the_function(self):
+        self.deploy("--cap-add", "CHOWN", "--memory", "64m", "--pids", "32", "--cpus", "0.5", "--read-only", "true")
+        expected = json.loads(self.daemon.faas("info", "f", "--isolation", "--json").stdout)
+        wait_until(lambda: not support.container_pids(self.daemon), "the container that was looked at is gone")
+        process = self.begin("-i", "--", "cat")
+        container = self.daemon.container().name
+        pid, = wait_until(lambda: [pid for pid in support.container_pids(self.daemon)
+                                   if Path(f"/proc/{pid}/comm").read_text() == "cat\n"], "it is executed")
+        seen = faasd.inspect_process(pid)
+        seen["limits"] = faasd.Cgroups(self.daemon.run_dir).limits(f"{faasd.Cgroups(self.daemon.run_dir).group('f')}/"
+                                                                   f"{container}")
+        mounts = [mount for mount in expected.pop("mounts") if mount["target"] != faasd.CONTROL_SOCKET]
+        self.assertEqual(seen.pop("mounts"), mounts)
+        own = seen.pop("descriptors")
+        self.assertEqual([name for name in own if not name.startswith("pipe:")], [])
+        self.assertEqual(seen, {key: expected[key] for key in seen})
+        process.communicate()
+        self.assertEqual(process.returncode, 0)
+
+    def test_takes_a_place_of_the_concurrency(self):
+        address = self.deploy("--concurrency", "1")
+        process = self.begin("-i", "--", "cat")
+        self.assertIn("all 1 places of --concurrency are taken", self.exec("f")[2])
+        waiting = request(address)
+        self.addCleanup(waiting.close)
+        wait_until(lambda: self.daemon.info("f")["queued"] == 1, "a client waits")
+        process.communicate()
+        self.assertTrue(read_all(waiting).startswith(b"HTTP/1.1 200"))
+        self.daemon.wait_idle("f")
+
+    def test_over_tcp(self):
+        token = self.daemon.directory / "token"
+        token.touch(0o600)
+        token.write_text("t" * 32)
+        self.daemon.stop()
+        self.addCleanup(setattr, self.daemon, "arguments", self.daemon.arguments)
+        self.daemon.arguments = ("--api", "127.0.0.1:9000", "--api-token-file", str(token))
+        self.daemon.start()
+        self.deploy()
+        result = subprocess.run([*FAAS, *API, "--token-file", str(token), "exec", "f", "-i"], capture_output=True,
+                                input=b"echo $FROM; exit 4", check=False)
+        self.assertEqual((result.returncode, result.stdout, result.stderr), (4, b"image\n", b""))
+
+
+class ExecTerminal(ExecCase):
+    def test_size_keys_and_status(self):
+        self.deploy()
+        master, slave = pty.openpty()
+        self.addCleanup(os.close, master)
+        self.addCleanup(os.close, slave)
+        before = termios.tcgetattr(slave)
+        shown = ""
+
+        def resize(lines: int, columns: int) -> None:
+            fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("4H", lines, columns, 0, 0))
+
+        def type_(keys: str, wanted: str) -> None:
+            nonlocal shown
+            os.write(master, keys.encode())
+            while wanted not in shown:
+                shown += os.read(master, 65536).decode()
+            shown = shown.partition(wanted)[2]
+        resize(30, 90)
+        environment = {key: value for key, value in os.environ.items() if key not in ("COLUMNS", "LINES")}
+        process = subprocess.Popen([*FAAS, "--socket", str(self.daemon.socket), "exec", "-it", "f"], stdin=slave,
+                                   stdout=slave, stderr=slave, env=environment)
+        self.addCleanup(process.wait)
+        self.addCleanup(process.kill)
+        type_("", "# ")
+        type_("echo $TERM; stty size\n", "xterm\r\n30 90\r\n")
+        resize(40, 100)
+        process.send_signal(signal.SIGWINCH)            # as the kernel tells whoever is in front
+        type_("until [ \"$(stty size)\" = '40 100' ]; do :; done; echo 're''sized'\n", "resized\r\n")
+        type_("trap 'echo in''terrupted' INT; echo st''arted; cat\n", "started\r\n")
+        type_("\x03", "interrupted\r\n")
+        os.write(master, b"exit 5\n")
+        self.assertEqual(process.wait(), 5)
+        self.assertEqual(termios.tcgetattr(slave), before)
+
+
+class ExecHostile(ExecCase):
+    def test_flood_that_nobody_takes_and_client_that_vanishes(self):
+        address = self.deploy("--pids", "24")
+        for options in ((), ("-t",)):
+            process = self.begin(*options, "--", *HOSTILE)
+            wait_until(lambda: len(support.container_pids(self.daemon)) >= 24, "it has all its processes")
+            self.assertEqual(get(address)[0], 200)
+            self.assertEqual(self.exec("f", "--", "sh", "-c", "echo other"), (0, "other\n", ""))
+            process.kill()
+            process.wait()
+            wait_until(lambda: not support.container_pids(self.daemon), "it is gone")
+        self.assertNotIn("error", self.daemon.log())
+
+    def test_flood_whose_function_is_removed(self):
+        self.deploy("--pids", "24")
+        process = self.begin("--", *HOSTILE)
+        wait_until(lambda: len(support.container_pids(self.daemon)) >= 24, "it has all its processes")
+        self.daemon.remove("f")
+        _, error = process.communicate()
+        self.assertRegex(error, r"faas: the command was ended: faasd is stopping, or the function is being removed\n\Z")
+        self.assertEqual(process.returncode, 1)
+        self.assertNotIn("does not end", self.daemon.log())
+
+    def test_frames_that_are_none(self):
+        self.deploy()
+        for data in (b"\x07\0\0\0\x01x", b"\0\xff\xff\xff\xff", b"\x03\0\0\0\x01x"):
+            with socket.socket(socket.AF_UNIX) as sock:
+                sock.settimeout(support.READY_SECONDS)
+                sock.connect(str(self.daemon.socket))
+                sock.sendall(b"POST /functions/f/exec?stdin=1&cmd=cat HTTP/1.1\r\nUpgrade: faasd-frames\r\n\r\n")
+                self.assertIn(b" 101 ", sock.recv(65536))
+                sock.sendall(data)
+                self.assertIn(b"the command was ended", read_all(sock))
+        self.assertEqual(self.daemon.api("POST", "/functions/f/exec")[0], 426)
+        self.assertEqual(self.daemon.api("GET", "/functions/f/exec")[0], 405)
+
+    def test_end_of_the_daemon(self):
+        self.deploy()
+        for end in (lambda: self.daemon.stop(), lambda: self.daemon.stop(signal.SIGHUP), self.daemon.kill):
+            process = self.begin("-i", "--", "sh", "-c", 'trap "" TERM HUP; cat; while :; do :; done')
+            end()
+            _, error = process.communicate()
+            self.assertEqual(process.returncode, 1)
+            self.assertRegex(error, r"\Afaas: (the command was ended: faasd is stopping|faasd went away)[^\n]*\n\Z")
+            self.daemon.start()
+            self.assertEqual((support.container_pids(self.daemon), support.list_containers(self.daemon)), (set(), []))
+        self.assertEqual(self.exec("f", "--", "sh", "-c", "echo again"), (0, "again\n", ""))
 
 
 if __name__ == "__main__":
