@@ -60,7 +60,7 @@ Top to bottom, in the order in which a request meets it:
     What the user asks for      Options, FunctionRecord, Registry
     An invocation               Entrance, Function, Invocation, Refusal, TcpState
     The warm pool               Pool, Demand, Starter
-    A container                 Container, OutputReader, Workers
+    A container                 Container, Execution (a command of an operator's), OutputReader, Workers
     A server                    Supervisor, which answers accept(2), ClosedConnections
     What a container is made of its root, Bundle, seccomp, Runtime, Cgroups
     Its place on this machine   IdRanges, Addresses, ListenerStore, AddressGuard
@@ -68,7 +68,7 @@ Top to bottom, in the order in which a request meets it:
     Where containers live       ContainerHost, the trial container at start, Leftovers of the daemon before
     Logs and metrics            FunctionLog, Events, Statistics
     Images                      Archive, LayerApplier, resolve_process; they run in the unpacking child
-    Control API                 ControlServer, ControlHandler, Answers
+    Control API                 ControlServer, ControlHandler, Relay, Answers
     Deploys                     ImageStore, Attachments (addresses, networks), Deploys: deploy, change, remove
     The daemon                  Restart, Daemon: start and stop
     The command line            parse_arguments, what must be so at start, main

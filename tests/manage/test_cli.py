@@ -44,7 +44,8 @@ class Usage(unittest.TestCase):
                 (("new", "f", "--memory", "lots"), "write 512m"), (("new", "f", "--memory", "-1"), "write 512m"),
                 (("new", "f", "--cpus", "x"), "write 0.5"), (("new", "f", "--pids", "0"), "whole number"),
                 (("new", "f", "--timeout", "1d"), "write 500ms"), (("logs", "f", "-n", "x"), "whole number"),
-                (("new", "f", "-e", "=x"), "bad environment entry"), (("list", "--", "x"), "only new, set and exec take"),
+                (("new", "f", "-e", "=x"), "bad environment entry"),
+                (("list", "--", "x"), "only new, set and exec take"), (("exec", "f", "sh"), "after --: faas exec f"),
                 (("set", "f"), "nothing to change"), (("set", "f", "--warm", "x"), "write auto"),
                 (("new", "f", "--queue", "-1"), "from 0 on"), (("top", "--json"), "faas --json stats"),
                 (("list", "extra"), "unrecognized arguments")):
@@ -67,7 +68,7 @@ class Usage(unittest.TestCase):
     def test_help_names_every_command_and_option(self):
         out = faas("--help").stdout
         for command in ("new", "ip", "list", "info", "logs", "rm", "version", "pack", "set", "versions",
-                        "rollback", "stats", "top"):
+                        "rollback", "stats", "top", "exec", "events"):
             self.assertRegex(out, rf"\n    {command} ")
             self.assertEqual(faas(command, "--help").returncode, 0)
         options = ("--env", "--env-file", "--memory", "--cpus", "--pids", "--timeout", "--start-timeout",

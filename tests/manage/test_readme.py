@@ -32,6 +32,7 @@ COVERED = {
     "sudo ./faasd.py --state-dir /var/lib/faasd-2 --run-dir /run/faasd-2 --subnet 10.0.1.0/24":
         "test_several_daemons below",
     "./faas --socket /run/faasd-2/faasd.sock list": "the same",
+    "./faas exec -it NAME": "tests/manage/test_look.py",
     "curl http://10.0.0.10/": "tests/images/test_docker.py",
     "./quickstart.sh": "tests/manage/test_quickstart.py",
     "sudo ./test.sh": ".ci/run",
