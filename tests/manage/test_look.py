@@ -358,7 +358,7 @@ class ExecTerminal(ExecCase):
         resize(40, 100)
         process.send_signal(signal.SIGWINCH)            # as the kernel tells whoever is in front
         type_("until [ \"$(stty size)\" = '40 100' ]; do :; done; echo 're''sized'\n", "resized\r\n")
-        type_("trap 'echo in''terrupted' INT; echo st''arted; cat\n", "started\r\n")
+        type_("sh -c 'trap \"echo in\"\"terrupted; exit\" INT; echo st\"\"arted; while :; do :; done'\n", "started\r\n")
         type_("\x03", "interrupted\r\n")
         os.write(master, b"exit 5\n")
         self.assertEqual(process.wait(), 5)
