@@ -8824,8 +8824,8 @@ class ControlHandler(http.server.BaseHTTPRequestHandler):
         size = tuple(parse_amount(query.get(key, ["0"])[-1]) & 0xFFFF for key in ("lines", "columns"))
         news, streams = threading.Event(), []
 
-        def started(theirs: Streams) -> None:
-            streams.append(theirs)
+        def started(its_streams: Streams) -> None:
+            streams.append(its_streams)
             news.set()
         result, cancel = self._begin(self.server.answers.deploys.execute(
             name, query.get("cmd") or [DEFAULT_COMMAND], is_set(query, "tty"), is_set(query, "stdin"), size, started))
@@ -8836,17 +8836,27 @@ class ControlHandler(http.server.BaseHTTPRequestHandler):
         self.close_connection = True
         if not streams:
             self._result_of(result)     # raises
-        self.connection.settimeout(MAX_WRITE_SECONDS)
-        relay = Relay(self.connection, streams[0])
+        try:
+            relay = Relay(self.connection, streams[0])
+        except OSError as error:        # out of descriptors
+            streams[0].close()
+            cancel()
+            raise FaasdError(f"cannot carry what the command prints: {error.strerror}", status=503) from error
+        self._relay(relay, streams[0], result, cancel)
+
+    def _relay(self, relay: Relay, streams: Streams, result: concurrent.futures.Future,
+               cancel: Callable[[], None]) -> None:
+        """See to it that a command ends with its client, and tell the client how it ended."""
         try:
             self.connection.sendall(f"HTTP/1.1 101 Switching Protocols\r\nUpgrade: {FRAMES}\r\n"
                                     "Connection: Upgrade\r\n\r\n".encode())
         except OSError:                 # it has left
             relay.give_up()
+        self.log_request(101)
         relay.begin()
         result.add_done_callback(lambda _: relay.finish())
         while not (relay.over.wait(timeout=LEFT_SECONDS) and result.done()):
-            if relay.over.is_set() or streams[0].given_up or has_hung_up(self.connection):
+            if relay.over.is_set() or streams.given_up or has_hung_up(self.connection):
                 relay.give_up()
                 cancel()
                 concurrent.futures.wait([result], timeout=LEFT_SECONDS)
@@ -8858,7 +8868,6 @@ class ControlHandler(http.server.BaseHTTPRequestHandler):
             status, error = None, f"the command was ended: {Release.STOPPED.value}"
         if error[:MAX_REQUEST].encode() in relay.last:          # the runtime has said so itself
             error = ""
-        self.log_request(101)
         relay.say(END, json.dumps({"status": status, "error": error}).encode())
 
     own_routes = (deploy, logs, events, execute)        # that answer by themselves
