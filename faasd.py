@@ -6570,7 +6570,9 @@ def log_document(function: str, line: bytes) -> dict:
 def event_document(line: bytes) -> dict:
     """Return a line of the events for programs."""
     moment, function, _, text = split_line(line)
-    return {"time": moment, "function": function, "event": text.partition(" ")[0], **parse_fields(text)}
+    fields = {key: int(value) if key == "version" and value.isdecimal() else value
+              for key, value in parse_fields(text).items()}
+    return {"time": moment, "function": function, "event": text.partition(" ")[0], **fields}
 
 
 MAX_PRINTING = 1024                 # containers of which output is held until it is known how their invocation ends

@@ -49,7 +49,7 @@ class Logs(LookCase):
         self.daemon.wait_idle("f")
         deployed, good, printed, second, last_words, failed = self.documents("logs", "f")
         self.assertEqual((deployed["function"], deployed["container"]), ("f", None))
-        self.assertRegex(deployed["event"], "^deployed version=[0-9a-f]{12}$")
+        self.assertRegex(deployed["event"], "^deployed version=1$")
         self.assertEqual({key: good[key] for key in ("outcome", "status", "exit", "request", "reason")}, {
             "outcome": "answered", "status": None, "exit": 0, "request": "GET /?outcome=closed exit=1 HTTP/1.1",
             "reason": None})
@@ -137,8 +137,8 @@ class Events(LookCase):
         last = self.documents("events", "-n", "1")[0]
         self.assertEqual((last["version"], last["address"]), (self.daemon.versions("f")[0], "10.0.0.10"))
         self.daemon.stop()
-        image, = (self.daemon.state_dir / "images/f").glob(f"{last['version']}/image.json")
-        image.write_text("{}")
+        for image in (self.daemon.state_dir / "images/f").glob("*/image.json"):
+            image.write_text("{}")
         self.daemon.start()
         broken = self.documents("events", "-n", "1")[0]
         self.assertEqual((broken["event"], broken["by"]), ("broken", "faasd"))
