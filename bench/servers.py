@@ -216,7 +216,7 @@ def measure(report, quick: bool, wrk, pause: float) -> None:
     if shutil.which("wrk") is None:
         raise lab.NotRun("no wrk: apt install wrk")
     rounds, seconds = (1, 2) if quick else (4, 4)
-    with lab.scratch("/var/tmp") as directory, lab.Faasd(directory) as daemon:
+    with lab.scratch() as directory, lab.Faasd(directory) as daemon:
         image = directory / "servers.tar"
         write_image(image)
         daemon.deploy("web", image, "--start-timeout", "60")
