@@ -42,9 +42,6 @@ COVERED = {
     "sudo usermod -aG faas $USER": "test_group below",
     "iptables -I DOCKER-USER -i 'faas+' -j ACCEPT": "tests/serve/test_network.py",
     "iptables -I DOCKER-USER -o 'faas+' -m conntrack --ctstate ESTABLISHED,RELATED -j ACCEPT": "the same",
-    "sudo ./faasd.py --state-dir /var/lib/faasd-b --run-dir /run/faasd-b --subnet 10.1.0.0/24":
-        "tests/hold/test_daemon.py, as one of two",
-    "./faas --socket /run/faasd-b/faasd.sock list": "tests/lib/support.py's every call is of this form",
     "sudo tar --numeric-owner --xattrs --acls -C /var/lib -cf faasd.tar faasd": "test_backup below",
     "sudo tar --numeric-owner --xattrs --acls -C /var/lib -xpf faasd.tar": "the same",
 }
