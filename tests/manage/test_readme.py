@@ -164,6 +164,16 @@ class Readme(unittest.TestCase):
             self.assertGreater(len(labels), 4, drawing)
             self.assertLessEqual(set(labels), known, drawing)
 
+    def test_paths_and_outcomes_are_those_of_the_program(self):
+        program, document = ((support.TOP / name).read_text() for name in ("faasd.py", "docs/API.md"))
+        routes = re.findall(r"^ {12}\(([^)]*)\): \{(.*?)\}", program, re.MULTILINE | re.DOTALL)
+        known = {f"{method} /" + "/".join(re.findall('"([^"]+)"', path)).replace("*", "NAME")
+                 for path, methods in routes for method in re.findall('"([A-Z]+)":', methods)}
+        self.assertGreater(len(known), 10)
+        self.assertEqual(set(re.findall(r"`((?:GET|POST|PATCH|DELETE) /\S*)`(?= \||, )", document)), known)
+        outcomes = document.partition("| outcome | |\n")[2].partition("\n\n")[0]
+        self.assertEqual(set(re.findall(r"^\| `([a-z-]+)` \|", outcomes, re.MULTILINE)), set(support.faasd.OUTCOMES))
+
     def test_group(self):
         """In a copy of /etc."""
         command, = (command for command in COVERED if "usermod" in command)
