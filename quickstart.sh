@@ -66,7 +66,7 @@ if faas version >/dev/null 2>&1; then
 fi
 
 temporary=$(mktemp -d)
-daemon=
+daemon= built=
 new_directories=()
 for directory in "$state" "$run"; do
     [ -e "$directory" ] || new_directories+=("$directory")
@@ -84,6 +84,7 @@ cleanup() {
     fi
     rm -rf --one-file-system "$temporary" "${new_directories[@]}"
     [ -z "$daemon" ] || echo "Nothing of it is left${missing[*]:+, but the packages installed above}."
+    [ -z "$built" ] || echo "Docker keeps the image test-handler and what it was built from: docker rmi test-handler"
     exit "$status"
 }
 trap cleanup EXIT
@@ -107,7 +108,8 @@ image=$temporary/image.tar
 packer="./faas pack test_handler.py > image.tar"
 if docker version >/dev/null 2>&1; then
     say "docker build -f Dockerfile.test-handler -t test-handler . && docker save test-handler > image.tar"
-    if ! { docker build -f Dockerfile.test-handler -t test-handler . && docker save test-handler >"$image"; }; then
+    if ! { docker build -f Dockerfile.test-handler -t test-handler . && built=yes &&
+        docker save test-handler >"$image"; }; then
         rm -f "$image"
         say "Docker could not; without it: $packer"
     fi
@@ -130,6 +132,9 @@ for request in 1 2 3 4 5; do
     [ "$request" -gt 1 ] || cat "$temporary/answer"
     echo "$seconds" | awk -v request="$request" '{printf "request %d: %.1f ms, in a container of its own\n", request, $1 * 1000}'
 done
+
+echo "A request takes the one container that waits, and faasd starts another. The next request comes before that one is"
+echo "ready, and has to wait for it. Under load, or with --warm 8, more of them wait for clients."
 
 socket=
 [ "$run" = /run/faasd ] || socket=" --socket $run/faasd.sock"

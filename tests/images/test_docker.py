@@ -289,6 +289,7 @@ class QuickstartWithDocker(EngineTest):
         output = test_quickstart.run_quickstart(self, self.engine.env)
         self.assertIn("docker save test-handler", output)
         self.assertNotIn("faas pack", output)
+        self.assertIn("docker rmi test-handler", output)
 
 
 if __name__ == "__main__":

@@ -49,6 +49,7 @@ class Quickstart(unittest.TestCase):
     def test_without_docker(self):
         output = run_quickstart(self, {**os.environ, "DOCKER_HOST": "unix:///nonexistent"})
         self.assertIn("./faas pack test_handler.py", output)
+        self.assertNotIn("Docker keeps", output)
 
 
 @unittest.skipUnless(support.IN_PRIVATE_NETWORK, "not in a network namespace of its own: run ./test.sh")
