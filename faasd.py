@@ -1034,7 +1034,7 @@ class Function:
             raise FaasdError(Release.STOPPED.value, status=503)
         if self.taken >= (most := self.record.options.concurrency):
             raise Conflict(f"function {name} has no room: all {most} places of --concurrency are taken; try later")
-        bundle = pool.version.bundle.for_command(command, terminal)
+        bundle = pool.version.bundle.for_command(command, terminal, size)
         execution = Execution(self.services.host, name, terminal, takes_input, size)
         self.services.events.add(name, "exec", container=execution.id, command=command[0])
         self.executions.add(task)
@@ -3872,11 +3872,16 @@ class Bundle:
         """Return on which of the ports that a server listens on it is to serve clients."""
         return next((port for port in self.ports if port in listened), listened[0])
 
-    def for_command(self, command: list[str], terminal: bool) -> Bundle:
-        """Return the bundle of a container that runs a command instead, and takes no client; all else is the same."""
+    def for_command(self, command: list[str], terminal: bool, size: tuple[int, int]) -> Bundle:
+        """Return the bundle of a container that runs a command instead, and takes no client; all else is the same.
+
+        size is a terminal's lines and columns: crun takes them from here, runc from its own terminal.
+        """
         spec, filter_ = json.loads(self._template), seccomp_profile(platform.machine())
         process, linux = spec["process"], spec["linux"]
         process.update(args=command, terminal=terminal)
+        if terminal:
+            process["consoleSize"] = dict(zip(("height", "width"), size, strict=True))
         if terminal and not any(entry.startswith("TERM=") for entry in process["env"]):
             process["env"].append("TERM=xterm")         # as docker has it
         spec["mounts"] = [entry for entry in spec["mounts"] if entry["destination"] != CONTROL_SOCKET]
