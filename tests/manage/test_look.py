@@ -29,6 +29,15 @@ def client(daemon: support.Daemon, *arguments: str, **options) -> subprocess.Pop
                             stderr=subprocess.PIPE, text=True, **options)
 
 
+def read_until(terminal: int, shown: str, wanted: str) -> str:
+    """Read from a terminal, from which shown was read already, until a text comes; return all of it."""
+    while wanted not in shown:
+        if not faasd.is_readable(terminal, support.READY_SECONDS):
+            raise AssertionError(f"{wanted!r} does not come: {shown!r}")
+        shown += os.read(terminal, 65536).decode()
+    return shown
+
+
 class LookCase(support.SharedDaemonCase):
     def documents(self, *arguments: str) -> list[dict]:
         return json.loads(self.daemon.faas(*arguments, "--json").stdout)
@@ -178,9 +187,7 @@ class Top(LookCase):
 
     def wait_shown(self, text: str) -> str:
         """Read until the terminal has been sent a text, since the last time; return what came before it."""
-        while text not in self.shown:
-            self.shown += os.read(self.master, 65536).decode()
-        before, _, self.shown = self.shown.partition(text)
+        before, _, self.shown = read_until(self.master, self.shown, text).partition(text)
         return before
 
     def test_keys_sort_and_end_it_within_80_columns(self):
@@ -344,9 +351,7 @@ class ExecTerminal(ExecCase):
         def type_(keys: str, wanted: str) -> None:
             nonlocal shown
             os.write(master, keys.encode())
-            while wanted not in shown:
-                shown += os.read(master, 65536).decode()
-            shown = shown.partition(wanted)[2]
+            shown = read_until(master, shown, wanted).partition(wanted)[2]
         resize(30, 90)
         environment = {key: value for key, value in os.environ.items() if key not in ("COLUMNS", "LINES")}
         process = subprocess.Popen([*FAAS, "--socket", str(self.daemon.socket), "exec", "-it", "f"], stdin=slave,
