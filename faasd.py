@@ -41,6 +41,7 @@ On disk:
     STATE_DIR/registry.json                   functions and their addresses
     STATE_DIR/images/NAME/IMAGE/rootfs/       an unpacked image; IMAGE = first 12 hex digits of its digest
     STATE_DIR/images/NAME/IMAGE/image.json    what the image says about the process to run
+    STATE_DIR/secrets/NAME/ID                 what --secret gave a function
     STATE_DIR/logs/NAME.log, NAME.log.1       output of the handlers and a line per invocation
     STATE_DIR/events.log, events.log.1        what became of functions, and by whom
     STATE_DIR/tmp/                            unpacking; emptied at start
@@ -85,6 +86,7 @@ if (needs_python_3_11_or_newer := sys.version_info) < (3, 11):
 
 import argparse
 import asyncio
+import base64
 import bisect
 import collections
 import concurrent.futures
@@ -542,6 +544,35 @@ def read_volumes(text: str) -> str:
     return ",".join(dict.fromkeys(map(str, volumes_of(text))))
 
 
+SECRET_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
+MAX_SECRET = 32 * KIB               # bytes; base64 of one fits in the head of a request
+MAX_SECRETS = 64                    # of a function
+
+
+def pop_secrets(query: dict[str, list[str]]) -> dict[str, bytes | None]:
+    """Take out of a query what it says of secrets: their new values by name, None for one to remove. Raises BadRequest.
+
+    They are NAME=BASE64, separated by commas, and come in a header: see ControlHandler.
+    """
+    secrets: dict[str, bytes | None] = dict.fromkeys(query.pop("unset_secret", []))
+    for entry in ",".join(query.pop("secret", [])).split(","):
+        name, sign, text = entry.strip().partition("=")
+        try:
+            value = base64.b64decode(text, validate=True)
+        except ValueError:
+            sign = ""
+        if not sign and entry:
+            raise BadRequest("a secret is not NAME=BASE64")     # no more of it, for messages are logged
+        if sign:
+            secrets[name] = value
+            if len(value) > MAX_SECRET:
+                raise BadRequest(f"the secret {name[:63]} has {len(value)} bytes, over {MAX_SECRET} (MAX_SECRET)")
+    for name in secrets:
+        if not SECRET_NAME.fullmatch(name):
+            raise BadRequest(f"bad name of a secret {name[:63]!r}: use 1 to 63 letters, digits, '.', '_' and '-'")
+    return secrets
+
+
 def merge_env(base: Iterable[str], overrides: Iterable[str]) -> list[str]:
     """Return entries KEY=value, each key once: where it comes first, with the value that comes last."""
     return list({entry.partition("=")[0]: entry for entry in (*base, *overrides)}.values())
@@ -567,12 +598,14 @@ class FunctionRecord:
     created: str                # RFC 3339
     updated: str
     versions: list[VersionRecord]       # the one that runs first, then those that ran before, latest first
+    secrets: dict[str, str] = field(default_factory=dict)       # by name, the file that has it: see Secrets
 
     @classmethod
     def from_json(cls, document: dict) -> FunctionRecord:
         """Return what to_json wrote. Raises KeyError, TypeError, FaasdError."""
         versions = [VersionRecord(**{**entry, "options": Options.from_json(entry["options"])})
                     for entry in document["versions"]]
+        document = {"secrets": {}, **document}          # an older faasd had none
         return cls(**{**{entry.name: document[entry.name] for entry in fields(cls)}, "versions": versions})
 
     def to_json(self) -> dict:
@@ -589,6 +622,9 @@ class FunctionRecord:
             raise ValueError(f"function {self.name} has the address {self.address!r} and {len(self.versions)} versions")
         if not isinstance(self.first_id, int) or self.first_id < IDS:
             raise ValueError(f"function {self.name} has the ids {self.first_id!r}")
+        for secret, file in self.secrets.items():
+            if not SECRET_NAME.fullmatch(secret) or not CONTAINER_ID.fullmatch(file):
+                raise ValueError(f"function {self.name} has a secret {secret!r} in {file!r}")
         for entry in self.versions:
             if not re.fullmatch(r"[0-9a-f]{12}", entry.image) or not isinstance(entry.number, int) or entry.number < 1:
                 raise ValueError(f"function {self.name} has a version {entry.number!r} of the image {entry.image!r}")
@@ -689,8 +725,10 @@ def sync_file_system(path: Path) -> None:
 class Version:
     """What runs a version: made of its record, whose contract may be auto and port 0: not known yet."""
 
-    def __init__(self, name: str, directory: Path, image: dict, record: VersionRecord, host: ContainerHost):
-        self.image, self.record, self.options = image, record, record.options
+    def __init__(self, name: str, directory: Path, image: dict, record: VersionRecord, host: ContainerHost,
+                 secrets: dict[str, str]):
+        """secrets are the files that have them, by name."""
+        self.image, self.record, self.options, self.secrets = image, record, record.options, secrets
         self.command = command_line(image["process"], record.options)
         self.bundle = Bundle(name, image, record.options, directory / "rootfs", host.run_dir, host.cgroups,
                              host.apparmor, (), record.contract, record.port, record.number)
@@ -1152,7 +1190,7 @@ class Function:
         """Return everything that is known of the function."""
         record = self.record
         document = {**self._summary(), "version": record.version, "created": record.created, "updated": record.updated,
-                    "options": record.options.to_json()}
+                    "options": record.options.to_json(), "secrets": sorted(record.secrets)}
         if self.pool is None:
             return {**document, "error": self.error, "digest": "", "image": record.versions[0].image, "command": [],
                     "user": "", "workdir": "", "size": 0}
@@ -3759,7 +3797,8 @@ class ClosedConnections:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-MS_NOSUID, MS_NODEV, MS_BIND, MS_REC, MS_SLAVE, MS_SHARED = 2, 4, 1 << 12, 1 << 14, 1 << 19, 1 << 20      # mount(2)
+MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_REMOUNT = 1, 2, 4, 8, 32        # mount(2)
+MS_BIND, MS_REC, MS_SLAVE, MS_SHARED = 1 << 12, 1 << 14, 1 << 19, 1 << 20
 MNT_DETACH = 2                      # umount2(2)
 CLONE_NEWNS = 0x2_0000              # unshare(2)
 BYTES_PER_FILE = 4 * KIB            # of a container's memory limit, for each file that it may make in its root
@@ -3826,6 +3865,20 @@ def root_place(run_dir: Path) -> Path:
     return run_dir / "rootfs"
 
 
+def mount_secrets(root: str, bundle: Bundle) -> None:
+    """Put secrets on a tmpfs of their own, for the image's user alone to read. Raises OSError."""
+    directory, = {posixpath.dirname(path) for path in bundle.secrets}
+    Rootfs(root, bundle.first_id, Budget(0, 0)).make_directory(os.fsencode(directory))
+    flags = MS_NOSUID | MS_NODEV | MS_NOEXEC
+    mount_here("tmpfs", "faasd", f"{root}{directory}", flags,
+               f"mode=0755,uid={bundle.first_id},gid={bundle.first_id},size={MAX_SECRETS * MAX_SECRET}")
+    for path, value in bundle.secrets.items():
+        with open(os.open(f"{root}{path}", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o400), "wb") as file:
+            os.fchown(file.fileno(), *(bundle.first_id + number for number in bundle.user))
+            file.write(value)
+    mount_here("", "", f"{root}{directory}", flags | MS_REMOUNT | MS_RDONLY | MS_BIND)
+
+
 class Bundle:
     """A function's config.json, rendered once; for each container its id and the user namespace are filled in."""
 
@@ -3849,6 +3902,7 @@ class Bundle:
         self.own_network = options.net == "none"
         self.volumes: list[Volume] = image["process"].get("volumes", [])        # by their real paths in the image
         self.user = image["process"]["uid"], image["process"]["gid"]
+        self.secrets: dict[str, bytes] = image["process"].get("secrets", {})    # by their real paths in the image
         # runc joins a user namespace first, and from there no network that the host has made.
         self.joins_user_namespace = options.net != "egress"
         self._mark = f"@{secrets.token_hex(16)}@"       # stands for the id; nothing a user writes contains it
@@ -5907,7 +5961,9 @@ class ContainerHost:
         """
         place = str(root_place(self.run_dir))
         mount_root(place, bundle)
-        for volume in bundle.volumes:
+        if bundle.secrets:
+            mount_secrets(f"{place}/root", bundle)
+        for volume in bundle.volumes:           # last: nothing is looked up where containers can make links
             self.volumes.mount(volume, bundle, f"{place}/root")
         return self.runtime.spawn(directory, container_id, files)
 
@@ -8061,6 +8117,14 @@ def place_volumes(rootfs: Rootfs, volumes: list[Volume], process: dict) -> list[
     return placed
 
 
+def place_secrets(rootfs: Rootfs, values: dict[str, bytes]) -> dict[str, bytes]:
+    """Return secrets by their real paths in an image. Raises ImageError."""
+    if not values:
+        return {}
+    real = os.fsdecode(rootfs.trace_directory(SECRETS_DIRECTORY.encode(), "the secrets"))
+    return {f"{real}/{name}": value for name, value in values.items()}
+
+
 def is_within(path: str, directory: str) -> bool:
     """Whether a normalised path is a directory or lies in it."""
     return f"{path}/".startswith(f"{directory.rstrip('/')}/")
@@ -8530,6 +8594,7 @@ MAX_HEADERS_SIZE = 64 * KIB         # bytes of a request's headers; http.server 
 MAX_HEADERS = 100                   # lines of them; http.server's own limit
 MAX_WRITE_SECONDS = 60.0            # for a client to take a piece of its answer
 RETRY_SECONDS = 5                   # Retry-After of our 503s
+SECRETS_HEADER = "Faasd-Secrets"    # NAME=BASE64,…; an address would show in logs of proxies
 ARCHIVE_TYPES = ("application/x-tar", "application/octet-stream")
 FORM_TYPES = ("application/x-www-form-urlencoded", "multipart/form-data", "text/plain")     # CORS-safelisted (Fetch)
 
@@ -8771,6 +8836,10 @@ class ControlHandler(http.server.BaseHTTPRequestHandler):
                                           max_num_fields=10_000)
             route = self._route(parts)
             names = [check_name(part) for part in parts[1:2]]
+            if "secret" in query:
+                raise BadRequest(f"a secret does not belong in an address: send it in the header {SECRETS_HEADER}")
+            if SECRETS_HEADER in self.headers:
+                query["secret"] = self.headers.get_all(SECRETS_HEADER)
             if "volume" in query:               # here, for a disk may hold up this thread
                 query["volume"] = [self.server.answers.resolve_volumes(query["volume"][-1])]
             if "Transfer-Encoding" in self.headers or int(self.headers.get("Content-Length", "0")) > 0:
@@ -8801,6 +8870,7 @@ class ControlHandler(http.server.BaseHTTPRequestHandler):
         """Have a child unpack the body, which it reads from the connection itself."""
         tag, reset = query.pop("tag", [""])[-1], read_switch(query.pop("reset", ["false"])[-1])
         address = query.pop("ip", [""])[-1]
+        secrets = pop_secrets(query)
         Options().changed(query)        # what is wrong with it is said before the archive is sent
         if self.headers.get_content_type() not in ARCHIVE_TYPES:        # none at all is what a page can send, too
             raise Refused(415, f"an archive needs `Content-Type: {ARCHIVE_TYPES[0]}`")
@@ -8812,7 +8882,7 @@ class ControlHandler(http.server.BaseHTTPRequestHandler):
         try:
             deploys = self.server.answers.deploys
             created, document = self._call(deploys.deploy(name, self.connection, length, tag, address, reset,
-                                                                query))
+                                                                query, secrets))
         except OSError as error:
             raise storage_error(error, "storing the image") from error
         self._reply(201 if created else 200, document)
@@ -9110,6 +9180,50 @@ IMAGE_FIELDS = {"digest": str, "tag": str, "size": int, "process": dict}        
 DISCARD_SECONDS = 3.0               # for which a start, a stop or a change waits until files are removed
 
 
+class Secrets:
+    """Functions' secrets, in STATE_DIR/secrets/NAME/ID, which only root can read.
+
+    The registry has their names and these ids, so that a change of several is made as a whole. Methods block.
+    """
+
+    def __init__(self, directory: Path):
+        self._directory = directory
+
+    def write(self, function: str, values: dict[str, bytes]) -> dict[str, str]:
+        """Write secrets to the disk; return the ids of their files by name. Raises OSError."""
+        directory, files = self._directory / function, {name: secrets.token_hex(6) for name in values}
+        directory.mkdir(0o700, exist_ok=True)
+        for name, value in values.items():
+            with open(os.open(directory / files[name], os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+                file.write(value)
+        sync_file_system(directory)
+        return files
+
+    def read(self, function: str, files: dict[str, str]) -> dict[str, bytes]:
+        """Return secrets by name. Raises FaasdError."""
+        try:
+            return {name: (self._directory / function / file).read_bytes() for name, file in files.items()}
+        except OSError as error:
+            raise FaasdError(f"its secrets cannot be read: {error.strerror}: set them again") from None
+
+    def keep(self, function: str, files: Collection[str]) -> None:
+        """Remove all files of a function but these. Failure is logged: the next start tries again."""
+        directory = self._directory / function
+        try:
+            for path in directory.glob("*"):
+                if path.name not in files:
+                    path.unlink()
+            if not files and directory.exists():
+                directory.rmdir()
+        except OSError as error:
+            log.error("cannot remove %s: %s", error.filename, error.strerror)
+
+    def clear(self, files: dict[str, Collection[str]]) -> None:
+        """Remove all but these files, by function."""
+        for directory in self._directory.glob("*/"):
+            self.keep(directory.name, files.get(directory.name, ()))
+
+
 class ImageStore:
     """The unpacked images, STATE_DIR/images/NAME/IMAGE. They come from STATE_DIR/tmp, and go there, by one rename."""
 
@@ -9117,6 +9231,7 @@ class ImageStore:
         self._settings, self._host = settings, host
         self._images, self._tmp = settings.state_dir / "images", settings.state_dir / "tmp"
         self._program = settings.run_dir / "program"
+        self.secrets = Secrets(settings.state_dir / "secrets")
 
     async def clear(self, kept: Collection[tuple[str, str]]) -> None:
         """Remove uploads, and all images but these (function, version); copy our program. Raises OSError."""
@@ -9250,13 +9365,14 @@ class ImageStore:
         except (OSError, ImageError) as error:
             raise FaasdError(f"its image in {directory} is damaged ({error}): deploy it again") from None
 
-    def version(self, name: str, entry: VersionRecord) -> Version:
-        """Return what runs for a record. Raises FaasdError if its image is damaged."""
+    def version(self, name: str, entry: VersionRecord, secrets: dict[str, str]) -> Version:
+        """Return what runs for a record, with secrets by name. Raises FaasdError if its image is damaged."""
         image, directory = self.load(name, entry.image), self._images / name / entry.image
         try:
             rootfs = Rootfs(directory / "rootfs", image["first_id"], Budget(0, 0))
             image["process"] = choose_process(image["process"], entry.options, rootfs)
-            return Version(name, directory, image, entry, self._host)
+            image["process"]["secrets"] = place_secrets(rootfs, self.secrets.read(name, secrets))
+            return Version(name, directory, image, entry, self._host, secrets)
         except OSError as error:
             raise FaasdError(f"its image {entry.image} cannot be read: {error.strerror}") from error
         except (KeyError, TypeError, AttributeError) as error:
@@ -9440,7 +9556,7 @@ class Deploys:
     # -- changes --
 
     async def deploy(self, name: str, connection: socket.socket, length: str, tag: str, address: str, reset: bool,
-                     query: dict[str, list[str]]) -> tuple[bool, dict]:
+                     query: dict[str, list[str]], secrets: dict[str, bytes | None]) -> tuple[bool, dict]:
         """Make an archive what a function runs, with its options, or the defaults, changed as a query says.
 
         connection and length are as unpack_main takes them; address is the one asked for, or "". Returns whether the
@@ -9457,9 +9573,10 @@ class Deploys:
             first_id = self._first_id(name, undo)
             image = await self.images.unpack(connection, length, unpacked, tag, first_id)
             await self.images.put(name, unpacked, image, undo)
+            files = await self._write_secrets(name, reset, secrets, undo)
             what, entry = "deployed" if created else "replaced", self._next_version(name, image["version"], options)
             try:
-                document = await self._install(name, entry, what, undo)
+                document = await self._install(name, entry, files, what, undo)
             except FaasdError as error:
                 if kept and error.status in (400, 422):
                     names = ", ".join(kept).replace("_", "-")
@@ -9489,6 +9606,22 @@ class Deploys:
         known = name in self.functions and not reset
         return (self.functions[name].record.options if known else Options()).changed(query)
 
+    async def _write_secrets(self, name: str, reset: bool, changes: dict[str, bytes | None],
+                             undo: contextlib.AsyncExitStack) -> dict[str, str]:
+        """Return the files of a function's secrets, by name, once those that change are written. Raises FaasdError."""
+        before = self.functions[name].record.secrets if name in self.functions else {}
+        kept = {} if reset else {key: file for key, file in before.items() if key not in changes}
+        new = {key: value for key, value in changes.items() if value is not None}
+        if len(kept) + len(new) > MAX_SECRETS:
+            raise BadRequest(f"a function has at most {MAX_SECRETS} secrets (MAX_SECRETS)")
+        if not new:
+            return kept
+        undo.push_async_callback(asyncio.to_thread, self.images.secrets.keep, name, before.values())
+        try:
+            return kept | await asyncio.to_thread(self.images.secrets.write, name, new)
+        except OSError as error:
+            raise storage_error(error, "writing secrets") from error
+
     def _next_version(self, name: str, image: str, options: Options) -> VersionRecord:
         """Return the version that an image and options are: the one that a function runs, or a new one."""
         kept = self.functions[name].record.versions if name in self.functions else []
@@ -9515,10 +9648,12 @@ class Deploys:
         if not query:
             raise BadRequest("nothing to change: name an option")
         reset, function = read_switch(query.pop("reset", ["false"])[-1]), self.get(name)
+        secrets = pop_secrets(query)
         async with self._changing(name, "change") as undo:
             options = self._options(name, reset, query)
             entry = self._next_version(name, function.record.versions[0].image, options)
-            return await self._install(name, entry, "changed", undo)
+            files = await self._write_secrets(name, reset, secrets, undo)
+            return await self._install(name, entry, files, "changed", undo)
 
     async def roll_back(self, name: str, query: dict[str, list[str]]) -> dict:
         """Go back to an earlier version. Raises FaasdError.
@@ -9537,7 +9672,7 @@ class Deploys:
             if not found:
                 raise FaasdError(f"function {name} has no version {wanted!r} to go back to: `faas versions {name}` "
                                  "shows those there are", status=404)
-            return await self._install(name, found, "rolled back", undo)
+            return await self._install(name, found, function.record.secrets, "rolled back", undo)
 
     async def remove(self, name: str, query: dict) -> dict:
         """Drain a function and remove its address, images and log. Raises FaasdError."""
@@ -9560,6 +9695,7 @@ class Deploys:
         await self.attachments.withdraw(name)
         del self.functions[name]
         await self.images.keep(name, ())
+        await asyncio.to_thread(self.images.secrets.keep, name, ())
         await self._forget(name, record.first_id)
         await self._services.logs.flush()
         await asyncio.to_thread(function.log.remove)
@@ -9615,7 +9751,8 @@ class Deploys:
 
     # -- the one way to run a version --
 
-    async def _install(self, name: str, entry: VersionRecord, what: str, undo: contextlib.AsyncExitStack) -> dict:
+    async def _install(self, name: str, entry: VersionRecord, secrets: dict[str, str], what: str,
+                       undo: contextlib.AsyncExitStack) -> dict:
         """Prove a version, whose image is there, and make it the function's; describe that. Raises FaasdError."""
         self._check_warm(name, entry.options)
         contract = entry.options.contract
@@ -9629,7 +9766,7 @@ class Deploys:
             undo.push_async_callback(self.attachments.withdraw, name)
         undo.push_async_callback(self.attachments.give_back, name)
         await self.attachments.provide(name, entry.options)
-        version, container, output = await self._prove(name, entry)
+        version, container, output = await self._prove(name, entry, secrets)
         undo.push_async_callback(container.kill)        # once more does no harm where its pool was closed
         function = await to_the_end(self._make_current(name, version, container, undo))
         for line in output:
@@ -9642,13 +9779,14 @@ class Deploys:
         self.events.add(name, event, version=str(record.version), address=record.address)
         return document
 
-    async def _prove(self, name: str, entry: VersionRecord) -> tuple[Version, Container, list[str]]:
+    async def _prove(self, name: str, entry: VersionRecord, secrets: dict[str, str]
+                     ) -> tuple[Version, Container, list[str]]:
         """Start one container; return it once it is ready, with what it runs and what it printed. Raises FaasdError.
 
         What it turns out to be is proved by another, which is what all others will be. It takes no place among the
         starts allowed at a time: a deploy should not wait for a flood to end.
         """
-        version = self.images.version(name, entry)
+        version = self.images.version(name, entry, secrets)
         output: list[str] = []
         container = Container(self._host, name, lambda container_id, text: output.append(text))
         try:
@@ -9657,7 +9795,7 @@ class Deploys:
             exited = failure.status == 502 and not isinstance(failure, RuntimeFailed)
             if entry.contract == "auto" and version.image["process"]["uid"] == 0 and exited:
                 with contextlib.suppress(FaasdError):   # it may need the capabilities of a server to begin
-                    return await self._prove(name, replace(entry, contract="server"))
+                    return await self._prove(name, replace(entry, contract="server"), secrets)
             # By now the machine may be to blame, not the image.
             if isinstance(failure, RuntimeFailed) and (error := await try_container(self._host)):
                 raise unfit_machine(self._host.runtime, error) from None
@@ -9666,7 +9804,7 @@ class Deploys:
         if known == entry:
             return version, container, output
         await to_the_end(container.kill())
-        return await self._prove(name, known)
+        return await self._prove(name, known, secrets)
 
     async def _make_current(self, name: str, version: Version, container: Container,
                             undo: contextlib.AsyncExitStack) -> Function:
@@ -9708,7 +9846,7 @@ class Deploys:
         entry = replace(version.record, deployed=now)
         others = [other for other in (before.versions if before else []) if other.number != entry.number]
         return FunctionRecord(name, address, version.bundle.first_id, before.created if before else now, now,
-                              self._worth_keeping([entry, *others]))
+                              self._worth_keeping([entry, *others]), version.secrets)
 
     def _worth_keeping(self, versions: list[VersionRecord]) -> list[VersionRecord]:
         """Return those with one of the images used last, and of each image those that ran last: images take room."""
@@ -9748,6 +9886,7 @@ class Deploys:
             if self.functions.get(name) is function and name not in self._changes:
                 if function.record.options.net != "egress":
                     self.attachments.withdraw(name)
+                self.images.secrets.keep(name, function.record.secrets.values())
                 await self.images.keep(name, [entry.image for entry in function.record.versions])
 
     # -- for the daemon --
@@ -9760,7 +9899,7 @@ class Deploys:
         with self._until_stop():
             if pool.idle:
                 return await self._host.workers.run(self._host.inspect, next(reversed(pool.idle)))
-            _, container, _ = await self._prove(name, self.get(name).record.versions[0])
+            _, container, _ = await self._prove(name, self.get(name).record.versions[0], self.get(name).record.secrets)
             try:
                 return await self._host.workers.run(self._host.inspect, container)
             finally:
@@ -9816,6 +9955,7 @@ class Restart:
             kept = {(record.name, entry.image) for record in self._records for entry in record.versions}
             kept |= {(survivor.function, survivor.image) for survivor in self.survivors}
             await self._deploys.images.clear(kept)
+            self._deploys.images.secrets.clear({record.name: record.secrets.values() for record in self._records})
             for path in (self._settings.state_dir / "logs").glob("*.log*"):
                 if path.name.split(".")[0] not in names:
                     path.unlink()
@@ -9865,7 +10005,7 @@ class Restart:
             if not self._deploys.attachments.addresses.has(record.address):
                 raise FaasdError(f"its address {record.address} is not in {self._settings.subnet}, which has no free "
                                  "one: start faasd with a larger --subnet")
-            version = self._deploys.images.version(name, record.versions[0])
+            version = self._deploys.images.version(name, record.versions[0], record.secrets)
             await self._deploys.attachments.provide(name, record.options)
             listener = await self.bind(lambda: self._deploys.attachments.listen(record.address), self._settings.port)
             await self._deploys.attachments.publish(name, record)
@@ -10169,7 +10309,7 @@ def read_token(path: Path) -> bytes:
     return token
 
 
-STATE_DIRECTORIES = {"images": 0o711, "logs": 0o700, "tmp": 0o700}     # below STATE_DIR, with their modes
+STATE_DIRECTORIES = {"images": 0o711, "logs": 0o700, "secrets": 0o700, "tmp": 0o700}   # below STATE_DIR, their modes
 UNLIMITED = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
 CONTAINER_LIMITS = {            # what the kernel gives the first process, but for core dumps; the rest has cgroups
     resource.RLIMIT_CORE: (0, 0), resource.RLIMIT_FSIZE: UNLIMITED, resource.RLIMIT_CPU: UNLIMITED,

@@ -391,8 +391,12 @@ print({evil!r}, flush=True)
             daemon.deploy("f", support.handler_image(), "-e", "A=b c", "--timeout", "0")
             out = daemon.faas("info", "f").stdout
             for line in ("address:       10.0.0.10:80", "state:         ready", "memory:        512m",
-                         "timeout:       none", "start-timeout: 10s", "env:           'A=b c'"):
+                         "timeout:       none", "start-timeout: 10s", "env:           A=***"):
                 self.assertIn(line + "\n", out)
+            self.assertIn("env:           'A=b c'\n", daemon.faas("info", "f", "--show-env").stdout)
+            for options, shown in (((), "A=***"), (("--show-env",), "A=b c")):
+                document = json.loads(daemon.faas("info", "f", "--json", *options).stdout)
+                self.assertEqual(document["options"]["env"], [shown])
 
 
 if __name__ == "__main__":

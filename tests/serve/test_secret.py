@@ -1,0 +1,131 @@
+"""--secret: a file of the user's in containers, and nowhere else."""
+
+import base64
+import json
+import signal
+import stat
+import subprocess
+import unittest
+import urllib.parse
+from pathlib import Path
+
+import archives
+import support
+from clients import get
+from test_volume import NAMED, NOTES
+
+FIRST, SECOND = "correct horse battery staple 1", "correct horse battery staple 2"
+DIRECTORY = "/run/secrets"
+
+
+def image(*links: bytes, **config) -> bytes:
+    layers = [support.python_layer("http.server", "sqlite3"), support.layer({"notes.py": NOTES, **NAMED})]
+    return support.docker_archive(layers + ([archives.layer(*links)] if links else []), {
+        "Entrypoint": [support.PYTHON, "/notes.py"], "User": "app", "ExposedPorts": {"80/tcp": {}}, **config})
+
+
+class Secrets(unittest.TestCase):
+    @classmethod
+    def setUpClass(cls):
+        cls.daemon = support.Daemon("--verbose").start()
+        cls.addClassCleanup(cls.daemon.close)
+        cls.directory = support.temporary_directory()
+        cls.addClassCleanup(subprocess.run, ["rm", "-rf", cls.directory], check=True)
+        for name, text in (("first", FIRST), ("second", SECOND), ("large", "x" * 32769), ("whole", "x" * 32768)):
+            (cls.directory / name).write_text(text)
+
+    def file(self, name: str) -> str:
+        return f"{self.directory}/{name}"
+
+    def ask(self, code: str, name: str = "f"):
+        address = self.daemon.faas("ip", name).stdout.strip()
+        return get(address, "/eval?" + urllib.parse.quote(code))[1]
+
+    def read(self, name: str) -> str:
+        return self.ask(f"open('{DIRECTORY}/{name}').read()").strip("'")
+
+    def kept(self) -> list[Path]:
+        """The files in which the daemon keeps secrets."""
+        return sorted((self.daemon.state_dir / "secrets").glob("*/*"))
+
+    def test_life_of_a_secret(self):
+        self.daemon.faas("new", "f", "--contract", "server", "--secret", f"db={self.file('first')}", "-e", "A=shown",
+                         stdin=image())
+        self.assertEqual(self.read("db"), FIRST)
+        self.assertEqual(self.ask(f"[oct(os.stat('{DIRECTORY}/db').st_mode), os.stat('{DIRECTORY}/db')[4:6]]"),
+                         "['0o100400', (1000, 1001)]")
+        mount = self.ask(f"[line.split() for line in open('/proc/self/mountinfo') if ' {DIRECTORY} ' in line]")
+        self.assertIn("'tmpfs'", mount)
+        self.assertIn("'ro,nosuid,nodev,noexec", mount)
+        self.assertNotIn(FIRST, self.ask("os.environ"))
+        first, = self.kept()
+        self.assertEqual([stat.S_IMODE(path.stat().st_mode) for path in (first, first.parent, first.parent.parent)],
+                         [0o600, 0o700, 0o700])
+        self.assertEqual(self.daemon.info("f")["secrets"], ["db"])
+        self.assertRegex(self.daemon.faas("info", "f").stdout, "secrets: +db\n")
+        # Replaced and added to: what runs keeps what it has, what starts has the new.
+        self.daemon.faas("set", "f", "--warm", "1", "--timeout", "0")
+        self.daemon.wait_warm("f", 1)
+        self.daemon.faas("set", "f", "--secret", f"db={self.file('second')}", "--secret", f"more={self.file('whole')}")
+        self.assertEqual((self.read("db"), len(self.read("more"))), (SECOND, 32768))
+        support.wait_until(lambda: len(self.kept()) == 2 and first not in self.kept(), "what was replaced is gone")
+        for stop in (lambda: self.daemon.stop(signal.SIGHUP), self.daemon.kill):
+            stop()
+            self.daemon.start()
+            self.assertEqual(self.read("db"), SECOND)
+        kept = self.kept()
+        refused = self.daemon.faas("set", "f", "--secret", f"third={self.file('first')}", "--entrypoint", "/no",
+                                   check=False)
+        self.assertEqual(refused.returncode, 1)
+        self.assertEqual((self.kept(), self.daemon.info("f")["secrets"]), (kept, ["db", "more"]))
+        self.daemon.faas("set", "f", "--unset-secret", "more")
+        self.assertEqual(self.ask(f"os.listdir('{DIRECTORY}')"), "['db']")
+        # Nowhere else.
+        state = [path.read_text() for path in self.daemon.state_dir.rglob("*")
+                 if path.is_file() and "rootfs" not in path.parts and path not in self.kept()]
+        run = [path.read_text(errors="replace") for path in self.daemon.run_dir.rglob("*.json")]
+        api = [self.daemon.api("GET", path)[1].decode() for path in
+               ("/functions", "/functions/f", "/functions/f/versions", "/functions/f/logs", "/functions/f/isolation")]
+        lines = [path.read_bytes().decode(errors="replace") for path in Path("/proc").glob("[0-9]*/cmdline")]
+        for text in (*state, *run, *api, *lines, self.daemon.log()):
+            for secret in (FIRST, SECOND):
+                self.assertNotIn(secret, text)
+                self.assertNotIn(base64.b64encode(secret.encode()).decode(), text)
+        self.daemon.faas("rm", "f")
+        self.assertEqual(list((self.daemon.state_dir / "secrets").iterdir()), [])
+
+    def test_image_that_leads_elsewhere(self):
+        """The image's own links, and a volume where they lead: a container's files decide nothing."""
+        volume = support.temporary_directory()
+        self.addCleanup(subprocess.run, ["rm", "-rf", volume], check=True)
+        (volume / "secrets").symlink_to("/etc")
+        self.addCleanup(self.daemon.faas, "rm", "f", check=False)
+        self.daemon.faas("new", "f", "--contract", "server", "--secret", f"db={self.file('first')}",
+                         stdin=image(archives.symlink("run", "../../var/run")))
+        self.assertEqual(self.ask("open('/var/run/secrets/db').read()"), f"'{FIRST}'")
+        self.daemon.faas("new", "f", "--volume", f"{volume}:/data:ro", stdin=image(archives.symlink("run", "data")))
+        self.assertEqual(self.ask("os.readlink('/data/secrets')"), "'/etc'")
+        self.assertFalse(Path("/etc/db").exists())
+        result = self.daemon.faas("new", "f", "--reset", "--secret", f"db={self.file('first')}", check=False,
+                                  stdin=image(archives.symlink("run", "run")))
+        self.assertIn("too many symbolic links", result.stderr)
+
+    def test_refused(self):
+        self.daemon.deploy("g", support.small_image())
+        self.addCleanup(self.daemon.remove, "g")
+        for entry, status, says in ((f"a={self.file('large')}", 1, "over 32768"), ("a", 2, "write NAME=FILE"),
+                                    (f"../a={self.file('first')}", 1, "bad name of a secret"),
+                                    (f"a={self.file('none')}", 1, "cannot read")):
+            result = self.daemon.faas("set", "g", "--secret", entry, check=False)
+            self.assertEqual((result.returncode, result.stdout), (status, ""), entry)
+            self.assertIn(says, result.stderr)
+        several = [word for name in "abc" for word in ("--secret", f"{name}={self.file('whole')}")]
+        self.assertIn("over 44 KiB together", self.daemon.faas("set", "g", *several, check=False).stderr)
+        status, answer = self.daemon.api("PATCH", "/functions/g?secret=a%3DYQ%3D%3D")
+        self.assertEqual(status, 400)
+        self.assertIn("does not belong in an address", json.loads(answer)["error"])
+        self.assertEqual(self.daemon.info("g")["secrets"], [])
+
+
+if __name__ == "__main__":
+    unittest.main()
