@@ -71,6 +71,17 @@ uninstall() {
     if running_systemd; then
         systemctl disable --quiet --now faasd || true
     fi
+    # A daemon that was killed has left containers. The next one takes them over, and when it stops nothing is left.
+    if [ -d /run/faasd/containers ] && flock --nonblock /run/faasd/faasd.lock true; then
+        rm -f /run/faasd/faasd.sock
+        # shellcheck disable=SC1091,SC2086  # they are several words
+        ([ ! -e /etc/default/faasd ] || . /etc/default/faasd; exec /usr/local/sbin/faasd ${FAASD_OPTIONS:-}) &
+        while [ ! -e /run/faasd/faasd.sock ] && kill -0 $! 2>/dev/null; do
+            sleep 0.1
+        done
+        kill $! 2>/dev/null || true
+        wait $! || true
+    fi
     if grep -q '^faasd-default ' /sys/kernel/security/apparmor/profiles 2>/dev/null; then
         apparmor_parser --remove /etc/apparmor.d/faasd-default || true
     fi

@@ -2,7 +2,8 @@
 # Run tests in the userland of another Debian: its Python, runtime and tools, this machine's kernel.
 #   userland.sh SUITE [--runtime crun] [--workers N] [test_file…]   ./test.sh, with the image tools and a Docker engine
 #   userland.sh SUITE [--runtime crun] --newcomer [test_file…]
-#       as a new user who has nothing but python3: ./quickstart.sh, tests/manage/test_quickstart.py, then ./test.sh
+#       as a new user who has nothing but python3 and systemd, which does not run: ./quickstart.sh,
+#       tests/manage/test_quickstart.py, then ./test.sh
 #   userland.sh SUITE --runtime crun --bench [--quick]     bench/run --runtime crun: that runtime beside runc
 #
 # SUITE is bookworm, trixie, forky … A plain chroot is not enough: runc does pivot_root itself, which needs a root that
@@ -13,11 +14,11 @@ here=$(dirname "$(readlink -f "$0")")
 source=$(dirname "$(dirname "$here")")
 complete=python3,runc,crun,iproute2,curl,procps,strace,zstd,nftables
 complete+=,docker.io,skopeo,podman,buildah,umoci,prometheus,apparmor,systemd,busybox-static,git,openssl,nodejs
-newcomer=python3
+newcomer=python3,systemd-sysv
 bench=python3,runc,crun,iproute2,curl
 
 usage() {
-    sed -n '2,6s/^# //p' "$0" >&2
+    sed -n '2,7s/^# //p' "$0" >&2
     exit 2
 }
 
@@ -94,7 +95,8 @@ run_newcomer() {
     announce
     # Not ./test.sh: nothing may be there but what quickstart.sh has installed.
     python3 tests/run.py tests/manage/test_quickstart.py
-    [ $# -eq 0 ] || ./test.sh "$@"
+    # Whatever is installed or removed here is gone in the end.
+    [ $# -eq 0 ] || FAASD_TEST_BARE=yes ./test.sh "$@"
 }
 
 run_bench() {

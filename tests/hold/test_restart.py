@@ -661,14 +661,18 @@ class Systemd:
         shutil.rmtree(self.daemon.directory)
 
 
+def skip_unless_systemd_runs(test: unittest.TestCase) -> None:
+    if not Systemd.PROGRAM.exists():
+        test.skipTest("systemd is not installed: apt install systemd")
+    version = int(subprocess.run([Systemd.PROGRAM, "--version"], capture_output=True, check=True).stdout.split()[1])
+    if version >= 256 and ("/sys/fs/cgroup", "cgroup2") not in faasd.read_mounts():
+        test.skipTest(f"systemd {version} does not run with cgroup v1")
+
+
 class UnderSystemd(RestartCase):
     def test_the_unit(self):
         """A restart hands over, a crash too but for who was waiting, a stop drains and leaves nothing."""
-        if not Systemd.PROGRAM.exists():
-            self.skipTest("systemd is not installed: apt install systemd")
-        version = int(subprocess.run([Systemd.PROGRAM, "--version"], capture_output=True, check=True).stdout.split()[1])
-        if version >= 256 and ("/sys/fs/cgroup", "cgroup2") not in faasd.read_mounts():
-            self.skipTest(f"systemd {version} does not run with cgroup v1")
+        skip_unless_systemd_runs(self)
         systemd = Systemd()
         self.addCleanup(systemd.close)
         daemon = systemd.daemon

@@ -1,6 +1,7 @@
 """The package, its manual pages and completions, the systemd unit and the Grafana dashboard."""
 
 import contextlib
+import gzip
 import hashlib
 import json
 import os
@@ -10,12 +11,14 @@ import select
 import shutil
 import subprocess
 import sys
+import tempfile
 import termios
 import unittest
 from pathlib import Path
 
 import support
-from support import wait_until
+from support import get, wait_until
+from test_restart import Systemd, skip_unless_systemd_runs, steady_load
 
 import faasd
 
@@ -250,6 +253,258 @@ class Unit(unittest.TestCase):
             address = daemon.deploy("f")
             self.assertEqual(support.get(address)[0], 200)
             self.assertEqual(support.get(address, "/exit?1")[0], 502)
+
+
+SOURCES = ("packaging", "faas", "faasd.py", "install.sh", "CHANGELOG.md", "README.md", "LICENSE", "test_handler.py")
+NEXT = "99.0.0"
+
+
+def copy_sources(directory: Path, version: str = "") -> Path:
+    """Copy what a package is made of, as another version if one is named."""
+    directory.mkdir()
+    for name in SOURCES:
+        run("cp", "-a", support.TOP / name, directory)
+    if version:
+        for name in ("faas", "faasd.py"):
+            text = (directory / name).read_text()
+            (directory / name).write_text(text.replace(f'__version__ = "{faasd.__version__}"',
+                                                       f'__version__ = "{version}"'))
+        changes = (directory / "CHANGELOG.md").read_text()
+        (directory / "CHANGELOG.md").write_text(f"## {version} (2099-01-01)\n\n{changes}")
+    return directory
+
+
+def installed_files(root: Path = Path("/")) -> set[str]:
+    """Return the paths in a system, less what installing anything leaves."""
+    passed_by = ("var/lib/dpkg", "var/lib/apt", "var/cache", "var/log", "var/lib/systemd", "root", "tmp", "run")
+    found = run("find", root, "-xdev", *(word for path in passed_by for word in ("-path", root / path, "-prune", "-o")),
+                "-print").splitlines()
+    # shadow-utils and systemd keep backups of these, and Python what it has compiled.
+    return {path for path in found if not re.search(r"/etc/(group|gshadow|passwd|shadow|subuid|subgid)-$|__pycache__|"
+                                                    r"/etc/(\.pwd\.lock|\.updated|machine-id)$|/var/\.updated$", path)}
+
+
+APT = ("env", "DEBIAN_FRONTEND=noninteractive", "apt-get", "-y", "-q", "-o", "Dpkg::Use-Pty=0")
+
+
+class Machine(Systemd):
+    """A whole Debian in namespaces and cgroups of its own, but in our network namespace; init is systemd, or nothing."""
+
+    NO_SYSTEMD = "while true; do sleep 1000; done"
+
+    BOOT = """
+        mount --make-rprivate /
+        root=ROOT
+        mount --bind $root $root
+        mount -t proc proc $root/proc
+        mount -t sysfs sysfs $root/sys
+        mount -t tmpfs -o mode=755 tmpfs $root/sys/fs/cgroup
+        awk '$5 ~ "^/sys/fs/cgroup" { for (i = 6; i < NF; i++)
+            if ($i == "-" && $(i + 1) ~ "^cgroup") print $5, $(i + 1), $(i + 3) }' /proc/self/mountinfo |
+        while read -r path kind options; do
+            mkdir -p "$root$path"
+            mount -t "$kind" -o "$(echo "$options" | sed 's/^r[wo],\\?//')" "$kind" "$root$path"
+        done
+        mount -t tmpfs -o mode=755 tmpfs $root/dev
+        for name in null zero full random urandom tty; do
+            : >$root/dev/$name
+            mount --bind /dev/$name $root/dev/$name
+        done
+        mkdir $root/dev/pts
+        mount -t devpts -o newinstance,ptmxmode=666 devpts $root/dev/pts
+        ln -s pts/ptmx $root/dev/ptmx
+        ln -s /proc/self/fd $root/dev/fd
+        mount -t tmpfs -o mode=755 tmpfs $root/run
+        mount -t tmpfs -o mode=1777 tmpfs $root/tmp
+        mkdir $root/run/old
+        cd $root
+        pivot_root . run/old
+        umount --lazy run/old
+        rmdir run/old
+        exec env -i container=test PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin INIT
+    """
+
+    def __init__(self, root: Path, systemd: bool):
+        init = '"$2" --system --show-status=no' if systemd else f"sh -c '{self.NO_SYSTEMD}'"
+        self.BOOT = self.BOOT.replace("ROOT", str(root)).replace("INIT", init)
+        super().__init__()
+        self.enter = ("nsenter", f"--target={self.pid}", "--mount", "--pid", "--uts", "--ipc", "--cgroup")
+        up = ("systemctl", "is-active", "multi-user.target") if systemd else ("sh", "-c", "[ -e /root/sources ] && [ ! -e /run/old ]")
+        wait_until(lambda: self.try_run(*up).returncode == 0, "it is up")
+
+    def start(self, program: str) -> None:
+        """Start a daemon by hand."""
+        self.daemon.command = lambda: [*self.enter, "sh", "-c", f"{program} & echo $! >/run/pid; wait $!"]
+        self.daemon.give_byte_code = lambda: None
+        self.daemon.start()
+
+    def end(self, signal_: str) -> None:
+        """End the daemon that was started by hand."""
+        self.run("sh", "-c", f"kill -{signal_} $(cat /run/pid)")
+        self.daemon.process.wait(support.READY_SECONDS * 2)
+        self.daemon.log_file.close()
+
+    def try_run(self, *argv: str) -> subprocess.CompletedProcess:
+        return subprocess.run([*self.enter, *argv], capture_output=True, text=True, check=False)
+
+    def run(self, *argv: str) -> str:
+        result = self.try_run(*argv)
+        if result.returncode != 0:
+            journal = self.try_run("journalctl", "-n", "40", "--no-pager", "-o", "cat").stdout
+            raise AssertionError(f"{argv}: {result.returncode}: {result.stdout}{result.stderr}\n{journal}")
+        return result.stdout
+
+    def reboot(self) -> None:
+        self.try_run("systemctl", "--no-block", "reboot")
+        self._process.wait(support.READY_SECONDS * 2)
+        self.close()
+
+
+class Installed(PackagingCase):
+    """The package, and install.sh, in a copy of the bare Debian that this system is."""
+
+    @classmethod
+    def setUpClass(cls):
+        if "FAASD_TEST_BARE" not in os.environ:
+            raise unittest.SkipTest("this is no bare Debian: sudo tests/ci/userland.sh bookworm --newcomer")
+        if support.RUNTIME != "runc":
+            raise unittest.SkipTest("the package brings runc")
+        cls.root = Path(tempfile.mkdtemp(prefix=support.PREFIX, dir="/var/tmp"))
+        cls.addClassCleanup(shutil.rmtree, cls.root)
+        cls.root.chmod(0o755)
+        run("bash", "-o", "pipefail", "-c", 'tar -C / --one-file-system --exclude=./root/faasd --exclude=./usr/share/doc '
+            '--exclude=./usr/share/locale -c . | tar -C "$0" -x', cls.root)
+        for version in ("", NEXT):
+            sources = copy_sources(cls.root / f"root/sources{version}", version)
+            run(sources / "packaging/build-deb", cls.root / "root")
+        cls.this, cls.next = (f"/root/faasd_{version}_all.deb" for version in (faasd.__version__, NEXT))
+        cls.before = installed_files(cls.root)
+
+    def boot(self, systemd: bool) -> Machine:
+        machine = Machine(self.root, systemd)
+        self.addCleanup(lambda: machine.daemon.directory.exists() and machine.close())
+        return machine
+
+    def set_options(self, options: str) -> None:
+        (self.root / "etc/default/faasd").write_text(f'FAASD_OPTIONS="{options}"\n')
+
+    def check_nothing_left(self, machine: Machine) -> None:
+        self.assertEqual(installed_files(self.root) ^ self.before, set())
+        self.assertFalse(machine.daemon.run_dir.exists())
+        self.assertNotIn("\nfaas:", (self.root / "etc/group").read_text())
+        cgroups = [path for parent in support.cgroup_directories(machine.name) for path in support.tree(Path(parent))]
+        self.assertEqual([path for path in cgroups if "run-faasd" in path], [])
+        self.assertEqual(support.addresses(), [])
+        self.assertNotIn("/run/faasd", machine.run("cat", "/proc/self/mountinfo"))
+
+    def test_without_systemd(self):
+        """Install, run the examples of the manual page, upgrade, crash, purge."""
+        machine = self.boot(systemd=False)
+        machine.run(*APT, "install", self.this)
+        machine.start("/usr/sbin/faasd")
+        page = gzip.decompress((self.root / "usr/share/man/man1/faas.1.gz").read_bytes()).decode().replace("\\-", "-")
+        examples = re.search(r"\.SH EXAMPLES\n\.nf\n\.RS\n(.*?)\.RE", page, re.DOTALL)[1]
+        self.assertIn("Hello from FaaS handler!", machine.run(
+            "bash", "-eo", "pipefail", "-c", f"cp /root/sources/test_handler.py /tmp/handler.py; cd /tmp; {examples}"))
+        address = machine.daemon.deploy("f", support.small_image(), "--warm", "1")
+        machine.run(*APT, "install", self.next)
+        machine.end("HUP")
+        machine.start("/usr/sbin/faasd")
+        self.assertIn(f"faasd {NEXT}", machine.run("faas", "version"))
+        self.assertEqual(get(address), (200, "1"))
+        self.assertIn("still runs, so /var/lib/faasd and /run/faasd are left", machine.run("sh", "-c", " ".join(
+            [*APT, "purge", "faasd", "2>&1"])))
+        self.assertEqual(get(address), (200, "1"))
+        machine.run(*APT, "install", self.next)
+        machine.daemon.wait_warm("f", 1)
+        machine.end("KILL")
+        machine.run(*APT, "purge", "faasd")
+        self.check_nothing_left(machine)
+
+    def test_install_script_without_systemd(self):
+        machine = self.boot(systemd=False)
+        machine.run("/root/sources/install.sh")
+        machine.start("/usr/local/sbin/faasd")
+        address = machine.daemon.deploy("f", support.small_image())
+        self.set_options("--keep-versions 5")
+        machine.run(f"/root/sources{NEXT}/install.sh")
+        self.assertIn("5", (self.root / "etc/default/faasd").read_text())
+        self.assertEqual(get(address), (200, "1"))
+        machine.end("TERM")
+        machine.run("/root/sources/install.sh", "--uninstall")
+        self.assertFalse((self.root / "usr/local/sbin/faasd").exists())
+        self.assertTrue((self.root / "var/lib/faasd/images/f").exists())
+        machine.run("/root/sources/install.sh")
+        machine.run("/root/sources/install.sh", "--purge")
+        self.check_nothing_left(machine)
+
+    def test_under_systemd(self):
+        """Install, deploy, join the group, reload, reboot, upgrade under load, remove, purge; then install.sh."""
+        skip_unless_systemd_runs(self)
+        machine = self.boot(systemd=True)
+        machine.run(*APT, "install", self.this)
+        address = machine.daemon.deploy("f", support.small_image(), "--warm", "2")
+        self.check_messages(machine)
+        self.check_reload(machine, address)
+        machine.reboot()
+        machine = self.boot(systemd=True)
+        wait_until(machine.daemon.socket.exists, "it has started by itself")
+        self.assertEqual(get(address), (200, "1"))
+        with steady_load([address]) as failures:
+            machine.run(*APT, "install", self.next)
+        self.assertEqual(failures, [])
+        self.assertIn(f"faasd {NEXT}", machine.run("faas", "version"))
+        machine.run(*APT, "remove", "faasd")
+        self.assertEqual(machine.try_run("systemctl", "is-active", "faasd").stdout, "inactive\n")
+        self.assertTrue((self.root / "var/lib/faasd/images/f").exists())
+        self.assertEqual(support.addresses(), [])
+        machine.run(*APT, "purge", "faasd")
+        self.check_nothing_left(machine)
+        machine.run("/root/sources/install.sh")
+        self.assertIn(f"faasd {faasd.__version__}", machine.run("faas", "version"))
+        self.assertEqual(machine.run("systemctl", "is-enabled", "faasd"), "enabled\n")
+        machine.run("/root/sources/install.sh", "--purge")
+        self.check_nothing_left(machine)
+        self.assertEqual(machine.show("LoadState"), "not-found")
+
+    def check_messages(self, machine: Machine) -> None:
+        said = machine.try_run("faasd")
+        self.assertEqual(said.returncode, 2)
+        self.assertIn("already running on /run/faasd as a service (systemctl status faasd): stop it", said.stderr)
+        machine.run("useradd", "somebody")
+        uid = machine.run("id", "-u", "somebody").strip()
+
+        def ask() -> subprocess.CompletedProcess:       # always the same session: without the group
+            return machine.try_run("setpriv", f"--reuid={uid}", f"--regid={uid}", "--clear-groups", "faas", "list")
+        said = ask()
+        self.assertEqual(said.returncode, 1)
+        self.assertIn("may not open /run/faasd/faasd.sock: only root", said.stderr)
+        self.assertIn("sudo usermod -aG faas $USER", said.stderr)
+        machine.run("usermod", "-aG", "faas", "somebody")
+        wait_until(lambda: ask().returncode == 0, "a new member may use it")
+        machine.run("userdel", "somebody")
+        machine.run("systemctl", "stop", "faasd")
+        self.assertIn("(is it running? systemctl status faasd; sudo systemctl start faasd)",
+                      machine.try_run("faas", "list").stderr)
+        machine.run("systemctl", "start", "faasd")
+
+    def check_reload(self, machine: Machine, address: str) -> None:
+        pid = machine.show("MainPID")
+        self.set_options("--nonsense")
+        self.assertNotEqual(machine.try_run("systemctl", "reload", "faasd").returncode, 0)
+        self.assertEqual((machine.show("MainPID"), get(address)), (pid, (200, "1")))
+        self.set_options("--max-warm 1")
+        machine.run("systemctl", "reload", "faasd")
+        self.assertNotEqual(machine.show("MainPID"), pid)
+        self.assertEqual(get(address), (200, "1"))
+
+        def journal(*more: str) -> str:
+            return machine.run("journalctl", "--no-pager", "-u", "faasd", "-o", "cat", *more)
+        wait_until(lambda: "functions were promised 2 warm containers" in journal("-p", "warning"), "a warning is there")
+        self.assertNotIn("ready: ", journal("-p", "warning"))
+        self.assertRegex(journal(), r"(?m)^ready: 1 functions, ")
+        self.assertIn("\nfaasd\n", "\n" + machine.run("journalctl", "-u", "faasd", "-F", "SYSLOG_IDENTIFIER"))
+        self.set_options("")
 
 
 class Dashboard(unittest.TestCase):
