@@ -372,6 +372,17 @@ def option(default: Any, read: Callable[[str], Any], fits: Callable[[Any], bool]
     return field(default=default, metadata={"read": read, "fits": fits, "must": must})
 
 
+parse_cpus = reader("number of cpus", r"(?!0+(\.0|\.00[0-9]?)?$)[0-9]{1,4}(\.[0-9]{1,3})?",      # from 0.01 on
+                    "write 0.5, 1 or 2", lambda match: float(match[0]))
+
+
+def read_cpus(text: str) -> float:
+    """Return a number of CPUs. Only what a user asks for is held against this machine: a function may have moved."""
+    if (number := parse_cpus(text)) > (there := os.cpu_count() or 1):
+        raise BadRequest(f"bad number of cpus {text!r}: this machine has {there}")
+    return number
+
+
 read_switch = reader("switch", "true|false", "write true or false", lambda match: match[0] == "true")
 
 
@@ -383,8 +394,7 @@ class Options:
     """
     memory: int = option(512 * MIB, parse_size,         # bytes, swap included; runc's own init runs inside the limit
                          lambda size: 6 * MIB <= size <= 1 << 50, "be at least 6m: less does not start a container")
-    cpus: float = option(1.0, reader("number of cpus", r"(?!0+(\.0|\.00[0-9]?)?$)[0-9]{1,4}(\.[0-9]{1,3})?",
-                                     "write 0.5, 1 or 2", lambda match: float(match[0])))       # from 0.01 on
+    cpus: float = option(1.0, lambda text: read_cpus(text))
     pids: int = option(64, parse_count)                 # processes and threads
     timeout: float = option(30.0, parse_duration)       # seconds from hand-over to the end of the handler; 0: none
     start_timeout: float = option(10.0, parse_duration, lambda seconds: seconds > 0, "be over 0")   # until the connect
@@ -4545,15 +4555,37 @@ class Runtime:
                     "--force", container_id)
 
 
-def runc_warning(version: str) -> str | None:
-    """Return what to tell about known holes of a runc, such as "runc version 1.1.5+ds1"; None if it has none (H.2)."""
+def runc_warning(version: str, changelog: str = "") -> str | None:
+    """Return what to tell about known holes of a runc, such as "runc version 1.1.5+ds1"; None if it has none (H.2).
+
+    changelog is its package's: distributions backport fixes to versions that their makers have left behind.
+    """
     match = re.match(r"runc version ([0-9]+)\.([0-9]+)\.([0-9]+)", version)
     number = tuple(map(int, match.groups())) if match else (math.inf,)
-    if (1, 2, 8) <= number < (1, 3, 0) or number >= (1, 3, 3):
-        return None
-    leaked = "leaked descriptors (CVE-2024-21626), " if number < (1, 1, 12) else ""
-    return (f"{version} is older than the release that fixed {leaked}masked paths and console (CVE-2025-31133, -52565, "
-            "-52881); distributions backport such fixes, so check your package's changelog")
+    holes = ["CVE-2024-21626"] if number < (1, 1, 12) else []
+    if not (1, 2, 8) <= number < (1, 3, 0) and number < (1, 3, 3):
+        holes += ["CVE-2025-31133", "CVE-2025-52565", "CVE-2025-52881"]
+    holes = [hole for hole in holes if hole not in changelog]
+    return f"{version} may have known holes ({', '.join(holes)}): upgrade it" if holes else None
+
+
+MAX_CHANGELOG = MIB                 # bytes of a package's changelog that are read
+
+
+def package_changelog(program: str) -> str:
+    """Return the changelog of the Debian or RPM package that a program is from, as far as this machine has it."""
+    def ask(*argv: str) -> str:
+        with contextlib.suppress(OSError, subprocess.TimeoutExpired):        # OSError: there is no such package manager
+            return subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace",
+                                  timeout=COMMAND_TIMEOUT, check=False).stdout
+        return ""
+    package = ask("dpkg-query", "--search", os.path.realpath(program)).partition(":")[0]
+    if not package:
+        return ask("rpm", "--query", "--changelog", "--file", program)
+    with contextlib.suppress(OSError, zlib.error):              # minimal images leave it out
+        packed = Path(f"/usr/share/doc/{package}/changelog.Debian.gz").read_bytes()
+        return zlib.decompressobj(wbits=31).decompress(packed, MAX_CHANGELOG).decode(errors="replace")
+    return ""
 
 
 # Of cgroup v1 and v2 (kernel documentation, admin-guide/cgroup-v1 and cgroup-v2.rst).
@@ -6960,8 +6992,9 @@ class TarReader:
 
     encoding, errors = "utf-8", "surrogateescape"       # so that any bytes in a name survive (rule C.5)
 
-    def __init__(self, stream: ByteStream):
-        self.fileobj = self
+    def __init__(self, stream: ByteStream, no_tar: str = ""):
+        """no_tar is what to say if not even the first header is one."""
+        self.fileobj, self._no_tar = self, no_tar
         self.offset = 0                 # of the next header; set by the parser
         self.ended = False              # saw the end-of-archive marker, rather than the end of the data
         self._stream = stream
@@ -7017,9 +7050,10 @@ class TarReader:
         except tarfile.EmptyHeaderError:
             return None
         except tarfile.TruncatedHeaderError:
-            raise ImageError("the tar stream is cut short in the middle of a header") from None
+            raise ImageError(not at and self._no_tar or "the tar stream is cut short in the middle of a header"
+                             ) from None
         except (tarfile.TarError, ValueError, IndexError, OverflowError, RecursionError) as error:
-            raise ImageError(f"bad tar header at byte {at}: {error}") from None
+            raise ImageError(not at and self._no_tar or f"bad tar header at byte {at}: {error}") from None
         if entry.size < 0 or self.offset < self.tell():     # either would lead back, and round for ever
             raise ImageError(f"bad tar header at byte {at}: negative size")
         return entry
@@ -7048,7 +7082,7 @@ class Archive:
         self._members: dict[str, tuple[int, int]] = {}      # name → offset in the segments, size
         self._links: dict[str, str] = {}        # docker before 25 writes repeated layers as symbolic links (F.1)
         self._top: set[str] = set()             # first components, to recognise what is not an image
-        reader = TarReader(stream)
+        reader = TarReader(stream, "this is not an image archive: make one with `docker save IMAGE`")
         count = 0
         for count, entry in enumerate(reader, 1):
             if count > MAX_ARCHIVE_MEMBERS:
@@ -8257,7 +8291,7 @@ def chunk_sizes(stream: ByteStream) -> Iterator[int]:
 def read_archive(pieces: Iterator[bytes], budget: Budget) -> Iterator[bytes]:
     """Yield the tar that comes in pieces, which may be compressed: `docker load` takes that too."""
     for data in decompress(pieces, budget, "the archive is compressed with {name}: decompress it first, "
-                                           "{name} -dc FILE | faas new NAME"):
+                                           "{name} -dc FILE | faas new NAME, or make one with `docker save IMAGE`"):
         budget.spend_bytes("archive", len(data))
         yield data
 
@@ -9176,7 +9210,8 @@ class Answers:
 # Deploys: from an archive to a function that serves; other options, rollback, removal
 # ---------------------------------------------------------------------------------------------------------------------
 
-IMAGE_FIELDS = {"digest": str, "tag": str, "size": int, "process": dict}        # checked when an image.json is loaded
+IMAGE_FIELDS = {"digest": str, "tag": str, "size": int, "first_id": int, "process": dict}
+PROCESS_FIELDS = {"cwd": str, "resolv_conf": str, "uid": int, "gid": int, "entrypoint": list, "cmd": list, "env": list}
 DISCARD_SECONDS = 3.0               # for which a start, a stop or a change waits until files are removed
 
 
@@ -9222,6 +9257,14 @@ class Secrets:
         """Remove all but these files, by function."""
         for directory in self._directory.glob("*/"):
             self.keep(directory.name, files.get(directory.name, ()))
+
+
+def check_fields(document: dict, kinds: dict[str, type]) -> None:
+    """Raise ImageError for what of an image.json, which may have been edited, is not of its kind: a list is of text."""
+    for key, kind in kinds.items():
+        value = document.get(key)
+        if not isinstance(value, kind) or kind is list and not all(isinstance(entry, str) for entry in value):
+            raise ImageError(f"image.json has no valid {key!r}")
 
 
 class ImageStore:
@@ -9358,9 +9401,8 @@ class ImageStore:
             image = parse_json((directory / "image.json").read_bytes(), dict, "image.json")
             if not (directory / "rootfs").is_dir():
                 raise FileNotFoundError(errno.ENOENT, "No such file or directory", "rootfs")
-            for key, kind in IMAGE_FIELDS.items():
-                if not isinstance(image.get(key), kind):
-                    raise ImageError(f"image.json has no valid {key!r}")
+            check_fields(image, IMAGE_FIELDS)
+            check_fields(image["process"], PROCESS_FIELDS)
             return image
         except (OSError, ImageError) as error:
             raise FaasdError(f"its image in {directory} is damaged ({error}): deploy it again") from None
@@ -9375,7 +9417,7 @@ class ImageStore:
             return Version(name, directory, image, entry, self._host, secrets)
         except OSError as error:
             raise FaasdError(f"its image {entry.image} cannot be read: {error.strerror}") from error
-        except (KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise FaasdError(f"its image {entry.image} is damaged ({error!r}): deploy it again") from None
 
 
@@ -10067,8 +10109,10 @@ class Daemon:
             self._loop.add_signal_handler(number, self._stop_signals.put_nowait, number)
         runtime = self._runtime.version()
         log.info("faasd %s, %s, Linux %s", __version__, runtime, platform.release())
-        for warning in filter(None, (runc_warning(runtime), *machine_warnings())):
-            log.warning("%s", warning)
+        warning = runc_warning(runtime) and runc_warning(
+            runtime, await asyncio.to_thread(package_changelog, self._runtime.program))
+        for line in filter(None, (warning, *machine_warnings())):
+            log.warning("%s", line)
         await self._restart.clear()
         stop = self._pass_on if self._restart.survivors else self._drain        # if this daemon cannot start
         try:
@@ -10158,11 +10202,16 @@ class Settings(argparse.Namespace):
     """What parse_arguments makes of the command line: an attribute for each option."""
 
 
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """Print one line, as every other error of ours is."""
+        self.exit(2, f"faasd: {escape_controls(message)} (see {self.prog} --help)\n")
+
+
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line, of which packaging/generate makes the manual page too."""
-    parser = argparse.ArgumentParser(prog=os.path.basename(sys.argv[0]),
-                                     description="A serverless runtime for one Linux machine.",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = Parser(prog=os.path.basename(sys.argv[0]), description="A serverless runtime for one Linux machine.",
+                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add, none = parser.add_argument, argparse.SUPPRESS          # a default that --help does not show
     add("--state-dir", type=resolved_path, default="/var/lib/faasd", help="images, registry and logs")
     add("--run-dir", type=resolved_path, default="/run/faasd", help="control socket and containers")
@@ -10345,6 +10394,20 @@ def machine_warnings() -> Iterator[str]:
     if descriptors < LOW_DESCRIPTORS:
         yield (f"only {descriptors} file descriptors are allowed, too few for many clients: raise the hard limit "
                "(ulimit -Hn, LimitNOFILE)")
+
+
+@contextlib.contextmanager
+def unless_refused(settings: Settings) -> Iterator[None]:
+    """Remove again what of RUN_DIR and STATE_DIR is made inside, if that fails before there is a function."""
+    made = [path for directory in (settings.state_dir, settings.run_dir)
+            for path in [path for path in (directory, *directory.parents) if not os.path.lexists(path)][-1:]]
+    try:
+        yield
+    except FaasdError:
+        if not os.path.lexists(settings.state_dir / "registry.json"):
+            for path in made:
+                shutil.rmtree(path, ignore_errors=True)
+        raise
 
 
 def take_directories(settings: Settings) -> None:
@@ -10541,14 +10604,15 @@ def main(argv: list[str]) -> int:
                 read_token(settings.api_token_file)
             return 0
         ids = IdRanges(find_host_ids())
-        take_directories(settings)
-        outlive_containers(settings.run_dir)
-        with lock_directory(settings.run_dir), lock_directory(settings.state_dir):
-            lay_out(settings.state_dir)
-            addresses = Addresses(settings.subnet)
-            addresses.claim()
-            with asyncio.Runner(loop_factory=lambda: asyncio.SelectorEventLoop(EventsFirst())) as runner:
-                runner.run(serve(settings, addresses, ids))
+        with unless_refused(settings):
+            take_directories(settings)
+            outlive_containers(settings.run_dir)
+            with lock_directory(settings.run_dir), lock_directory(settings.state_dir):
+                lay_out(settings.state_dir)
+                addresses = Addresses(settings.subnet)
+                addresses.claim()
+                with asyncio.Runner(loop_factory=lambda: asyncio.SelectorEventLoop(EventsFirst())) as runner:
+                    runner.run(serve(settings, addresses, ids))
     except FaasdError as error:
         stderr.refuse(error)
         return 2 if isinstance(error, UsageError) else 1

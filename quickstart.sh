@@ -3,7 +3,7 @@
 #
 # Starts faasd, deploys test_handler.py as the function `test-handler`, calls it five times and leaves it running until
 # Ctrl-C; then it removes everything again, but for the packages that it had to install (runc or
-# what --runtime names, iproute2, curl).
+# what --runtime names, iproute2, curl) and, where Docker made it, the image test-handler.
 # The image comes from Docker where its daemon answers, else from `./faas pack`, which needs no Docker.
 # FAASD_STATE_DIR and FAASD_RUN_DIR change the directories, by default /var/lib/faasd and /run/faasd.
 set -euo pipefail
@@ -123,9 +123,7 @@ faas new test-handler <"$image"
 deployed=yes
 rm "$image"
 
-url=http://$(faas ip test-handler):$(option --port 80)/
-url=${url%:80/}
-url=${url%/}/
+url=$(faas url test-handler)/
 say "curl $url"
 for request in 1 2 3 4 5; do
     seconds=$(curl -sS --max-time 30 -o "$temporary/answer" -w '%{time_total}' "$url")

@@ -590,7 +590,7 @@ class Files(LocalUserCase):
             os.lchown(link, 65534, 65534)
             daemon.arguments = (option, str(link))
             with self.subTest(option):
-                self.check_refused(daemon, rf"\nfaasd.py: error: argument {option}: {link} is a link that leads nowhere"
+                self.check_refused(daemon, rf"\Afaasd: argument {option}: {link} is a link that leads nowhere"
                                            ", or another user's")
 
     def test_links_of_root_s_lead_where_they_say(self):

@@ -278,11 +278,11 @@ add_cases(Layouts, [
     ("F3 some other tar", layer(file("readme", "x")), Refused(400, "no image.*docker save")),
     ("F3 tar of nothing", archives.END, Refused(400, "empty")),
     ("F3 empty", b"", Refused(400, "empty")),
-    *[(f"F3 not a tar: {what}", data, Refused(400, "cut short|bad tar header|empty|damaged"))
+    ("F3 gzip of nothing", gz(b""), Refused(400, "empty")),
+    *[(f"F3 not a tar: {what}", data, Refused(400, "this is not an image archive: make one with `docker save"))
       for what, data in (("text", b"Error response from daemon: no such image\n"), ("html", b"<html>" * 200),
                          ("random", random.Random(1).randbytes(5000)), ("zip", b"PK\3\4" + bytes(2000)),
-                         ("one byte", b"x"), ("511 bytes", bytes(511)), ("gzip of text", gz(b"hello")),
-                         ("gzip of nothing", gz(b"")))],
+                         ("one byte", b"x"), ("511 bytes", bytes(511)), ("gzip of text", gz(b"hello")))],
     ("F3 extra files and names with ./", archives.oci(APP, prefix="./")[:-1024] +
      file("./README", "x" * 700) + symlink("./blobs/latest", CANARY) + header("fifo", b"6") + archives.END, "app"),
 

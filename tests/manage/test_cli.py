@@ -5,6 +5,7 @@ import json
 import os
 import pty
 import re
+import runpy
 import shutil
 import signal
 import socket
@@ -38,7 +39,7 @@ def read_to_the_end(master: int) -> bytes:
 class Usage(unittest.TestCase):
     def test_one_line_and_status_2(self):
         for arguments, words in (
-                ((), "required: COMMAND"), (("nonsense",), "invalid choice"), (("new",), "required: NAME"),
+                (("--json",), "required: COMMAND"), (("nonsense",), "invalid choice"), (("new",), "required: NAME"),
                 (("new", "Bad_Name"), "use 1 to 63 of a-z"), (("ip", "a" * 64), "use 1 to 63"),
                 (("rm",), "required: NAME"),
                 (("new", "f", "--memory", "lots"), "write 512m"), (("new", "f", "--memory", "-1"), "write 512m"),
@@ -55,6 +56,28 @@ class Usage(unittest.TestCase):
                 self.assertRegex(result.stderr, r"\Afaas: [^\n]+\n\Z")
                 self.assertIn(words, result.stderr)
 
+    def test_help_and_version(self):
+        """As a newcomer asks for them; and a command in a help text can be copied, however narrow the terminal is."""
+        self.assertEqual(faas("--version").stdout, f"faas {runpy.run_path(str(support.TOP / 'faas'))['__version__']}\n")
+        self.assertEqual([faas(*words).stdout for words in ((), ("help",))], [faas("--help").stdout] * 2)
+        self.assertEqual(faas("help", "new").stdout, faas("new", "--help").stdout)
+        self.assertEqual((faas("help", "nope").returncode, faas().returncode), (2, 0))
+        for command, example in (("new", "docker save my-image | faas new my-function"),
+                                 ("pack", "faas pack script.sh | faas new NAME --contract stdio")):
+            out = faas("help", command, env={"COLUMNS": "45"}).stdout
+            self.assertIn(f"\n    {example}\n", out)
+            self.assertNotRegex(out, "[a-z]-\n")
+
+    def test_who_may_not_ask_is_told_before_that_the_image_is_empty(self):
+        result = faas("--socket", "/nonexistent/faasd.sock", "new", "f", stdin=b"")
+        self.assertIn("cannot reach faasd", result.stderr)
+
+    def test_pack_refuses_what_is_no_python(self):
+        for file in (support.TOP / "README.md", "/bin/true"):
+            result = faas("pack", str(file))
+            self.assertEqual((result.returncode, result.stdout), (1, ""))
+            self.assertRegex(result.stderr, r"\Afaas: cannot pack \S+: it is not Python \(line \d+\), and has no .*\n")
+
     def test_stdin_is_a_terminal(self):
         master, slave = pty.openpty()
         try:
@@ -67,7 +90,7 @@ class Usage(unittest.TestCase):
 
     def test_help_names_every_command_and_option(self):
         out = faas("--help").stdout
-        for command in ("new", "ip", "list", "info", "logs", "rm", "version", "pack", "set", "versions",
+        for command in ("new", "ip", "url", "help", "list", "info", "logs", "rm", "version", "pack", "set", "versions",
                         "rollback", "stats", "top", "exec", "events"):
             self.assertRegex(out, rf"\n    {command} ")
             self.assertEqual(faas(command, "--help").returncode, 0)
@@ -208,6 +231,22 @@ class Conversation(unittest.TestCase):
             self.socket.unlink()
         self.assertEqual(self.talk(response(404, {"error": "no \x1b[2J"}), "info", "f").stderr, "faas: no \\x1b[2J\n")
 
+    def test_rm_of_nothing_prints_nothing(self):
+        result = self.talk(response(404, {"error": "no function"}), "rm", "nope")
+        self.assertEqual((result.returncode, result.stdout, result.stderr), (1, "", "faas: no function\n"))
+
+    def test_interrupted_upload_has_changed_nothing(self):
+        daemon = ScriptedDaemon(self.socket, b"", 1 << 20)
+        process = subprocess.Popen([*FAAS, "--socket", str(self.socket), "new", "f"], stdin=subprocess.PIPE,
+                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        process.stdin.write("x")
+        process.stdin.flush()
+        support.wait_until(lambda: daemon.request.endswith(b"x\r\n"), "the upload has begun")
+        process.send_signal(signal.SIGINT)
+        self.assertEqual(process.wait(support.READY_SECONDS), 130)
+        daemon.join()
+        self.assertEqual(process.communicate(), ("", "faas: interrupted: nothing has changed\n"))
+
     def test_logs_reach_no_terminal_raw(self):
         body = "one\ttab ü\n\x1b[2J two\r\n".encode() + b"\xff\xc3\n"
         head = b"HTTP/1.1 200 X\r\nContent-Length: %d\r\n\r\n" % len(body)
@@ -218,9 +257,12 @@ class Conversation(unittest.TestCase):
         env_file.write_text("# comment\nA=1\n\n  B=2 = 3\nMINE\nNOT_SET\n")
         os.environ["MINE"] = "from outside"
         self.addCleanup(os.environ.pop, "MINE")
-        self.talk(response(201, {"name": "f", "address": "10.0.0.10"}), "new", "f", "--tag", "a:b", "--env-file",
-                  str(env_file), "-e", "C=ü", "-e", "MINE", "-e", "NOT_SET", "--memory", "64m", "--timeout", "500ms",
-                  "--", "-x", "--", "y z")
+        result = self.talk(
+            response(201, {"name": "f", "address": "10.0.0.10"}), "new", "f", "--tag", "a:b", "--env-file",
+            str(env_file), "-e", "C=ü", "-e", "MINE", "-e", "NOT_SET", "--memory", "64m", "--timeout", "500ms",
+            "--", "-x", "--", "y z")
+        self.assertEqual(result.stderr.splitlines(), [
+            "faas: warning: NOT_SET is not set here, so it is left out: write NOT_SET=value"] * 2)
         query = re.search(rb"POST /functions/f\?(\S+) HTTP", self.request)[1].decode()
         self.assertEqual(query, "tag=a%3Ab&env=A%3D1&env=B%3D2+%3D+3&env=MINE%3Dfrom+outside&env=C%3D%C3%BC"
                                 "&env=MINE%3Dfrom+outside&memory=64m&timeout=500ms&cmd=-x&cmd=--&cmd=y+z")

@@ -314,7 +314,8 @@ class FailedDeploy(DeployCase):
         self.assertIn("the image names no command to run: give one after `--`", out)
 
     def test_not_an_image(self):
-        for data, words in ((b"", "the image is empty"), (b"x" * 5000, "tar"), (self.good[:-200_000], "cut short"),
+        for data, words in ((b"", "the image is empty"), (b"x" * 5000, "this is not an image archive"),
+                            (self.good[:-200_000], "cut short"),
                             (self.good[:1_000_000], "cut short"), (support.layer({"a": "b"}), "holds no image")):
             with self.subTest(words):
                 self.assertIn(words, self.refuse("new", "bad", stdin=data)[0])
@@ -346,7 +347,8 @@ class FailedDeploy(DeployCase):
         wait_until(lambda: support.footprint(self.daemon)["containers"], "the proof runs")
         process.send_signal(signal.SIGINT)
         self.assertEqual(process.wait(support.READY_SECONDS), 130)
-        process.stderr.close()
+        with process.stderr as said:
+            self.assertIn(b"interrupted: faasd gives the deploy up", said.read())
         wait_until(lambda: not list(self.daemon.state_dir.glob("images/*")) + list(self.daemon.state_dir.glob("tmp/*")),
                    "it is undone")
         self.assert_nothing_there("bad")
@@ -375,6 +377,7 @@ class FailedDeploy(DeployCase):
     def test_bad_options(self):
         for options, words in (("env=novalue", "bad environment entry"), ("memory=1m", "at least 6m"),
                                ("memory=lots", "bad size"), ("cpus=0", "bad number of cpus"), ("pids=0", "bad number"),
+                               ("cpus=9999", "this machine has"),
                                ("timeout=-1", "bad duration"), ("start_timeout=0", "must be over 0"),
                                ("colour=red", "unknown option"), ("cmd=%00", "NUL")):
             with self.subTest(options):
@@ -519,13 +522,17 @@ class Rerun(DeployCase):
     def test_damaged_image_is_told(self):
         self.daemon.deploy("f", support.handler_image(label="one"))
         self.daemon.deploy("f", support.handler_image(label="two"))
-        for image in (self.daemon.state_dir / "images" / "f").glob("*/image.json"):
-            document = json.loads(image.read_text())
-            del document["process"]["entrypoint"]
-            image.write_text(json.dumps(document))
-        for command in (("set", "f", "--memory", "256m"), ("rollback", "f")):
-            line, = self.refuse(*command)
-            self.assertRegex(line, r"its image [0-9a-f]{12} is damaged \(KeyError\('entrypoint'\)\): deploy it again")
+        images = {path: json.loads(path.read_text())
+                  for path in (self.daemon.state_dir / "images" / "f").glob("*/image.json")}
+        for damage, words in (({"entrypoint": None}, "image.json has no valid 'entrypoint'"),
+                              ({"env": ["novalue"]}, "ValueError"), ({"uid": "0"}, "image.json has no valid 'uid'"),
+                              (None, "image.json has no valid 'first_id'")):
+            for path, good in images.items():
+                bad = {**good, "process": {**good["process"], **damage}} if damage else {**good, "first_id": None}
+                path.write_text(json.dumps(bad))
+            for command in (("set", "f", "--memory", "256m"), ("rollback", "f")):
+                line, = self.refuse(*command)
+                self.assertRegex(line, r"its image .*[0-9a-f]{12} is damaged \(.*" + words + r".*\): deploy it again")
         self.assertEqual(get("10.0.0.10", "/label"), (200, "two"))
 
 

@@ -90,7 +90,7 @@ class Troubleshooting(unittest.TestCase):
         other = archives.Image([archives.layer()], tags=("other:1",))
         with support.Daemon() as daemon:
             for archive, *options in (
-                    (b"",), (archives.layer(*map(archives.directory, ("bin", "etc", "usr"))),),
+                    (b"",), (b"# A text",), (archives.layer(*map(archives.directory, ("bin", "etc", "usr"))),),
                     (support.docker_archive([], {}),), (archives.podman(one, other),),
                     (archives.podman(dataclasses.replace(one, architecture="s390x")),),
                     (image, "--", support.PERL, "-e", "exit 3"),

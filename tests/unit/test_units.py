@@ -10,6 +10,7 @@ import logging
 import os
 import re
 import runpy
+import shutil
 import signal
 import socket
 import subprocess
@@ -205,7 +206,17 @@ class RuntimeWarnings(unittest.TestCase):
                                 ("runc version 1.4.0", False), ("crun version 1.8.1", False), ("", False)):
             self.assertEqual(faasd.runc_warning(version) is not None, warned, version)
         self.assertIn("CVE-2024-21626", faasd.runc_warning("runc version 1.1.11"))
+        self.assertNotIn("CVE-2024-21626", faasd.runc_warning("runc version 1.1.5", "  * Fix CVE-2024-21626"))
+        fixes = "CVE-2024-21626 CVE-2025-31133 CVE-2025-52565 CVE-2025-52881"
+        self.assertIsNone(faasd.runc_warning("runc version 1.1.5+ds1", fixes))
         self.assertNotIn("CVE-2024-21626", faasd.runc_warning("runc version 1.1.12"))
+
+
+    def test_the_package_manager_is_asked(self):
+        runtime = next(filter(shutil.which, ("runc", "crun")))
+        kept = Path(f"/usr/share/doc/{runtime}/changelog.Debian.gz").exists()         # minimal images leave it out
+        self.assertEqual(faasd.package_changelog(shutil.which(runtime)).startswith(f"{runtime} ("), kept)
+        self.assertEqual(faasd.package_changelog("/nowhere"), "")
 
 
 class NoCgroups:
