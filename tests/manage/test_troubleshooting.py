@@ -136,6 +136,7 @@ class Troubleshooting(unittest.TestCase):
             self.refuse()
             self.refuse("--run-dir", str(daemon.run_dir), "--subnet", "10.1.0.0/24")
         registry = self.directory / "state/registry.json"
+        registry.parent.mkdir()
         registry.write_text("{")
         self.refuse()
         self.check("Why the daemon may not start:")
