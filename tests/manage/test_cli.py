@@ -173,7 +173,8 @@ class ScriptedDaemon(threading.Thread):
         with connection, self._listener:
             while len(self.request) < self._read and (data := connection.recv(65536)):
                 self.request += data
-            connection.sendall(self._answer)
+            with contextlib.suppress(BrokenPipeError):      # it was interrupted
+                connection.sendall(self._answer)
 
 
 def response(status: int, document: dict) -> bytes:
