@@ -3966,7 +3966,7 @@ class Bundle:
 
 # What would give the machine away, or another function's files: no volume is one of these, nor above one, …
 GIVES_AWAY = ("/bin", "/boot", "/dev", "/etc", "/lib", "/lib32", "/lib64", "/libx32", "/proc", "/root", "/run", "/sbin",
-              "/sys", "/usr", "/var/lib/containerd", "/var/lib/containers", "/var/lib/docker", "/var/run")
+              "/sys", "/usr", "/var", "/var/lib", "/var/lib/containerd", "/var/lib/containers", "/var/lib/docker", "/var/run")
 NOTHING_OF = ("/dev", "/proc", "/run", "/sys")     # … nor in one of these; the daemon's own directories are of both
 MAX_ANCESTORS = 4096                # directories above one (PATH_MAX)
 # The same on every architecture: mount_setattr(2), Linux 5.12, the others older.

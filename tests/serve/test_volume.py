@@ -63,7 +63,7 @@ class Volumes(unittest.TestCase):
     def setUpClass(cls):
         cls.daemon = support.Daemon().start()
         cls.addClassCleanup(cls.daemon.close)
-        cls.daemon.faas("new", "f", "--contract", "server", stdin=notes_image())
+        cls.daemon.faas("new", "f", "--contract", "server", "--start-timeout", "60", stdin=notes_image())
         cls.address = cls.daemon.faas("ip", "f").stdout.strip()
 
     def setUp(self):
