@@ -68,7 +68,7 @@ Top to bottom, in the order in which a request meets it:
     Networks                    EgressNetworks, for --net egress
     Where containers live       ContainerHost, the trial container at start, Leftovers of the daemon before
     Logs and metrics            FunctionLog, Events, Statistics
-    Images                      Archive, LayerApplier, resolve_process; they run in the unpacking child
+    Images                      Archive, LayerApplier, resolve_process in the unpacking child; SavedLayer in the saving
     Control API                 ControlServer, ControlHandler, Relay, Answers
     Deploys                     ImageStore, Attachments (addresses, networks), Deploys: deploy, change, remove
     The daemon                  Restart, Daemon: start and stop
@@ -490,6 +490,37 @@ class Options:
     def to_json(self) -> dict:
         return {key: "auto" if value is None else value for key, value in asdict(self).items()}
 
+    def to_labels(self) -> dict[str, str]:
+        """Return what differs from the defaults as labels of an image, for of_labels."""
+        def text(value: Any) -> str:
+            if isinstance(value, float):
+                return f"{value:.6f}".rstrip("0").rstrip(".")
+            return str(value).lower() if isinstance(value, bool) else str(value)
+        return {LABEL + name.replace("_", "-"): text(value) for name, value in self.chosen().items()
+                if name in LABELLED + NOT_LABELLED}
+
+    @classmethod
+    def of_labels(cls, labels: dict[str, str], known: Collection[str]) -> Options:
+        """Return the options that an image's labels choose, but for those that are known. Raises ImageError."""
+        chosen = {}
+        for label, text in labels.items():
+            name = label.removeprefix(LABEL).replace("-", "_")
+            if label.startswith(LABEL) and name not in known:
+                if name in NOT_LABELLED:
+                    raise ImageError(f"the image's label {label} asks for {text!r}, which only you can give: say "
+                                     f"--{name.replace('_', '-')}")
+                if name in LABELLED:
+                    chosen[name] = [text]
+        try:
+            return cls().changed(chosen)
+        except BadRequest as error:
+            raise ImageError(f"the image's labels {LABEL}…: {error}") from None
+
+
+LABEL = "faasd."                    # how labels begin that carry options of a function: faasd.memory
+LABELLED = ("memory", "cpus", "pids", "timeout", "start_timeout", "concurrency", "queue", "queue_timeout", "warm",
+            "reuse", "share", "contract", "port", "speaks_first", "read_only", "shm_size", "hostname", "cap_drop")
+NOT_LABELLED = ("net", "cap_add")   # an image that comes from anywhere must not open its own sandbox
 
 # What docker gives a container by itself (moby, oci/caps/defaults.go): of these a user may choose.
 CAPABILITIES = """CHOWN DAC_OVERRIDE FSETID FOWNER MKNOD NET_RAW SETGID SETUID SETFCAP SETPCAP NET_BIND_SERVICE
@@ -7170,6 +7201,7 @@ class Image:
     """What was chosen from an archive."""
     digest: str                     # sha256 hex of the config: the same for every archive format
     tag: str
+    raw: bytes                      # the config as it came
     config: dict
     layers: list[Layer]
 
@@ -7366,7 +7398,7 @@ def choose_image(archive: Archive, tag: str) -> Image:
     tag = tag or (chosen.tags[0] if chosen.tags else "")
     if len(tag) > MAX_TAG_LENGTH:
         raise ImageError(f"the image's tag is over {MAX_TAG_LENGTH} characters: {tag[:MAX_NAME_LENGTH]}…")
-    return Image(digest=hashlib.sha256(data).hexdigest(), tag=tag, config=config, layers=pair_layers(chosen, config))
+    return Image(hashlib.sha256(data).hexdigest(), tag, data, config, pair_layers(chosen, config))
 
 
 def pair_layers(chosen: Candidate, config: dict) -> list[Layer]:
@@ -7763,19 +7795,19 @@ XATTR_RECORD = "SCHILY.xattr."           # + name: how PAX headers carry extende
 SELINUX_XATTR = "security.selinux"      # labels are the host's affair
 EARLIEST_TIME, LATEST_TIME = -1 << 31, (1 << 34) - 1    # what ext4 can hold, in seconds since 1970
 ACL_XATTRS = ("system.posix_acl_access", "system.posix_acl_default")
-ACL_VERSION, NOBODY = 2, 0xFFFF_FFFF                    # linux/posix_acl_xattr.h; and linux/posix_acl.h:
+ACL_VERSION, ACL_NO_ID = 2, 0xFFFF_FFFF                 # linux/posix_acl_xattr.h; and linux/posix_acl.h:
 ACL_USER_OBJ, ACL_USER, ACL_GROUP_OBJ, ACL_GROUP, ACL_MASK, ACL_OTHER = 0x01, 0x02, 0x04, 0x08, 0x10, 0x20
 
 
-def shift_acl(value: bytes, first_id: int) -> bytes:
-    """Return a POSIX access list (struct posix_acl_xattr) with the image's ids moved to where first_id is their root's.
+def shift_acl(value: bytes, shift: Callable[[int], int]) -> bytes:
+    """Return a POSIX access list (struct posix_acl_xattr) with the ids that shift makes of those in it.
 
     Raises ValueError for what is none.
     """
     if value[:4] != struct.pack("<I", ACL_VERSION) or len(value) % 8 != 4:
         raise ValueError("its access list is malformed")
     return value[:4] + b"".join(
-        struct.pack("<HHI", tag, permissions, host_id(number, first_id) if tag in (ACL_USER, ACL_GROUP) else number)
+        struct.pack("<HHI", tag, permissions, shift(number) if tag in (ACL_USER, ACL_GROUP) else number)
         for tag, permissions, number in struct.iter_unpack("<HHI", value[4:]))
 
 
@@ -7999,7 +8031,7 @@ class LayerApplier:
                 continue                                # xattr(7): only files and directories carry them
             data = value.encode("utf-8", "surrogateescape")
             if name in ACL_XATTRS:
-                data = shift_acl(data, self._rootfs.first_id)
+                data = shift_acl(data, lambda number: host_id(number, self._rootfs.first_id))
             try:
                 os.setxattr(host, name, data, follow_symlinks=follow)
             except OSError as error:
@@ -8339,6 +8371,7 @@ def unpack_image(pieces: Iterator[bytes], directory: Path, tag: str, max_size: i
             raise FaasdError(f"the image's config takes {len(text)} bytes, over {MAX_DESCRIPTION} (MAX_DESCRIPTION)",
                              status=413)
         (directory / "image.json").write_text(text)
+        (directory / "config.json").write_bytes(image.raw)      # for a save
         return document
     except OSError as error:
         raise storage_error(error, "unpacking the image") from error
@@ -8346,11 +8379,29 @@ def unpack_image(pieces: Iterator[bytes], directory: Path, tag: str, max_size: i
 
 PR_SET_PDEATHSIG = 1                    # prctl(2)
 GC_THRESHOLD = 100_000              # objects; entries make no reference cycles, and to look for them takes 10 %
-UNPACK_ADDRESS_SPACE = GIB          # bytes; RLIMIT_AS of the unpacking child, whatever a parser is talked into
+CHILD_ADDRESS_SPACE = GIB           # bytes; RLIMIT_AS of such a child, whatever a parser is talked into
 
 
-# The daemon's child imports this program, because Python keeps the byte code of what is imported.
-UNPACK = "import sys; sys.path.insert(0, sys.argv[2]); import faasd; faasd.unpack_main(*sys.argv[3:])"
+# A child of the daemon imports this program, because Python keeps the byte code of what is imported.
+CHILD = ("import sys; sys.path.insert(0, sys.argv[2]); import faasd; "
+         "getattr(faasd, sys.argv[1] + '_main')(*sys.argv[3:])")
+
+
+def begin_child(daemon: str) -> None:
+    """Make this process the child of a daemon, of that pid, that works on an image."""
+    libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)        # when the daemon dies: not to work for nobody
+    if os.getppid() != int(daemon):     # it has died already
+        os._exit(1)
+    os.nice(10)                         # invocations come first
+    os.umask(0o022)
+    gc.set_threshold(GC_THRESHOLD)
+    resource.setrlimit(resource.RLIMIT_AS, (CHILD_ADDRESS_SPACE, CHILD_ADDRESS_SPACE))
+
+
+def end_child(document: dict) -> NoReturn:
+    """Tell the daemon how it went, and exit."""
+    print(json.dumps(document), flush=True)
+    os._exit("error" in document)       # to take the interpreter apart takes 30 ms
 
 
 def unpack_main(daemon: str, directory: str, tag: str, *numbers: str) -> NoReturn:
@@ -8360,23 +8411,236 @@ def unpack_main(daemon: str, directory: str, tag: str, *numbers: str) -> NoRetur
     largest size and number of entries, the first id, and the body's length (see request_body).
     """
     *limits, length = numbers
-    libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)        # when the daemon dies: not to unpack for nobody
-    if os.getppid() != int(daemon):     # it has died already
-        os._exit(1)
-    os.nice(10)                         # invocations come first
-    os.umask(0o022)
-    gc.set_threshold(GC_THRESHOLD)
-    resource.setrlimit(resource.RLIMIT_AS, (UNPACK_ADDRESS_SPACE, UNPACK_ADDRESS_SPACE))
+    begin_child(daemon)
     try:
         archive = request_body(ByteStream(receive(0)), length, int(limits[0]))
         document = unpack_image(archive, Path(directory), tag, *map(int, limits))
     except FaasdError as error:
         document = {"error": str(error), "status": error.status}
     except MemoryError:
-        document = {"error": "the image's archive needs too much memory to read (UNPACK_ADDRESS_SPACE)",
+        document = {"error": "the image's archive needs too much memory to read (CHILD_ADDRESS_SPACE)",
                     "status": 413}
-    print(json.dumps(document), flush=True)
-    os._exit("error" in document)       # to take the interpreter apart takes 30 ms
+    end_child(document)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Images: back to an archive. Runs in the saving child
+# ---------------------------------------------------------------------------------------------------------------------
+
+TAR_TYPES = {stat.S_IFREG: tarfile.REGTYPE, stat.S_IFDIR: tarfile.DIRTYPE, stat.S_IFLNK: tarfile.SYMTYPE,
+             stat.S_IFCHR: tarfile.CHRTYPE, stat.S_IFBLK: tarfile.BLKTYPE}
+MAX_EXTENTS = 1000                  # of a sparse file's map, which others bound too; beyond that its holes are filled
+TAR_END = bytes(2 * tarfile.BLOCKSIZE)
+
+
+def to_block(size: int) -> int:
+    """Return how many bytes are missing to a whole block of a tar."""
+    return -size % tarfile.BLOCKSIZE
+
+
+def make_header(entry: TarInfo) -> bytes:
+    return entry.tobuf(tarfile.PAX_FORMAT, "utf-8", "surrogateescape")
+
+
+def make_member(name: str, data: bytes) -> bytes:
+    entry = TarInfo(name)
+    entry.size, entry.mode = len(data), 0o644
+    return make_header(entry) + data + bytes(to_block(len(data)))
+
+
+def data_extents(path: bytes, size: int) -> list[tuple[int, int]]:
+    """Return offset and length of what of a file is no hole (lseek(2))."""
+    extents, end = [], 0
+    with opened(path, os.O_RDONLY) as file, contextlib.suppress(OSError):       # ENXIO: only a hole follows
+        while end < size:
+            start = os.lseek(file, end, os.SEEK_DATA)
+            end = os.lseek(file, start, os.SEEK_HOLE)
+            extents.append((start, end - start))
+    return extents
+
+
+class SavedLayer:
+    """All of a rootfs, which is the working directory, as the tar of one layer: what LayerApplier makes the same of.
+
+    Sorted, so that the same files give the same bytes. Nobody writes there; it may be removed at any time.
+    """
+
+    def __init__(self, first_id: int):
+        self._first_id = first_id
+        self.size = len(TAR_END)
+        for header, _, extents in self._entries():      # the archive has to say so before the layer comes
+            data = sum(count for _, count in extents)
+            self.size += len(header) + data + to_block(data)
+
+    def pieces(self) -> Iterator[bytes]:
+        """Yield the tar. Raises OSError."""
+        for header, path, extents in self._entries():
+            yield header
+            if extents:
+                with opened(path, os.O_RDONLY) as file:
+                    yield from self._read(file, extents)
+        yield TAR_END
+
+    @staticmethod
+    def _read(file: int, extents: list[tuple[int, int]]) -> Iterator[bytes]:
+        for offset, count in extents:
+            end = offset + count
+            while offset < end:
+                data = os.pread(file, min(COPY_CHUNK, end - offset), offset)
+                if not data:
+                    raise OSError(errno.EIO, "a file of the image became shorter")
+                offset += len(data)
+                yield data
+        yield bytes(to_block(sum(count for _, count in extents)))
+
+    def _entries(self) -> Iterator[tuple[bytes, bytes, list[tuple[int, int]]]]:
+        """Yield each entry's header, its path, and which extents of the file follow the header."""
+        links: dict[int, str] = {}                      # inode → its first name
+        ahead = [b"."]
+        while ahead:
+            path = ahead.pop()
+            status = os.lstat(path)
+            if stat.S_ISDIR(status.st_mode):
+                names = sorted(os.listdir(path), reverse=True)
+                ahead += names if path == b"." else [path + b"/" + name for name in names]
+            if stat.S_IFMT(status.st_mode) not in TAR_TYPES or path == os.fsencode(CONTROL_SOCKET[1:]):
+                continue                                # the latter is ours
+            entry = self._describe(path, status)
+            if status.st_nlink > 1 and not entry.isdir() and links.setdefault(status.st_ino, entry.name) != entry.name:
+                entry.type, entry.size, entry.linkname = tarfile.LNKTYPE, 0, links[status.st_ino]
+            extents = [(0, entry.size)] if entry.size else []
+            if status.st_blocks * 512 < entry.size:     # whatever the file system's blocks are (stat(2))
+                found = data_extents(path, entry.size)
+                if found != extents and len(found) < MAX_EXTENTS:
+                    yield self._sparse_header(entry, found), path, found
+                    continue
+            yield make_header(entry), path, extents
+
+    def _describe(self, path: bytes, status: os.stat_result) -> TarInfo:
+        entry = TarInfo(path.decode("utf-8", "surrogateescape"))
+        entry.type, entry.mode = TAR_TYPES[stat.S_IFMT(status.st_mode)], stat.S_IMODE(status.st_mode)
+        entry.uid, entry.gid = self._image_id(status.st_uid), self._image_id(status.st_gid)
+        entry.devmajor, entry.devminor = os.major(status.st_rdev), os.minor(status.st_rdev)
+        entry.mtime = status.st_mtime_ns // 10**9
+        if entry.mtime * 10**9 != status.st_mtime_ns:
+            entry.pax_headers["mtime"] = f"{Decimal(status.st_mtime_ns).scaleb(-9):f}"
+        if entry.isreg():
+            entry.size = status.st_size
+        elif entry.issym():
+            entry.linkname = os.readlink(path).decode("utf-8", "surrogateescape")
+        for name in sorted(os.listxattr(path, follow_symlinks=False)):
+            if name != SELINUX_XATTR:
+                data = os.getxattr(path, name, follow_symlinks=False)
+                data = shift_acl(data, self._image_id) if name in ACL_XATTRS else data
+                entry.pax_headers[XATTR_RECORD + name] = data.decode("utf-8", "surrogateescape")
+        return entry
+
+    def _image_id(self, number: int) -> int:
+        """Return the image's id for a host's. Raises ValueError for one that no container has."""
+        if not 0 <= number - self._first_id < IDS:
+            raise ValueError(f"a file of the image belongs to the host's id {number}")
+        return number - self._first_id
+
+    @staticmethod
+    def _sparse_header(entry: TarInfo, extents: list[tuple[int, int]]) -> bytes:
+        """Return the header with the map of a sparse file behind it (GNU tar's manual, PAX Format, Version 1.0)."""
+        pairs = [*extents, (entry.size, 0)]
+        text = b"".join(b"%d\n" % number for number in (len(pairs), *itertools.chain(*pairs)))
+        table = text + bytes(to_block(len(text)))
+        entry.pax_headers |= {"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.name": entry.name,
+                              "GNU.sparse.realsize": str(entry.size)}
+        entry.name, entry.size = "GNUSparseFile.0/sparse", len(table) + sum(count for _, count in extents)
+        return make_header(entry) + table
+
+
+def saved_settings(settings: dict, options: Options) -> dict:
+    """Return an image config's settings with a function's options: in the image's own terms, else as labels."""
+    chosen: dict = {}
+    if options.entrypoint != "auto":
+        chosen.update(Entrypoint=list(filter(None, [options.entrypoint])), Cmd=[])
+    if options.cmd:
+        chosen["Cmd"] = list(options.cmd)
+    if options.user:
+        chosen["User"] = options.user
+    if options.workdir:
+        chosen["WorkingDir"] = options.workdir
+    if options.env:
+        chosen["Env"] = merge_env(settings.get("Env") or [], options.env)
+    labels = {key: text for key, text in (settings.get("Labels") or {}).items() if not key.startswith(LABEL)}
+    return {**settings, **chosen, "Labels": {**labels, **options.to_labels()}}
+
+
+def save_image(directory: Path, first_id: int, tag: str, options: Options) -> Iterator[bytes]:
+    """Yield a docker-archive of an unpacked image, in one layer, with its options. Raises OSError, ValueError."""
+    config = json.loads((directory / "config.json").read_bytes())
+    os.chdir(directory / "rootfs")      # names in there may be as long as names can be
+    layer, digest = SavedLayer(first_id), Sha256Thread()
+    head = TarInfo("layer.tar")
+    head.size, head.mode = layer.size, 0o644
+    yield make_header(head)
+    for piece in layer.pieces():
+        digest.update(piece)
+        yield piece
+    data = json.dumps({
+        **config, "config": saved_settings(config.get("config") or {}, options),
+        "rootfs": {"type": "layers", "diff_ids": [f"sha256:{digest.hexdigest()}"]},
+        "history": [{"created": config.get("created") or "1970-01-01T00:00:00Z", "created_by": "faas save"}],
+    }).encode()
+    name = f"{hashlib.sha256(data).hexdigest()}.json"
+    yield make_member(name, data)
+    yield make_member("manifest.json", json.dumps([
+        {"Config": name, "RepoTags": [tag], "Layers": [head.name]}]).encode())
+    yield TAR_END
+
+
+def send_chunks(connection: int, pieces: Iterator[bytes]) -> None:
+    """Send what comes in pieces as chunks (RFC 9112, section 7) of a bearable size. Raises OSError."""
+    waiting, size = [], 0
+    for piece in itertools.chain(pieces, [b""]):
+        waiting.append(piece)
+        size += len(piece)
+        if size >= COPY_CHUNK or not piece and size:
+            send(connection, b"%x\r\n%s\r\n" % (size, b"".join(waiting)))
+            waiting, size = [], 0
+    send(connection, b"0\r\n\r\n")
+
+
+def send(connection: int, data: bytes) -> None:
+    """Write to a client, whose connection does not block. Raises OSError, TimeoutError if it takes nothing."""
+    poll, rest = select.poll(), memoryview(data)
+    poll.register(connection, select.POLLOUT)
+    while rest:
+        if not poll.poll(MAX_WRITE_SECONDS * 1000):
+            raise TimeoutError(f"the client took nothing for {MAX_WRITE_SECONDS:g} s")
+        with contextlib.suppress(BlockingIOError):
+            rest = rest[os.write(connection, rest):]
+
+
+SAVE_HEAD = (b"HTTP/1.1 200 OK\r\nContent-Type: application/x-tar\r\nTransfer-Encoding: chunked\r\n"
+             b"Connection: close\r\n\r\n")
+
+
+def save_main(daemon: str, directory: str, first_id: str, tag: str, options: str) -> NoReturn:
+    """Be the child of a daemon, of that pid: answer the client on standard input with an image, print JSON, and exit.
+
+    options is a descriptor: among them are variables, and anyone can read a command line. Where an answer has begun,
+    the JSON has no "error", but says why it was "cut": all that is left is to close the connection.
+    """
+    begin_child(daemon)
+    failure = "error"
+    try:
+        with open(int(options), "rb") as file:
+            pieces = save_image(Path(directory), int(first_id), tag, Options.from_json(json.load(file)))
+        first = next(pieces)            # by now all files have been looked at
+        failure = "cut"
+        send(0, SAVE_HEAD)
+        send_chunks(0, itertools.chain([first], pieces))
+        document: dict = {}
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError, MemoryError) as error:
+        document = {failure: f"saving the image: {error!r}", "status": 500}
+        if isinstance(error, FileNotFoundError):
+            document = {failure: "its image is gone, or an older faasd has unpacked it: deploy it again", "status": 409}
+    end_child(document)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -8421,8 +8685,8 @@ def admit_members(path: Path) -> None:
     for name in group.gr_mem:
         with contextlib.suppress(KeyError):     # there is no such user
             members.append(pwd.getpwnam(name).pw_uid)
-    entries = [(ACL_USER_OBJ, 6, NOBODY), *((ACL_USER, 6, uid) for uid in sorted({*members})),
-               (ACL_GROUP_OBJ, 6, NOBODY), (ACL_MASK, 6, NOBODY), (ACL_OTHER, 0, NOBODY)]
+    entries = [(ACL_USER_OBJ, 6, ACL_NO_ID), *((ACL_USER, 6, uid) for uid in sorted({*members})),
+               (ACL_GROUP_OBJ, 6, ACL_NO_ID), (ACL_MASK, 6, ACL_NO_ID), (ACL_OTHER, 0, ACL_NO_ID)]
     with contextlib.suppress(FileNotFoundError):        # the daemon has ended meanwhile
         os.chown(path, sudo_user(), group.gr_gid)
         try:
@@ -8430,6 +8694,11 @@ def admit_members(path: Path) -> None:
                 struct.pack("<HHI", *entry) for entry in entries))
         except OSError:                         # such as a file system without access lists
             path.chmod(0o660)
+
+
+class Cancelled(FaasdError):
+    """What a client asked for was given up."""
+    status = 503
 
 
 MAX_CONNECTIONS = 128               # at a time, of each listener; more are closed at once
@@ -8981,7 +9250,20 @@ class ControlHandler(http.server.BaseHTTPRequestHandler):
             error = ""
         relay.say(END, json.dumps({"status": status, "error": error}).encode())
 
-    own_routes = (deploy, logs, events, execute)        # that answer by themselves
+    def image(self, name: str, query: dict) -> None:
+        """Have a child answer with the archive, which it writes to the connection itself."""
+        if self.request_version == "HTTP/1.0":
+            raise Refused(505, "the archive comes in chunks, which HTTP/1.0 does not know")
+        self.close_connection = True
+        try:
+            said = self._call(self.server.answers.deploys.save(name, self.connection, query))
+        except Cancelled as error:      # an answer may have begun
+            said = {"cut": str(error)}
+        self.log_request(200)
+        if "cut" in said:
+            log.warning("control API: %s did not get the whole image of %s: %s", self.client_address, name, said["cut"])
+
+    own_routes = (deploy, logs, events, execute, image)        # that answer by themselves
 
     def _send_lines(self, source: FunctionLog, describe: Callable[[bytes], dict], query: dict) -> None:
         """Answer with the lines of a log, as text or as a JSON object a line."""
@@ -9044,7 +9326,7 @@ class ControlHandler(http.server.BaseHTTPRequestHandler):
         try:
             return result.result()
         except concurrent.futures.CancelledError:
-            raise FaasdError("faasd is stopping, or you left", status=503) from None
+            raise Cancelled("faasd is stopping, or you left") from None
 
     def _client_left(self) -> bool:
         """Return whether the client has closed and all that it sent is read; read nothing, for a child may."""
@@ -9142,6 +9424,7 @@ class Answers:
             ("functions", "*", "rollback"): {"POST": deploys.roll_back},
             ("functions", "*", "logs"): {"GET": ControlHandler.logs},
             ("functions", "*", "exec"): {"POST": ControlHandler.execute},
+            ("functions", "*", "image"): {"GET": ControlHandler.image},
         }
 
     def resolve_volumes(self, text: str) -> str:
@@ -9303,14 +9586,31 @@ class ImageStore:
 
         connection and length are as unpack_main takes them. Raises FaasdError with what the child said.
         """
-        arguments = [str(os.getpid()), str(directory), tag, str(self._settings.max_image_size),
-                     str(self._settings.max_image_entries), str(first_id), length]
+        return await self._run_child("unpack", "unpacking the image", connection, str(directory), tag,
+                                     str(self._settings.max_image_size), str(self._settings.max_image_entries),
+                                     str(first_id), length)
+
+    async def save(self, name: str, entry: VersionRecord, connection: socket.socket, with_env: bool) -> dict:
+        """Have a child send the archive of a version, as save_main does; return what it said. Raises FaasdError."""
+        first_id = self.load(name, entry.image)["first_id"]
+        options = entry.options if with_env else replace(entry.options, env=())
+        with kept_open(os.memfd_create("options")) as file:
+            write_all(file, memoryview(json.dumps(options.to_json()).encode()))
+            os.lseek(file, 0, os.SEEK_SET)
+            return await self._run_child(
+                "save", "saving the image", connection, str(self._images / name / entry.image), str(first_id),
+                f"{name}:latest", str(file), pass_fds=[file])
+
+    async def _run_child(self, of: str, doing: str, connection: socket.socket, *arguments: str,
+                         pass_fds: Collection[int] = ()) -> dict:
+        """Run a child of that main function on a client's connection; return what it prints. Raises FaasdError."""
         try:
             child = await asyncio.create_subprocess_exec(
-                sys.executable, "-I", "-S", "-c", UNPACK, "unpack", str(self._program), *arguments, stdin=connection,
-                stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+                sys.executable, "-I", "-S", "-c", CHILD, of, str(self._program), str(os.getpid()), *arguments,
+                stdin=connection, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+                pass_fds=pass_fds)
         except OSError as error:        # out of processes, memory, descriptors
-            raise FaasdError(f"cannot start the unpacking of the image: {error.strerror}", status=503) from error
+            raise FaasdError(f"{doing} cannot begin: {error.strerror}", status=503) from error
         try:
             stdout, stderr = await child.communicate()
         except asyncio.CancelledError:
@@ -9319,13 +9619,13 @@ class ImageStore:
             await child.wait()
             raise
         for line in stderr.decode("utf-8", "replace").splitlines():
-            log.warning("unpack: %s", line)
+            log.warning("%s: %s", of, line)
         try:
             document = json.loads(stdout)
         except ValueError:
             end = (f"was killed by signal {-child.returncode} (out of memory?)" if child.returncode < 0 else
                    f"ended with status {child.returncode}; faasd's log has the detail")
-            raise FaasdError(f"unpacking the image {end}") from None
+            raise FaasdError(f"{doing} {end}") from None
         if "error" in document:
             raise FaasdError(document["error"], status=document["status"])
         return document
@@ -9345,6 +9645,7 @@ class ImageStore:
         if digest:                      # of a version that may be running: whole at any time, and as it was on an error
             undo.callback(write_anew, directory / "image.json", (directory / "image.json").read_text())
             await asyncio.to_thread(sync_file_system, unpacked)
+            (unpacked / "config.json").rename(directory / "config.json")        # an older faasd kept none
             (unpacked / "image.json").rename(directory / "image.json")
             await self.discard(unpacked)
         else:
@@ -9614,6 +9915,10 @@ class Deploys:
             undo.push_async_callback(self.images.discard, unpacked)
             first_id = self._first_id(name, undo)
             image = await self.images.unpack(connection, length, unpacked, tag, first_id)
+            labelled = Options.of_labels(image["process"]["labels"], {*query, *options.chosen()})
+            options = replace(options, **{key: getattr(labelled, key) for key in labelled.chosen()}).check()
+            if followed := labelled.to_labels():
+                image["warnings"].append("the image's labels chose " + " ".join(map("=".join, followed.items())))
             await self.images.put(name, unpacked, image, undo)
             files = await self._write_secrets(name, reset, secrets, undo)
             what, entry = "deployed" if created else "replaced", self._next_version(name, image["version"], options)
@@ -9684,6 +9989,12 @@ class Deploys:
         self._host.ids.release(first_id)
         await asyncio.to_thread(self._host.volumes.forget, first_id)
         await asyncio.to_thread(self._host.forget, name)
+
+    async def save(self, name: str, connection: socket.socket, query: dict[str, list[str]]) -> dict:
+        """Send a client the image of a function, with its variables if a query has env=1. Raises FaasdError."""
+        entry = self.get(name).record.versions[0]
+        with self._until_stop():
+            return await self.images.save(name, entry, connection, query.get("env", [""])[-1] == "1")
 
     async def change(self, name: str, query: dict[str, list[str]]) -> dict:
         """Change options of a function as a query names them, which makes a version too. Raises FaasdError."""

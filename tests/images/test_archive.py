@@ -388,7 +388,7 @@ class Staging(Sandbox):
         names = [f"{sha256(data)}.tar" for data in layers]
         self.unpack(outer(*members, *([(name, data) for name, data in zip(names, layers, strict=True)][::-1]),
                           ("config", image.config), manifest_json({"Config": "config", "Layers": names})), **limits)
-        self.assertEqual(sorted(os.listdir(self.image)), ["image.json", "rootfs"])
+        self.assertEqual(sorted(os.listdir(self.image)), ["config.json", "image.json", "rootfs"])
         return self.made()
 
     def made(self) -> dict[str, tuple]:
@@ -434,7 +434,7 @@ class Staging(Sandbox):
                 with self.subTest(name, segment=segment), mock.patch.object(faasd, "SEGMENT", segment):
                     self.unpack(archive)
                     self.assertEqual(self.made(), wanted)
-                    self.assertEqual(sorted(os.listdir(self.image)), ["image.json", "rootfs"])
+                    self.assertEqual(sorted(os.listdir(self.image)), ["config.json", "image.json", "rootfs"])
 
     def test_E4_what_nobody_wants_is_not_unpacked_and_counts_as_it_came(self):
         for name, other in (("large", layer(file("x", bytes(3 << 20)))),

@@ -235,6 +235,29 @@ class DockerPath(EngineTest):
         self.assertTrue(any(path == "t/gone/again" for path, *_ in ours))
         self.assertEqual(os.stat(rootfs / "t/two").st_ino, os.stat(rootfs / "t/hard2").st_ino)
 
+    def test_save_load_run(self):
+        """`faas save | docker load | docker run`: the same files and configuration as those of Docker's own image."""
+        done = self.save_into_faas(["layered"], "new", "saved", "--memory", "100m", "-e", "SECRET=1")
+        self.assert_deployed(done, "saved", "10.0.0.10")
+        archive = self.daemon.directory / "saved.tar"
+        with archive.open("wb") as file:
+            subprocess.run([support.TOP / "faas", "--socket", self.daemon.socket, "save", "saved"], stdout=file, check=True)
+        self.engine.docker("load", "-i", archive)
+        trees = {}
+        for image in ("layered", "saved"):
+            container = self.engine.docker("create", image).stdout.strip()
+            with subprocess.Popen(["docker", "export", container], env=self.engine.env,
+                                  stdout=subprocess.PIPE) as export:
+                trees[image] = of_the_image(tree_of_archive(export.stdout))
+            self.engine.docker("rm", container)
+        self.assertEqual([path for path, *_ in sorted(trees["layered"] ^ trees["saved"])], ["t/fifo"])
+        theirs, ours = (json.loads(self.engine.docker("image", "inspect", image).stdout)[0]["Config"]
+                        for image in ("layered", "saved"))
+        self.assertEqual(ours.pop("Labels"), {**(theirs.pop("Labels") or {}), "faasd.memory": "104857600"})
+        self.assertEqual(*({key: value for key, value in config.items() if value} for config in (ours, theirs)))
+        done = self.engine.docker("run", "--rm", "--network=none", "saved", "sh", "-c", "id -u; pwd; echo $GREETING; ls")
+        self.assertEqual(done.stdout.split("\n")[:3], ["1000", "/t/work", "a b"])
+
     def test_large_layer_that_is_there_twice(self):
         """`docker save` has it once. Its bytes are given back as they are unpacked, but not before the last turn."""
         large = b"as it was\n" * (faasd.SEGMENT // 8)

@@ -4,6 +4,7 @@ No network, and nothing is left: each tool runs in a mount namespace of its own,
 tmpfs, and keeps its storage in the test's directory. What umoci unpacks is the reference for what faasd unpacks.
 """
 
+import contextlib
 import json
 import os
 import shutil
@@ -126,13 +127,41 @@ class Tools(unittest.TestCase):
 
     def unpack(self, archive: Path) -> tuple[dict, dict]:
         """Return image.json and the listing of the rootfs, less what faasd adds."""
+        with self.unpacked(archive) as (image, document):
+            return document, self.listing(image / "rootfs")
+
+    @contextlib.contextmanager
+    def unpacked(self, archive: Path):
+        """Unpack an archive; yield the directory, and image.json."""
         image = Path(tempfile.mkdtemp(dir=self.directory))
-        with archive.open("rb", buffering=0) as source:
-            document = faasd.unpack_image(archives.pieces(source), image / "image", "", archives.MAX_IMAGE_SIZE,
-                                          archives.MAX_IMAGE_ENTRIES, 0)
-        listing = self.listing(image / "image/rootfs")
-        shutil.rmtree(image)
-        return document, listing
+        try:
+            with archive.open("rb", buffering=0) as source:
+                yield image / "image", faasd.unpack_image(
+                    archives.pieces(source), image / "image", "", archives.MAX_IMAGE_SIZE, archives.MAX_IMAGE_ENTRIES,
+                    archives.FIRST_ID)
+        finally:
+            shutil.rmtree(image)
+
+    def check_saved(self, archive: Path) -> None:
+        """Save what was unpacked: the same comes of it again, directly and by way of skopeo."""
+        saved = self.path("saved.tar")
+        with self.unpacked(archive) as (image, document):
+            files = self.listing(image / "rootfs")
+            config = json.loads((image / "config.json").read_bytes())
+            saved.write_bytes(archives.save(image, archives.FIRST_ID))
+            self.assertEqual(archives.save(image, archives.FIRST_ID), saved.read_bytes())
+        ways = [saved]
+        if shutil.which("skopeo"):
+            ways.append(self.path("again.tar"))
+            self.run_tool("skopeo", "--insecure-policy", "copy", "--quiet", f"docker-archive:{saved}",
+                          f"oci-archive:{ways[-1]}:saved")
+        for way in ways:
+            with self.subTest(way.name), self.unpacked(way) as (image, again):
+                self.assertEqual(self.listing(image / "rootfs"), files)
+                self.assertEqual(again["process"], document["process"])
+                ours = json.loads((image / "config.json").read_bytes())
+                self.assertEqual(*({key: value for key, value in document["config"].items() if value}
+                                   for document in (ours, config)))      # OCI knows none of docker's empty fields
 
     @staticmethod
     def listing(root: Path) -> dict:
@@ -161,6 +190,7 @@ class Tools(unittest.TestCase):
                          (1000, 1001, [30], "/srv/app"))
         self.assertEqual((process["labels"]["l"], process["exposed_ports"]), ("v", ["80"]))
         self.assertIn("data", listing)
+        self.check_saved(archive)
         return document
 
     def config_digest(self, kind: str) -> str:
@@ -280,6 +310,7 @@ class Tools(unittest.TestCase):
         archive = self.tar(layout)
         document, listing = self.unpack(archive)
         self.assertEqual(listing, made)
+        self.check_saved(archive)
         self.assertEqual((document["process"]["entrypoint"], document["process"]["uid"]), (["/bin/tool"], 1000))
         for tag in ("app", "second"):
             image = Path(tempfile.mkdtemp(dir=self.directory))

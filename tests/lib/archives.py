@@ -11,12 +11,14 @@ import base64
 import contextlib
 import gzip
 import hashlib
+import http.client
 import io
 import json
 import os
 import re
 import shutil
 import signal
+import socket
 import stat
 import subprocess
 import sys
@@ -530,7 +532,7 @@ class Sandbox(unittest.TestCase):
         image = image or self.image
         with tempfile.TemporaryFile("w+") as stdout, tempfile.TemporaryFile("w+") as stderr, \
                 tempfile.NamedTemporaryFile("r") as peak, path.open("rb") as source:
-            command = [sys.executable, "-c", WATCH, peak.name, *before, sys.executable, "-I", "-S", "-c", faasd.UNPACK,
+            command = [sys.executable, "-c", WATCH, peak.name, *before, sys.executable, "-I", "-S", "-c", faasd.CHILD,
                        "unpack", ROOT, parent, image, tag, str(max_size), str(max_entries), "0",
                        str(path.stat().st_size)]
             child = subprocess.Popen(command, stdin=source, stdout=stdout, stderr=stderr, env=env,
@@ -555,6 +557,28 @@ class Sandbox(unittest.TestCase):
         self.assertRegex(child.document["error"], pattern)
         self.assertEqual(child.document["status"], status, child.document)
         self.assert_clear(child.document["error"])
+
+
+def save(directory: Path, first_id: int, options: faasd.Options = faasd.Options()) -> bytes:
+    """Return the archive that the saving child sends of an unpacked image."""
+    ours, theirs = socket.socketpair()
+    theirs.setblocking(False)
+    with ours, theirs, tempfile.TemporaryFile() as chosen:
+        chosen.write(dumps(options.to_json()))
+        chosen.seek(0)
+        child = subprocess.Popen(
+            [sys.executable, "-I", "-S", "-c", faasd.CHILD, "save", ROOT, str(os.getpid()), directory, str(first_id),
+             "saved:latest", str(chosen.fileno())], stdin=theirs, stdout=subprocess.PIPE, pass_fds=[chosen.fileno()])
+        theirs.close()
+        response = http.client.HTTPResponse(ours)
+        try:
+            response.begin()
+            data = response.read()
+        finally:
+            said, _ = child.communicate()
+        if said != b"{}\n":
+            raise AssertionError(said)
+        return data
 
 
 def pieces(file: BinaryIO) -> Iterator[bytes]:
