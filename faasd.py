@@ -9415,6 +9415,8 @@ class Answers:
             ("metrics",): {"GET": self.metrics},
             ("stats",): {"GET": self.statistics},
             ("events",): {"GET": ControlHandler.events},
+            ("usage",): {"GET": deploys.usage},
+            ("prune",): {"POST": deploys.prune},
             ("functions",): {"GET": self.functions},
             ("functions", "*"): {"GET": self.function, "POST": ControlHandler.deploy, "PATCH": deploys.change,
                                  "DELETE": deploys.remove},
@@ -9548,6 +9550,14 @@ def check_fields(document: dict, kinds: dict[str, type]) -> None:
         value = document.get(key)
         if not isinstance(value, kind) or kind is list and not all(isinstance(entry, str) for entry in value):
             raise ImageError(f"image.json has no valid {key!r}")
+
+
+def size_of(path: Path) -> int:
+    """Return a file's size, 0 if there is none."""
+    try:
+        return path.lstat().st_size
+    except FileNotFoundError:
+        return 0
 
 
 class ImageStore:
@@ -9694,6 +9704,27 @@ class ImageStore:
 
     async def empty_tmp(self) -> None:
         await self.discard(*self._tmp.iterdir())
+
+    def usage(self, records: Iterable[FunctionRecord]) -> dict:
+        """Return how many bytes images, logs and what is being made or removed have. Blocks."""
+        functions = [{"name": record.name, "images": self._images_of(record), "logs": sum(
+            size_of(self._settings.state_dir / "logs" / f"{record.name}.log{end}") for end in ("", ".1"))}
+            for record in records]
+        tmp = sum(size_of(Path(top, name)) for top, _, names in os.walk(self._tmp) for name in names)
+        room = os.statvfs(self._tmp)
+        return {"functions": functions, "tmp": tmp, "free": room.f_bavail * room.f_frsize, "total": tmp + sum(
+            entry["logs"] + sum(image["size"] for image in entry["images"]) for entry in functions)}
+
+    def _images_of(self, record: FunctionRecord) -> list[dict]:
+        images = []
+        for name in dict.fromkeys(entry.image for entry in record.versions):
+            try:
+                size = self.load(record.name, name)["size"]
+            except FaasdError:
+                size = 0
+            images.append({"image": name, "size": size, "current": name == record.versions[0].image,
+                           "versions": [entry.number for entry in record.versions if entry.image == name]})
+        return images
 
     def load(self, name: str, version: str) -> dict:
         """Return the image.json of a version. Raises FaasdError if the image is not what it was."""
@@ -10026,6 +10057,42 @@ class Deploys:
                 raise FaasdError(f"function {name} has no version {wanted!r} to go back to: `faas versions {name}` "
                                  "shows those there are", status=404)
             return await self._install(name, found, function.record.secrets, "rolled back", undo)
+
+    async def usage(self, query: dict) -> dict:
+        """Return what functions take of the disk."""
+        return await self._host.workers.run(self.images.usage, [function.record for function in self.in_order()])
+
+    async def prune(self, query: dict) -> dict:
+        """Remove the images that functions do not run, and with them the versions to go back to. Raises FaasdError."""
+        usage, removed, busy = await self.usage({}), [], []
+        for entry in usage["functions"]:
+            old = [{"function": entry["name"], **image} for image in entry["images"] if not image["current"]]
+            try:
+                if old and await self._forget_versions(entry["name"], {image["image"] for image in old}):
+                    removed += old
+            except Conflict:
+                busy.append(entry["name"])      # a change may need what it has
+        if not self._changes:                   # else it is theirs
+            await self.images.empty_tmp()
+        return {"removed": removed, "busy": busy,
+                "freed": sum(image["size"] for image in removed) + (0 if self._changes else usage["tmp"])}
+
+    async def _forget_versions(self, name: str, images: Collection[str]) -> bool:
+        """Forget a function's versions with these images, which are then removed. Raises FaasdError."""
+        async with self._changing(name, "prune"):
+            if name not in self.functions:
+                return False
+            record = self.functions[name].record
+            if record.versions[0].image in images:      # it was rolled back meanwhile
+                raise Conflict(f"function {name} has changed")
+            kept = replace(record, versions=[entry for entry in record.versions if entry.image not in images])
+            await to_the_end(self._replace_record(kept))
+        return True
+
+    async def _replace_record(self, record: FunctionRecord) -> None:
+        async with self._commit:
+            await self._save(record.name, record)
+            self.functions[record.name].record = record
 
     async def remove(self, name: str, query: dict) -> dict:
         """Drain a function and remove its address, images and log. Raises FaasdError."""

@@ -1,0 +1,82 @@
+"""faas df and faas prune."""
+
+import json
+import os
+import pty
+import subprocess
+import unittest
+
+import support
+
+
+class PruneTest(support.SharedDaemonCase):
+    def prune(self, answer: str) -> subprocess.CompletedProcess:
+        """Run it on a terminal, where it asks."""
+        master, slave = pty.openpty()
+        try:
+            os.write(master, answer.encode())
+            return subprocess.run([support.TOP / "faas", "--socket", self.daemon.socket, "prune"], stdin=slave,
+                                  capture_output=True, text=True, check=False)
+        finally:
+            os.close(master)
+            os.close(slave)
+
+    def usage(self) -> dict:
+        return json.loads(self.daemon.faas("--json", "df").stdout)
+
+    def directories(self) -> list[str]:
+        return sorted(os.listdir(self.daemon.state_dir / "images/f"))
+
+    def test_what_no_function_runs_is_removed(self):
+        for label in ("1", "2", "3"):
+            address = self.daemon.deploy("f", support.small_image(label))
+        self.daemon.set("f", "--memory", "200m")        # a version of the same image
+        self.daemon.deploy("g", support.small_image("1"))
+        before = self.usage()
+        f, g = before["functions"]
+        self.assertEqual([(image["versions"], image["current"]) for image in f["images"]],
+                         [([4, 3], True), ([2], False), ([1], False)])
+        self.assertEqual(([image["current"] for image in g["images"]], before["tmp"]), ([True], 0))
+        self.assertGreater(min(image["size"] for image in f["images"]), 1 << 20)
+        self.assertGreater(f["logs"], 0)
+        self.assertEqual(before["total"], f["logs"] + g["logs"] + sum(i["size"] for i in f["images"] + g["images"]))
+        self.assertRegex(self.daemon.faas("df").stdout, r"(?m)^f  +\w{12}  4,3  +\*  .*MiB\n")
+
+        done = self.daemon.faas("prune", check=False)
+        self.assertEqual((done.returncode, done.stdout), (2, ""))
+        self.assertIn("--force", done.stderr)
+        done = self.prune("n\n")
+        self.assertEqual((done.returncode, done.stdout), (1, ""))
+        self.assertIn("This removes 2 images", done.stderr)
+        self.assertEqual(len(self.directories()), 3)
+        freed = sum(image["size"] for image in f["images"][1:])
+        done = self.prune("y\n")
+        self.assertEqual(done.returncode, 0, done)
+        self.assertRegex(done.stdout, rf"\Af \w+\nf \w+\n✓ Freed {freed / (1 << 20):.1f} MiB\n\Z")
+        support.wait_until(lambda: self.directories() == [f["images"][0]["image"]], "the images are removed")
+        self.assertEqual(self.daemon.versions("f"), [4, 3])
+        self.assertEqual(self.usage()["functions"][0]["images"], f["images"][:1])
+        self.assertEqual(support.curl(f"http://{address}/"), "3")
+        done = self.daemon.faas("rollback", "f", "1", check=False)
+        self.assertEqual(done.returncode, 1)
+        self.assertEqual(json.loads(self.daemon.faas("--json", "prune", "--force").stdout),
+                         {"removed": [], "busy": [], "freed": 0})
+
+    def test_what_is_being_changed_keeps_its_images(self):
+        for label in ("1", "2"):
+            self.daemon.deploy("f", support.small_image(label))
+        upload = support.UnixConnection(self.daemon.socket, support.READY_SECONDS)
+        upload.putrequest("POST", "/functions/f")
+        upload.putheader("Content-Type", "application/x-tar")
+        upload.putheader("Content-Length", "1000000")
+        upload.endheaders(b"x")
+        support.wait_until(lambda: self.daemon.api("PATCH", "/functions/f?memory=200m")[0] == 409, "a deploy goes on")
+        document = json.loads(self.daemon.faas("--json", "prune", "--force").stdout)
+        upload.close()
+        support.wait_until(lambda: self.daemon.api("PATCH", "/functions/f?memory=200m")[0] == 200, "the deploy has ended")
+        self.assertEqual(document, {"removed": [], "busy": ["f"], "freed": 0})
+        self.assertEqual(len(self.directories()), 2)
+
+
+if __name__ == "__main__":
+    unittest.main()
