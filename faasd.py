@@ -3591,7 +3591,7 @@ class Supervisor:
         return lambda: None
 
     def _take_from_queue(self, listener: int, address: bytearray) -> int:
-        """Accept a connection, and put its peer's address there. It would wait if others took it first, until stop()."""
+        """Accept a connection, and put its peer's address there. It waits if others took it first, until stop()."""
         self.accepting = listener
         try:
             where = (ctypes.c_char * len(address)).from_buffer(address)
@@ -3997,7 +3997,8 @@ class Bundle:
 
 # What would give the machine away, or another function's files: no volume is one of these, nor above one, …
 GIVES_AWAY = ("/bin", "/boot", "/dev", "/etc", "/lib", "/lib32", "/lib64", "/libx32", "/proc", "/root", "/run", "/sbin",
-              "/sys", "/usr", "/var", "/var/lib", "/var/lib/containerd", "/var/lib/containers", "/var/lib/docker", "/var/run")
+              "/sys", "/usr", "/var", "/var/lib", "/var/lib/containerd", "/var/lib/containers", "/var/lib/docker",
+              "/var/run")
 NOTHING_OF = ("/dev", "/proc", "/run", "/sys")     # … nor in one of these; the daemon's own directories are of both
 MAX_ANCESTORS = 4096                # directories above one (PATH_MAX)
 # The same on every architecture: mount_setattr(2), Linux 5.12, the others older.
@@ -5179,7 +5180,7 @@ class Addresses:
         raise BadRequest(f"a function cannot have the address {address!r}: ask for one from {first} to {last}")
 
     def moved(self, address: str, taken: Collection[str]) -> str:
-        """Return what an address of another subnet is in this one: the same host's, if that is free. Raises Conflict."""
+        """Return what an address of another subnet is in this one: the same number, if free. Raises Conflict."""
         number = int(ipaddress.IPv4Address(address)) & int(self.subnet.hostmask)
         fits = FIRST_HOST <= number < self.subnet.num_addresses - 1 and str(self.subnet[number]) not in taken
         return str(self.subnet[number]) if fits else self.lowest_free(taken)
@@ -5822,8 +5823,8 @@ class PublishedPorts:
 
     A function does not listen there itself: a handler that dissolves its client's connection keeps the address, and
     AddressGuard could not tell such a socket from the machine's own. So the kernel sends what comes to such a port on
-    to the function's address; the client keeps its own. A socket that is bound, and does not listen, keeps the port from
-    everybody else. Methods block, and must not run at the same time.
+    to the function's address; the client keeps its own. A socket that is bound, and does not listen, keeps everybody
+    else from the port. Methods block, and must not run at the same time.
     """
 
     def __init__(self, run_dir: Path, subnet: ipaddress.IPv4Network, port: int):
@@ -9872,7 +9873,7 @@ class Attachments:
         await self._run(self.published.remove_stale)
 
     async def publish(self, name: str, record: FunctionRecord | None) -> None:
-        """Have the ports that a function publishes, None if it is gone, lead to it, and no others. Raises FaasdError."""
+        """Have the ports that a function (None: it is gone) publishes lead to it, and no others. Raises FaasdError."""
         places = places_of(record.options) if record else []
         await self._run(self.published.publish, name, record.address if record else "", places)
 
