@@ -545,7 +545,7 @@ def remains(daemon: Daemon) -> list[str]:
     found = [*processes(name), *mounts(name), *cgroup_directories(name), *addresses(subnet), *networks(mark)]
     found += guards(daemon.run_dir)
     found += [str(path) for path in daemon.run_dir.rglob("*") if path.name != "faasd.lock"]
-    found += [str(path) for path in (daemon.state_dir / "tmp").iterdir()]
+    found += [str(path) for path in (daemon.state_dir / "tmp").glob("*")]         # it may be gone
     return found
 
 

@@ -405,7 +405,8 @@ class FailedDeploy(DeployCase):
                 result = daemon.faas("new", "f", stdin=self.good, check=False)
                 self.assertEqual(result.returncode, 1)
                 self.assertIn("no space left on the device; free some and try again", result.stderr)
-                self.assertEqual(sorted(path.name for path in disk.rglob("*")), ["faasd.lock", "images", "logs", "tmp"])
+                self.assertEqual(sorted(path.name for path in disk.rglob("*")),
+                                 ["faasd.lock", "images", "logs", "secrets", "tmp"])
         finally:
             subprocess.run(["umount", disk], check=True)
             shutil.rmtree(directory)

@@ -405,7 +405,7 @@ class Deploying(support.SharedDaemonCase):
                 (server_image("polling", "0.0.0.0:9001", *two, ExposedPorts={"9000": {}, "9002": {}}), (), 9000),
                 (server_image("polling", "0.0.0.0:9001", "0.0.0.0:9002"), (), 9001)):
             with self.subTest(port=port, options=options):
-                self.assertIn(f"(server, port {port})\n", self.deployed(image, *options))
+                self.assertIn(f"server, port {port})\n", self.deployed(image, "--reset", *options))
                 self.assertEqual(get("10.0.0.10")[0], 200)
 
     def test_what_did_not_listen(self):
