@@ -177,6 +177,10 @@ class UsageError(FaasdError):
     """The daemon cannot start as it was called; exit status 2."""
 
 
+class AlreadyRunning(UsageError):
+    """Another daemon has one of our directories."""
+
+
 class BadRequest(FaasdError, argparse.ArgumentTypeError):
     """A text from a user is not what it should be. On the command line, argparse shows the message."""
     status = 400
@@ -2434,7 +2438,7 @@ class Container:
             if self._supervisor:        # the runtime keeps its deposit for us until it ends
                 deposit = stack.enter_context(self._supervisor.deposit.dup())
                 files.append((os.POSIX_SPAWN_DUP2, deposit.fileno(), DEPOSIT))
-            self._spawning = in_thread(self._host.loop, self._host.spawn, bundle, self._directory, self.id, files)
+            self._spawning = self._host.begin_spawn(bundle, self._directory, self.id, files)
             given = stack.pop_all()
         self._spawning.add_done_callback(lambda _: given.close())
         return self._spawning
@@ -2915,8 +2919,7 @@ class Execution(Container):
         self._make_directory(bundle, user_namespace)
         self._streams = Streams(*self._wanted)
         try:
-            self._spawning = in_thread(self._host.loop, self._host.spawn, bundle, self._directory, self.id,
-                                       self._streams.files)
+            self._spawning = self._host.begin_spawn(bundle, self._directory, self.id, self._streams.files)
         except OSError:
             self._streams.close_theirs()
             raise
@@ -3972,7 +3975,7 @@ class Bundle:
 
         size is a terminal's lines and columns: crun takes them from here, runc from its own terminal.
         """
-        spec, filter_ = json.loads(self._template), seccomp_profile(platform.machine())
+        spec, filter_ = json.loads(self._template), container_filter(self.volumes)
         process, linux = spec["process"], spec["linux"]
         process.update(args=command, terminal=terminal)
         if terminal:
@@ -4107,8 +4110,9 @@ class Volumes:
 
         It is made at first use. The descriptor is a duplicate: ours may be closed meanwhile, and be another file's.
         """
+        owners = (status.st_uid, status.st_gid) if status.st_uid else (0, 0)        # of root's no group is let in
         key = bundle.first_id, *(owner_map(bundle.first_id, user, owner) for user, owner in
-                                 zip(bundle.user, (status.st_uid, status.st_gid), strict=True))
+                                 zip(bundle.user, owners, strict=True))
         with self._lock:
             if key not in self._maps:
                 try:
@@ -4179,13 +4183,11 @@ def build_spec(name: str, image: dict, options: Options, run_dir: Path, cgroups:
         *options.env, f"FAAS_FUNCTION={name}", f"FAAS_VERSION={number}", f"FAAS_CONTAINER_ID={container_id}"])
     ids = [{"containerID": 0, "hostID": image["first_id"], "size": IDS}]
     soft, hard = MAX_OPEN_FILES
-    seccomp = seccomp_profile(platform.machine())
+    seccomp = container_filter(process.get("volumes", []))
     if contract != "handler":
         calls = ["listen", "accept", "accept4", *(["bind"] if options.net != "none" else [])]
         calls = ["execve"] if contract == "stdio" else calls
         seccomp = supervised(seccomp, calls, f"{run_dir}/containers/{container_id}/{NOTIFY_SOCKET}")
-    if seccomp and any(not volume.read_only for volume in process.get("volumes", [])):
-        seccomp = refusing_set_id(seccomp)
     network = {"none": [{"type": "network"}], "host": [],       # none of its own
                "egress": [{"type": "network", "path": str(namespace_path(run_dir, name))}]}[options.net]
     return {
@@ -4382,6 +4384,13 @@ def supervised(profile: dict | None, names: list[str], path: str) -> dict:
 def rules_without(names: Collection[str], profile: dict) -> list[dict]:
     """Return the rules of a seccomp filter, for all calls but these."""
     return [{**rule, "names": [name for name in rule["names"] if name not in names]} for rule in profile["syscalls"]]
+
+
+def container_filter(volumes: Iterable[Volume]) -> dict | None:
+    """Return the seccomp filter of a container with these volumes, None where we have none."""
+    profile = seccomp_profile(platform.machine())
+    writable = any(not volume.read_only for volume in volumes)
+    return refusing_set_id(profile) if profile and writable else profile
 
 
 # Calls that give a file its mode, and which of their arguments that is.
@@ -5840,16 +5849,26 @@ class PublishedPorts:
     def hold(self, name: str, places: Iterable[tuple[str, int]]) -> None:
         """Take ports for a function. Raises FaasdError if one is another's; then it has those that it had."""
         try:
-            for address, port in places:
-                for own in self._addresses(address):
-                    holder, _ = self._held.get((own, port), ("", None))
+            if errors := self.hold_free(name, places):
+                raise errors[0]
+        except BaseException:
+            self.give_back(name)
+            raise
+
+    def hold_free(self, name: str, places: Iterable[tuple[str, int]]) -> list[Conflict]:
+        """Take those ports for a function that nobody else has; return what is wrong with the others."""
+        errors = []
+        for address, port in places:
+            for own in self._addresses(address):
+                holder, _ = self._held.get((own, port), ("", None))
+                try:
                     if holder not in ("", name):
                         raise Conflict(f"cannot publish {own}:{port}: function {holder} does")
                     if not holder:
                         self._held[own, port] = name, bind_port(own, port)
-        except BaseException:
-            self.give_back(name)
-            raise
+                except Conflict as error:
+                    errors.append(error)
+        return errors
 
     def _addresses(self, address: str) -> list[str]:
         """Return the address itself, or all that this machine has if it is "". Raises FaasdError."""
@@ -5862,11 +5881,14 @@ class PublishedPorts:
 
     def give_back(self, name: str) -> None:
         """Let go of ports that were held for a function, and that it does not publish."""
-        _, places = self._published.get(name, ("", []))
         for (address, port), (holder, held) in list(self._held.items()):
-            if holder == name and (address, port) not in places and ("", port) not in places:
+            if holder == name and not self._publishes(name, address, port):
                 del self._held[address, port]
                 held.close()
+
+    def _publishes(self, name: str, address: str, port: int) -> bool:
+        _, places = self._published.get(name, ("", []))
+        return (address, port) in places or ("", port) in places
 
     def publish(self, name: str, address: str, places: list[tuple[str, int]]) -> None:
         """Have places that are held lead to a function, and no other. Raises FaasdError; then all is as before."""
@@ -5874,22 +5896,19 @@ class PublishedPorts:
         self._published[name] = address, places
         if not places:
             del self._published[name]
-        if self._published != before:
-            try:
+        try:
+            if places or before != self._published:
                 self.load_rules()
-            except FaasdError:
-                self._published = before
-                raise
+        except FaasdError:
+            self._published = before
+            raise
         self.give_back(name)
 
     def load_rules(self) -> None:
         """Replace our rules as a whole, or remove them with the last published port. Raises FaasdError."""
-        # What names an address comes before what means any.
-        rules = sorted(((place, address) for address, places in self._published.values() for place in places),
-                       reverse=True)
-        text = PUBLISH_RULES.format(table=self.table, subnet=self._subnet, rules="\n        ".join(
-            f"{f'ip daddr {own} ' if own else ''}tcp dport {port} dnat to {address}:{self._port}"
-            for (own, port), address in rules))
+        rules = [f"ip daddr {own} tcp dport {port} dnat to {self._published[holder][0]}:{self._port}"
+                 for (own, port), (holder, _) in sorted(self._held.items()) if self._publishes(holder, own, port)]
+        text = PUBLISH_RULES.format(table=self.table, rules="\n        ".join(rules))
         if not rules:
             text = f"add table ip {self.table}\ndelete table ip {self.table}\n"
         if rules or shutil.which("nft"):
@@ -5933,8 +5952,8 @@ def bind_port(address: str, port: int) -> socket.socket:
     return held
 
 
-# To function addresses themselves nothing is changed, also not to their port of the same number. The kernel asks these
-# chains for the first packet of a connection only.
+# A rule for each address and port that we hold: what other programs listen on stays theirs. The kernel asks these chains
+# for the first packet of a connection only.
 PUBLISH_RULES = """\
 add table ip {table}
 delete table ip {table}
@@ -5944,11 +5963,11 @@ table ip {table} {{
     }}
     chain prerouting {{
         type nat hook prerouting priority -100; policy accept;
-        ip daddr != {subnet} fib daddr type local goto published
+        goto published
     }}
     chain output {{
         type nat hook output priority -100; policy accept;
-        ip daddr != {subnet} fib daddr type local goto published
+        goto published
     }}
 }}
 """
@@ -5987,6 +6006,9 @@ def is_reachable(resolver: str) -> bool:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+MAX_SPAWNING = 64                   # threads that mount the root of one function's containers, and its volumes
+
+
 class ContainerHost:
     """What all containers of this daemon share: directories, runtime, cgroups, ids, and threads that wait for them."""
 
@@ -6005,6 +6027,7 @@ class ContainerHost:
         self.closed = ClosedConnections(self.workers, subnet)
         self.killers = Workers(self.loop)       # others: killing a container ends the wait of those
         self._dying: dict[str, DyingCgroups] = {}
+        self._spawning: collections.Counter[str] = collections.Counter()        # threads, by function
 
     def prepare(self) -> None:
         """Make RUN_DIR/containers, on a tmpfs, and the place of containers' roots. Raises FaasdError."""
@@ -6018,7 +6041,16 @@ class ContainerHost:
         self.containers_dir.chmod(0o711)
         root_place(self.run_dir).mkdir(exist_ok=True)
 
-    def spawn(self, bundle: Bundle, directory: str, container_id: str, files: list[tuple]) -> int:
+    def begin_spawn(self, bundle: Bundle, directory: str, container_id: str, files: list[tuple]) -> asyncio.Future:
+        """Have a thread spawn a container. Raises OSError, also if a function's volume holds up too many already."""
+        if self._spawning[bundle.name] >= MAX_SPAWNING:
+            raise OSError(errno.EAGAIN, "earlier starts of it wait for its files: does a volume hang?")
+        future = in_thread(self.loop, self._spawn, bundle, directory, container_id, files)
+        self._spawning[bundle.name] += 1
+        future.add_done_callback(lambda _: self._spawning.subtract([bundle.name]))
+        return future
+
+    def _spawn(self, bundle: Bundle, directory: str, container_id: str, files: list[tuple]) -> int:
         """Start `runc run` for a bundle that lies in directory; return its pid. Raises OSError.
 
         In a thread of its own, which gets the container's root, and nothing else to do afterwards.
@@ -6700,7 +6732,7 @@ def event_document(line: bytes) -> dict:
     return {"time": moment, "function": function, "event": text.partition(" ")[0], **fields}
 
 
-MAX_PRINTING = 1024                 # containers of which output is held until it is known how their invocation ends
+MAX_PRINTING = 128                  # containers of which output is held until it is known how their invocation ends
 
 
 class Failures:
@@ -8673,11 +8705,17 @@ def watch_directory(path: str) -> int:
     return descriptor
 
 
-def admit_members(path: Path) -> None:
+def admit_members(path: Path, one_at_a_time: threading.Lock) -> None:
     """Let the user who ran sudo and the group `faas` open a socket: its members by name too.
 
-    A process has the groups that its user had at login. By an access list a new member need not log in anew.
+    A process has the groups that its user had at login. By an access list a new member need not log in anew. With a
+    lock, for of two lists the newer must be what stays.
     """
+    with one_at_a_time:
+        set_access_list(path)
+
+
+def set_access_list(path: Path) -> None:
     try:
         group = grp.getgrnam("faas")
     except KeyError:
@@ -8718,7 +8756,8 @@ class ControlServer:
         listener = socket.socket(socket.AF_UNIX)
         listener.bind(self._name)
         self._watch = watch_directory("/etc")   # first: no change of the group is missed
-        admit_members(path)
+        self._admitting = threading.Lock()
+        admit_members(path, self._admitting)
         self._listen(listener, answers)         # last: nobody can connect to what does not listen yet
         if self._watch >= 0:
             answers.loop.add_reader(self._watch, self._look_at_group)
@@ -8726,7 +8765,7 @@ class ControlServer:
     def _look_at_group(self) -> None:
         """Let in whoever is a member now, if /etc/group was replaced. In a thread: it may not be the only source."""
         if b"group\0" in os.read(self._watch, 64 * KIB):
-            threading.Thread(target=admit_members, args=(Path(self._name),), daemon=True).start()
+            threading.Thread(target=admit_members, args=(Path(self._name), self._admitting), daemon=True).start()
 
     def _listen(self, listener: socket.socket, answers: Answers) -> None:
         self.answers, self._listener = answers, listener
@@ -9754,6 +9793,7 @@ class ImageStore:
             raise FaasdError(f"its image {entry.image} is damaged ({error!r}): deploy it again") from None
 
 
+PORT_RETRY_SECONDS = 5.0            # between attempts to publish a port that somebody else has at a start
 ADDRESS_RETRY_SECONDS = 1.0         # between attempts to put an address back on lo
 
 
@@ -9851,10 +9891,7 @@ class Attachments:
                 self._loop.call_later(ADDRESS_RETRY_SECONDS, self._address_lost.set)
 
     async def provide(self, name: str, options: Options) -> None:
-        """Make what a function's containers need of the network, and hold its published ports. Raises FaasdError."""
-        if options.publish:
-            self._published_watch.open()
-            await self._run(self.published.hold, name, places_of(options))
+        """Make what a function's containers need of the network. Raises FaasdError."""
         if options.net == "egress":
             self._rules_watch.open()
             await self._run(self.egress.provide, name)
@@ -9864,6 +9901,24 @@ class Attachments:
                 await asyncio.to_thread(write_anew, path, read_text(RESOLV_CONFS[0]))
             except OSError as error:
                 raise storage_error(error, f"writing {path}") from error
+
+    async def hold(self, name: str, options: Options) -> None:
+        """Hold the ports that a function is to publish. Raises FaasdError; then it has those that it had."""
+        if options.publish:
+            self._published_watch.open()
+            await self._run(self.published.hold, name, places_of(options))
+
+    async def republish(self, record: FunctionRecord) -> list[str]:
+        """Have those of a function's published ports lead to it that are free; return what is wrong with the others."""
+        if not record.options.publish:
+            return []
+        try:
+            self._published_watch.open()
+            errors = await self._run(self.published.hold_free, record.name, places_of(record.options))
+            await self.publish(record.name, record)
+        except FaasdError as error:
+            return [str(error)]
+        return [str(error) for error in errors]
 
     async def give_back(self, name: str) -> None:
         """Let go of ports that were held for a function in vain."""
@@ -10186,6 +10241,7 @@ class Deploys:
         if not self.attachments.egress.has(name):
             undo.push_async_callback(self.attachments.withdraw, name)
         undo.push_async_callback(self.attachments.give_back, name)
+        await self.attachments.hold(name, entry.options)
         await self.attachments.provide(name, entry.options)
         version, container, output = await self._prove(name, entry, secrets)
         undo.push_async_callback(container.kill)        # once more does no harm where its pool was closed
@@ -10282,6 +10338,29 @@ class Deploys:
         kept = list(filter(None, records.values()))
         await asyncio.to_thread(self.registry.save, kept)
         await self.write_names(kept)
+
+    async def republish(self, function: Function) -> None:
+        """Publish what a function did before the daemon's start, and as long as somebody has one of its ports, try again.
+
+        Anybody can take a port while no daemon runs, and an address may come later than we do.
+        """
+        name, errors = function.record.name, await self.attachments.republish(function.record)
+        if errors:
+            log.warning("function=%s %s; trying again", name, "; ".join(errors))
+            task = self._host.loop.create_task(self._republish_later(function))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    async def _republish_later(self, function: Function) -> None:
+        name = function.record.name
+        while True:
+            await asyncio.sleep(PORT_RETRY_SECONDS)
+            async with self._commit:            # so that its record stays, and with it what it publishes
+                if self.functions.get(name) is not function or function.being_removed:
+                    return
+                if not await self.attachments.republish(function.record):
+                    log.info("function=%s all its ports are published again", name)
+                    return
 
     async def write_names(self, records: Iterable[FunctionRecord]) -> None:
         """Put the functions' names where resolvers and containers find them; failure is logged."""
@@ -10429,9 +10508,9 @@ class Restart:
             version = self._deploys.images.version(name, record.versions[0], record.secrets)
             await self._deploys.attachments.provide(name, record.options)
             listener = await self.bind(lambda: self._deploys.attachments.listen(record.address), self._settings.port)
-            await self._deploys.attachments.publish(name, record)
             function.replace_version(version)
             function.entrance.open(listener)
+            await self._deploys.republish(function)
             if survivors:
                 self._deploys.remove_old_soon(name)
                 function.adopt(survivors)
@@ -10782,8 +10861,8 @@ def unless_refused(settings: Settings) -> Iterator[None]:
             for path in [path for path in (directory, *directory.parents) if not os.path.lexists(path)][-1:]]
     try:
         yield
-    except FaasdError:
-        if not os.path.lexists(settings.state_dir / "registry.json"):
+    except FaasdError as error:
+        if not isinstance(error, AlreadyRunning) and not os.path.lexists(settings.state_dir / "registry.json"):
             for path in made:
                 shutil.rmtree(path, ignore_errors=True)
         raise
@@ -10869,8 +10948,8 @@ def lock_directory(directory: Path) -> BinaryIO:
             except BlockingIOError:
                 if private or (holder := lock_holder(path)) and is_roots(holder):
                     service = " as a service (systemctl status faasd)" if is_service(lock_holder(path)) else ""
-                    raise UsageError(f"faasd is already running on {directory}{service}: stop it, or choose another "
-                                     "--state-dir and --run-dir") from None
+                    raise AlreadyRunning(f"faasd is already running on {directory}{service}: stop it, or choose "
+                                         "another --state-dir and --run-dir") from None
             with contextlib.suppress(FileNotFoundError):
                 if private and os.path.samestat(status, path.lstat()):      # else somebody has replaced it meanwhile
                     return file

@@ -74,8 +74,10 @@ uninstall() {
     # A daemon that was killed has left containers. The next one takes them over, and when it stops nothing is left.
     if [ -d /run/faasd/containers ] && flock --nonblock /run/faasd/faasd.lock true; then
         rm -f /run/faasd/faasd.sock
-        # shellcheck disable=SC1091,SC2086  # they are several words
-        ([ ! -e /etc/default/faasd ] || . /etc/default/faasd; exec /usr/local/sbin/faasd ${FAASD_OPTIONS:-}) &
+        # As systemd reads it, which knows no shell.
+        options=$(sed -n 's/^FAASD_OPTIONS=["'"'"']\{0,1\}\([^"'"'"']*\)["'"'"']\{0,1\}$/\1/p' /etc/default/faasd 2>/dev/null || true)
+        # shellcheck disable=SC2086  # it is several words
+        /usr/local/sbin/faasd $options --state-dir /var/lib/faasd --run-dir /run/faasd &
         while [ ! -e /run/faasd/faasd.sock ] && kill -0 $! 2>/dev/null; do
             sleep 0.1
         done
@@ -96,7 +98,7 @@ uninstall() {
     if [ -e /run/faasd/faasd.lock ] && ! flock --nonblock /run/faasd/faasd.lock true; then
         die "faasd still runs, so /var/lib/faasd and /run/faasd are left: stop it and remove them"
     fi
-    [ ! -e /var/lib/faasd/group-made ] || groupdel faas
+    [ ! -e /var/lib/faasd/group-made ] || groupdel faas || true
     rm -rf --one-file-system /var/lib/faasd /run/faasd /etc/default/faasd
     echo "Removed faasd and all its functions."
 }

@@ -661,6 +661,27 @@ class Published(unittest.TestCase):
             self.fail("others can take what is published")
         self.assertEqual(attempt(self.HERE), {self.HERE: "f saw 127.0.0.1"})
 
+    def test_what_others_listen_on_stays_theirs(self):
+        """On an address of lo that is in no list, as resolvers have it."""
+        other = Peer("other", "tcp:127.0.0.53:8000", wrapper=())
+        self.addCleanup(other.end)
+        daemon = self.start()
+        daemon.deploy("f", world.image, "--publish", "8000")
+        self.assertEqual(attempt("tcp:127.0.0.53:8000", self.HERE),
+                         {"tcp:127.0.0.53:8000": "other saw 127.0.0.1", self.HERE: "f saw 127.0.0.1"})
+
+    def test_port_that_is_taken_while_no_daemon_runs(self):
+        daemon = self.start()
+        address = daemon.deploy("f", world.image, "--publish", "8000")
+        daemon.kill()
+        with socket.create_server(("127.0.0.1", 8000)):
+            daemon.start()
+            place = f"tcp:{address}:80"
+            self.assertEqual(attempt(place), {place: f"f saw {address}"})
+            self.assertEqual(self.from_the_lan(self.LAN), {self.LAN: "f saw 192.168.77.2"})
+            daemon.wait_log("cannot publish 127.0.0.1:8000: another program has it; trying again")
+        wait_until(lambda: attempt(self.HERE) == {self.HERE: "f saw 127.0.0.1"}, "it is published there again")
+
     def test_restarts_and_flushed_rules(self):
         daemon = self.start()
         daemon.deploy("f", world.image, "--publish", "8000")
