@@ -61,6 +61,8 @@ class Usage(unittest.TestCase):
         self.assertEqual(faas("--version").stdout, f"faas {runpy.run_path(str(support.TOP / 'faas'))['__version__']}\n")
         self.assertEqual([faas(*words).stdout for words in ((), ("help",))], [faas("--help").stdout] * 2)
         self.assertEqual(faas("help", "new").stdout, faas("new", "--help").stdout)
+        self.assertEqual(faas("--json", "help").stdout, faas("--help").stdout)
+        self.assertEqual(faas("--socket", "/nowhere", "help", "new").stdout, faas("new", "--help").stdout)
         self.assertEqual((faas("help", "nope").returncode, faas().returncode), (2, 0))
         for command, example in (("new", "docker save my-image | faas new my-function"),
                                  ("pack", "faas pack script.sh | faas new NAME --contract stdio")):
@@ -231,6 +233,14 @@ class Conversation(unittest.TestCase):
             self.assertEqual(json.loads(self.talk(answer, "--json", "versions", "f").stdout)[0]["image"], tag)
             self.socket.unlink()
         self.assertEqual(self.talk(response(404, {"error": "no \x1b[2J"}), "info", "f").stderr, "faas: no \\x1b[2J\n")
+
+    def test_daemon_of_0_1_0(self):
+        """It knows no URL, and its logs are text."""
+        self.assertEqual(self.talk(response(200, {"address": "10.0.0.10"}), "url", "f").stdout, "http://10.0.0.10\n")
+        self.socket.unlink()
+        result = self.talk(b"HTTP/1.1 200 X\r\nContent-Length: 4\r\n\r\none\n", "--json", "logs", "f")
+        self.assertEqual((result.returncode, result.stderr),
+                         (1, "faas: the daemon is an older one, whose logs are no JSON: upgrade it\n"))
 
     def test_rm_of_nothing_prints_nothing(self):
         result = self.talk(response(404, {"error": "no function"}), "rm", "nope")
