@@ -2928,6 +2928,16 @@ class Execution(Container):
 
     def _note(self, bundle: Bundle) -> None:
         self._connected.set_result(None)        # nobody waits for it to be ready
+        self._watch_memory_soon()
+
+    def _watch_memory_soon(self) -> None:
+        """Watch its memory once the runtime has made its cgroup: no word of the command's tells when."""
+        if not self._exited.done() and not self._host.cgroups.kills_whole:
+            self._watch_memory()
+            if self._memory < 0:
+                self._host.loop.call_later(KILL_RETRY, self._watch_memory_soon)
+            else:
+                self._on_memory()               # it may have run out before we watched
 
 
 def end_process(spawning: asyncio.Future[int]) -> None:

@@ -311,6 +311,12 @@ class Exec(ExecCase):
         process.communicate()
         self.assertEqual(process.returncode, 0)
 
+    def test_out_of_memory(self):
+        self.deploy("--memory", "32m")
+        script = "sh -c 'A=x; while A=$A$A; do :; done'; while :; do :; done"      # goes on without what was killed
+        status, _, error = self.exec("f", "--", "sh", "-c", script)
+        self.assertEqual((status, error.splitlines()[-1]), (137, "faas: the command ran out of memory (--memory)"))
+
     def test_takes_a_place_of_the_concurrency(self):
         address = self.deploy("--concurrency", "1")
         process = self.begin("-i", "--", "cat")
