@@ -6596,7 +6596,8 @@ class FunctionLog:
     def _append_part(self, lines: list[bytes]) -> None:
         """Write as many of the lines as fit into the file and take them off the list; rotate it if none does."""
         self.path.parent.mkdir(mode=0o700, exist_ok=True)       # somebody may clear the logs
-        with self.path.open("ab", buffering=0) as file:
+        # Only for root: events.log lies in a directory that everybody may pass, and names users and their commands.
+        with open(self.path, "ab", buffering=0, opener=functools.partial(os.open, mode=0o600)) as file:
             size = file.tell()
             ends = itertools.accumulate(map(len, lines), initial=size)
             count = sum(end <= LOG_FILE_SIZE for end in ends) - 1

@@ -143,6 +143,7 @@ class Events(LookCase):
         self.assertEqual(rest, [("f", "deployed", "root"), ("f", "replaced", "root"), ("f", "set", "root")])
         self.assertEqual((name, event), ("f", "rolled-back"))
         self.assertRegex(by, r"^token@127\.0\.0\.1:\d+$")
+        self.assertEqual((self.daemon.state_dir / "events.log").stat().st_mode & 0o777, 0o600)
         last = self.documents("events", "-n", "1")[0]
         self.assertEqual((last["version"], last["address"]), (self.daemon.versions("f")[0], "10.0.0.10"))
         self.daemon.stop()
