@@ -644,13 +644,17 @@ class FunctionRecord:
     updated: str
     versions: list[VersionRecord]       # the one that runs first, then those that ran before, latest first
     secrets: dict[str, str] = field(default_factory=dict)       # by name, the file that has it: see Secrets
+    highest: int = 0            # number of any version, kept or not: none is used again
+
+    def __post_init__(self):
+        self.highest = max([self.highest, *(entry.number for entry in self.versions)])
 
     @classmethod
     def from_json(cls, document: dict) -> FunctionRecord:
         """Return what to_json wrote. Raises KeyError, TypeError, FaasdError."""
         versions = [VersionRecord(**{**entry, "options": Options.from_json(entry["options"])})
                     for entry in document["versions"]]
-        document = {"secrets": {}, **document}          # an older faasd had none
+        document = {"secrets": {}, "highest": 0, **document}        # an older faasd had none
         return cls(**{**{entry.name: document[entry.name] for entry in fields(cls)}, "versions": versions})
 
     def to_json(self) -> dict:
@@ -667,6 +671,8 @@ class FunctionRecord:
             raise ValueError(f"function {self.name} has the address {self.address!r} and {len(self.versions)} versions")
         if not isinstance(self.first_id, int) or self.first_id < IDS:
             raise ValueError(f"function {self.name} has the ids {self.first_id!r}")
+        if not isinstance(self.highest, int):
+            raise ValueError(f"function {self.name} has the highest version {self.highest!r}")
         for secret, file in self.secrets.items():
             if not SECRET_NAME.fullmatch(secret) or not CONTAINER_ID.fullmatch(file):
                 raise ValueError(f"function {self.name} has a secret {secret!r} in {file!r}")
@@ -10069,10 +10075,10 @@ class Deploys:
 
     def _next_version(self, name: str, image: str, options: Options) -> VersionRecord:
         """Return the version that an image and options are: the one that a function runs, or a new one."""
-        kept = self.functions[name].record.versions if name in self.functions else []
-        if kept and (kept[0].image, kept[0].options) == (image, options):
-            return kept[0]
-        return VersionRecord(1 + max((entry.number for entry in kept), default=0), image, "", options)
+        record = self.functions[name].record if name in self.functions else None
+        if record and (record.versions[0].image, record.versions[0].options) == (image, options):
+            return record.versions[0]
+        return VersionRecord(1 + record.highest if record else 1, image, "", options)
 
     def _first_id(self, name: str, undo: contextlib.AsyncExitStack) -> int:
         """Return the first host id of a function's range, for a new one of a free range. Raises Conflict."""
@@ -10334,7 +10340,7 @@ class Deploys:
         entry = replace(version.record, deployed=now)
         others = [other for other in (before.versions if before else []) if other.number != entry.number]
         return FunctionRecord(name, address, version.bundle.first_id, before.created if before else now, now,
-                              self._worth_keeping([entry, *others]), version.secrets)
+                              self._worth_keeping([entry, *others]), version.secrets, before.highest if before else 0)
 
     def _worth_keeping(self, versions: list[VersionRecord]) -> list[VersionRecord]:
         """Return those with one of the images used last, and of each image those that ran last: images take room."""

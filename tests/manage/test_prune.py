@@ -62,6 +62,14 @@ class PruneTest(support.SharedDaemonCase):
         self.assertEqual(json.loads(self.daemon.faas("--json", "prune", "--force").stdout),
                          {"removed": [], "busy": [], "freed": 0})
 
+        # No number is used again.
+        self.daemon.deploy("f", support.small_image("4"))
+        self.daemon.faas("rollback", "f")
+        self.daemon.faas("prune", "--force")
+        self.assertEqual(self.daemon.versions("f"), [4, 3])
+        self.daemon.set("f", "--memory", "300m")
+        self.assertEqual(self.daemon.versions("f"), [6, 4, 3])
+
     def test_what_is_being_changed_keeps_its_images(self):
         for label in ("1", "2"):
             self.daemon.deploy("f", support.small_image(label))
