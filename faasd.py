@@ -10024,7 +10024,7 @@ class Deploys:
             if followed := labelled.to_labels():
                 image["warnings"].append("the image's labels chose " + " ".join(map("=".join, followed.items())))
             await self.images.put(name, unpacked, image, undo)
-            files = await self._write_secrets(name, reset, secrets, undo)
+            files = await self._write_secrets(name, secrets, undo)
             what, entry = "deployed" if created else "replaced", self._next_version(name, image["version"], options)
             try:
                 document = await self._install(name, entry, files, what, undo)
@@ -10057,11 +10057,11 @@ class Deploys:
         known = name in self.functions and not reset
         return (self.functions[name].record.options if known else Options()).changed(query)
 
-    async def _write_secrets(self, name: str, reset: bool, changes: dict[str, bytes | None],
-                             undo: contextlib.AsyncExitStack) -> dict[str, str]:
+    async def _write_secrets(self, name: str, changes: dict[str, bytes | None], undo: contextlib.AsyncExitStack
+                             ) -> dict[str, str]:
         """Return the files of a function's secrets, by name, once those that change are written. Raises FaasdError."""
         before = self.functions[name].record.secrets if name in self.functions else {}
-        kept = {} if reset else {key: file for key, file in before.items() if key not in changes}
+        kept = {key: file for key, file in before.items() if key not in changes}
         new = {key: value for key, value in changes.items() if value is not None}
         if len(kept) + len(new) > MAX_SECRETS:
             raise BadRequest(f"a function has at most {MAX_SECRETS} secrets (MAX_SECRETS)")
@@ -10109,7 +10109,7 @@ class Deploys:
         async with self._changing(name, "change") as undo:
             options = self._options(name, reset, query)
             entry = self._next_version(name, function.record.versions[0].image, options)
-            files = await self._write_secrets(name, reset, secrets, undo)
+            files = await self._write_secrets(name, secrets, undo)
             return await self._install(name, entry, files, "changed", undo)
 
     async def roll_back(self, name: str, query: dict[str, list[str]]) -> dict:

@@ -78,6 +78,8 @@ class Secrets(unittest.TestCase):
                                    check=False)
         self.assertEqual(refused.returncode, 1)
         self.assertEqual((self.kept(), self.daemon.info("f")["secrets"]), (kept, ["db", "more"]))
+        self.daemon.faas("set", "f", "--reset", "--contract", "server")       # they are the function's, and no option
+        self.assertEqual((self.kept(), self.daemon.info("f")["secrets"]), (kept, ["db", "more"]))
         self.daemon.faas("set", "f", "--unset-secret", "more")
         self.assertEqual(self.ask(f"os.listdir('{DIRECTORY}')"), "['db']")
         # Nowhere else.
