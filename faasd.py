@@ -1047,7 +1047,7 @@ class Function:
     def dispatch(self) -> None:
         """Give clients that wait containers that wait, in order, and have the pool make what is missing."""
         limit = self.record.options.concurrency
-        while self.waiting and len(self.in_flight) < limit and (container := self.pool.take()):
+        while self.waiting and self.taken < limit and (container := self.pool.take()):
             invocation = next(iter(self.waiting))
             invocation.tries += 1
             # First, for a server's thread may take it at once. A handler may hold the socket's lock, and end it too.
@@ -4076,9 +4076,10 @@ class Volumes:
             refusal = "it is neither a directory nor a file"
         elif self._gives_away(status, ancestors):
             refusal = "that would give this machine away: name a directory of its own"
-        elif not volume.read_only and status.st_uid == 0:
-            refusal = ("it is root's, and a container must not write files of root's: chown it to whose data it is, or "
-                       "add :ro")
+        elif not volume.read_only and 0 in (status.st_uid, status.st_gid):
+            what = "root's" if status.st_uid == 0 else "of root's group"
+            refusal = (f"it is {what}, and a container must not write files of root's: chown it to USER:GROUP whose "
+                       "data it is, or add :ro")
         if refusal:
             os.close(descriptor)
             raise OSError(errno.EPERM, refusal)
@@ -4107,9 +4108,9 @@ class Volumes:
                 status = os.fstat(source)
                 make_mount_point(Rootfs(root, bundle.first_id, Budget(0, 0)), os.fsencode(volume.path), status.st_mode)
                 flags = OPEN_TREE_CLONE | os.O_CLOEXEC | AT_EMPTY_PATH
-                with (kept_open(system_call(SYS_OPEN_TREE, source, b"", flags)) as tree,
-                      kept_open(self._map(bundle, status)) as owners,
-                      opened(f"{root}{volume.path}", os.O_PATH) as place):
+                with kept_open(system_call(SYS_OPEN_TREE, source, b"", flags)) as tree, \
+                        kept_open(self._map(bundle, status)) as owners, \
+                        opened(f"{root}{volume.path}", os.O_PATH) as place:
                     attributes = MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV | MOUNT_ATTR_IDMAP
                     attributes |= MOUNT_ATTR_RDONLY if volume.read_only else 0
                     how = struct.pack("QQQQ", attributes, 0, MS_PRIVATE, owners)

@@ -174,7 +174,7 @@ class WebPages(TcpCase):
 
 class Requests(TcpCase):
     def test_the_log_says_who_asked(self):
-        exchange(self.daemon.socket, "GET /version?secret=1 HTTP/1.1\r\n\r\n")
+        exchange(self.daemon.socket, "GET /version?hidden=1 HTTP/1.1\r\n\r\n")
         line = f"pid={os.getpid()} uid={os.getuid()} gid={os.getgid()} 'GET /version' 200"
         wait_until(lambda: line in self.daemon.log(), line)
         with connect(ADDRESS) as client:
@@ -356,7 +356,7 @@ class Usage(unittest.TestCase):
     def test_the_command_that_makes_a_token(self):
         directory = support.temporary_directory()
         self.addCleanup(shutil.rmtree, directory)
-        command = self.refuse("--api", "127.0.0.1:9000").partition("make one with: ")[2]
+        command = re.search(r"make one with: (\(.*\)) \(see", self.refuse("--api", "127.0.0.1:9000"))[1]
         subprocess.run(["sh", "-c", command.replace("FILE", str(directory / "token"))], check=True)
         for host in ("[::1]", "0.0.0.0"):
             with support.Daemon("--api", f"{host}:9000", "--api-token-file", str(directory / "token")) as daemon:

@@ -150,6 +150,10 @@ class Volumes(unittest.TestCase):
                 self.assertEqual(self.ask(f"attempt(lambda: {action})"), "Operation not permitted", what)
         self.daemon.faas("set", "f", "--user", "", "--cap-add", "")
         self.assertEqual(self.ask("attempt(lambda: os.chmod('/data/x', 0o1755))"), "done")
+        done = self.daemon.faas("exec", "f", "--", support.PYTHON, "-c", "import os; os.chmod('/data/x', 0o4755)",
+                                check=False)
+        self.assertIn("Operation not permitted", done.stderr)
+        self.assertEqual((self.data / "x").stat().st_mode & 0o7777, 0o1755)
         modes = {path.name: path.stat().st_mode for path in self.data.iterdir()}
         self.assertEqual(modes, {"x": stat.S_IFREG | 0o1755})
         # One that is there from before gives nothing, and neither does a device.
@@ -157,6 +161,15 @@ class Volumes(unittest.TestCase):
         options = self.ask("[line.split()[5] for line in open('/proc/self/mountinfo') if line.split()[4] == '/data']")
         self.assertLessEqual({"nosuid", "nodev"}, set(options[0].split(",")))
         self.assertEqual(self.ask("attempt(lambda: open('/data/null'))"), "Permission denied")
+
+    def test_files_of_root_are_not_its_groups(self):
+        (self.data / "secret").write_text("of a group")
+        (self.data / "secret").chmod(0o640)
+        os.chown(self.data / "secret", 0, GROUP)
+        self.use(f"{self.data}/secret:/secret:ro")
+        self.assertEqual(self.ask("attempt(lambda: open('/secret').read())"), "Permission denied")
+        os.chown(self.data / "secret", USER, 0)
+        self.refuse(f"{self.data}/secret:/secret", "it is of root's group")
 
     def test_what_would_give_the_machine_away(self):
         inside = self.daemon.state_dir / "images"
