@@ -9775,7 +9775,8 @@ class ImageStore:
 
     def _images_of(self, record: FunctionRecord) -> list[dict]:
         images = []
-        for name in dict.fromkeys(entry.image for entry in record.versions):
+        there = (path.name for path in (self._images / record.name).glob("*"))    # also what a container still runs on
+        for name in dict.fromkeys([*(entry.image for entry in record.versions), *there]):
             try:
                 size = self.load(record.name, name)["size"]
             except FaasdError:
@@ -10140,7 +10141,8 @@ class Deploys:
         """Remove the images that functions do not run, and with them the versions to go back to. Raises FaasdError."""
         usage, removed, busy = await self.usage({}), [], []
         for entry in usage["functions"]:
-            old = [{"function": entry["name"], **image} for image in entry["images"] if not image["current"]]
+            old = [{"function": entry["name"], **image} for image in entry["images"]
+                   if image["versions"] and not image["current"]]
             try:
                 if old and await self._forget_versions(entry["name"], {image["image"] for image in old}):
                     removed += old
@@ -10148,8 +10150,17 @@ class Deploys:
                 busy.append(entry["name"])      # a change may need what it has
         if not self._changes:                   # else it is theirs
             await self.images.empty_tmp()
-        return {"removed": removed, "busy": busy,
-                "freed": sum(image["size"] for image in removed) + (0 if self._changes else usage["tmp"])}
+        holding = await self._holding({image["function"] for image in removed})
+        held = sum(image["size"] for image in removed if image["function"] in holding)
+        return {"removed": removed, "busy": busy, "held": held,
+                "freed": sum(image["size"] for image in removed) - held + (0 if self._changes else usage["tmp"])}
+
+    async def _holding(self, names: Collection[str]) -> set[str]:
+        """Return which functions still have containers of a replaced version, and so its image, after a while."""
+        functions = [self.functions[name] for name in names if name in self.functions]
+        if tasks := [task for function in functions for task in function.retirements]:
+            await asyncio.wait(tasks, timeout=DISCARD_SECONDS)
+        return {function.record.name for function in functions if function.retirements}
 
     async def _forget_versions(self, name: str, images: Collection[str]) -> bool:
         """Forget a function's versions with these images, which are then removed. Raises FaasdError."""

@@ -60,7 +60,7 @@ class PruneTest(support.SharedDaemonCase):
         done = self.daemon.faas("rollback", "f", "1", check=False)
         self.assertEqual(done.returncode, 1)
         self.assertEqual(json.loads(self.daemon.faas("--json", "prune", "--force").stdout),
-                         {"removed": [], "busy": [], "freed": 0})
+                         {"removed": [], "busy": [], "held": 0, "freed": 0})
 
         # No number is used again.
         self.daemon.deploy("f", support.small_image("4"))
@@ -69,6 +69,22 @@ class PruneTest(support.SharedDaemonCase):
         self.assertEqual(self.daemon.versions("f"), [4, 3])
         self.daemon.set("f", "--memory", "300m")
         self.assertEqual(self.daemon.versions("f"), [6, 4, 3])
+
+    def test_what_a_container_runs_on_is_not_freed_yet(self):
+        self.daemon.deploy("f", support.small_image("1"))
+        command = subprocess.Popen([support.TOP / "faas", "--socket", self.daemon.socket, "exec", "f", "--",
+                                    support.PERL, "-e", "print 1; close STDOUT; sleep 1000"], stdout=subprocess.PIPE)
+        self.addCleanup(command.communicate)
+        self.addCleanup(command.kill)
+        self.assertEqual(command.stdout.read(1), b"1")
+        self.daemon.deploy("f", support.small_image("2"))
+        size = self.usage()["functions"][0]["images"][1]["size"]
+        document = json.loads(self.daemon.faas("--json", "prune", "--force").stdout)
+        self.assertEqual((document["freed"], document["held"], len(document["removed"])), (0, size, 1))
+        self.assertEqual([(image["versions"], image["size"]) for image in self.usage()["functions"][0]["images"]],
+                         [([2], size), ([], size)])
+        command.kill()
+        support.wait_until(lambda: len(self.usage()["functions"][0]["images"]) == 1, "the image is removed")
 
     def test_what_is_being_changed_keeps_its_images(self):
         for label in ("1", "2"):
@@ -82,7 +98,7 @@ class PruneTest(support.SharedDaemonCase):
         document = json.loads(self.daemon.faas("--json", "prune", "--force").stdout)
         upload.close()
         support.wait_until(lambda: self.daemon.api("PATCH", "/functions/f?memory=200m")[0] == 200, "the deploy has ended")
-        self.assertEqual(document, {"removed": [], "busy": ["f"], "freed": 0})
+        self.assertEqual(document, {"removed": [], "busy": ["f"], "held": 0, "freed": 0})
         self.assertEqual(len(self.directories()), 2)
 
 
