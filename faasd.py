@@ -10280,9 +10280,10 @@ class Deploys:
         record = function.record
         function.log.write("-", ">", f"{what} version={record.version}")
         document = self.describe(function)
-        log.info("function=%s version=%s %s at %s", name, record.version, what, document["url"].removeprefix("http://"))
+        endpoint = document["url"].removeprefix("http://")
+        log.info("function=%s version=%s %s at %s", name, record.version, what, endpoint)
         event = {"changed": "set"}.get(what, what).replace(" ", "-")
-        self.events.add(name, event, version=str(record.version), address=record.address)
+        self.events.add(name, event, version=str(record.version), address=endpoint)
         return document
 
     async def _prove(self, name: str, entry: VersionRecord, secrets: dict[str, str]

@@ -367,6 +367,7 @@ class WithDaemon(unittest.TestCase):
             self.assertEqual(daemon.info("f")["options"]["env"], [])
             self.assertEqual(new("--reset", "-e", "D=1"), "✓ Replaced f at 10.0.0.10:8080 (version 5)\n")
             self.assertEqual(daemon.faas("url", "f").stdout, "http://10.0.0.10:8080\n")
+            self.assertIn(" replaced version=5 address=10.0.0.10:8080 by=root\n", daemon.faas("events").stdout)
             self.assertEqual(daemon.faas("ip", "f").stdout, "10.0.0.10\n")
             self.assertIn(" 10.0.0.10:8080 ", daemon.faas("list").stdout)
             new("--user", "1:1", "--start-timeout", "20s")
