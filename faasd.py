@@ -177,10 +177,6 @@ class UsageError(FaasdError):
     """The daemon cannot start as it was called; exit status 2."""
 
 
-class AlreadyRunning(UsageError):
-    """Another daemon has one of our directories."""
-
-
 class BadRequest(FaasdError, argparse.ArgumentTypeError):
     """A text from a user is not what it should be. On the command line, argparse shows the message."""
     status = 400
@@ -10887,14 +10883,15 @@ def machine_warnings() -> Iterator[str]:
 @contextlib.contextmanager
 def unless_refused(settings: Settings) -> Iterator[None]:
     """Remove again what of RUN_DIR and STATE_DIR is made inside, if that fails before there is a function."""
-    made = [path for directory in (settings.state_dir, settings.run_dir)
-            for path in [path for path in (directory, *directory.parents) if not os.path.lexists(path)][-1:]]
+    made = [(directory, top) for directory in (settings.state_dir, settings.run_dir)
+            for top in [path for path in (directory, *directory.parents) if not os.path.lexists(path)][-1:]]
     try:
         yield
-    except FaasdError as error:
-        if not isinstance(error, AlreadyRunning) and not os.path.lexists(settings.state_dir / "registry.json"):
-            for path in made:
-                shutil.rmtree(path, ignore_errors=True)
+    except FaasdError:
+        if not os.path.lexists(settings.state_dir / "registry.json"):
+            for directory, top in made:         # unless another daemon has just taken it
+                with contextlib.suppress(FaasdError), lock_directory(directory):
+                    shutil.rmtree(top, ignore_errors=True)
         raise
 
 
@@ -10978,8 +10975,8 @@ def lock_directory(directory: Path) -> BinaryIO:
             except BlockingIOError:
                 if private or (holder := lock_holder(path)) and is_roots(holder):
                     service = " as a service (systemctl status faasd)" if is_service(lock_holder(path)) else ""
-                    raise AlreadyRunning(f"faasd is already running on {directory}{service}: stop it, or choose "
-                                         "another --state-dir and --run-dir") from None
+                    raise UsageError(f"faasd is already running on {directory}{service}: stop it, or choose another "
+                                     "--state-dir and --run-dir") from None
             with contextlib.suppress(FileNotFoundError):
                 if private and os.path.samestat(status, path.lstat()):      # else somebody has replaced it meanwhile
                     return file
