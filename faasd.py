@@ -10326,10 +10326,10 @@ class Deploys:
                 await self.attachments.publish(name, record)
                 await self._save(name, record)
             except BaseException:
-                await self.attachments.publish(name, function and function.record)
-                if listener:
+                if listener:                    # first: what follows may fail, as the rules may just have done
                     refuse_connections(listener)
                     await self.attachments.release(record.address)
+                await self.attachments.publish(name, function and function.record)
                 raise
             undo.pop_all()                      # what is written down stays
             function = self.functions.setdefault(name, function or self.make_function(record))

@@ -661,6 +661,25 @@ class Published(unittest.TestCase):
             self.fail("others can take what is published")
         self.assertEqual(attempt(self.HERE), {self.HERE: "f saw 127.0.0.1"})
 
+    def test_rules_that_cannot_be_loaded(self):
+        """Nothing is left of the function, or of what it was to become."""
+        daemon = world.start_daemon(self.addCleanup, *OTHER_DAEMON)
+        address = daemon.deploy("f", world.image, "--publish", "8000")
+        daemon.stop()
+        daemon.constants = {**daemon.constants, "PUBLISH_RULES": "'nonsense'"}
+        daemon.start()
+        place = f"tcp:{address}:80"
+        self.assertEqual(attempt(place), {place: f"f saw {address}"})
+        for method, path, image in (("PATCH", "/functions/f?publish=8001", None),
+                                    ("POST", "/functions/g?publish=8002&warm=0", world.image)):
+            status, body = daemon.api(method, path, image)
+            self.assertIn("nft cannot load the rules of --publish", json.loads(body)["error"])
+        self.assertEqual(attempt(place), {place: f"f saw {address}"})
+        self.assertEqual(support.addresses("10.7.0.0/24"), [f"{address}/32"])
+        for port in (8001, 8002):
+            with socket.create_server(("0.0.0.0", port)):
+                pass
+
     def test_what_others_listen_on_stays_theirs(self):
         """On an address of lo that is in no list, as resolvers have it."""
         other = Peer("other", "tcp:127.0.0.53:8000", wrapper=())
