@@ -6950,13 +6950,6 @@ class StderrHandler(logging.Handler):
             self.writer.flushed().result(FLUSH_SECONDS)
 
 
-def configure_logging(as_json: bool, verbose: bool) -> StderrHandler:
-    handler = StderrHandler(as_json)
-    logging.getLogger().addHandler(handler)     # asyncio's warnings come the same way
-    log.setLevel(logging.DEBUG if verbose else logging.INFO)
-    return handler
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Images: which layers and which config an archive has. Runs in the unpacking child
 # ---------------------------------------------------------------------------------------------------------------------
@@ -7105,15 +7098,12 @@ class TarReader:
         while True:
             self._stream.seek(self.offset)
             self._block = self._stream.read(tarfile.BLOCKSIZE)
-            entry = parse_plain_header(self._block)
-            if entry:
+            if entry := parse_plain_header(self._block):
                 self._block = b""
                 blocks = 1 + (-(-entry.size // tarfile.BLOCKSIZE) if entry.type == tarfile.REGTYPE else 0)
                 self.offset += blocks * tarfile.BLOCKSIZE
-            else:
-                entry = self._parse_header()
-                if entry is None:
-                    return
+            elif (entry := self._parse_header()) is None:
+                return
             yield entry
 
     def _parse_header(self) -> TarInfo | None:
@@ -7122,16 +7112,13 @@ class TarReader:
         at = self.offset
         try:
             entry = TarInfo.fromtarfile(self)
-        except tarfile.EOFHeaderError:
-            self.ended = True
+        except (tarfile.EOFHeaderError, tarfile.EmptyHeaderError) as end:
+            self.ended = isinstance(end, tarfile.EOFHeaderError)
             return None
-        except tarfile.EmptyHeaderError:
-            return None
-        except tarfile.TruncatedHeaderError:
-            raise ImageError(not at and self._no_tar or "the tar stream is cut short in the middle of a header"
-                             ) from None
         except (tarfile.TarError, ValueError, IndexError, OverflowError, RecursionError) as error:
-            raise ImageError(not at and self._no_tar or f"bad tar header at byte {at}: {error}") from None
+            wrong = ("the tar stream is cut short in the middle of a header"
+                     if isinstance(error, tarfile.TruncatedHeaderError) else f"bad tar header at byte {at}: {error}")
+            raise ImageError(not at and self._no_tar or wrong) from None
         if entry.size < 0 or self.offset < self.tell():     # either would lead back, and round for ever
             raise ImageError(f"bad tar header at byte {at}: negative size")
         return entry
@@ -7544,32 +7531,24 @@ def unzstd_by_program(compressed: Iterator[bytes]) -> Iterator[bytes]:
     if program is None:
         raise ImageError("a layer is compressed with zstd and this machine has no zstd program: "
                          "install it (apt install zstd), or save the image with gzip layers")
-    failure: list[Exception] = []
 
     def feed(pipe) -> None:
-        try:
-            with pipe:
-                for data in compressed:
-                    pipe.write(data)
-        except (OSError, FaasdError) as error:  # zstd went away, and its exit status says more; or the data ends
-            failure.append(error)
+        with pipe:
+            for data in compressed:
+                pipe.write(data)
 
     with subprocess.Popen([program, "-dcq"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                          stderr=subprocess.DEVNULL) as child:
-        feeder = threading.Thread(target=feed, args=(child.stdin,))
-        feeder.start()
+                          stderr=subprocess.DEVNULL) as child, concurrent.futures.ThreadPoolExecutor(1) as feeder:
+        fed = feeder.submit(feed, child.stdin)
         try:
             while data := child.stdout.read(COPY_CHUNK):
                 yield data
         except BaseException:
             child.kill()
             raise
-        finally:
-            feeder.join()
-    for error in failure:
-        if isinstance(error, FaasdError):
-            raise error
-    if child.returncode != 0 or failure:
+    if isinstance(fed.exception(), FaasdError):         # the data ends
+        raise fed.exception()
+    if child.returncode != 0 or fed.exception():        # zstd went away, or says so
         raise ImageError("zstd data in the archive is damaged or cut short")
 
 
@@ -8243,19 +8222,11 @@ def is_within(path: str, directory: str) -> bool:
     return f"{path}/".startswith(f"{directory.rstrip('/')}/")
 
 
-def prepare_resolv_conf(rootfs: Rootfs) -> str:
-    """Make sure that there is a plain file to mount a function's resolv.conf on; return its real path (H.1)."""
-    real = rootfs.make_directory(b"/etc") + b"/resolv.conf"
-    if rootfs.kind(real) != stat.S_IFREG:
-        rootfs.write_file(real, b"")
-    return os.fsdecode(real)
-
-
 MAX_ACCOUNTS_SIZE = MIB             # /etc/passwd and /etc/group of an image
 
 
-def prepare_mount_targets(rootfs: Rootfs) -> None:
-    """Put real directories where every container gets a mount, and a plain file for its control socket.
+def prepare_mount_targets(rootfs: Rootfs) -> str:
+    """Put real directories and plain files where every container gets a mount; return the real path of resolv.conf.
 
     An image with a symbolic link there made runc touch the host (CVE-2026-41579, rule H.1), and a target that runc
     has to make itself is written into a rootfs that other containers share.
@@ -8266,6 +8237,10 @@ def prepare_mount_targets(rootfs: Rootfs) -> None:
     os.chmod(rootfs.host(b"/tmp"), 0o1777)      # for images from scratch
     for path in (CONTROL_SOCKET, "/etc/hosts", "/etc/hostname"):            # every container has its own of these
         rootfs.write_file(os.fsencode(path), b"")
+    resolv_conf = rootfs.make_directory(b"/etc") + b"/resolv.conf"          # a function without a network keeps it
+    if rootfs.kind(resolv_conf) != stat.S_IFREG:
+        rootfs.write_file(resolv_conf, b"")
+    return os.fsdecode(resolv_conf)
 
 
 def find_user(rootfs: Rootfs, user: str) -> Account:
@@ -8314,8 +8289,7 @@ def resolve_process(config: dict, rootfs: Rootfs) -> dict:
     return {
         "entrypoint": json_strings(settings, "Entrypoint", what), "cmd": json_strings(settings, "Cmd", what),
         "env": env, "has_home": has_home, "cwd": cwd, "uid": account.uid, "gid": account.gid,
-        "groups": account.groups, "resolv_conf": prepare_resolv_conf(rootfs),
-        "labels": labels, "stop_signal": json_field(settings, "StopSignal", str, what),
+        "groups": account.groups, "labels": labels, "stop_signal": json_field(settings, "StopSignal", str, what),
         "exposed_ports": sorted(json_field(settings, "ExposedPorts", dict, what)),
     }
 
@@ -8406,7 +8380,7 @@ def unpack_image(pieces: Iterator[bytes], directory: Path, tag: str, max_size: i
                     stream.verify()
         try:
             process = resolve_process(image.config, rootfs)
-            prepare_mount_targets(rootfs)
+            process["resolv_conf"] = prepare_mount_targets(rootfs)
         except OSError as error:            # of the target of a link, say, which may be any text
             path = os.fsencode(error.filename or "").removeprefix(rootfs.path)
             raise unpack_error(path, error) from None
@@ -9198,7 +9172,7 @@ class ControlHandler(http.server.BaseHTTPRequestHandler):
             if SECRETS_HEADER in self.headers:
                 query["secret"] = self.headers.get_all(SECRETS_HEADER)
             if "volume" in query:               # here, for a disk may hold up this thread
-                query["volume"] = [self.server.answers.resolve_volumes(query["volume"][-1])]
+                query["volume"] = [self.server.answers.volumes.resolve(query["volume"][-1])]
             if "Transfer-Encoding" in self.headers or int(self.headers.get("Content-Length", "0")) > 0:
                 self.close_connection = True            # nobody knows how much of the body will be read
             if route in ControlHandler.own_routes:
@@ -9458,7 +9432,7 @@ class Answers:
     """What the control API answers. Lives on the loop; a query is the part after the ? of a request's address."""
 
     def __init__(self, settings: Settings, services: Services, deploys: Deploys, runtime: str):
-        self.loop = services.host.loop
+        self.loop, self.volumes = services.host.loop, services.host.volumes
         self.deploys = deploys
         self._settings, self._services = settings, services
         self._runtime = runtime         # its name and version
@@ -9483,10 +9457,6 @@ class Answers:
             ("functions", "*", "image"): {"GET": ControlHandler.image},
         }
 
-    def resolve_volumes(self, text: str) -> str:
-        """Return what --volume names, without links. Blocks. Raises BadRequest."""
-        return self._services.host.volumes.resolve(text)
-
     async def health(self, query: dict) -> dict:
         return {"status": "ok"}
 
@@ -9507,7 +9477,6 @@ class Answers:
         return function.log
 
     async def event_log(self) -> Events:
-        """Return the events of all functions, with all that has happened so far."""
         await self._services.logs.flush()
         return self._services.events
 
@@ -10973,8 +10942,10 @@ def lock_directory(directory: Path) -> BinaryIO:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                if private or (holder := lock_holder(path)) and is_roots(holder):
-                    service = " as a service (systemctl status faasd)" if is_service(lock_holder(path)) else ""
+                holder = lock_holder(path)
+                if private or holder and is_roots(holder):
+                    ours = "/faasd.service\n" in read_text(f"/proc/{holder}/cgroup")
+                    service = " as a service (systemctl status faasd)" if ours else ""
                     raise UsageError(f"faasd is already running on {directory}{service}: stop it, or choose another "
                                      "--state-dir and --run-dir") from None
             with contextlib.suppress(FileNotFoundError):
@@ -10993,11 +10964,6 @@ def lock_holder(path: Path) -> int:
     file = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}:{status.st_ino}"
     holder = re.search(rf"FLOCK .* ([0-9]+) {file} ", Path("/proc/locks").read_text())
     return int(holder[1]) if holder else 0
-
-
-def is_service(pid: int) -> bool:
-    """Return whether a process is in the cgroup of our unit."""
-    return "/faasd.service\n" in read_text(f"/proc/{pid}/cgroup")
 
 
 def is_dead_with_lock(path: Path) -> bool:
@@ -11078,7 +11044,9 @@ def main(argv: list[str]) -> int:
         continue                                                    # not become a file of ours
     os.close(descriptor)
     settings = parse_arguments(argv)
-    stderr = configure_logging(settings.log_format == "json", settings.verbose)
+    stderr = StderrHandler(settings.log_format == "json")
+    logging.getLogger().addHandler(stderr)      # asyncio's warnings come the same way
+    log.setLevel(logging.DEBUG if settings.verbose else logging.INFO)
     try:
         if os.geteuid() != 0:
             raise UsageError("faasd needs root, for namespaces, addresses and file owners: sudo ./faasd.py")
