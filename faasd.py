@@ -9549,6 +9549,14 @@ class Secrets:
         except OSError as error:
             raise FaasdError(f"its secrets cannot be read: {error.strerror}: set them again") from None
 
+    def remove(self, function: str, files: Iterable[str]) -> None:
+        """Remove files of a function. Failure is logged: the next start tries again."""
+        for path in (self._directory / function / file for file in files):
+            try:
+                path.unlink(missing_ok=True)
+            except OSError as error:
+                log.error("cannot remove %s: %s", path, error.strerror)
+
     def keep(self, function: str, files: Collection[str]) -> None:
         """Remove all files of a function but these. Failure is logged: the next start tries again."""
         directory = self._directory / function
@@ -9764,7 +9772,7 @@ class ImageStore:
             raise FaasdError(f"its image in {directory} is damaged ({error}): deploy it again") from None
 
     def version(self, name: str, entry: VersionRecord, secrets: dict[str, str]) -> Version:
-        """Return what runs for a record, with secrets by name. Raises FaasdError if its image is damaged."""
+        """Return what runs for a record, with secrets by name. Blocks. Raises FaasdError if its image is damaged."""
         image, directory = self.load(name, entry.image), self._images / name / entry.image
         try:
             rootfs = Rootfs(directory / "rootfs", image["first_id"], Budget(0, 0))
@@ -10034,9 +10042,9 @@ class Deploys:
             raise BadRequest(f"a function has at most {MAX_SECRETS} secrets (MAX_SECRETS)")
         if not new:
             return kept
-        undo.push_async_callback(asyncio.to_thread, self.images.secrets.keep, name, before.values())
+        undo.push_async_callback(self._host.workers.run, self.images.secrets.keep, name, before.values())
         try:
-            return kept | await asyncio.to_thread(self.images.secrets.write, name, new)
+            return kept | await self._host.workers.run(self.images.secrets.write, name, new)
         except OSError as error:
             raise storage_error(error, "writing secrets") from error
 
@@ -10165,7 +10173,7 @@ class Deploys:
         await self.attachments.withdraw(name)
         del self.functions[name]
         await self.images.keep(name, ())
-        await asyncio.to_thread(self.images.secrets.keep, name, ())
+        await self._host.workers.run(self.images.secrets.keep, name, ())
         await self._forget(name, record.first_id)
         await self._services.logs.flush()
         await asyncio.to_thread(function.log.remove)
@@ -10258,7 +10266,7 @@ class Deploys:
         What it turns out to be is proved by another, which is what all others will be. It takes no place among the
         starts allowed at a time: a deploy should not wait for a flood to end.
         """
-        version = self.images.version(name, entry, secrets)
+        version = await self._host.workers.run(self.images.version, name, entry, secrets)
         output: list[str] = []
         container = Container(self._host, name, lambda container_id, text: output.append(text))
         try:
@@ -10302,6 +10310,9 @@ class Deploys:
                 raise
             undo.pop_all()                      # what is written down stays
             function = self.functions.setdefault(name, function or self.make_function(record))
+            # What runs has what it has read; a change that comes now writes files with other names.
+            replaced = {*function.record.secrets.values()} - {*record.secrets.values()}
+            self._host.workers.run(self.images.secrets.remove, name, replaced)
             function.record, function.being_removed = record, False     # True: a removal has failed in its middle
             function.replace_version(version, container)
             if listener:
@@ -10381,7 +10392,6 @@ class Deploys:
             if self.functions.get(name) is function and name not in self._changes:
                 if function.record.options.net != "egress":
                     self.attachments.withdraw(name)
-                self.images.secrets.keep(name, function.record.secrets.values())
                 await self.images.keep(name, [entry.image for entry in function.record.versions])
 
     # -- for the daemon --
@@ -10500,7 +10510,8 @@ class Restart:
             if not self._deploys.attachments.addresses.has(record.address):
                 raise FaasdError(f"its address {record.address} is not in {self._settings.subnet}, which has no free "
                                  "one: start faasd with a larger --subnet")
-            version = self._deploys.images.version(name, record.versions[0], record.secrets)
+            version = await self._host.workers.run(
+                self._deploys.images.version, name, record.versions[0], record.secrets)
             await self._deploys.attachments.provide(name, record.options)
             listener = await self.bind(lambda: self._deploys.attachments.listen(record.address), self._settings.port)
             function.replace_version(version)

@@ -2,14 +2,17 @@
 
 import base64
 import json
+import os
 import signal
 import stat
 import subprocess
+import sys
 import unittest
 import urllib.parse
 from pathlib import Path
 
 import archives
+import gate
 import support
 from clients import get
 from test_volume import NAMED, NOTES
@@ -127,6 +130,39 @@ class Secrets(unittest.TestCase):
         self.assertEqual(status, 400)
         self.assertIn("does not belong in an address", json.loads(answer)["error"])
         self.assertEqual(self.daemon.info("g")["secrets"], [])
+
+
+class HangingDisk(unittest.TestCase):
+    def test_holds_up_the_change_and_nobody_else(self):
+        """A named pipe that nobody writes stands for it; and at the gate it shows which thread removes."""
+        removed: list[tuple[str, bool]] = []
+
+        def decide(call: gate.Call) -> None:
+            if call.name in ("unlink", "unlinkat", "rmdir") and "/secrets/" in call.paths[0]:
+                removed.append((call.paths[0].rpartition("/")[2], call.pid == keeper.daemon))
+        keeper = gate.Gate(decide)
+        self.addCleanup(keeper.close)
+        daemon = support.Daemon(wrapper=keeper.wrapper).start()
+        self.addCleanup(daemon.close)
+        secret = daemon.directory / "secret"
+        secret.write_text(FIRST)
+        daemon.faas("new", "f", "--contract", "handler", "--secret", f"db={secret}", stdin=support.small_image())
+        first, = (daemon.state_dir / "secrets/f").iterdir()
+        daemon.faas("set", "f", "--secret", f"db={secret}")
+        support.wait_until(removed.copy, "what was replaced is removed")
+        self.assertEqual(removed, [(first.name, False)])
+        path, = (daemon.state_dir / "secrets/f").iterdir()
+        path.unlink()
+        os.mkfifo(path)
+        change = subprocess.Popen([sys.executable, support.TOP / "faas", "--socket", daemon.socket, "set", "f",
+                                   "--timeout", "5"], stdout=subprocess.DEVNULL)
+        try:
+            support.wait_until(lambda: any("fifo" in text or "wait_for_partner" in text
+                                           for text in support.waits(daemon.process.pid)), "its reader waits")
+            self.assertEqual(daemon.info("f")["options"]["timeout"], 30)
+        finally:
+            path.write_text(SECOND)
+            self.assertEqual(change.wait(support.READY_SECONDS), 0)
 
 
 if __name__ == "__main__":
