@@ -6573,6 +6573,7 @@ class FunctionLog:
         self._writer = writer
         self._failing = False
         self._ended = False
+        self._to_remove = False
         self._grown = threading.Condition()     # held to change the file
 
     def write_output(self, container_id: str, text: str) -> None:
@@ -6594,6 +6595,8 @@ class FunctionLog:
                 if not self._failing:           # the daemon's own log may be on the same disk
                     log.error("cannot write %s: %s; lines are lost until it can be", self.path, error.strerror)
                 self._failing = True
+            if self._to_remove:
+                self._remove()
             self._grown.notify_all()
 
     def _append_part(self, lines: list[bytes]) -> None:
@@ -6625,14 +6628,18 @@ class FunctionLog:
         self._writer.add((self, b""))
 
     def remove(self) -> None:
-        """Remove the files; failure is logged, and the next start tries again. Blocks."""
+        """End it, and have its files removed before anything is written of a function that gets the name anew."""
+        self._to_remove = True
         self.end()
-        with self._grown:
-            for path in (self.path, self._previous):
-                try:
-                    path.unlink(missing_ok=True)
-                except OSError as error:
-                    log.error("cannot remove %s: %s", path, error.strerror)
+
+    def _remove(self) -> None:
+        """Remove the files; failure is logged, and the next start tries again. On the writer's thread."""
+        self._to_remove = False                 # once: the next are another's
+        for path in (self.path, self._previous):
+            try:
+                path.unlink(missing_ok=True)
+            except OSError as error:
+                log.error("cannot remove %s: %s", path, error.strerror)
 
     def read(self, tail: int | None, since: str, choose: Callable[[Iterable[bytes]], Iterable[bytes]] = iter
              ) -> tuple[list[bytes], BinaryIO | None]:
@@ -10175,8 +10182,8 @@ class Deploys:
         await self.images.keep(name, ())
         await self._host.workers.run(self.images.secrets.keep, name, ())
         await self._forget(name, record.first_id)
+        function.log.remove()
         await self._services.logs.flush()
-        await asyncio.to_thread(function.log.remove)
         log.info("function=%s removed", name)
         self.events.add(name, "removed")
 

@@ -293,6 +293,8 @@ class FunctionLogs(OutputCase):
                                for text in support.waits(daemon.process.pid)), "its writer waits")
         self.assertEqual(get(address), (200, "1"))
         self.assertEqual(get(daemon.deploy("other", support.small_image())), (200, "1"))
+        daemon.remove("f")
+        self.assertEqual(get(daemon.deploy("f", support.small_image("2"))), (200, "2"))
         self.assertEqual(daemon.stop(), 0)
         self.assertEqual(support.remains(daemon), [])
 
