@@ -2442,7 +2442,8 @@ class Container:
                 files.append((os.POSIX_SPAWN_DUP2, deposit.fileno(), DEPOSIT))
             self._spawning = self._host.begin_spawn(bundle, self._directory, self.id, files)
             given = stack.pop_all()
-        self._spawning.add_done_callback(lambda _: given.close())
+        # In a thread: if we were stopped meanwhile, it may have ended, and another of its network hold the pipe's lock.
+        self._spawning.add_done_callback(lambda _: self._host.workers.run(given.close))
         return self._spawning
 
     def _watch(self, bundle: Bundle) -> None:
@@ -2904,7 +2905,7 @@ class Execution(Container):
             await self.start(bundle, timeout)
         except BaseException:
             if self._streams:
-                self._streams.close()
+                self._host.workers.run(self._streams.close)     # see Container._spawn
             raise
         started(self._streams)
         try:
@@ -2925,7 +2926,7 @@ class Execution(Container):
         except OSError:
             self._streams.close_theirs()
             raise
-        self._spawning.add_done_callback(lambda _: self._streams.close_theirs())
+        self._spawning.add_done_callback(lambda _: self._host.workers.run(self._streams.close_theirs))
         return self._spawning
 
     def _note(self, bundle: Bundle) -> None:
