@@ -5278,14 +5278,15 @@ def notice_vanished_clients(listener: socket.socket) -> None:
         listener.setsockopt(socket.IPPROTO_TCP, option, value)
 
 
-def open_listener(address: str, port: int) -> socket.socket:
-    """Return a non-blocking listening socket. Raises Conflict if the port is taken, FaasdError otherwise."""
+def open_listener(address: str, port: int, mark: int | None) -> socket.socket:
+    """Return a non-blocking listening socket with our filter. Raises Conflict if the port is taken, FaasdError."""
     listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         notice_vanished_clients(listener)
         listener.bind((address, port))
-        keep_to_address(listener)
+        attach_filter(listener, listener_filter(address, port, mark))
+        listener.setsockopt(socket.SOL_SOCKET, SO_LOCK_FILTER, 1)
         listener.listen(int(Path("/proc/sys/net/core/somaxconn").read_text()))
     except OSError as error:
         listener.close()
@@ -5322,7 +5323,9 @@ class ListenerStore:
     keeps sockets, they are only opened.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, mark: int | None) -> None:
+        """mark is as listener_filter takes it."""
+        self._mark = mark
         self._kept: dict[tuple[str, int], socket.socket] = {}
         count, names, pid = (os.environ.pop(name, "") for name in ("LISTEN_FDS", "LISTEN_FDNAMES", "LISTEN_PID"))
         if pid != str(os.getpid()):             # they were meant for somebody else
@@ -5342,9 +5345,13 @@ class ListenerStore:
         """Return a listening socket: the one that was kept, or a new one. Raises as open_listener does."""
         listener = self._kept.pop((address, port), None)
         if listener is not None:
-            listener.setblocking(False)
-            return listener
-        listener = open_listener(address, port)
+            if filter_of(listener) == listener_filter(address, port, self._mark):
+                listener.setblocking(False)
+                return listener
+            log.warning("opening %s:%d anew, because it listens under another --lan", address, port)
+            refuse_connections(listener)        # its filter is locked
+            self.forget(address, port)
+        listener = open_listener(address, port, self._mark)
         notify_service_manager(f"FDSTORE=1\nFDNAME={address}-{port}", listener.fileno())
         return listener
 
@@ -5379,26 +5386,48 @@ def refuse_connections(listener: socket.socket) -> None:
     listener.close()
 
 
-BPF_LOAD_WORD, BPF_LOAD_HALF, BPF_AND, BPF_JUMP_EQUAL, BPF_RETURN = 0x20, 0x28, 0x54, 0x15, 0x06     # bpf_common.h
-BPF_IP_HEADER = 0xFFF0_0000          # SKF_NET_OFF (linux/filter.h): what is loaded from here on is in the IP header
+# bpf_common.h
+BPF_LOAD_WORD, BPF_LOAD_HALF, BPF_LOAD_BYTE, BPF_AND, BPF_JUMP_EQUAL, BPF_RETURN = 0x20, 0x28, 0x30, 0x54, 0x15, 0x06
+BPF_IP_HEADER = 0xFFF0_0000         # SKF_NET_OFF (linux/filter.h): what is loaded from here on is in the IP header
+BPF_INTERFACE, BPF_MARK = 0xFFFF_F008, 0xFFFF_F014      # SKF_AD_OFF + SKF_AD_IFINDEX, SKF_AD_MARK: what a packet has
+LOOPBACK_INDEX = 1                  # of `lo`, in every network namespace (LOOPBACK_IFINDEX)
+SYN, ACK = 0x02, 0x10               # in the flags of a TCP header
 
 
-def keep_to_address(listener: socket.socket) -> None:
-    """Have a listening socket and all that it accepts receive nothing but what is sent to its address and port.
+def listener_filter(address: str, port: int, mark: int | None) -> list[tuple[int, int, int, int]]:
+    """Return the filter of a listening socket, and of all that it accepts, as instructions (struct sock_filter).
 
-    A handler gets a socket of the host's network. connect(2) can dissolve its connection, and then it could go anywhere
-    that the host can, or listen. Its new port would not be this one, so that it would hear nothing. The filter is
-    inherited by what is accepted, costs an invocation nothing, and is locked: no handler can take it off.
+    They receive nothing but what is sent to their address and port. A handler gets a socket of the host's network.
+    connect(2) can dissolve its connection, and then it could go anywhere that the host can, or listen. Its new port
+    would not be this one, so that it would hear nothing.
+
+    Unless mark is None, connections have to begin on this machine: by lo, or by a packet with that mark, which our own
+    rules give (--net egress, --publish). The address alone would not keep neighbours out, because Linux answers for it
+    on every interface. A socket that is bound to lo would, but it would let another program have the same address on
+    other interfaces.
+
+    The filter is inherited by what is accepted, and costs an invocation nothing. It is locked: no handler can take it
+    off, and no other daemon.
     """
-    address, port = listener.getsockname()
-    attach_filter(listener, (
+    return [
         (BPF_LOAD_HALF, 0, 0, 2),                                       # destination port, in the TCP header
-        (BPF_JUMP_EQUAL, 0, 3, port),
+        (BPF_JUMP_EQUAL, 0, 10, port),
         (BPF_LOAD_WORD, 0, 0, BPF_IP_HEADER + 16),                      # destination address
-        (BPF_JUMP_EQUAL, 0, 1, int(ipaddress.IPv4Address(address))),
+        (BPF_JUMP_EQUAL, 0, 8, int(ipaddress.IPv4Address(address))),
+        (BPF_LOAD_BYTE, 0, 0, 13),                                      # flags of the TCP header
+        (BPF_AND, 0, 0, 0 if mark is None else SYN | ACK),
+        (BPF_JUMP_EQUAL, 0, 4, SYN),                                    # asks for a connection
+        (BPF_LOAD_WORD, 0, 0, BPF_INTERFACE),
+        (BPF_JUMP_EQUAL, 2, 0, LOOPBACK_INDEX),
+        (BPF_LOAD_WORD, 0, 0, BPF_MARK),
+        (BPF_JUMP_EQUAL, 0, 1, mark or 0),
         (BPF_RETURN, 0, 0, 0xFFFF_FFFF),                                # all of the packet
-        (BPF_RETURN, 0, 0, 0)))                                         # none
-    listener.setsockopt(socket.SOL_SOCKET, SO_LOCK_FILTER, 1)
+        (BPF_RETURN, 0, 0, 0)]                                          # none
+
+
+def packet_mark(run_dir: Path) -> int:
+    """Return the mark that rules of ours give packets from elsewhere which a function may have."""
+    return 0xFA << 24 | int(run_dir_mark(run_dir), 16)
 
 
 def attach_filter(sock: socket.socket, instructions: Iterable[tuple[int, int, int, int]]) -> None:
@@ -5407,6 +5436,14 @@ def attach_filter(sock: socket.socket, instructions: Iterable[tuple[int, int, in
     code = ctypes.create_string_buffer(program, len(program))
     fprog = struct.pack("HP", len(program) // 8, ctypes.addressof(code))           # struct sock_fprog
     sock.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, fprog)
+
+
+def filter_of(sock: socket.socket) -> list[tuple[int, int, int, int]]:
+    """Return the filter of a socket. Raises OSError."""
+    most = 4096                         # instructions (BPF_MAXINSNS): the kernel counts these, not bytes
+    code, count = ctypes.create_string_buffer(8 * most), ctypes.c_uint32(most)
+    succeeded(libc.getsockopt(sock.fileno(), socket.SOL_SOCKET, SO_ATTACH_FILTER, code, ctypes.byref(count)))
+    return list(struct.iter_unpack("HBBI", code.raw[:8 * count.value]))
 
 
 SYS_FSOPEN = 430                    # the same on every architecture; then come fsconfig and fsmount (Linux 5.2)
@@ -5595,7 +5632,7 @@ class EgressNetworks:
         mark = run_dir_mark(run_dir)
         self.table = f"faasd_{mark}"
         self._run_dir, self._directory = run_dir, namespace_path(run_dir, "x").parent
-        self._subnet, self._public, self._port = subnet, public, port
+        self._subnet, self._public, self._port, self._mark = subnet, public, port, packet_mark(run_dir)
         self._gateway = str(subnet[1])
         self._prefix = f"{LINK_PREFIX}{mark}-"
         self._numbers: dict[str, int] = {}      # function → number of its link
@@ -5712,7 +5749,7 @@ class EgressNetworks:
                         "up names", " or ".join(RESOLV_CONFS))
         run_command(NFT_FAILED, "nft", "-f", "-", stdin=EGRESS_RULES.format(
             table=self.table, prefix=self._prefix, subnet=self._subnet, public=self._public, port=self._port,
-            metadata=METADATA_NETWORK, resolvers=elements(resolvers), functions=elements(
+            mark=self._mark, metadata=METADATA_NETWORK, resolvers=elements(resolvers), functions=elements(
                 f'"{self._prefix}{number}" . {self._address(number)}' for number in self._numbers.values())))
         try:
             write_anew(resolv_conf_path(self._run_dir, "egress"), text)
@@ -5815,6 +5852,7 @@ table inet {table} {{
     chain input {{
         type filter hook input priority filter; policy accept;
         iifname != "{prefix}*" accept
+        ip daddr {public} tcp dport {port} meta mark set {mark}
         ct state vmap {{ established : accept, related : accept, invalid : drop }}
         ip daddr @resolvers meta l4proto {{ tcp, udp }} th dport 53 accept
         ip daddr {public} tcp dport {port} accept
@@ -5852,7 +5890,7 @@ class PublishedPorts:
 
     def __init__(self, run_dir: Path, subnet: ipaddress.IPv4Network, port: int):
         self.table = f"faasd_publish_{run_dir_mark(run_dir)}"
-        self._subnet, self._port = subnet, port
+        self._subnet, self._port, self._mark = subnet, port, packet_mark(run_dir)
         self._published: dict[str, tuple[str, list[tuple[str, int]]]] = {}     # by function: its address, and places
         self._held: dict[tuple[str, int], tuple[str, socket.socket]] = {}      # by address and port, for a function
 
@@ -5922,7 +5960,8 @@ class PublishedPorts:
         """Replace our rules as a whole, or remove them with the last published port. Raises FaasdError."""
         rules = [f"ip daddr {own} tcp dport {port} dnat to {self._published[holder][0]}:{self._port}"
                  for (own, port), (holder, _) in sorted(self._held.items()) if self._publishes(holder, own, port)]
-        text = PUBLISH_RULES.format(table=self.table, rules="\n        ".join(rules))
+        text = PUBLISH_RULES.format(table=self.table, rules="\n        ".join(rules), subnet=self._subnet,
+                                    port=self._port, mark=self._mark)
         if not rules:
             text = f"add table ip {self.table}\ndelete table ip {self.table}\n"
         if rules or shutil.which("nft"):
@@ -5966,8 +6005,8 @@ def bind_port(address: str, port: int) -> socket.socket:
     return held
 
 
-# A rule for each address and port that we hold: what other programs listen on stays theirs. The kernel asks these chains
-# for the first packet of a connection only.
+# A rule for each address and port that we hold: what other programs listen on stays theirs. The kernel asks the first
+# three chains for the first packet of a connection only. The last marks what they led here, for listener_filter.
 PUBLISH_RULES = """\
 add table ip {table}
 delete table ip {table}
@@ -5982,6 +6021,10 @@ table ip {table} {{
     chain output {{
         type nat hook output priority -100; policy accept;
         goto published
+    }}
+    chain input {{
+        type filter hook input priority 300; policy accept;
+        ip daddr {subnet} tcp dport {port} ct status dnat meta mark set {mark}
     }}
 }}
 """
@@ -9806,7 +9849,8 @@ class Attachments:
     def __init__(self, settings: Settings, addresses: Addresses, workers: Workers):
         self._settings = settings
         self._loop = workers.loop
-        self.addresses, self.listeners = addresses, ListenerStore()
+        self.addresses = addresses
+        self.listeners = ListenerStore(packet_mark(settings.run_dir) if settings.lan == "deny" else None)
         self._guard = AddressGuard(settings.run_dir, settings.subnet)
         self._address_lost = asyncio.Event()
         self._address_watch = NetlinkWatch(NETLINK_ROUTE, RTMGRP_IPV4_IFADDR, RTM_DELADDR, b"", self._address_lost.set)
@@ -10696,6 +10740,8 @@ def build_parser() -> argparse.ArgumentParser:
         help="network for functions with --net egress, which only this machine sees")
     add("--domain", type=parse_domain, default="faas", metavar="NAME",
         help="domain of the functions' names in RUN_DIR/hosts/functions: NAME.faas, unless you say another")
+    add("--lan", choices=["allow", "deny"], default="deny",
+        help="whether machines that route packets for --subnet here may reach functions; ports of --publish they may")
     add("--runtime", default="runc", metavar="PROGRAM", help="runc, or another OCI runtime with its command line")
     add("--drain-timeout", type=parse_duration, default="30s", metavar="TIME",
         help="how long running invocations may go on after SIGTERM, and waiting clients after SIGHUP")

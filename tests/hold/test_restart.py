@@ -472,6 +472,12 @@ class ServiceManager:
         with self._lock:
             return [name for name, _ in self.kept]
 
+    def filters(self) -> list[list[tuple[int, int, int, int]]]:
+        with self._lock:
+            sockets = [socket.socket(fileno=os.dup(descriptor)) for _, descriptor in self.kept]
+        with contextlib.ExitStack() as stack:
+            return [faasd.filter_of(stack.enter_context(kept)) for kept in sockets]
+
     def close(self) -> None:
         self._socket.shutdown(socket.SHUT_RD)
         self._thread.join()
@@ -541,6 +547,17 @@ class Kept(RestartCase):
         self.assertEqual(get(address, port=8080), (200, "1"))
         with self.assertRaises(ConnectionRefusedError):
             socket.create_connection((address, 80)).close()
+
+    def test_another_choice_of_lan_opens_them_anew(self):
+        daemon, manager = self.managed()
+        address = self.deploy(daemon)
+        for lan, mark in (("allow", None), ("deny", faasd.packet_mark(daemon.run_dir))):
+            self.leave(daemon)
+            daemon.arguments = ("--lan", lan)
+            manager.start()
+            self.assertEqual(get(address), (200, "1"))
+            wanted = faasd.listener_filter(address, 80, mark)
+            wait_until(lambda wanted=wanted: manager.filters() == [wanted], f"what is kept is as --lan {lan} says")
 
     def test_restarts_under_load(self):
         """No request fails, nothing leaks."""

@@ -26,6 +26,8 @@ import faasd
 CLIENT = r'''
 import errno, json, os, socket, sys, threading
 
+PATIENCE = 10                   # seconds
+
 QUERY = b"\x12\x34\x01\x00\x00\x01\x00\x00\x00\x00\x00\x00\x04name\x04test\x00\x00\x01\x00\x01"
 
 
@@ -34,7 +36,7 @@ def attempt(place):
     kind, host, port = place.split(":")
     try:
         with socket.socket(socket.AF_INET, socket.SOCK_STREAM if kind == "tcp" else socket.SOCK_DGRAM) as peer:
-            peer.settimeout(10)
+            peer.settimeout(PATIENCE)
             peer.connect((host, int(port)))
             peer.sendall(b"GET /who HTTP/1.1\r\n\r\n" if kind == "tcp" else QUERY)
             answer = peer.recv(1000)
@@ -73,7 +75,7 @@ def late(client, place):
     """Have a connection; once the client says so, use it, and make another."""
     _, host, port = place.split(":")
     with socket.socket() as peer:
-        peer.settimeout(10)
+        peer.settimeout(PATIENCE)
         peer.connect((host, int(port)))
         peer.recv(1000)
         client.sendall(b"connected\n")
@@ -208,9 +210,9 @@ def in_namespace(namespace: Path | str) -> tuple[str, ...]:
     return ("nsenter", f"--net={namespace}")
 
 
-def attempt(*places: str, wrapper: tuple[str, ...] = ()) -> dict[str, str]:
+def attempt(*places: str, wrapper: tuple[str, ...] = (), patience: int = 10) -> dict[str, str]:
     """Try places from this host, or from a namespace by a wrapper."""
-    program = CLIENT + "print(json.dumps(attempt_all(sys.argv[1:])))"
+    program = CLIENT + f"PATIENCE = {patience}; print(json.dumps(attempt_all(sys.argv[1:])))"
     return json.loads(run(*wrapper, sys.executable, "-c", program, *places))
 
 
@@ -264,6 +266,16 @@ def requested(address: str, path: str):
     status, body = get(address, path)
     assert status == 200, (status, body)
     return json.loads(body)
+
+
+@contextlib.contextmanager
+def route_from_the_lan(subnet: str):
+    """Have the neighbour send packets for a subnet to this host."""
+    run(*world.lan.wrapper, "ip", "route", "add", subnet, "via", "192.168.77.1")
+    try:
+        yield
+    finally:
+        run(*world.lan.wrapper, "ip", "route", "del", subnet)
 
 
 @contextlib.contextmanager
@@ -429,16 +441,13 @@ class Egress(unittest.TestCase):
         self.assertEqual(attempt(place), {place: "b's saw 198.18.0.1"})
         self.assertEqual(attempt(place, wrapper=self.lan.wrapper), {place: "ECONNREFUSED"})
 
-    def test_the_network_reaches_functions_unless_the_rules_of_the_documents_forbid_it(self):
-        run(*self.lan.wrapper, "ip", "route", "add", "10.0.0.0/24", "via", "192.168.77.1")
-        place = f"tcp:{self.b}:80"
-        self.assertEqual(attempt(place, wrapper=self.lan.wrapper), {place: "b saw 192.168.77.2"})
-        self.daemon.set("b", "--publish", "8000")
-        self.addCleanup(self.daemon.set, "b", "--publish", "")
-        published = "tcp:192.168.77.1:8000"
-        with rules((support.TOP / "SECURITY.md").read_text().partition("```nft\n")[2].partition("```")[0]):
-            self.assertEqual(attempt(place, published, wrapper=self.lan.wrapper),
-                             {place: "ECONNREFUSED", published: "b saw 192.168.77.2"})
+    def test_neighbours_reach_published_ports_alone(self):
+        with route_from_the_lan("10.0.0.0/24"):
+            place, published = f"tcp:{self.b}:80", "tcp:192.168.77.1:8000"
+            self.daemon.set("b", "--publish", "8000")
+            self.addCleanup(self.daemon.set, "b", "--publish", "")
+            self.assertEqual(attempt(published, wrapper=self.lan.wrapper), {published: "b saw 192.168.77.2"})
+            self.assertEqual(attempt(place, wrapper=self.lan.wrapper, patience=1), {place: "timed out"})
             self.assertEqual(attempt(place), {place: f"b saw {self.b}"})
             self.assertEqual(self.attempt(self.a, place), {place: f"b saw {self.a_inside}"})
 
@@ -714,6 +723,31 @@ class Published(unittest.TestCase):
         change_registry(daemon, "f", publish="")
         daemon.start()
         self.assertEqual([table for table in tables() if "publish" in table], [])
+
+
+class Lan(unittest.TestCase):
+    """--lan: whether a neighbour reaches functions who sends packets for their subnet here."""
+
+    def test_each_start_chooses(self):
+        daemon = world.start_daemon(self.addCleanup, *OTHER_DAEMON, "--lan", "allow")
+        f = daemon.deploy("f", world.image)
+        daemon.deploy("g", world.image, "--net", "egress", "--publish", "8000")
+        place, published = f"tcp:{f}:80", "tcp:192.168.77.1:8000"
+        with route_from_the_lan("10.7.0.0/24"):
+            for lan, answer, end in (("allow", "f saw 192.168.77.2", daemon.kill),
+                                     ("deny", "timed out", lambda: daemon.stop(signal.SIGHUP)),
+                                     ("allow", "f saw 192.168.77.2", None)):
+                with self.subTest(lan):
+                    self.assertEqual(attempt(published, wrapper=world.lan.wrapper), {published: "g saw 192.168.77.2"})
+                    if lan == "deny":           # whatever somebody's firewall does
+                        run("nft", "flush", "ruleset")
+                    patience = 1 if answer == "timed out" else 10
+                    self.assertEqual(attempt(place, wrapper=world.lan.wrapper, patience=patience), {place: answer})
+                    self.assertEqual(attempt(place), {place: f"f saw {f}"})
+                if end:
+                    end()
+                    daemon.arguments = (*OTHER_DAEMON, "--lan", "allow" if lan == "deny" else "deny")
+                    daemon.start()
 
 
 class Daemons(unittest.TestCase):
