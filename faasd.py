@@ -8744,17 +8744,11 @@ def watch_directory(path: str) -> int:
     return descriptor
 
 
-def admit_members(path: Path, one_at_a_time: threading.Lock) -> None:
+def admit_members(path: Path) -> None:
     """Let the user who ran sudo and the group `faas` open a socket: its members by name too.
 
-    A process has the groups that its user had at login. By an access list a new member need not log in anew. With a
-    lock, for of two lists the newer must be what stays.
+    A process has the groups that its user had at login. By an access list a new member need not log in anew.
     """
-    with one_at_a_time:
-        set_access_list(path)
-
-
-def set_access_list(path: Path) -> None:
     try:
         group = grp.getgrnam("faas")
     except KeyError:
@@ -8795,8 +8789,8 @@ class ControlServer:
         listener = socket.socket(socket.AF_UNIX)
         listener.bind(self._name)
         self._watch = watch_directory("/etc")   # first: no change of the group is missed
-        self._admitting = threading.Lock()
-        admit_members(path, self._admitting)
+        self._admitting = threading.Lock()      # of two access lists, the newer must be the one that stays
+        self._admit_members()
         self._listen(listener, answers)         # last: nobody can connect to what does not listen yet
         if self._watch >= 0:
             answers.loop.add_reader(self._watch, self._look_at_group)
@@ -8804,7 +8798,11 @@ class ControlServer:
     def _look_at_group(self) -> None:
         """Let in whoever is a member now, if /etc/group was replaced. In a thread: it may not be the only source."""
         if b"group\0" in os.read(self._watch, 64 * KIB):
-            threading.Thread(target=admit_members, args=(Path(self._name), self._admitting), daemon=True).start()
+            threading.Thread(target=self._admit_members, daemon=True).start()
+
+    def _admit_members(self) -> None:
+        with self._admitting:
+            admit_members(Path(self._name))
 
     def _listen(self, listener: socket.socket, answers: Answers) -> None:
         self.answers, self._listener = answers, listener
@@ -9281,27 +9279,24 @@ class ControlHandler(http.server.BaseHTTPRequestHandler):
         if self.headers.get("Upgrade", "").lower() != FRAMES:
             raise Refused(426, f"this needs `Upgrade: {FRAMES}` and `Connection: Upgrade`", Upgrade=FRAMES)
         size = tuple(parse_amount(query.get(key, ["0"])[-1]) & 0xFFFF for key in ("lines", "columns"))
-        news, streams = threading.Event(), []
-
-        def started(its_streams: Streams) -> None:
-            streams.append(its_streams)
-            news.set()
+        started = concurrent.futures.Future()           # with the command's streams
         result, cancel = self._begin(self.server.answers.deploys.execute(
-            name, query.get("cmd") or [DEFAULT_COMMAND], is_set(query, "tty"), is_set(query, "stdin"), size, started))
-        result.add_done_callback(lambda _: news.set())
-        while not news.wait(timeout=LEFT_SECONDS):
+            name, query.get("cmd") or [DEFAULT_COMMAND], is_set(query, "tty"), is_set(query, "stdin"), size,
+            started.set_result))
+        while not concurrent.futures.wait([started, result], LEFT_SECONDS, concurrent.futures.FIRST_COMPLETED).done:
             if has_hung_up(self.connection):
                 cancel()
         self.close_connection = True
-        if not streams:
+        if not started.done():
             self._result_of(result)     # raises
+        streams = started.result()
         try:
-            relay = Relay(self.connection, streams[0])
+            relay = Relay(self.connection, streams)
         except OSError as error:        # out of descriptors
-            streams[0].close()
+            streams.close()
             cancel()
             raise FaasdError(f"cannot carry what the command prints: {error.strerror}", status=503) from error
-        self._relay(relay, streams[0], result, cancel)
+        self._relay(relay, streams, result, cancel)
 
     def _relay(self, relay: Relay, streams: Streams, result: concurrent.futures.Future,
                cancel: Callable[[], None]) -> None:
@@ -9409,9 +9404,7 @@ class ControlHandler(http.server.BaseHTTPRequestHandler):
 
     def _client_left(self) -> bool:
         """Return whether the client has closed and all that it sent is read; read nothing, for a child may."""
-        poll = select.poll()
-        poll.register(self.connection, select.POLLRDHUP)
-        return bool(poll.poll(0)) and not any(fcntl.ioctl(self.connection, termios.FIONREAD, bytes(4)))
+        return has_hung_up(self.connection) and not any(fcntl.ioctl(self.connection, termios.FIONREAD, bytes(4)))
 
     def _reply(self, status: int, document: dict | str, headers: dict[str, str] | None = None) -> None:
         """Answer with JSON, or with text in Prometheus' format."""
@@ -10003,7 +9996,7 @@ class Deploys:
         self._changes: dict[str, str] = {}              # name → what is being done to it
         self._claimed: dict[str, str] = {}              # name → the address that it will have
         self._commit = asyncio.Lock()                   # from choosing an address to writing it down
-        self._tasks: set[asyncio.Task] = set()          # changes, inspections and removals of what is old, under way
+        self._tasks = Tasks("a change")                 # and inspections, and removals of what is old
         self._stopping = False
 
     def in_order(self) -> list[Function]:
@@ -10125,7 +10118,7 @@ class Deploys:
         """Send a client the image of a function, with its variables if a query has env=1. Raises FaasdError."""
         entry = self.get(name).record.versions[0]
         with self._until_stop():
-            return await self.images.save(name, entry, connection, query.get("env", [""])[-1] == "1")
+            return await self.images.save(name, entry, connection, is_set(query, "env"))
 
     async def change(self, name: str, query: dict[str, list[str]]) -> dict:
         """Change options of a function as a query names them, which makes a version too. Raises FaasdError."""
@@ -10405,9 +10398,7 @@ class Deploys:
         name, errors = function.record.name, await self.attachments.republish(function.record)
         if errors:
             log.warning("function=%s %s; trying again", name, "; ".join(errors))
-            task = self._host.loop.create_task(self._republish_later(function))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            self._tasks.start(self._republish_later(function))
 
     async def _republish_later(self, function: Function) -> None:
         name = function.record.name
@@ -10433,9 +10424,7 @@ class Deploys:
     def remove_old_soon(self, name: str) -> None:
         """Remove images and a network that a function does not need, once no container runs on a replaced version."""
         if not self._stopping:
-            task = self._host.loop.create_task(self._remove_old(name))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            self._tasks.start(self._remove_old(name))
 
     async def _remove_old(self, name: str) -> None:
         if function := self.functions.get(name):
@@ -10480,8 +10469,7 @@ class Deploys:
         self._stopping = True
         async with self._commit:
             pass
-        for task in self._tasks:
-            task.cancel()
+        self._tasks.cancel()
         return list(self._tasks)
 
 
