@@ -8260,11 +8260,18 @@ def place_volumes(rootfs: Rootfs, volumes: list[Volume], process: dict) -> list[
     return placed
 
 
-def place_secrets(rootfs: Rootfs, values: dict[str, bytes]) -> dict[str, bytes]:
-    """Return secrets by their real paths in an image. Raises ImageError."""
+def place_secrets(rootfs: Rootfs, values: dict[str, bytes], volumes: list[Volume]) -> dict[str, bytes]:
+    """Return secrets by their real paths in an image. Raises ImageError.
+
+    Nothing is put below a volume (see place_volumes), and the volume would hide them.
+    """
     if not values:
         return {}
     real = os.fsdecode(rootfs.trace_directory(SECRETS_DIRECTORY.encode(), "the secrets"))
+    for volume in volumes:
+        if is_within(real, volume.path):
+            raise ImageError(f"the image links {SECRETS_DIRECTORY} to {real}, which lies in the volume {volume.path}: "
+                             "choose another path for the volume")
     return {f"{real}/{name}": value for name, value in values.items()}
 
 
@@ -9821,7 +9828,8 @@ class ImageStore:
         try:
             rootfs = Rootfs(directory / "rootfs", image["first_id"], Budget(0, 0))
             image["process"] = choose_process(image["process"], entry.options, rootfs)
-            image["process"]["secrets"] = place_secrets(rootfs, self.secrets.read(name, secrets))
+            image["process"]["secrets"] = place_secrets(
+                rootfs, self.secrets.read(name, secrets), image["process"]["volumes"])
             return Version(name, directory, image, entry, self._host, secrets)
         except OSError as error:
             raise FaasdError(f"its image {entry.image} cannot be read: {error.strerror}") from error
