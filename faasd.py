@@ -628,6 +628,13 @@ class VersionRecord:
     options: Options
     contract: str = "handler"   # how it takes its clients, handler, server or stdio, as was seen when it was proved
     port: int = 0               # a server's
+    labelled: list[str] = field(default_factory=list)       # options that the image's labels chose, and no user
+
+    @property
+    def chosen(self) -> Options:
+        """What a user chose, whatever the image is."""
+        defaults = Options()
+        return replace(self.options, **{name: getattr(defaults, name) for name in self.labelled})
 
 
 @dataclass
@@ -678,6 +685,8 @@ class FunctionRecord:
             entry.options.check()
             if entry.contract not in ("handler", "server", "stdio") or not isinstance(entry.port, int):
                 raise ValueError(f"function {self.name} has the contract {entry.contract!r}")
+            if not {*LABELLED}.issuperset(entry.labelled):
+                raise ValueError(f"function {self.name} has options of labels {entry.labelled!r}")
         for moment in (self.created, self.updated, *(entry.deployed for entry in self.versions)):
             if not isinstance(moment, str):
                 raise TypeError(f"function {self.name} has the time {moment!r}")
@@ -10040,7 +10049,8 @@ class Deploys:
         created = name not in self.functions
         async with self._changing(name, "deploy") as undo:
             self._claim(name, address)
-            options = self._options(name, reset, query)
+            known = Options() if created or reset else self.functions[name].record.versions[0].chosen
+            options = known.changed(query)
             kept = options.kept(query)
             self._check_warm(name, options)
             unpacked = self.images.unused_path()
@@ -10049,13 +10059,11 @@ class Deploys:
             image = await self.images.unpack(connection, length, unpacked, tag, first_id)
             labelled = Options.of_labels(image["process"]["labels"], {*query, *options.chosen()})
             options = replace(options, **{key: getattr(labelled, key) for key in labelled.chosen()}).check()
-            if followed := labelled.to_labels():
-                image["warnings"].append("the image's labels chose " + " ".join(map("=".join, followed.items())))
             await self.images.put(name, unpacked, image, undo)
             files = await self._write_secrets(name, secrets, undo)
-            what, entry = "deployed" if created else "replaced", self._next_version(name, image["version"], options)
+            entry = self._next_version(name, image["version"], options, [*labelled.chosen()])
             try:
-                document = await self._install(name, entry, files, what, undo)
+                document = await self._install(name, entry, files, "deployed" if created else "replaced", undo)
             except FaasdError as error:
                 if kept and error.status in (400, 422):
                     names = ", ".join(kept).replace("_", "-")
@@ -10064,7 +10072,8 @@ class Deploys:
                 raise
             for line in image["warnings"]:
                 log.warning("function=%s image: %s", name, line)
-            return created, {**document, "warnings": image["warnings"], "replaced": not created, "kept": kept}
+            return created, {**document, "warnings": image["warnings"], "replaced": not created, "kept": kept,
+                             "labelled": labelled.chosen()}
 
     def _claim(self, name: str, address: str) -> None:
         """Keep the address that a new function asks for from others, until its deploy ends. Raises FaasdError."""
@@ -10079,11 +10088,6 @@ class Deploys:
         if address in taken:
             raise Conflict(f"function {taken[address]} has {address}: ask for another address, or for none")
         self._claimed[name] = address
-
-    def _options(self, name: str, reset: bool, query: dict[str, list[str]]) -> Options:
-        """Return a function's options, or the defaults, changed as a query says. Raises BadRequest."""
-        known = name in self.functions and not reset
-        return (self.functions[name].record.options if known else Options()).changed(query)
 
     async def _write_secrets(self, name: str, changes: dict[str, bytes | None], undo: contextlib.AsyncExitStack
                              ) -> dict[str, str]:
@@ -10101,12 +10105,12 @@ class Deploys:
         except OSError as error:
             raise storage_error(error, "writing secrets") from error
 
-    def _next_version(self, name: str, image: str, options: Options) -> VersionRecord:
+    def _next_version(self, name: str, image: str, options: Options, labelled: list[str]) -> VersionRecord:
         """Return the version that an image and options are: the one that a function runs, or a new one."""
         record = self.functions[name].record if name in self.functions else None
         if record and (record.versions[0].image, record.versions[0].options) == (image, options):
-            return record.versions[0]
-        return VersionRecord(1 + record.highest if record else 1, image, "", options)
+            return replace(record.versions[0], labelled=labelled)
+        return VersionRecord(1 + record.highest if record else 1, image, "", options, labelled=labelled)
 
     def _first_id(self, name: str, undo: contextlib.AsyncExitStack) -> int:
         """Return the first host id of a function's range, for a new one of a free range. Raises Conflict."""
@@ -10135,8 +10139,10 @@ class Deploys:
         reset, function = read_switch(query.pop("reset", ["false"])[-1]), self.get(name)
         secrets = pop_secrets(query)
         async with self._changing(name, "change") as undo:
-            options = self._options(name, reset, query)
-            entry = self._next_version(name, function.record.versions[0].image, options)
+            now = function.record.versions[0]
+            options = (Options() if reset else now.options).changed(query)
+            labelled = [key for key in now.labelled if not reset and key not in query]
+            entry = self._next_version(name, now.image, options, labelled)
             files = await self._write_secrets(name, secrets, undo)
             return await self._install(name, entry, files, "changed", undo)
 

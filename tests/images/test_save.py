@@ -68,10 +68,10 @@ class SaveTest(support.SharedDaemonCase):
         return done.stdout
 
     def new(self, name: str, archive: bytes, *options: str) -> str:
-        """Deploy without options but these; return what the CLI says on stderr."""
+        """Deploy without options but these; return the exit status."""
         done = subprocess.run([support.TOP / "faas", "--socket", self.daemon.socket, "new", name, *options],
                               input=archive, capture_output=True, check=False)
-        self.said = done.stderr.decode()
+        self.said, self.printed = done.stderr.decode(), done.stdout.decode()
         return done.returncode
 
     def test_save_new_gives_the_same(self):
@@ -83,7 +83,7 @@ class SaveTest(support.SharedDaemonCase):
         self.assertNotIn(b"S=secret", archive)
         self.assertIn(b"S=secret", self.save("f", "--env"))
         self.assertEqual(self.new("g", archive), 0, self.said)
-        self.assertRegex(self.said, "warning: the image's labels chose faasd.memory=268435456 faasd.timeout=2.5 ")
+        self.assertRegex(self.printed, r"Deployed g at [0-9.]+ \(from the image: memory 256m, timeout 2500ms, .*\)\n")
         before, after = image_tree(self.daemon, "f"), image_tree(self.daemon, "g")
         self.assertEqual({path for path in before if before[path] != after.get(path) and path not in OURS}, set())
         self.assertEqual((before.keys(), before["odd/holes"][2:4]), (after.keys(), (0, 0)))
@@ -116,6 +116,22 @@ class SaveTest(support.SharedDaemonCase):
                 self.assertEqual(len(json.loads(self.daemon.api("GET", "/functions")[1])["functions"]), 1)
         self.assertEqual(self.new("g", support.handler_image(Labels={"faasd.net": "host"}), "--net", "none"), 0, self.said)
         self.assertEqual(self.daemon.info("g")["options"]["net"], "none")
+
+    def test_labels_of_the_next_image_replace_those_before(self):
+        def image(label: str, **labels: str) -> bytes:
+            return support.handler_image(Labels={"label": label, **{f"faasd.{key}": labels[key] for key in labels}})
+        self.assertEqual(self.new("f", image("1", memory="100m", pids="70", warm="0"), "--queue", "7"), 0, self.said)
+        self.assertIn("(from the image: memory 100m, pids 70 and warm 0)\n", self.printed)
+        self.daemon.faas("set", "f", "--pids", "71")            # which is the user's choice from then on
+        self.daemon.stop()
+        self.daemon.start()
+        self.assertEqual(self.new("f", image("2", pids="72", warm="0")), 0, self.said)
+        self.assertIn("(version 3; kept pids 71 and queue 7; from the image: warm 0)\n", self.printed)
+        options = self.daemon.info("f")["options"]
+        self.assertEqual([options[key] for key in ("memory", "pids", "queue", "warm")], [512 << 20, 71, 7, 0])
+        self.daemon.faas("rollback", "f", "1")                  # the same as then, and the same are the image's
+        self.assertEqual(self.new("f", image("3", warm="1")), 0, self.said)
+        self.assertIn("(version 4; kept queue 7; from the image: warm 1)\n", self.printed)
 
     def test_what_cannot_be_saved(self):
         done = self.daemon.faas("save", "nosuch", check=False)
