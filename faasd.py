@@ -5127,7 +5127,7 @@ def is_roots_listener(name: bytes) -> bool:
         return UCRED.unpack(probe.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, UCRED.size))[1] == 0
 
 
-MAX_CLAIMS = 10_000                 # sockets named like a daemon's that are asked at start who listens
+MAX_CLAIMS = 10_000                 # sockets named like a daemon's whose owner is looked up at start
 ADDRESS_LABEL = "lo:faas"           # marks our addresses; at most 15 bytes (IFNAMSIZ)
 FIRST_HOST = 10                     # the first function's address is .10
 
@@ -5142,7 +5142,7 @@ class Addresses:
         self.subnet = subnet
         self._claim: socket.socket | None = None
         self._wanted: set[str] = set()
-        self._unwanted: set[str] = set()        # those that functions had; not all need to be gone
+        self._unwanted: set[str] = set()        # functions had them; some may still be on lo
         self.missing: set[str] = set()          # wanted, but somebody has taken them from lo
         self._lock = threading.Lock()           # held to change lo
 
@@ -5178,7 +5178,7 @@ class Addresses:
         return None
 
     def greet(self, workers: Workers) -> None:
-        """From now on, close the connections of daemons that ask who listens: a full queue would take no more.
+        """From now on, close the connections of daemons that look for rivals: a full queue would take no more.
 
         In a thread: closing a Unix socket may mean closing what handlers left in theirs (before Linux 6.10).
         """
@@ -6091,7 +6091,7 @@ class ContainerHost:
         self.loop = asyncio.get_running_loop()
         self.workers = Workers(self.loop)
         self.closed = ClosedConnections(self.workers, subnet)
-        self.killers = Workers(self.loop)       # others: killing a container ends the wait of those
+        self.killers = Workers(self.loop)       # apart, because killing a container is what ends the wait of workers
         self._dying: dict[str, DyingCgroups] = {}
         self._spawning: collections.Counter[str] = collections.Counter()        # threads, by function
 
@@ -6229,7 +6229,7 @@ def may_duplicate() -> bool:
 async def try_container(host: ContainerHost) -> str:
     """Start a container as functions have them, made of this machine's programs; return why none works, "" if one does.
 
-    What is left of it when we are killed goes as any container does.
+    If we are killed meanwhile, the next daemon removes it like any container.
     """
     rootfs = host.containers_dir / secrets.token_hex(6)
     try:
@@ -6306,7 +6306,7 @@ class Survivor:
     pid: int                    # of runc run
     pidfd: int
     output: int                 # the reading end of its output
-    notify: int                 # tells of a server's calls, -1 for a handler
+    notify: int                 # reports a server's calls; -1 for a handler
     clients: list[tuple[socket.socket, str]]    # our duplicates, and the clients' addresses
 
     def close(self) -> None:
@@ -6452,7 +6452,7 @@ class Leftovers:
         return bool(holders)
 
     def remove(self, survivors: Collection[Survivor] = ()) -> None:
-        """Remove what is left of all containers but survivors. Blocks."""
+        """Remove the remains of all containers except survivors. Blocks."""
         host = self._host
         cgroups = host.cgroups.containers()
         left = {*os.listdir(host.containers_dir), *host.runtime.containers(), *cgroups}
@@ -6476,7 +6476,7 @@ class Leftovers:
 def is_roots(pid: int) -> bool:
     """Return whether a process is root's, in our user and pid namespaces. Raises OSError if it is gone.
 
-    Its real user counts: a setuid program has that of the user who runs it.
+    Its real user counts: a setuid program has the real user of whoever runs it.
     """
     with open(f"/proc/{pid}/status", "rb", buffering=0) as file:        # not by Path: users may have many thousands
         status = file.read(KIB)
@@ -6525,8 +6525,8 @@ def receive_descriptor(sock: socket.socket, flags: int = 0) -> int:
 def read_connections(addresses: Iterable[str]) -> dict[int, tuple[str, str]]:
     """Return the inodes of the sockets of this network namespace on one of these addresses, each with it and its peer.
 
-    What a container connects on its own, in a network of its own, is none of these. Any user can leave a hundred
-    thousand lines more (TIME_WAIT, 06, is the most of them), so no more than a pattern looks at those.
+    A container's own connections, in its own network, are not among them. Any user can add a hundred thousand lines,
+    nearly all in TIME_WAIT (06), so only the pattern looks at those.
     """
     def decode(number: bytes) -> str:                   # the address as the number that it is in memory
         return socket.inet_ntoa(struct.pack("=I", int(number, 16)))
@@ -6595,7 +6595,7 @@ class Writer:
                     item.set_result(None)
 
 
-FLUSH_SECONDS = 5.0                 # for what is on its way when it is wanted, or when we end
+FLUSH_SECONDS = 5.0                 # to wait for lines on their way, when they are wanted or when we end
 MAX_UNWRITTEN_LINES = 100_000       # of all functions' logs; beyond, lines are dropped rather than memory filled
 
 
@@ -6696,10 +6696,9 @@ class FunctionLog:
 
     def read(self, tail: int | None, since: str, choose: Callable[[Iterable[bytes]], Iterable[bytes]] = iter
              ) -> tuple[list[bytes], BinaryIO | None]:
-        """Return the last `tail` lines (None: all) from the time `since` (RFC 3339 UTC) on, and the log behind them.
+        """Return the last `tail` lines (None: all) since a time (RFC 3339 UTC) that choose yields, and the open file.
 
-        Of those that choose takes. The open file, None if there is no log yet, is for follow(), or for the caller to
-        close.
+        The file, None if there is no log yet, is for follow(), or for the caller to close.
         """
         lines: collections.deque[bytes] = collections.deque(maxlen=tail)
         with contextlib.suppress(FileNotFoundError), self._previous.open("rb") as previous:
@@ -6735,7 +6734,7 @@ class FunctionLog:
         return None
 
     def _moved(self, file: BinaryIO | None) -> bool:
-        """Return whether the log is by now another file than the one being read: rotated, or begun."""
+        """Return whether the log is another file by now than the one being read: rotated, or begun."""
         with contextlib.suppress(FileNotFoundError):
             current = os.stat(self.path)
             return file is None or not os.path.samestat(current, os.fstat(file.fileno()))
@@ -6751,9 +6750,9 @@ class Events(FunctionLog):
         self.write(function, ">", " ".join([event, *(f"{key}={plain(value)}" for key, value in values.items())]))
 
 
-# Who has asked for what a task does; so that what is written of it at its end can say so.
+# Who asked for what a task does, for the event that is written at its end.
 REQUESTER = contextvars.ContextVar("requester", default="faasd")
-PLAIN = re.compile(r"[\w.:@+\[\]-]+", re.ASCII)      # what is written without quotes
+PLAIN = re.compile(r"[\w.:@+\[\]-]+", re.ASCII)      # values that need no quotes
 FIELD = re.compile(r'(\w+)=("(?:[^"\\]|\\.)*"|\S*)')      # as `quote` writes them: a client chooses some
 
 
@@ -6810,9 +6809,9 @@ MAX_PRINTING = 128                  # containers of which output is held until i
 
 
 class Failures:
-    """Chooses the lines of a function's log that tell of failures: invocations, behind what their containers printed.
+    """Chooses failed invocations from a function's log, each after what its container printed.
 
-    What `errors` counts: no answer of the program's, or a bad exit.
+    Failed is what `errors` counts: no answer from the program, or a bad exit.
     """
 
     def __init__(self) -> None:
@@ -6889,9 +6888,9 @@ LAG_PROBE_SECONDS = 0.1
 
 
 class LoopLag:
-    """How late the loop comes to what is due, because something else in it takes its time.
+    """How late the loop runs its timers, because something else in it takes its time.
 
-    Probed by a timer that is set when a client comes and none is set yet, so that an idle daemon does not wake up.
+    Probed by a timer that only a client sets, so that an idle daemon does not wake up.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop):
@@ -7001,7 +7000,7 @@ class StderrHandler(logging.Handler):
         if dropped:
             text = f"{dropped} lines of this log were dropped: nobody has read it"
             lines.append(self.format(log.makeRecord(log.name, logging.WARNING, "", 0, text, (), None)))
-        with contextlib.suppress(OSError):      # its other end is closed: there is nobody to tell
+        with contextlib.suppress(OSError):      # nobody reads it any more
             write_all(2, memoryview("".join(f"{line}\n" for line in lines).encode("utf-8", "backslashreplace")))
 
     def flush(self) -> None:
@@ -7340,7 +7339,7 @@ def json_strings(document: dict, key: str, what: str) -> list[str]:
 
 
 def check_objects(values: list, what: str) -> list[dict]:
-    """Return a list of a JSON document, else raise ImageError for what in it is not an object."""
+    """Return a list of a JSON document. Raises ImageError unless all in it are objects."""
     if not all(isinstance(value, dict) for value in values):
         raise ImageError(f"{what} is not an object")
     return values
@@ -7726,10 +7725,6 @@ def unpack_error(path: bytes, error: OSError) -> FaasdError:
     return ImageError(f"cannot unpack {show(path)}: {error.strerror}")
 
 
-class Missing(Exception):
-    """A path does not lead to a directory."""
-
-
 MAX_PATH_DEPTH = 256                # directories above an entry; keeps recursive removal far from its limits
 STEPS_PER_DIRECTORY = 16            # … so many; and
 
@@ -7777,13 +7772,13 @@ class Rootfs:
         return self._walk(path, check)
 
     def trace_path(self, path: bytes) -> bytes:
-        """Return the real path that anything has or would have. Raises NotADirectoryError for what is below a file."""
+        """Return the real path that anything has or would have. Raises NotADirectoryError for a path below a file."""
         return self._walk(path, lambda here: None)
 
     def find_directory(self, path: bytes) -> bytes:
-        """Return the real path of a directory. Raises Missing."""
+        """Return the real path of a directory. Raises NotADirectoryError if the path does not lead to one."""
         def refuse(here: bytes) -> None:
-            raise Missing(here)
+            raise NotADirectoryError(here)
         return self._walk(path, refuse)
 
     def _walk(self, path: bytes, repair: Callable[[bytes], None]) -> bytes:
@@ -7792,7 +7787,7 @@ class Rootfs:
         ahead = path.split(b"/")[::-1]
         while ahead:
             name = ahead.pop()
-            self._budget.spend_steps()          # also for what leads nowhere: a link may have thousands of those
+            self._budget.spend_steps()          # for "." and "" too: a link may have thousands of them
             if name in (b"", b"."):
                 continue
             if name == b"..":
@@ -7813,14 +7808,14 @@ class Rootfs:
             if kind != stat.S_IFDIR:
                 repair(here)
             real = here
-            if real.count(b"/") > MAX_PATH_DEPTH:       # links lead deeper than a name tells
+            if real.count(b"/") > MAX_PATH_DEPTH:       # links may lead deeper than the name shows
                 raise ImageError(f"a path in the image is over {MAX_PATH_DEPTH} directories deep (MAX_PATH_DEPTH)")
         return real
 
     def is_directory(self, path: bytes) -> bool:
         """Return whether a path that was once resolved still is: no component of it has become a link since."""
         real = b""
-        for name in path.split(b"/")[1:]:               # from the top, for what is below a link is not ours to look at
+        for name in path.split(b"/")[1:]:               # from the top: never look below a link
             real += b"/" + name
             self._budget.spend_steps()
             if self.kind(real) != stat.S_IFDIR:
@@ -7837,7 +7832,7 @@ class Rootfs:
     def place_directory(self, path: bytes) -> None:
         """Put a new directory, 0755 root:root, in the place of whatever is there."""
         self.remove(path)
-        self._budget.spend_steps(STEPS_PER_DIRECTORY)   # nobody counts those that an entry only implies
+        self._budget.spend_steps(STEPS_PER_DIRECTORY)   # nothing else counts directories that an entry implies
         os.mkdir(self.host(path))
         os.chown(self.host(path), self.first_id, self.first_id)
         os.chmod(self.host(path), 0o755)                # whatever the umask is
@@ -7857,7 +7852,7 @@ class Rootfs:
         directory, _, name = path.rpartition(b"/")
         try:
             real = self.find_directory(directory) + b"/" + name
-        except Missing:
+        except NotADirectoryError:
             return b""
         if self.kind(real) != stat.S_IFREG:
             return b""
@@ -7886,10 +7881,7 @@ ACL_USER_OBJ, ACL_USER, ACL_GROUP_OBJ, ACL_GROUP, ACL_MASK, ACL_OTHER = 0x01, 0x
 
 
 def shift_acl(value: bytes, shift: Callable[[int], int]) -> bytes:
-    """Return a POSIX access list (struct posix_acl_xattr) with the ids that shift makes of those in it.
-
-    Raises ValueError for what is none.
-    """
+    """Return a POSIX access list (struct posix_acl_xattr) with shifted ids. Raises ValueError for any other data."""
     if value[:4] != struct.pack("<I", ACL_VERSION) or len(value) % 8 != 4:
         raise ValueError("its access list is malformed")
     return value[:4] + b"".join(
@@ -7897,7 +7889,7 @@ def shift_acl(value: bytes, shift: Callable[[int], int]) -> bytes:
         for tag, permissions, number in struct.iter_unpack("<HHI", value[4:]))
 
 
-NOBODY = 65_534                     # of these, the one for files of users from IDS on (user_namespaces(7))
+NOBODY = 65_534                     # the id for files of users from IDS on (user_namespaces(7))
 
 
 def host_id(number: int, first_id: int) -> int:
@@ -7906,7 +7898,7 @@ def host_id(number: int, first_id: int) -> int:
 
 
 class Losses:
-    """What an image has and its containers will not, counted for a line of warning of each kind."""
+    """What containers will lack of their image, counted for one line of warning of each kind."""
 
     def __init__(self) -> None:
         self._found: dict[str, list] = {}       # text, with {count} → how often, and the name of the first
@@ -7997,7 +7989,7 @@ class LayerApplier:
             raise ImageError(f"bad whiteout {show(directory)}/.wh.{show(hidden)}")
         try:
             real = self._rootfs.find_directory(directory)
-        except Missing:
+        except NotADirectoryError:
             return
         if opaque:
             self._hide_lower_children(real)
@@ -8020,7 +8012,7 @@ class LayerApplier:
     # -- objects --
 
     def _apply_directory(self, entry: TarInfo, path: bytes) -> None:
-        """Make a directory, or take over one of the layers below: with what is in it, and nothing else (C.1, D.3)."""
+        """Make a directory, or take over a lower layer's with its content, but not its metadata (C.1, D.3)."""
         host = self._rootfs.host(path)
         if self._rootfs.kind(path) != stat.S_IFDIR:
             self._rootfs.place_directory(path)
@@ -8055,7 +8047,7 @@ class LayerApplier:
         target = posixpath.normpath(b"/" + entry.linkname.encode("utf-8", "surrogateescape").lstrip(b"/"))
         directory, _, name = target.rpartition(b"/")
         kind = stat.S_IFDIR if not name else 0          # the root itself
-        with contextlib.suppress(Missing):
+        with contextlib.suppress(NotADirectoryError):
             real = self._rootfs.find_directory(directory) + b"/" + name
             kind = self._rootfs.kind(real)
             if kind == 0 and real in self._losses.pipes:
@@ -8285,7 +8277,7 @@ def place_secrets(rootfs: Rootfs, values: dict[str, bytes], volumes: list[Volume
 
 
 def is_within(path: str, directory: str) -> bool:
-    """Whether a normalised path is a directory or lies in it."""
+    """Return whether a normalised path is a directory or lies in it."""
     return f"{path}/".startswith(f"{directory.rstrip('/')}/")
 
 
@@ -8424,8 +8416,7 @@ def unpack_image(pieces: Iterator[bytes], directory: Path, tag: str, max_size: i
     """Unpack the image archive that comes in pieces to directory/rootfs; return what directory/image.json then says.
 
     directory must not exist yet, and nobody but root may be able to reach it. first_id is the host id of the image's
-    root. On any error what is there is left half done, for the caller to remove.
-    Raises FaasdError.
+    root. After an error the caller has to remove the directory. Raises FaasdError.
     """
     try:
         rootfs_path = directory / "rootfs"
@@ -8537,7 +8528,7 @@ def make_member(name: str, data: bytes) -> bytes:
 
 
 def data_extents(path: bytes, size: int) -> list[tuple[int, int]]:
-    """Return offset and length of what of a file is no hole (lseek(2))."""
+    """Return offset and length of each part of a file that is not a hole (lseek(2))."""
     extents, end = [], 0
     with opened(path, os.O_RDONLY) as file, contextlib.suppress(OSError):       # ENXIO: only a hole follows
         while end < size:
@@ -8548,9 +8539,9 @@ def data_extents(path: bytes, size: int) -> list[tuple[int, int]]:
 
 
 class SavedLayer:
-    """All of a rootfs, which is the working directory, as the tar of one layer: what LayerApplier makes the same of.
+    """The rootfs in the working directory as the tar of one layer, from which LayerApplier makes the same rootfs.
 
-    Sorted, so that the same files give the same bytes. Nobody writes there; it may be removed at any time.
+    Sorted, so that the same files give the same bytes. Nobody writes there, but it may be removed at any time.
     """
 
     def __init__(self, first_id: int):
@@ -8750,7 +8741,7 @@ class Refused(FaasdError):
 
 
 def watch_directory(path: str) -> int:
-    """Return a descriptor that tells when a file of a directory was written or replaced (inotify(7)), or -1."""
+    """Return a descriptor that reports files of a directory as they are written or replaced (inotify(7)), or -1."""
     try:
         descriptor = succeeded(libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC))
         succeeded(libc.inotify_add_watch(descriptor, path.encode(), 0x88))      # IN_CLOSE_WRITE, IN_MOVED_TO
@@ -8812,7 +8803,7 @@ class ControlServer:
             answers.loop.add_reader(self._watch, self._look_at_group)
 
     def _look_at_group(self) -> None:
-        """Let in whoever is a member now, if /etc/group was replaced. In a thread: it may not be the only source."""
+        """Let in the present members if /etc/group was replaced. In a thread: a directory service may name them too."""
         if b"group\0" in os.read(self._watch, 64 * KIB):
             threading.Thread(target=self._admit_members, daemon=True).start()
 
@@ -8833,7 +8824,7 @@ class ControlServer:
         """Raise Refused unless the sender of these headers may use the API."""
 
     def name_client(self, client: str) -> str:
-        """Return what events say of whoever describe_client has described. May block: users can be in a directory."""
+        """Return the name for events of a described client. May block: users can be in a directory service."""
         uid = int(re.search("uid=([0-9]+)", client)[1])
         with contextlib.suppress(KeyError):
             return pwd.getpwuid(uid).pw_name
@@ -9008,7 +8999,7 @@ class Relay(threading.Thread):
     """Carries frames between a command's client and its streams.
 
     In a thread of its own, for the command can hold the lock of its pipes (OutputReader). Nothing is read that the
-    other side has no room for, so whoever is slow holds up nobody else, and a flood fills nothing. Output begins with
+    other side has no room for, so a slow side holds up nobody else, and a flood fills nothing. Output begins with
     the client's first frame: until then it may not have read the head of our answer.
     """
 
@@ -9018,7 +9009,7 @@ class Relay(threading.Thread):
         self._connection, self._streams = connection, streams
         self._wake = io.FileIO(os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK), "r+")   # told to by other threads
         self._finishing = self._given_up = False
-        self._received = self._input = self._output = b""       # frames; what of them is for the command; frames
+        self._received = self._input = self._output = b""       # frames; the command's input from them; frames
         self.last = b""                 # of the output
         self._begun = False
 
@@ -9029,7 +9020,7 @@ class Relay(threading.Thread):
             self._end()
 
     def finish(self) -> None:
-        """The command is over: end once its client has what is left of its output."""
+        """The command is over: end once its client has the rest of its output."""
         self._finishing = True
         os.eventfd_write(self._wake.fileno(), 1)
 
@@ -9169,7 +9160,7 @@ class ControlHandler(http.server.BaseHTTPRequestHandler):
         super().handle_one_request()
 
     def parse_request(self) -> bool:
-        """Have http.server parse the head, once we have seen that it is one; then see who asks. False: answered."""
+        """Have http.server parse a head that is well-formed, and check its sender. False: it is answered already."""
         rfile = self.rfile
         self.requestline, self.request_version = self.raw_requestline.decode("latin-1").rstrip("\r\n"), "HTTP/1.1"
         self._continue_expected = False
@@ -9200,7 +9191,7 @@ class ControlHandler(http.server.BaseHTTPRequestHandler):
         return b"".join([*lines, b"\r\n"])
 
     def handle_expect_100(self) -> bool:
-        self._continue_expected = True          # not yet: first comes who asks, and for what
+        self._continue_expected = True          # answered later: first check the sender and the request
         return True
 
     def _admit(self) -> None:
@@ -9267,7 +9258,7 @@ class ControlHandler(http.server.BaseHTTPRequestHandler):
         tag, reset = query.pop("tag", [""])[-1], read_switch(query.pop("reset", ["false"])[-1])
         address = query.pop("ip", [""])[-1]
         secrets = pop_secrets(query)
-        Options().changed(query)        # what is wrong with it is said before the archive is sent
+        Options().changed(query)        # refuse wrong options before the archive is sent
         if self.headers.get_content_type() not in ARCHIVE_TYPES:        # none at all is what a page can send, too
             raise Refused(415, f"an archive needs `Content-Type: {ARCHIVE_TYPES[0]}`")
         length = "chunked" if "Transfer-Encoding" in self.headers else self.headers.get("Content-Length")
@@ -9316,7 +9307,7 @@ class ControlHandler(http.server.BaseHTTPRequestHandler):
 
     def _relay(self, relay: Relay, streams: Streams, result: concurrent.futures.Future,
                cancel: Callable[[], None]) -> None:
-        """See to it that a command ends with its client, and tell the client how it ended."""
+        """End a command when its client leaves, and tell the client how it ended."""
         try:
             self.connection.sendall(f"HTTP/1.1 101 Switching Protocols\r\nUpgrade: {FRAMES}\r\n"
                                     "Connection: Upgrade\r\n\r\n".encode())
@@ -9531,7 +9522,7 @@ class Answers:
         return self.deploys.describe(self.deploys.get(name))
 
     async def function_log(self, name: str) -> FunctionLog:
-        """Return a function's log, with all that has happened so far in it."""
+        """Return a function's log, once all that has happened so far is in it."""
         function = self.deploys.get(name)
         await self._services.logs.flush()
         return function.log
@@ -9555,7 +9546,7 @@ class Answers:
         return {"versions": documents}
 
     async def statistics(self, *names: str, query: dict) -> dict:
-        """Return counts and percentiles of functions, all of them for no names."""
+        """Return counts and percentiles of the named functions, or of all."""
         functions = [self.deploys.get(name) for name in names] or self.deploys.in_order()
         return {"time": round(time.time(), 3), "functions": [function.describe_statistics() for function in functions]}
 
@@ -9636,7 +9627,7 @@ class Secrets:
 
 
 def check_fields(document: dict, kinds: dict[str, type]) -> None:
-    """Raise ImageError for what of an image.json, which may have been edited, is not of its kind: a list is of text."""
+    """Raise ImageError unless fields of an image.json, which may be edited, are of these kinds; lists of text."""
     for key, kind in kinds.items():
         value = document.get(key)
         if not isinstance(value, kind) or kind is list and not all(isinstance(entry, str) for entry in value):
@@ -9797,7 +9788,7 @@ class ImageStore:
         await self.discard(*self._tmp.iterdir())
 
     def usage(self, records: Iterable[FunctionRecord]) -> dict:
-        """Return how many bytes images, logs and what is being made or removed have. Blocks."""
+        """Return how many bytes images, logs and STATE_DIR/tmp take. Blocks."""
         functions = [{"name": record.name, "images": self._images_of(record), "logs": sum(
             size_of(self._settings.state_dir / "logs" / f"{record.name}.log{end}") for end in ("", ".1"))}
             for record in records]
@@ -9963,7 +9954,7 @@ class Attachments:
             await self._run(self.published.hold, name, places_of(options))
 
     async def republish(self, record: FunctionRecord) -> list[str]:
-        """Have those of a function's published ports lead to it that are free; return what is wrong with the others."""
+        """Publish those ports of a function that are free; return what is wrong with the others."""
         if not record.options.publish:
             return []
         try:
@@ -9975,7 +9966,7 @@ class Attachments:
         return [str(error) for error in errors]
 
     async def give_back(self, name: str) -> None:
-        """Let go of ports that were held for a function in vain."""
+        """Let go of ports that were held for a function and are not published."""
         await self._run(self.published.give_back, name)
 
     async def remove_stale_rules(self) -> None:
@@ -10091,7 +10082,7 @@ class Deploys:
 
     async def _write_secrets(self, name: str, changes: dict[str, bytes | None], undo: contextlib.AsyncExitStack
                              ) -> dict[str, str]:
-        """Return the files of a function's secrets, by name, once those that change are written. Raises FaasdError."""
+        """Write the secrets that change; return the files of all that a function has, by name. Raises FaasdError."""
         before = self.functions[name].record.secrets if name in self.functions else {}
         kept = {key: file for key, file in before.items() if key not in changes}
         new = {key: value for key, value in changes.items() if value is not None}
@@ -10188,7 +10179,7 @@ class Deploys:
                 "freed": sum(image["size"] for image in removed) - held + (0 if self._changes else usage["tmp"])}
 
     async def _holding(self, names: Collection[str]) -> set[str]:
-        """Return which functions still have containers of a replaced version, and so its image, after a while."""
+        """Return which functions still have containers, and so the image, of a replaced version after a while."""
         functions = [self.functions[name] for name in names if name in self.functions]
         if tasks := [task for function in functions for task in function.retirements]:
             await asyncio.wait(tasks, timeout=DISCARD_SECONDS)
@@ -10220,7 +10211,7 @@ class Deploys:
 
     async def _remove(self, function: Function) -> None:
         name, record = function.record.name, function.record
-        # Written down first: what is removed from here on must not come back half after a crash.
+        # Written down first: after a crash, a function that is half removed must not come back.
         async with self._commit:
             await self._save(name, None)
             function.being_removed = True
@@ -10379,7 +10370,7 @@ class Deploys:
             return function
 
     def _next_record(self, name: str, function: Function | None, version: Version) -> FunctionRecord:
-        """Return the record of a function with a version on top of those that are kept. Raises Conflict."""
+        """Return the record of a function with a version on top of its older ones. Raises Conflict."""
         before, now = function.record if function else None, timestamp()
         addresses = self.attachments.addresses
         taken = [*(other.record.address for other in self.functions.values()), *self._claimed.values()]
@@ -10391,7 +10382,7 @@ class Deploys:
                               self._worth_keeping([entry, *others]), version.secrets, before.highest if before else 0)
 
     def _worth_keeping(self, versions: list[VersionRecord]) -> list[VersionRecord]:
-        """Return those with one of the images used last, and of each image those that ran last: images take room."""
+        """Return the versions of the images used last, and of each image those that ran last: images take room."""
         images = list(dict.fromkeys(entry.image for entry in versions))[:self._settings.keep_versions]
         last = {image: [entry for entry in versions if entry.image == image][:MAX_OPTIONS_KEPT] for image in images}
         return [entry for entry in versions if entry in last.get(entry.image, ())]
@@ -10405,7 +10396,7 @@ class Deploys:
         await self.write_names(kept)
 
     async def republish(self, function: Function) -> None:
-        """Publish what a function did before the daemon's start, and as long as somebody has one of its ports, try again.
+        """Publish a function's ports after a start; while some cannot be had, go on trying.
 
         Anybody can take a port while no daemon runs, and an address may come later than we do.
         """
@@ -10476,10 +10467,7 @@ class Deploys:
         return bool(self._changes)
 
     async def stop(self) -> list[asyncio.Task]:
-        """Begin no change any more, and give up those under way; return what ends once they are cleaned up.
-
-        What is being written down is finished first.
-        """
+        """Begin no more changes; cancel those under way, unless being written down, and return their tasks."""
         self._stopping = True
         async with self._commit:
             pass
@@ -10675,7 +10663,7 @@ class Daemon:
         log.info("left")
 
     async def _end(self, what: str, changes: list[asyncio.Task], left: set[Function]) -> None:
-        """Let nobody in any more; end what is under way, but for the invocations of functions that are left."""
+        """Let nobody in any more; end everything except the invocations of functions that are left."""
         functions = self._deploys.functions
         for server in self._servers:
             server.close()
@@ -10816,7 +10804,7 @@ def resolved_path(text: str) -> Path:
 
 
 def sudo_user() -> int:
-    """Return who ran sudo to start us, 0 if nobody did."""
+    """Return the user who ran sudo to start us, 0 if nobody did."""
     user = os.environ.get("SUDO_UID", "0")
     return int(user) if user.isdigit() else 0
 
@@ -10918,7 +10906,7 @@ def machine_warnings() -> Iterator[str]:
 
 @contextlib.contextmanager
 def unless_refused(settings: Settings) -> Iterator[None]:
-    """Remove again what of RUN_DIR and STATE_DIR is made inside, if that fails before there is a function."""
+    """Remove the parts of RUN_DIR and STATE_DIR that the block makes, if it fails before there is a function."""
     made = [(directory, top) for directory in (settings.state_dir, settings.run_dir)
             for top in [path for path in (directory, *directory.parents) if not os.path.lexists(path)][-1:]]
     try:
@@ -11070,7 +11058,7 @@ async def serve(settings: Settings, addresses: Addresses, ids: IdRanges) -> None
 
 
 def leave_behind_the_shell() -> None:
-    """Undo what we have inherited from the shell, and containers would from us: a nice value, blocked signals, …
+    """Undo what we inherited from the shell, and containers would from us: a nice value, blocked signals, …
 
     Their limits are ours but for open files: to set them in a function's user namespace takes CAP_SYS_RESOURCE (see
     can_set_limits). We need four descriptors an invocation.
