@@ -293,6 +293,70 @@ class DockerPath(EngineTest):
             self.assert_refused(self.faas("new", "exported", stdin=export.stdout), "docker save")
 
 
+# A server that tells what it is given.
+TELLING = """
+import json, os, socket
+names = "GREETING PORT PATH".split()
+read = lambda path: open(path).read()
+listener = socket.create_server(("", int(os.environ["PORT"])))
+while True:
+    client, _ = listener.accept()
+    with client:
+        client.recv(1000)
+        status = dict(line.split(":\\t") for line in read("/proc/self/status").splitlines() if ":\\t" in line)
+        try:
+            open("/new", "w")
+            writes = True
+        except OSError:
+            writes = False
+        body = json.dumps([
+            os.getuid(), os.getgid(), os.getcwd(), read("/proc/self/cmdline"), read("/data/file"),
+            read("/run/secrets/pass.word"), writes, os.uname().nodename,
+            {name: status[name] for name in ("CapEff", "NoNewPrivs", "Seccomp")},
+            os.statvfs("/dev/shm").f_blocks * os.statvfs("/dev/shm").f_frsize,
+            {name: os.environ.get(name) for name in names}])
+        client.sendall(f"HTTP/1.1 200 OK\\r\\nContent-Length: {len(body)}\\r\\n\\r\\n{body}".encode())
+"""
+
+
+class ComposePath(EngineTest):
+    def test_export_compose_up(self):
+        """`faas export compose`: the engine runs the image as faasd does, in what a program sees of it."""
+        if not shutil.which("docker-compose"):
+            self.skipTest("not installed: docker-compose")
+        directory = self.engine.directory / "compose"
+        (directory / "data").mkdir(parents=True)
+        (directory / "data/file").write_text("of the volume")
+        (directory / "pass.word").write_text("a secret")
+        image = support.handler_image(TELLING)
+        (directory / "image.tar").write_bytes(image)
+        self.engine.docker("load", "-i", directory / "image.tar")
+        with support.Daemon() as daemon:
+            address = daemon.deploy(
+                "web", image, "--memory", "96m", "--cpus", "0.5", "--pids", "20", "--user", "7:8",
+                "--hostname", "inside", "--workdir", "/tmp/w", "--read-only", "true", "--shm-size", "1m",
+                "--entrypoint", support.PYTHON, "--volume", f"{directory}/data:/data:ro", "-e", "PORT=8123",
+                "-e", "GREETING=$HOME ${x} $$ \"q\" ü:\n#", "--", "-S", "/handler.py", "$x")
+            daemon.faas("set", "web", "--secret", f"pass.word={directory}/pass.word")
+            expected = json.loads(support.curl(f"http://{address}/"))
+            (directory / "compose.yaml").write_text(daemon.faas("export", "compose", "web").stdout)
+
+        def compose(*arguments: str) -> str:
+            done = subprocess.run(["docker-compose", "--project-name", "exported", *arguments], cwd=directory,
+                                  env=self.engine.env, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+            self.assertEqual(done.returncode, 0, done)
+            return done.stdout.strip()
+        self.addCleanup(compose, "down", "--timeout", "1")
+        compose("up", "--detach")
+        place = compose("port", "web", "8123")
+        self.assertRegex(place, "^127.0.0.1:")
+        answer = support.wait_until(lambda: support.curl(f"http://{place}/", check=False), "the server answers")
+        self.assertEqual(json.loads(answer), expected)
+        host = json.loads(self.engine.docker("inspect", compose("ps", "--quiet")).stdout)[0]["HostConfig"]
+        self.assertEqual([host[key] for key in ("Memory", "MemorySwap", "NanoCpus", "PidsLimit")],
+                         [96 << 20, 96 << 20, 500_000_000, 20])
+
+
 class ContainerdStore(DockerPath):
     """The same with images in containerd, the default of new installations since Docker 29."""
 

@@ -34,6 +34,7 @@ COVERED = {
     "./faas --socket /run/faasd-2/faasd.sock list": "the same",
     "./faas exec -it NAME": "tests/manage/test_look.py",
     "curl http://10.0.0.10/": "tests/images/test_docker.py",
+    "./faas export compose NAME > compose.yaml": "tests/images/test_docker.py",
     "./quickstart.sh": "tests/manage/test_quickstart.py",
     "sudo ./test.sh": ".ci/run",
     "packaging/build-deb": "tests/manage/test_packaging.py",
