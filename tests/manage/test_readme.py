@@ -8,7 +8,9 @@ import subprocess
 import sys
 import unittest
 
+import archives
 import support
+import test_save
 
 README = (support.TOP / "README.md").read_text()
 DOCUMENTS = [README, *((support.TOP / name).read_text() for name in ("SECURITY.md", "RUNC.md", "docs/API.md"))]
@@ -44,7 +46,7 @@ COVERED = {
     "iptables -I DOCKER-USER -i 'faas+' -j ACCEPT": "tests/serve/test_network.py",
     "iptables -I DOCKER-USER -o 'faas+' -m conntrack --ctstate ESTABLISHED,RELATED -j ACCEPT": "the same",
     "sudo tar --numeric-owner --xattrs --acls -C /var/lib -cf faasd.tar faasd": "test_backup below",
-    "sudo tar --numeric-owner --xattrs --acls -C /var/lib -xpf faasd.tar": "the same",
+    "sudo tar --numeric-owner --xattrs --xattrs-include='*' --acls -C /var/lib -xpf faasd.tar": "the same",
 }
 # What stands for something of the user's own.
 PLACEHOLDERS = {"NAME": "my-function", "IMAGE": "image", "HANDLER.py": "test_handler.py", " ARGUMENT…": " one two"}
@@ -185,22 +187,33 @@ class Readme(unittest.TestCase):
         self.assertIn("faas", result.stdout.split(), result)
 
     def test_backup(self):
-        """What is unpacked on another machine comes back on the same address, and rolls back."""
+        """Of a daemon that runs; unpacked on another machine all is there again, on the same address, and rolls back."""
         save, restore = (command.removeprefix("sudo ") for command in COVERED if "sudo tar" in command)
         directory = support.temporary_directory()
         self.addCleanup(shutil.rmtree, directory)
+        (directory / "secret").write_text("x")
         with support.Daemon() as daemon:
             for label in ("1", "2"):
                 daemon.deploy("f", support.small_image(label))
+            daemon.deploy("odd", support.handler_image(layers=[test_save.ODD], User="7:8"), "--user", "9:65535")
+            daemon.faas("set", "odd", "--secret", f"pw={directory}/secret")
             save = save.replace("/var/lib", str(daemon.directory)).replace("tar faasd", "tar state")
             subprocess.run(["bash", "-c", save], cwd=directory, check=True)
-            daemon.remove("f")
+            before = {part: archives.full_tree(daemon.state_dir / part) for part in ("images", "secrets")}
+            daemon.remove("f", "odd")
         other = support.Daemon()
         subprocess.run(["bash", "-c", restore.replace("/var/lib", str(other.directory))], cwd=directory, check=True)
+        for part, tree in before.items():
+            there = archives.full_tree(other.state_dir / part)
+            self.assertEqual({path for path in tree if tree[path] != there.get(path)}, set())
+            self.assertEqual(there.keys(), tree.keys())
+        self.assertTrue(any("security.capability" in dict(xattrs) for *_, xattrs in before["images"].values()))
         with other:
             self.assertEqual(support.get("10.0.0.10"), (200, "2"))
             other.faas("rollback", "f")
             self.assertEqual(support.get("10.0.0.10"), (200, "1"))
+            self.assertEqual(support.get("10.0.0.11")[0], 200)
+            self.assertEqual(other.info("odd")["secrets"], ["pw"])
 
     def test_control_over_the_network(self):
         make_token, start, ask = (command for command in COVERED if "token" in command)
