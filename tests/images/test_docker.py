@@ -357,6 +357,54 @@ class ComposePath(EngineTest):
                          [96 << 20, 96 << 20, 500_000_000, 20])
 
 
+class DaemonSetTest(EngineTest):
+    """faasd in a container, as packaging/kubernetes has it: with the node's network, state-dir and run-dir.
+
+    Of what privileged gives it has what it needs, in which the capabilities are those of packaging/faasd.service: not
+    every machine that runs tests has all of them to give.
+    """
+
+    def test_faasd_in_a_container(self):
+        node, packaging = self.engine.directory / "node", support.TOP / "packaging"
+        text = (packaging / "kubernetes/faasd.yaml").read_text()
+        arguments, places = re.findall(r"- (--\S+)", text), re.findall(r"mountPath: (\S+)", text)
+        self.assertEqual((arguments, places), (["--subnet=10.250.0.0/24"], ["/var/lib/faasd", "/run/faasd"]))
+        unit = (packaging / "faasd.service").read_text()
+        wanted = re.search("^CapabilityBoundingSet=(.*)$", unit, re.MULTILINE)[1].split()
+        if not faasd.can_set_limits():
+            wanted.remove("CAP_SYS_RESOURCE")
+        for place in places:
+            (node / place.lstrip("/")).mkdir(parents=True)
+        mounts = [f"{node}{place}:{place}" for place in places]
+        mounts += ["/sys/fs/cgroup:/sys/fs/cgroup", "/usr:/usr:ro", f"{support.TOP}:/src:ro"]
+        self.engine.docker(
+            "run", "--detach", "--name=faasd", "--network=host", "--cgroupns=host", "--cap-drop=ALL",
+            *(f"--cap-add={name}" for name in wanted),
+            *(f"--security-opt={kind}=unconfined" for kind in ("seccomp", "apparmor", "systempaths")),
+            *(f"--volume={mount}" for mount in mounts), "faasd-base", "/src/faasd.py", *arguments)
+        self.addCleanup(self.engine.docker, "rm", "--force", "faasd")
+
+        def faas(*words: str, stdin=subprocess.DEVNULL) -> bool:
+            done = subprocess.run(["docker", "exec", "--interactive", "faasd", "/src/faas", *words], stdin=stdin,
+                                  env=self.engine.env, capture_output=True, text=True)
+            return done.returncode == 0
+
+        def answers() -> bool:
+            return support.curl("http://10.250.0.10/", check=False) == "1"
+        support.wait_until(lambda: faas("list"), "faasd answers")
+        (node / "image.tar").write_bytes(support.small_image("1"))
+        with (node / "image.tar").open("rb") as image:
+            self.assertTrue(faas("new", "f", "--publish", "8080", stdin=image))
+        self.assertTrue(answers())
+        self.assertEqual(support.curl("http://127.0.0.1:8080/"), "1")
+        for way in (("restart", "--time=45"), ("kill",)):
+            self.engine.docker(*way, "faasd")
+            self.engine.docker("start", "faasd")
+            support.wait_until(answers, f"the function is there again after {way}")
+        self.engine.docker("stop", "--time=45", "faasd")
+        self.assertEqual(support.addresses("10.250.0.0/24"), [])
+
+
 class ContainerdStore(DockerPath):
     """The same with images in containerd, the default of new installations since Docker 29."""
 
