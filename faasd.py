@@ -5128,6 +5128,7 @@ def is_roots_listener(name: bytes) -> bool:
 
 
 MAX_CLAIMS = 10_000                 # sockets named like a daemon's whose owner is looked up at start
+CLAIM_PAUSE = 0.01                  # seconds between two that ask us
 ADDRESS_LABEL = "lo:faas"           # marks our addresses; at most 15 bytes (IFNAMSIZ)
 FIRST_HOST = 10                     # the first function's address is .10
 
@@ -5180,17 +5181,21 @@ class Addresses:
     def greet(self, workers: Workers) -> None:
         """From now on, close the connections of daemons that look for rivals: a full queue would take no more.
 
-        In a thread: closing a Unix socket may mean closing what handlers left in theirs (before Linux 6.10).
+        One after the other, because anybody can ask; and in a thread, because closing a Unix socket may mean closing
+        what was sent to it (before Linux 6.10), for which a file system of a user's may wait for ever.
         """
+        loop = workers.loop
+
         def accept() -> None:
             try:
-                workers.run(self._claim.accept()[0].close)
+                closing = workers.run(self._claim.accept()[0].close)
+                closing.add_done_callback(lambda _: loop.call_later(CLAIM_PAUSE, loop.add_reader, self._claim, accept))
             except BlockingIOError:
                 return
             except OSError as error:    # out of descriptors: trying again at once would spin
                 log.error("cannot tell others that %s is ours: %s", self.subnet, error.strerror)
-                workers.loop.remove_reader(self._claim)
-        workers.loop.add_reader(self._claim, accept)
+            loop.remove_reader(self._claim)
+        loop.add_reader(self._claim, accept)
 
     def has(self, address: str) -> bool:
         return ipaddress.ip_address(address) in self.subnet
@@ -5339,9 +5344,14 @@ class ListenerStore:
         count, names, pid = (os.environ.pop(name, "") for name in ("LISTEN_FDS", "LISTEN_FDNAMES", "LISTEN_PID"))
         if pid != str(os.getpid()):             # they were meant for somebody else
             return
-        descriptors = range(LISTEN_FDS_START, LISTEN_FDS_START + int(count))
+        try:
+            descriptors = range(LISTEN_FDS_START, LISTEN_FDS_START + int(count))
+            for descriptor in descriptors:
+                os.set_inheritable(descriptor, False)
+        except (ValueError, OSError) as error:
+            log.warning("taking no sockets of the service manager, because LISTEN_FDS is %r: %s", count, error)
+            return
         for descriptor, name in zip(descriptors, itertools.chain(names.split(":"), itertools.repeat("unknown"))):
-            os.set_inheritable(descriptor, False)
             listener = listener_of(descriptor)
             if listener is not None:
                 self._kept[listener.getsockname()] = listener
@@ -5902,6 +5912,7 @@ class PublishedPorts:
         self._subnet, self._port, self._mark = subnet, port, packet_mark(run_dir)
         self._published: dict[str, tuple[str, list[tuple[str, int]]]] = {}     # by function: its address, and places
         self._held: dict[tuple[str, int], tuple[str, socket.socket]] = {}      # by address and port, for a function
+        self._loaded: list[str] | None = None       # the rules that the kernel has of us; None: those we found, if any
 
     @property
     def any(self) -> bool:
@@ -5958,23 +5969,25 @@ class PublishedPorts:
         if not places:
             del self._published[name]
         try:
-            if places or before != self._published:
-                self.load_rules()
+            if before or places:                # else there are none, and there need be no nft
+                self.load_rules(self._loaded)
         except FaasdError:
             self._published = before
             raise
         self.give_back(name)
 
-    def load_rules(self) -> None:
-        """Replace our rules as a whole, or remove them with the last published port. Raises FaasdError."""
+    def load_rules(self, there: list[str] | None = None) -> None:
+        """Replace our rules, unless these are there, or remove them with the last published port. Raises FaasdError."""
         rules = [f"ip daddr {own} tcp dport {port} dnat to {self._published[holder][0]}:{self._port}"
                  for (own, port), (holder, _) in sorted(self._held.items()) if self._publishes(holder, own, port)]
+        if rules == there:
+            return
         text = PUBLISH_RULES.format(table=self.table, rules="\n        ".join(rules), subnet=self._subnet,
                                     port=self._port, mark=self._mark)
         if not rules:
             text = f"add table ip {self.table}\ndelete table ip {self.table}\n"
-        if rules or shutil.which("nft"):
-            run_command("nft cannot load the rules of --publish", "nft", "-f", "-", stdin=text)
+        run_command("nft cannot load the rules of --publish", "nft", "-f", "-", stdin=text)
+        self._loaded = rules
 
     def restore_rules(self) -> None:
         """Load the rules again if somebody has flushed them; failure is logged."""
@@ -10211,12 +10224,18 @@ class Deploys:
 
     async def _remove(self, function: Function) -> None:
         name, record = function.record.name, function.record
-        # Written down first: after a crash, a function that is half removed must not come back.
         async with self._commit:
-            await self._save(name, None)
+            try:                        # they would lead to the function that has its address next
+                await self.attachments.publish(name, None)
+            except FaasdError as error:
+                raise FaasdError(f"function {name} stays, for its ports cannot be taken from it: {error}") from None
+            try:                        # what is removed from here on must not come back half after a crash
+                await self._save(name, None)
+            except BaseException:
+                await self.republish(function)
+                raise
             function.being_removed = True
         # In this order: invocations need the address until they end.
-        await self.attachments.publish(name, None)
         function.stop_accepting(refuse_connections)
         await function.drain(self._settings.drain_timeout)
         await self.attachments.release(record.address)
@@ -10906,15 +10925,16 @@ def machine_warnings() -> Iterator[str]:
 
 @contextlib.contextmanager
 def unless_refused(settings: Settings) -> Iterator[None]:
-    """Remove the parts of RUN_DIR and STATE_DIR that the block makes, if it fails before there is a function."""
+    """Remove the parts of RUN_DIR and STATE_DIR that the block makes, if it fails; but no function."""
     made = [(directory, top) for directory in (settings.state_dir, settings.run_dir)
             for top in [path for path in (directory, *directory.parents) if not os.path.lexists(path)][-1:]]
     try:
         yield
     except FaasdError:
-        if not os.path.lexists(settings.state_dir / "registry.json"):
-            for directory, top in made:         # unless another daemon has just taken it
-                with contextlib.suppress(FaasdError), lock_directory(directory):
+        registry = settings.state_dir / "registry.json"
+        for directory, top in made:
+            if not (registry.is_relative_to(top) and os.path.lexists(registry)):
+                with contextlib.suppress(FaasdError), lock_directory(directory):    # unless another has just taken it
                     shutil.rmtree(top, ignore_errors=True)
         raise
 

@@ -118,6 +118,7 @@ class Refusals(unittest.TestCase):
                 (state / "registry.json").write_text(content)
                 self.assertIn(words, self.refuse(status=1))
                 self.assertEqual((state / "registry.json").read_text(), content)
+                self.assertEqual(os.listdir(self.directory), ["state"])
 
 
 class Stop(unittest.TestCase):

@@ -472,12 +472,17 @@ for n, s in enumerate(sockets):
                 self.assertEqual(len(faasd.read_connections(["127.0.0.1", "127.0.0.2"])), 3)
                 self.assertEqual(faasd.read_connections([]), {})
 
+    @staticmethod
+    def claim() -> str:
+        """Return the name of the abstract socket of the daemon that runs."""
+        lines = Path("/proc/net/unix").read_text().splitlines()
+        return next(line.split()[-1][1:] for line in lines if "@faasd/" in line)
+
     def test_another_daemon_is_still_told(self):
         """However many ask, the one who listens goes on telling."""
         daemon = self.start()
-        lines = Path("/proc/net/unix").read_text().splitlines()
-        name = next(line.split()[-1][1:] for line in lines if "@faasd/" in line)
-        for _ in range(500):
+        name = self.claim()
+        for _ in range(200):                    # its queue has 128
             with socket.socket(socket.AF_UNIX) as probe:
                 wait_until(lambda probe=probe: probe.connect_ex(f"\0{name}") == 0, "it is answered")
         other = support.Daemon()
@@ -485,6 +490,18 @@ for n, s in enumerate(sockets):
         result = self.refused(other)
         self.assertEqual((result.returncode, daemon.api("GET", "/healthz")[0]), (2, 200))
         self.assertIn("another faasd uses 10.0.0.0/24", result.stderr)
+
+    def test_who_asks_without_end_is_answered_slowly(self):
+        """And one after the other: what closing may have to wait for takes one thread, not all."""
+        daemon = support.Daemon(constants={"CLAIM_PAUSE": 3600}).start()
+        self.addCleanup(daemon.close)
+        with contextlib.ExitStack() as stack:
+            probes = [stack.enter_context(socket.socket(socket.AF_UNIX)) for _ in range(3)]
+            for probe in probes:
+                probe.connect(f"\0{self.claim()}")
+            self.assertEqual(probes[0].recv(1), b"")
+            self.assertEqual(daemon.api("GET", "/healthz")[0], 200)
+            self.assertEqual(select.select(probes[1:], (), (), 0.2), ([], [], []))
 
     def test_mounts_of_a_user(self):
         """With FUSE a user mounts on any directory of their own. Here it is a tmpfs of root's, in its own namespace.

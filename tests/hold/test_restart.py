@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import unittest
+import unittest.mock
 from pathlib import Path
 
 import support
@@ -547,6 +548,14 @@ class Kept(RestartCase):
         self.assertEqual(get(address, port=8080), (200, "1"))
         with self.assertRaises(ConnectionRefusedError):
             socket.create_connection((address, 80)).close()
+
+    def test_what_makes_no_sense_is_not_taken(self):
+        for count in ("some", "", "999999"):
+            with unittest.mock.patch.dict(os.environ, LISTEN_FDS=count, LISTEN_PID=str(os.getpid())), \
+                    self.assertLogs("faasd", "WARNING") as logged:
+                faasd.ListenerStore(None).forget_unclaimed()
+                self.assertNotIn("LISTEN_FDS", os.environ)
+            self.assertIn(f"because LISTEN_FDS is {count!r}", logged.output[0])
 
     def test_another_choice_of_lan_opens_them_anew(self):
         daemon, manager = self.managed()

@@ -689,6 +689,35 @@ class Published(unittest.TestCase):
             with socket.create_server(("0.0.0.0", port)):
                 pass
 
+    def test_rules_are_loaded_when_they_change_and_are_there_before_a_removal(self):
+        """Ports that lead to a function that is gone would lead to the next one of its address."""
+        programs, broken, calls = world.directory / "programs", world.directory / "broken", world.directory / "calls"
+        programs.mkdir()
+        for name in ("ip", "nft"):
+            Daemons.script(programs / name, f'echo {name} >> {calls}\n[ {name} = nft ] && [ -e {broken} ] && exit 1\n'
+                                            f'exec {shutil.which(name)} "$@"')
+        daemon = world.start_daemon(self.addCleanup, *OTHER_DAEMON, env={"PATH": f"{programs}:{os.environ['PATH']}"})
+        address = daemon.deploy("f", world.image, "--publish", "8000")
+        broken.touch()
+        status, body = daemon.api("DELETE", "/functions/f")
+        self.assertEqual((status, json.loads(body)["error"]), (
+            500, "function f stays, for its ports cannot be taken from it: nft cannot load the rules of --publish: nft "
+                 "exited with status 1"))
+        places = f"tcp:{address}:80", self.HERE
+        self.assertEqual(attempt(*places), {places[0]: f"f saw {address}", self.HERE: "f saw 127.0.0.1"})
+        broken.unlink()
+        daemon.kill()
+        daemon.constants = {**daemon.constants, "PORT_RETRY_SECONDS": "0.01"}
+        with socket.create_server(("127.0.0.1", 8000)):
+            daemon.start()
+            daemon.wait_log("trying again")
+            before = calls.read_text().split()
+            wait_until(lambda: calls.read_text().split().count("ip") > before.count("ip") + 3, "it looks again")
+            self.assertEqual(calls.read_text().split().count("nft"), before.count("nft"))
+        wait_until(lambda: attempt(self.HERE) == {self.HERE: "f saw 127.0.0.1"}, "it is published there again")
+        daemon.remove("f")
+        self.assertEqual([table for table in tables() if "publish" in table], [])
+
     def test_what_others_listen_on_stays_theirs(self):
         """On an address of lo that is in no list, as resolvers have it."""
         other = Peer("other", "tcp:127.0.0.53:8000", wrapper=())
