@@ -7135,13 +7135,13 @@ class TarReader:
 
     encoding, errors = "utf-8", "surrogateescape"       # so that any bytes in a name survive (rule C.5)
 
-    def __init__(self, stream: ByteStream, no_tar: str = ""):
+    def __init__(self, stream: ByteStream, image: Budget, no_tar: str = ""):
         """no_tar is what to say if not even the first header is one."""
         self.fileobj, self._no_tar = self, no_tar
         self.offset = 0                 # of the next header; set by the parser
         self.ended = False              # saw the end-of-archive marker, rather than the end of the data
-        self._stream = stream
-        self._budget = 0
+        self._stream, self._image = stream, image
+        self._budget = 0                # bytes that the headers of this entry may still have
         self._block = b""               # a header that was read and is to be read again by the parser
 
     @property
@@ -7158,8 +7158,10 @@ class TarReader:
             raise FaasdError(f"a tar entry's headers are over {MAX_RECORD_SIZE} bytes (MAX_RECORD_SIZE)", status=413)
         self._budget -= count
         data = self._stream.read(count)
+        numbers = re.findall(rb"[0-9]+", data)          # each record and each hole has one, which takes time to parse
+        self._image.spend_numbers(len(numbers) + count // BYTES_PER_NUMBER)
         # Until Python 3.12.6 the parser's time is quadratic in the length of a run of digits (CVE-2024-6232).
-        if count > tarfile.BLOCKSIZE and max(map(len, re.findall(rb"[0-9]+", data)), default=0) > MAX_DIGITS:
+        if count > tarfile.BLOCKSIZE and max(map(len, numbers), default=0) > MAX_DIGITS:
             raise ImageError(f"bad tar header: a run of over {MAX_DIGITS} digits")
         return data
 
@@ -7211,7 +7213,7 @@ class Archive:
     A hole in a single file would give these back too, but only after a wait for the disk (XFS, btrfs, older ext4).
     """
 
-    def __init__(self, stream: ByteStream, directory: Path, files: contextlib.ExitStack):
+    def __init__(self, stream: ByteStream, directory: Path, files: contextlib.ExitStack, budget: Budget):
         """Our files are made in directory, and closed with files. Raises FaasdError, OSError."""
         self._directory, self._files = directory, files
         self._segments: list[BinaryIO] = []     # SEGMENT bytes each, the last one fewer
@@ -7219,7 +7221,7 @@ class Archive:
         self._members: dict[str, tuple[int, int]] = {}      # name → offset in the segments, size
         self._links: dict[str, str] = {}        # docker before 25 writes repeated layers as symbolic links (F.1)
         self._top: set[str] = set()             # first components, to recognise what is not an image
-        reader = TarReader(stream, "this is not an image archive: make one with `docker save IMAGE`")
+        reader = TarReader(stream, budget, "this is not an image archive: make one with `docker save IMAGE`")
         count = 0
         for count, entry in enumerate(reader, 1):
             if count > MAX_ARCHIVE_MEMBERS:
@@ -7626,6 +7628,9 @@ def unzstd_by_program(compressed: Iterator[bytes]) -> Iterator[bytes]:
 
 FREE_STEPS = 100_000                # components of paths looked at, for an image; a new directory counts as …
 STEPS_PER_ENTRY = 128               # … as many more for each entry
+FREE_NUMBERS = 1_000_000            # in PAX records, sparse maps and the like, for an image; …
+BYTES_PER_NUMBER = 64               # … so many bytes count as one, and for each entry there are STEPS_PER_ENTRY more
+FREE_DIRECTORIES = 1000             # that entries only imply, besides --max-image-entries files in all
 FRAMES_PER_ENTRY = 2                # gzip members or zstd frames, for each of --max-image-entries; estargz has as many
 
 
@@ -7636,7 +7641,9 @@ class Budget:
         self._max_size, self._max_entries = max_size, max_entries
         self.bytes: collections.Counter[str] = collections.Counter()    # of what
         self.entries = 0
+        self._directories = 0           # that no entry names
         self._frames = 0                # gzip members and zstd frames
+        self._numbers = 0               # in headers of more than one block
         self._steps = 0                 # components of paths that were looked at, and what costs as much
 
     def spend_bytes(self, of: str, count: int) -> None:
@@ -7647,7 +7654,16 @@ class Budget:
 
     def spend_entry(self) -> None:
         self.entries += 1
-        if self.entries > self._max_entries:
+        self._check_files()
+
+    def spend_directory(self) -> None:
+        """Count a directory that an entry only implies: a disk may run out of inodes before it is full."""
+        self._directories += 1
+        self.spend_steps(STEPS_PER_DIRECTORY)
+        self._check_files()
+
+    def _check_files(self) -> None:
+        if max(self.entries, self.entries + self._directories - FREE_DIRECTORIES) > self._max_entries:
             raise FaasdError(f"the image has over {self._max_entries} files (--max-image-entries)", status=413)
 
     def spend_frame(self) -> None:
@@ -7655,6 +7671,11 @@ class Budget:
         if self._frames > FRAMES_PER_ENTRY * self._max_entries:
             raise FaasdError(f"the image is compressed in over {FRAMES_PER_ENTRY * self._max_entries} pieces "
                              "(FRAMES_PER_ENTRY × --max-image-entries)", status=413)
+
+    def spend_numbers(self, count: int) -> None:
+        self._numbers += count
+        if self._numbers > FREE_NUMBERS + STEPS_PER_ENTRY * self.entries:
+            raise FaasdError("the image's tar headers hold too much (FREE_NUMBERS)", status=413)
 
     def spend_steps(self, count: int = 1) -> None:
         self._steps += count
@@ -7739,7 +7760,7 @@ def unpack_error(path: bytes, error: OSError) -> FaasdError:
 
 
 MAX_PATH_DEPTH = 256                # directories above an entry; keeps recursive removal far from its limits
-STEPS_PER_DIRECTORY = 16            # … so many; and
+STEPS_PER_DIRECTORY = 16            # … so many, if an entry only implies it; and
 
 
 class Rootfs:
@@ -7774,8 +7795,12 @@ class Rootfs:
         """Return the real path of a directory, made 0755 root:root with its parents where it is missing (A.6)."""
         real = self._resolved.get(path)
         if real is None:
-            real = self._resolved[path] = self._walk(path, self.place_directory)
+            real = self._resolved[path] = self._walk(path, self._imply_directory)
         return real
+
+    def _imply_directory(self, path: bytes) -> None:
+        self._budget.spend_directory()
+        self.place_directory(path)
 
     def trace_directory(self, path: bytes, what: str) -> bytes:
         """Return the real path that a directory has or would have. Raises ImageError for a file, as Docker does."""
@@ -7845,7 +7870,6 @@ class Rootfs:
     def place_directory(self, path: bytes) -> None:
         """Put a new directory, 0755 root:root, in the place of whatever is there."""
         self.remove(path)
-        self._budget.spend_steps(STEPS_PER_DIRECTORY)   # nothing else counts directories that an entry implies
         os.mkdir(self.host(path))
         os.chown(self.host(path), self.first_id, self.first_id)
         os.chmod(self.host(path), 0o755)                # whatever the umask is
@@ -7940,7 +7964,7 @@ class LayerApplier:
 
     def apply(self) -> None:
         """Apply all entries. Raises FaasdError."""
-        for entry in TarReader(self._stream):
+        for entry in TarReader(self._stream, self._budget):
             self._budget.spend_entry()
             name = entry.name.encode("utf-8", "surrogateescape")
             try:
@@ -8440,7 +8464,7 @@ def unpack_image(pieces: Iterator[bytes], directory: Path, tag: str, max_size: i
         budget, losses = Budget(max_size, max_entries), Losses()
         with contextlib.ExitStack() as files:
             with contextlib.closing(ByteStream(read_archive(pieces, budget))) as stream:
-                archive = Archive(stream, directory, files)
+                archive = Archive(stream, directory, files, budget)
             image = choose_image(archive, tag)
             rootfs = Rootfs(rootfs_path, first_id, budget)
             ahead = [archive.find(layer.member) for layer in image.layers]      # two names may be one member

@@ -37,6 +37,7 @@ from archives import (
     dumps,
     file,
     gz,
+    gnu_long,
     gz_members,
     hardlink,
     header,
@@ -635,6 +636,9 @@ add_cases(Limits, [
      "--max-image-entries", {"max_entries": 10}),
     ("E4 whiteouts are entries too", archives.podman(Image(layers=[layer(*(whiteout("f") for _ in range(11)))])),
      "--max-image-entries", {"max_entries": 10}),
+    ("E4 directories that are only implied are files too",
+     archives.podman(Image(layers=[layer(*(file(f"{at}/" + "d/" * 30 + "f") for at in range(40)))])),
+     "over 200 files .--max-image-entries", {"max_entries": 200}),
     ("E4 manifest.json too large", outer(("manifest.json", BIG_JSON)), "MAX_JSON_SIZE", {}),
     ("E4 index.json too large", outer(("index.json", BIG_JSON)), "MAX_JSON_SIZE", {}),
     ("E4 config too large", outer(("c", BIG_JSON), ("l", b""), manifest_json({"Config": "c", "Layers": ["l"]})),
@@ -877,7 +881,7 @@ class Cheap(Sandbox):
     """E.4: what costs much and weighs nothing is counted."""
 
     def check_cost(self, layers: list[bytes], pattern: str, limits: dict):
-        with mock.patch.object(faasd, "FREE_STEPS", 5000), self.refused(413, pattern):
+        with mock.patch.multiple(faasd, FREE_STEPS=5000, FREE_NUMBERS=5000), self.refused(413, pattern):
             self.unpack(archives.oci(Image(layers=layers), compress=gz), **limits)
 
     def test_E4_members_and_frames_are_counted(self):
@@ -915,6 +919,10 @@ add_cases(Cheap, [
                                                 *(whiteout("l0/x") for at in range(20)))], "STEPS_PER_ENTRY", {}),
     ("E4 directories that are only implied", [layer(*(file(f"{at}/" + "d/" * 250 + "f") for at in range(60)))],
      "STEPS_PER_ENTRY", {}),
+    ("E4 one record again and again", [layer(pax(archives.record("a", "") * 7000) + file("f"))], "FREE_NUMBERS", {}),
+    ("E4 headers again and again", [layer(*(gnu_long("x" * 50_000, b"K") + file(f"f{at}") for at in range(20)))],
+     "FREE_NUMBERS", {}),
+    ("E4 a map of holes", [sparse_pax("f", 5, [(at, b"") for at in range(4000)], "1.0")], "FREE_NUMBERS", {}),
     ("E4 opaque again and again",
      [layer(*(file(f"d/{at}") for at in range(1000)), *(opaque("d") for at in range(1000)))],
      "STEPS_PER_ENTRY", {}),
