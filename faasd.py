@@ -5367,7 +5367,8 @@ class ListenerStore:
             if filter_of(listener) == listener_filter(address, port, self._mark):
                 listener.setblocking(False)
                 return listener
-            log.warning("opening %s:%d anew, because it listens under another --lan", address, port)
+            log.warning("opening %s:%d anew, because its filter is that of another --lan, or of an older faasd", address,
+                        port)
             refuse_connections(listener)        # its filter is locked
             self.forget(address, port)
         listener = open_listener(address, port, self._mark)
