@@ -7038,20 +7038,15 @@ class ByteStream:
         """cut_short is what an ImageError says where data should be and is not."""
         self._pieces = pieces
         self._cut_short = cut_short
-        self._piece = memoryview(b"")   # the last one
-        self._at = 0                    # bytes of it that have been taken
-        self._before = 0                # bytes of all pieces before it
+        self._rest = memoryview(b"")    # of the last piece
+        self._position = 0              # bytes that have been taken
 
     def take(self, count: int) -> memoryview:
         """Return between 1 and count bytes without copying them; none at the end."""
-        while self._at == len(self._piece):
-            data = next(self._pieces, None)
-            if data is None:
-                break
-            self._before += self._at
-            self._piece, self._at = memoryview(data), 0
-        taken = self._piece[self._at:self._at + count]
-        self._at += len(taken)
+        while not self._rest and (data := next(self._pieces, None)) is not None:
+            self._rest = memoryview(data)
+        taken, self._rest = self._rest[:count], self._rest[count:]
+        self._position += len(taken)
         return taken
 
     def take_all(self, count: int) -> Iterator[memoryview]:
@@ -7065,11 +7060,6 @@ class ByteStream:
 
     def read(self, count: int) -> bytes:
         """Return count bytes, fewer only at the end."""
-        end = self._at + count
-        if end <= len(self._piece):     # nearly always
-            data = bytes(self._piece[self._at:end])
-            self._at = end
-            return data
         parts = []
         while count and (piece := self.take(count)):
             parts.append(piece)
@@ -7078,15 +7068,11 @@ class ByteStream:
 
     def seek(self, position: int) -> None:
         """Read on to position. Raises ImageError if the data ends before it."""
-        at = position - self._before
-        if self._at <= at <= len(self._piece):          # nearly always
-            self._at = at
-            return
         for _ in self.take_all(max(position - self.tell(), 0)):
             continue
 
     def tell(self) -> int:
-        return self._before + self._at
+        return self._position
 
     def drain(self) -> None:
         """Read to the end."""
@@ -9896,22 +9882,23 @@ class Attachments:
         self._keeper = self._loop.create_task(self._keep_addresses())
         self.egress = EgressNetworks(settings.run_dir, settings.egress_subnet, settings.subnet, settings.port)
         self._egress_thread = concurrent.futures.ThreadPoolExecutor(1)      # one thing after the other, in order
-        self._rules_watch = NetlinkWatch(
-            NETLINK_NETFILTER, 1 << NFNLGRP_NFTABLES - 1, NFT_DELTABLE, f"{self.egress.table}\0".encode(),
-            lambda: self._run(self.egress.restore_rules))       # by ourselves too, whenever we replace them
         self.published = PublishedPorts(settings.run_dir, settings.subnet, settings.port)
-        self._published_watch = NetlinkWatch(
-            NETLINK_NETFILTER, 1 << NFNLGRP_NFTABLES - 1, NFT_DELTABLE, f"{self.published.table}\0".encode(),
-            lambda: self._run(self.published.restore_rules))
+        self._rules_watch = NetlinkWatch(       # of both, whose tables end in this
+            NETLINK_NETFILTER, 1 << NFNLGRP_NFTABLES - 1, NFT_DELTABLE, f"_{run_dir_mark(settings.run_dir)}\0".encode(),
+            self._restore_rules)
         addresses.greet(workers)
         self._address_watch.open()
 
     def close(self) -> None:
         """Put nothing back any more."""
         self._rules_watch.close()
-        self._published_watch.close()
         self._address_watch.close()
         self._keeper.cancel()
+
+    def _restore_rules(self) -> None:
+        """Put back the rules that somebody has deleted. We do that too, whenever we replace them."""
+        self._run(self.egress.restore_rules)
+        self._run(self.published.restore_rules)
 
     async def finish(self) -> None:
         """Return once nothing of egress networks is being changed: what comes now is the next daemon's."""
@@ -9988,7 +9975,7 @@ class Attachments:
     async def hold(self, name: str, options: Options) -> None:
         """Hold the ports that a function is to publish. Raises FaasdError; then it has those that it had."""
         if options.publish:
-            self._published_watch.open()
+            self._rules_watch.open()
             await self._run(self.published.hold, name, places_of(options))
 
     async def republish(self, record: FunctionRecord) -> list[str]:
@@ -9996,7 +9983,7 @@ class Attachments:
         if not record.options.publish:
             return []
         try:
-            self._published_watch.open()
+            self._rules_watch.open()
             errors = await self._run(self.published.hold_free, record.name, places_of(record.options))
             await self.publish(record.name, record)
         except FaasdError as error:
