@@ -8696,31 +8696,23 @@ def save_image(directory: Path, first_id: int, tag: str, options: Options) -> It
     yield TAR_END
 
 
-def send_chunks(connection: int, pieces: Iterator[bytes]) -> None:
-    """Send what comes in pieces as chunks (RFC 9112, section 7) of a bearable size. Raises OSError."""
+SAVE_HEAD = (b"HTTP/1.1 200 OK\r\nContent-Type: application/x-tar\r\nTransfer-Encoding: chunked\r\n"
+             b"Connection: close\r\n\r\n")
+
+
+def send_archive(client: socket.socket, pieces: Iterator[bytes]) -> None:
+    """Answer with an archive in chunks (RFC 9112, section 7) of a bearable size. Raises OSError."""
+    client.settimeout(MAX_WRITE_SECONDS)
+    client.sendall(SAVE_HEAD)
     waiting, size = [], 0
     for piece in itertools.chain(pieces, [b""]):
         waiting.append(piece)
         size += len(piece)
         if size >= COPY_CHUNK or not piece and size:
-            send(connection, b"%x\r\n%s\r\n" % (size, b"".join(waiting)))
+            client.sendall(b"%x\r\n%s\r\n" % (size, b"".join(waiting)))
             waiting, size = [], 0
-    send(connection, b"0\r\n\r\n")
+    client.sendall(b"0\r\n\r\n")
 
-
-def send(connection: int, data: bytes) -> None:
-    """Write to a client, whose connection does not block. Raises OSError, TimeoutError if it takes nothing."""
-    poll, rest = select.poll(), memoryview(data)
-    poll.register(connection, select.POLLOUT)
-    while rest:
-        if not poll.poll(MAX_WRITE_SECONDS * 1000):
-            raise TimeoutError(f"the client took nothing for {MAX_WRITE_SECONDS:g} s")
-        with contextlib.suppress(BlockingIOError):
-            rest = rest[os.write(connection, rest):]
-
-
-SAVE_HEAD = (b"HTTP/1.1 200 OK\r\nContent-Type: application/x-tar\r\nTransfer-Encoding: chunked\r\n"
-             b"Connection: close\r\n\r\n")
 
 
 def save_main(daemon: str, directory: str, first_id: str, tag: str, options: str) -> NoReturn:
@@ -8736,13 +8728,14 @@ def save_main(daemon: str, directory: str, first_id: str, tag: str, options: str
             pieces = save_image(Path(directory), int(first_id), tag, Options.from_json(json.load(file)))
         first = next(pieces)            # by now all files have been looked at
         failure = "cut"
-        send(0, SAVE_HEAD)
-        send_chunks(0, itertools.chain([first], pieces))
+        send_archive(socket.socket(fileno=0), itertools.chain([first], pieces))
         document: dict = {}
+    except TimeoutError:
+        document = {failure: f"the client did not take a piece within {MAX_WRITE_SECONDS:g} s", "status": 500}
+    except FileNotFoundError:
+        document = {failure: "its image is gone, or an older faasd has unpacked it: deploy it again", "status": 409}
     except (OSError, ValueError, TypeError, AttributeError, RecursionError, MemoryError) as error:
         document = {failure: f"saving the image: {error!r}", "status": 500}
-        if isinstance(error, FileNotFoundError):
-            document = {failure: "its image is gone, or an older faasd has unpacked it: deploy it again", "status": 409}
     end_child(document)
 
 
