@@ -9589,6 +9589,7 @@ class Answers:
 IMAGE_FIELDS = {"digest": str, "tag": str, "size": int, "first_id": int, "process": dict}
 PROCESS_FIELDS = {"cwd": str, "resolv_conf": str, "uid": int, "gid": int, "entrypoint": list, "cmd": list, "env": list}
 DISCARD_SECONDS = 3.0               # for which a start, a stop or a change waits until files are removed
+Undo = contextlib.AsyncExitStack    # takes back what was made for a change that fails
 
 
 class Secrets:
@@ -9739,7 +9740,7 @@ class ImageStore:
             raise FaasdError(document["error"], status=document["status"])
         return document
 
-    async def put(self, name: str, unpacked: Path, image: dict, undo: contextlib.AsyncExitStack) -> None:
+    async def put(self, name: str, unpacked: Path, image: dict, undo: Undo) -> None:
         """Move an unpacked image to where it belongs; return once it is on the disk. Raises FaasdError, OSError.
 
         A root that is there already stays: same digest, same content, and invocations may be running on it.
@@ -10055,24 +10056,23 @@ class Deploys:
         connection and length are as unpack_main takes them; address is the one asked for, or "". Returns whether the
         function is new, and its description. Raises FaasdError, OSError.
         """
-        created = name not in self.functions
+        before = self.functions[name].record if name in self.functions else None
         async with self._changing(name, "deploy") as undo:
-            self._claim(name, address)
-            known = Options() if created or reset else self.functions[name].record.versions[0].chosen
-            options = known.changed(query)
+            self._claim(name, before, address)
+            options = (before.versions[0].chosen if before and not reset else Options()).changed(query)
             kept = options.kept(query)
             self._check_warm(name, options)
             unpacked = self.images.unused_path()
             undo.push_async_callback(self.images.discard, unpacked)
-            first_id = self._first_id(name, undo)
+            first_id = before.first_id if before else self._take_ids(name, undo)
             image = await self.images.unpack(connection, length, unpacked, tag, first_id)
             labelled = Options.of_labels(image["process"]["labels"], {*query, *options.chosen()})
             options = replace(options, **{key: getattr(labelled, key) for key in labelled.chosen()}).check()
             await self.images.put(name, unpacked, image, undo)
-            files = await self._write_secrets(name, secrets, undo)
-            entry = self._next_version(name, image["version"], options, [*labelled.chosen()])
+            files = await self._write_secrets(name, before.secrets if before else {}, secrets, undo)
+            entry = self._next_version(before, image["version"], options, [*labelled.chosen()])
             try:
-                document = await self._install(name, entry, files, "deployed" if created else "replaced", undo)
+                document = await self._install(name, entry, files, "replaced" if before else "deployed", undo)
             except FaasdError as error:
                 if kept and error.status in (400, 422):
                     names = ", ".join(kept).replace("_", "-")
@@ -10081,16 +10081,15 @@ class Deploys:
                 raise
             for line in image["warnings"]:
                 log.warning("function=%s image: %s", name, line)
-            return created, {**document, "warnings": image["warnings"], "replaced": not created, "kept": kept,
-                             "labelled": labelled.chosen()}
+            return not before, {**document, "warnings": image["warnings"], "replaced": bool(before), "kept": kept,
+                                "labelled": labelled.chosen()}
 
-    def _claim(self, name: str, address: str) -> None:
+    def _claim(self, name: str, before: FunctionRecord | None, address: str) -> None:
         """Keep the address that a new function asks for from others, until its deploy ends. Raises FaasdError."""
-        has = self.functions[name].record.address if name in self.functions else None
-        if not address or address == has:
+        if not address or before and address == before.address:
             return
-        if has:
-            raise Conflict(f"function {name} has {has} already: remove it to give it another address")
+        if before:
+            raise Conflict(f"function {name} has {before.address} already: remove it to give it another address")
         self.attachments.addresses.check(address)
         taken = {other.record.address: other.record.name for other in self.functions.values()}
         taken |= {claimed: other for other, claimed in self._claimed.items()}
@@ -10098,10 +10097,9 @@ class Deploys:
             raise Conflict(f"function {taken[address]} has {address}: ask for another address, or for none")
         self._claimed[name] = address
 
-    async def _write_secrets(self, name: str, changes: dict[str, bytes | None], undo: contextlib.AsyncExitStack
+    async def _write_secrets(self, name: str, before: dict[str, str], changes: dict[str, bytes | None], undo: Undo
                              ) -> dict[str, str]:
         """Write the secrets that change; return the files of all that a function has, by name. Raises FaasdError."""
-        before = self.functions[name].record.secrets if name in self.functions else {}
         kept = {key: file for key, file in before.items() if key not in changes}
         new = {key: value for key, value in changes.items() if value is not None}
         if len(kept) + len(new) > MAX_SECRETS:
@@ -10114,17 +10112,16 @@ class Deploys:
         except OSError as error:
             raise storage_error(error, "writing secrets") from error
 
-    def _next_version(self, name: str, image: str, options: Options, labelled: list[str]) -> VersionRecord:
+    @staticmethod
+    def _next_version(before: FunctionRecord | None, image: str, options: Options, labelled: list[str]
+                      ) -> VersionRecord:
         """Return the version that an image and options are: the one that a function runs, or a new one."""
-        record = self.functions[name].record if name in self.functions else None
-        if record and (record.versions[0].image, record.versions[0].options) == (image, options):
-            return replace(record.versions[0], labelled=labelled)
-        return VersionRecord(1 + record.highest if record else 1, image, "", options, labelled=labelled)
+        if before and (before.versions[0].image, before.versions[0].options) == (image, options):
+            return replace(before.versions[0], labelled=labelled)
+        return VersionRecord(1 + before.highest if before else 1, image, "", options, labelled=labelled)
 
-    def _first_id(self, name: str, undo: contextlib.AsyncExitStack) -> int:
-        """Return the first host id of a function's range, for a new one of a free range. Raises Conflict."""
-        if name in self.functions:
-            return self.functions[name].record.first_id
+    def _take_ids(self, name: str, undo: Undo) -> int:
+        """Return the first host id of a new function's range. Raises Conflict if none is free."""
         first_id = self._host.ids.take()
         undo.push_async_callback(self._forget, name, first_id)
         return first_id
@@ -10151,8 +10148,8 @@ class Deploys:
             now = function.record.versions[0]
             options = (Options() if reset else now.options).changed(query)
             labelled = [key for key in now.labelled if not reset and key not in query]
-            entry = self._next_version(name, now.image, options, labelled)
-            files = await self._write_secrets(name, secrets, undo)
+            entry = self._next_version(function.record, now.image, options, labelled)
+            files = await self._write_secrets(name, function.record.secrets, secrets, undo)
             return await self._install(name, entry, files, "changed", undo)
 
     async def roll_back(self, name: str, query: dict[str, list[str]]) -> dict:
@@ -10255,7 +10252,7 @@ class Deploys:
         self.events.add(name, "removed")
 
     @contextlib.asynccontextmanager
-    async def _changing(self, name: str, what: str) -> AsyncIterator[contextlib.AsyncExitStack]:
+    async def _changing(self, name: str, what: str) -> AsyncIterator[Undo]:
         """Have a name for one change; yield what takes it back if it fails. Raises FaasdError: 409, 503."""
         with self._until_stop():
             if name in self._changes:
@@ -10264,7 +10261,7 @@ class Deploys:
                 raise FaasdError(f"{self._settings.max_uploads} deploys are under way already (--max-uploads): "
                                  "try again later", status=503)
             self._changes[name] = what
-            undo = contextlib.AsyncExitStack()
+            undo = Undo()
             try:
                 yield undo
             finally:
@@ -10303,8 +10300,7 @@ class Deploys:
 
     # -- the one way to run a version --
 
-    async def _install(self, name: str, entry: VersionRecord, secrets: dict[str, str], what: str,
-                       undo: contextlib.AsyncExitStack) -> dict:
+    async def _install(self, name: str, entry: VersionRecord, secrets: dict[str, str], what: str, undo: Undo) -> dict:
         """Prove a version, whose image is there, and make it the function's; describe that. Raises FaasdError."""
         self._check_warm(name, entry.options)
         contract = entry.options.contract
@@ -10360,8 +10356,7 @@ class Deploys:
         await to_the_end(container.kill())
         return await self._prove(name, known, secrets)
 
-    async def _make_current(self, name: str, version: Version, container: Container,
-                            undo: contextlib.AsyncExitStack) -> Function:
+    async def _make_current(self, name: str, version: Version, container: Container, undo: Undo) -> Function:
         """Make a version the function's, on disk and in service. Undoes what it did if it cannot be written down."""
         async with self._commit:
             self._refuse_if_stopping()          # stop() waits for the lock, and then for nobody else
