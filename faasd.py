@@ -5914,6 +5914,7 @@ class PublishedPorts:
         self._published: dict[str, tuple[str, list[tuple[str, int]]]] = {}     # by function: its address, and places
         self._held: dict[tuple[str, int], tuple[str, socket.socket]] = {}      # by address and port, for a function
         self._loaded: list[str] | None = None       # the rules that the kernel has of us; None: those we found, if any
+        self._before: list[tuple[str, str, str]] = []       # those we found: addresses, ports, and the functions' addresses
 
     @property
     def any(self) -> bool:
@@ -5979,8 +5980,9 @@ class PublishedPorts:
 
     def load_rules(self, there: list[str] | None = None) -> None:
         """Replace our rules, unless these are there, or remove them with the last published port. Raises FaasdError."""
-        rules = [f"ip daddr {own} tcp dport {port} dnat to {self._published[holder][0]}:{self._port}"
-                 for (own, port), (holder, _) in sorted(self._held.items()) if self._publishes(holder, own, port)]
+        if self._loaded is None:
+            self._before = self._left_rules()
+        rules = self._rules()
         if rules == there:
             return
         text = PUBLISH_RULES.format(table=self.table, rules="\n        ".join(rules), subnet=self._subnet,
@@ -5990,9 +5992,30 @@ class PublishedPorts:
         run_command("nft cannot load the rules of --publish", "nft", "-f", "-", stdin=text)
         self._loaded = rules
 
+    def _rules(self) -> list[str]:
+        """Return a rule for each place that we hold, and for each that was led to the same function all along.
+
+        Whoever has taken one of the latter while no daemon runs gets nothing of what comes there.
+        """
+        leads = {(own, port): address for name, (address, _) in self._published.items()
+                 for own, port in ((own, int(port)) for own, port, to in self._before if to == address)
+                 if self._publishes(name, own, port)}
+        leads |= {place: self._published[holder][0] for place, (holder, _) in self._held.items()
+                  if self._publishes(holder, *place)}
+        return [f"ip daddr {own} tcp dport {port} dnat to {address}:{self._port}"
+                for (own, port), address in sorted(leads.items())]
+
+    def _left_rules(self) -> list[tuple[str, str, str]]:
+        """Return the address and the port of each rule that another daemon has left, and the function's address."""
+        try:
+            text = run_command("there are no rules", "nft", "list", "table", "ip", self.table)
+        except FaasdError:
+            return []
+        return re.findall(r"ip daddr ([0-9.]+) tcp dport ([0-9]+) dnat to ([0-9.]+):", text)
+
     def restore_rules(self) -> None:
         """Load the rules again if somebody has flushed them; failure is logged."""
-        if self._published and not try_command(f"somebody deleted nftables table ip {self.table}: loading the rules of "
+        if self._rules() and not try_command(f"somebody deleted nftables table ip {self.table}: loading the rules of "
                                                "--publish again", "nft", "list", "table", "ip", self.table):
             try:
                 self.load_rules()

@@ -739,6 +739,25 @@ class Published(unittest.TestCase):
             daemon.wait_log("cannot publish 127.0.0.1:8000: another program has it; trying again")
         wait_until(lambda: attempt(self.HERE) == {self.HERE: "f saw 127.0.0.1"}, "it is published there again")
 
+    def test_a_user_who_takes_the_port_between_two_daemons_gets_nothing(self):
+        """Whatever leads it to the function stays; after a stop nothing does, and nothing is tried without end."""
+        daemon = self.start()
+        daemon.deploy("f", world.image, "--publish", "127.0.0.1:8000")
+        for end in (daemon.kill, lambda: daemon.stop(signal.SIGHUP)):
+            end()
+            with socket.create_server(("127.0.0.1", 8000)):
+                daemon.start()
+                self.assertEqual(attempt(self.HERE), {self.HERE: "f saw 127.0.0.1"})
+        daemon.stop()
+        thief = Peer("thief", self.HERE, wrapper=())
+        self.addCleanup(thief.end)
+        daemon.start()
+        self.assertEqual(attempt(self.HERE), {self.HERE: "thief saw 127.0.0.1"})
+        daemon.wait_log("cannot publish 127.0.0.1:8000: another program has it; trying again")
+        daemon.deploy("g", world.image, "--publish", "8001")     # what comes and goes with it is no other's doing
+        daemon.remove("g")
+        self.assertNotIn("somebody deleted", daemon.log())
+
     def test_restarts_and_flushed_rules(self):
         daemon = self.start()
         daemon.deploy("f", world.image, "--publish", "8000")
