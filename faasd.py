@@ -5914,7 +5914,7 @@ class PublishedPorts:
         self._published: dict[str, tuple[str, list[tuple[str, int]]]] = {}     # by function: its address, and places
         self._held: dict[tuple[str, int], tuple[str, socket.socket]] = {}      # by address and port, for a function
         self._loaded: list[str] | None = None       # the rules that the kernel has of us; None: those we found, if any
-        self._before: list[tuple[str, str, str]] = []       # those we found: addresses, ports, and the functions' addresses
+        self._before: list[tuple[str, str, str]] = []           # the latter: address, port, and address of the function
 
     @property
     def any(self) -> bool:
@@ -6016,7 +6016,7 @@ class PublishedPorts:
     def restore_rules(self) -> None:
         """Load the rules again if somebody has flushed them; failure is logged."""
         if self._rules() and not try_command(f"somebody deleted nftables table ip {self.table}: loading the rules of "
-                                               "--publish again", "nft", "list", "table", "ip", self.table):
+                                             "--publish again", "nft", "list", "table", "ip", self.table):
             try:
                 self.load_rules()
             except FaasdError as error:
@@ -6024,10 +6024,8 @@ class PublishedPorts:
 
     def remove_stale(self) -> None:
         """Remove the rules of the daemon before, if nothing is published any more; failure is logged."""
-        with contextlib.suppress(FaasdError):           # there are none, as nearly always
-            if not self._published and shutil.which("nft"):
-                run_command("there are no rules", "nft", "list", "table", "ip", self.table)
-                self.remove_all()
+        if not self._published and self._left_rules():
+            self.remove_all()
 
     def remove_all(self) -> None:
         """Remove the rules; failure is logged."""
@@ -7921,6 +7919,7 @@ class Rootfs:
 
 XATTR_RECORD = "SCHILY.xattr."           # + name: how PAX headers carry extended attributes
 SELINUX_XATTR = "security.selinux"      # labels are the host's affair
+OVERLAY_XATTRS = "trusted.overlay."     # how their names begin: overlayfs would do in a container's root what they say
 EARLIEST_TIME, LATEST_TIME = -1 << 31, (1 << 34) - 1    # what ext4 can hold, in seconds since 1970
 ACL_XATTRS = ("system.posix_acl_access", "system.posix_acl_default")
 ACL_VERSION, ACL_NO_ID = 2, 0xFFFF_FFFF                 # linux/posix_acl_xattr.h; and linux/posix_acl.h:
@@ -8150,7 +8149,7 @@ class LayerApplier:
     def _set_xattrs(self, host: bytes | int, follow: bool, entry: TarInfo) -> None:
         for key, value in entry.pax_headers.items():
             name = key.removeprefix(XATTR_RECORD)
-            if name in (key, SELINUX_XATTR):
+            if name in (key, SELINUX_XATTR) or name.startswith(OVERLAY_XATTRS):
                 continue
             if name.startswith("user.") and not (entry.isreg() or entry.isdir()):
                 continue                                # xattr(7): only files and directories carry them

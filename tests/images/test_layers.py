@@ -701,8 +701,10 @@ class Metadata(Sandbox):
         for path in "ldc":
             self.assertEqual(self.xattr(path), {"trusted.t": b"v"}, path)
 
-    def test_D3_the_label_of_selinux_is_the_hosts(self):
-        self.apply(layer(file("f", records={"SCHILY.xattr.security.selinux": "image"})))
+    def test_D3_labels_of_selinux_and_of_overlayfs_are_the_hosts(self):
+        self.apply(layer(file("f", records={"SCHILY.xattr.security.selinux": "image",
+                                            "SCHILY.xattr.trusted.overlay.metacopy": "",
+                                            "SCHILY.xattr.trusted.overlay.redirect": "/etc/shadow"})))
         self.assertEqual(self.xattr("f"), {})
 
     def test_D3_a_directory_keeps_the_label_that_the_host_gave_it(self):
