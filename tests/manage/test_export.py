@@ -141,8 +141,8 @@ class ExportTest(unittest.TestCase):
             with self.subTest(uid=uid, texts=texts):
                 options = faasd.Options().changed({"cap_add": texts[:1], "cap_drop": texts[1:]})
                 held = faasd.capabilities(options, {"uid": uid}, "server")["effective"]
-                dropped = {*FAAS["Server"]({"name": "f", "image": "", "user": f"{uid}:1", "options": options.to_json(),
-                                         "server_port": 80, "port": 80}, "i").dropped()}
+                dropped = {*FAAS["Server"]({"name": "f", "image": "", "user": f"{uid}:1", "command": [], "port": 80,
+                                            "options": options.to_json(), "server_port": 80}, "i").dropped()}
                 dropped = {*faasd.CAPABILITIES} if "ALL" in dropped else dropped
                 self.assertEqual({name.removeprefix("CAP_") for name in held}, {*faasd.CAPABILITIES} - dropped)
 
