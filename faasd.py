@@ -6209,7 +6209,8 @@ class ContainerHost:
         names = names_path(self.run_dir).parent
         for directory in (self.containers_dir, root_place(self.run_dir), self.runtime.root, names):
             if str(directory) in mounts:
-                try_command(f"cannot unmount {directory}", "umount", str(directory))
+                # Lazily: a start that waits for a volume may have files open there for as long as we live.
+                try_command(f"cannot unmount {directory}", "umount", "-l", str(directory))
             try:
                 directory.rmdir()
             except OSError as error:

@@ -43,6 +43,7 @@ else:
     client.sendall(HEAD + os.environ["LABEL"].encode())
 client.shutdown(socket.SHUT_WR)
 """
+NOBODY = 65534
 AS_NOBODY = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups")
 PYTHON = "/usr/bin/python3"     # which everybody may run
 # A program that takes any arguments and does nothing: pause(2), or ppoll(2), for ever.
@@ -294,6 +295,46 @@ class Notes(LocalUserCase):
         finally:
             subprocess.run(["umount", container / "left"], check=True)
         self.check_stops(daemon)
+
+
+FUSE_ROOT = f"rootmode=40000,user_id={NOBODY},group_id={NOBODY},allow_other"
+FUSE_HEAD, FUSE_INIT = struct.Struct("<IIQ"), struct.pack("<IIIIHHII32x", 7, 31, 0, 0, 0, 0, 64 << 10, 0)   # linux/fuse.h
+
+
+class VolumeThatHangs(LocalUserCase):
+    """The owner of a volume's directory mounts a file system over it that never answers, as FUSE lets them."""
+
+    def hang(self, directory: Path) -> int:
+        """Return a descriptor, at whose end the file system goes."""
+        try:
+            device = os.open("/dev/fuse", os.O_RDWR)
+        except OSError as error:
+            self.skipTest(f"no FUSE: {error.strerror}")
+        options = f"fd={device},{FUSE_ROOT}".encode()
+        libc = ctypes.CDLL(None, use_errno=True)
+        self.assertEqual(libc.mount(b"test", os.fsencode(directory), b"fuse", 0, options), 0, ctypes.get_errno())
+        self.addCleanup(subprocess.run, ["umount", "-l", directory], check=True)
+        self.addCleanup(os.close, device)               # first: then all calls that wait end with an error
+        _, _, unique = FUSE_HEAD.unpack_from(os.read(device, 64 << 10))
+        os.write(device, struct.pack("<IiQ", 16 + len(FUSE_INIT), 0, unique) + FUSE_INIT)
+        return device
+
+    def test_nobody_else_waits_and_a_stop_leaves_nothing(self):
+        directory = self.scratch() / "data"
+        directory.mkdir()
+        os.chown(directory, NOBODY, NOBODY)
+        daemon = support.Daemon("--drain-timeout", "0s").start()
+        self.addCleanup(daemon.close)
+        self.deploy(daemon, "--volume", f"{directory}:/data")
+        other = daemon.deploy("g", support.small_image("2"))
+        self.hang(directory)
+        daemon.kill()
+        daemon.start()
+        self.client(daemon.info("f")["address"], "/")
+        wait_until(lambda: daemon.info("f")["starting"] == 1, "a container is being started")
+        self.assertEqual(get(other), (200, "2"))
+        self.assertEqual(daemon.stop(), 0)
+        self.assertEqual(support.remains(daemon), [])
 
 
 class Waits(LocalUserCase):
