@@ -352,6 +352,14 @@ def write_all(descriptor: int, data: memoryview) -> None:
         data = data[os.write(descriptor, data):]
 
 
+def settle(future: asyncio.Future, outcome: Any) -> None:
+    """Give a future its result, or the exception that came instead, unless it is done: another may have come first."""
+    if isinstance(outcome, Exception) and not future.done():
+        future.set_exception(outcome)
+    elif not future.done():
+        future.set_result(outcome)
+
+
 async def to_the_end(coroutine):
     """Run a coroutine and return its result, even if our task is cancelled meanwhile: half of it would be worse."""
     task = asyncio.ensure_future(coroutine)
@@ -1738,14 +1746,14 @@ class Crowd:
         """Return whether a client sends something, or closes, in time; peer is its address and port."""
         loop = asyncio.get_running_loop()
         heard: asyncio.Future[bool] = loop.create_future()
-        loop.add_reader(client, self._settle, heard, True)
-        timer = loop.call_later(seconds, self._settle, heard, False)
+        loop.add_reader(client, settle, heard, True)
+        timer = loop.call_later(seconds, settle, heard, False)
         source = peer.partition(":")[0]
         self._members.setdefault(source, {})[heard] = None
         self._count += 1
         if self._count > self._most:            # a flood: it must cost no more than this
             largest = max(self._members.values(), key=len)
-            self._settle(next((member for member in largest if not member.done()), heard), False)
+            settle(next((member for member in largest if not member.done()), heard), False)
         try:
             return await heard
         finally:
@@ -1755,11 +1763,6 @@ class Crowd:
             del self._members[source][heard]
             if not self._members[source]:
                 del self._members[source]
-
-    @staticmethod
-    def _settle(heard: asyncio.Future[bool], result: bool) -> None:
-        if not heard.done():
-            heard.set_result(result)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2507,17 +2510,11 @@ class Container:
         self.contract = "stdio"
         self._become_ready()
 
-    def on_left(self, handover: Handover) -> None:
-        """The program will not take a client any more."""
-        if not handover.said.done():
-            handover.said.set_result(Release.UNTAKEN)
-
     def _become_ready(self) -> None:
         self._watch_memory()
         with contextlib.suppress(FileNotFoundError):
             os.unlink(f"{self._directory}/config.json")         # the room is for those that start
-        if not self._connected.done():
-            self._connected.set_result(None)
+        settle(self._connected, None)
 
     def _on_connect(self) -> None:
         try:
@@ -2572,8 +2569,7 @@ class Container:
 
     def _on_closed(self, handover: Handover, state: TcpState | None) -> None:
         handover.state = state
-        if not handover.said.done():
-            handover.said.set_result(Release.GONE if self._exited.done() else Release.READY)
+        settle(handover.said, Release.GONE if self._exited.done() else Release.READY)
 
     def is_taken(self, handover: Handover) -> bool:
         """Return whether the program has a client; else it does not get it any more. May block."""
@@ -2592,16 +2588,11 @@ class Container:
         self.said = self._host.loop.create_future()
         return self.said
 
-    def say(self, release: Release) -> None:
-        if not self.said.done():
-            self.said.set_result(release)
-
     def end_wait(self, handover: Handover, release: Release) -> None:
         """Have nobody wait for the handler any longer, unless it has let go: that may have come before our turn."""
         if self._control is not None:
             self._on_control()
-        if not handover.said.done():
-            handover.said.set_result(release)
+        settle(handover.said, release)
 
     def _on_control(self) -> None:
         """Read what the handler says: one byte is READY, anything else is its end.
@@ -2621,7 +2612,7 @@ class Container:
             release = Release.UNTAKEN
         if release != Release.READY or self.said.done():        # done: it talks out of turn
             self._close_sockets()
-        self.say(release)
+        settle(self.said, release)
 
     def _on_output(self, text: str) -> None:
         """Log a line, and say so if it was printed for want of processes. Called by any thread."""
@@ -2695,7 +2686,7 @@ class Container:
         if self._control is not None:
             self._on_control()                  # UNTAKEN is worth knowing
         self._close_sockets()                   # somebody outside may have the other end, or runc alone was killed
-        self.say(Release.GONE)
+        settle(self.said, Release.GONE)
 
     def _unwatch(self) -> None:
         for descriptor in (self._pidfd, self._memory):
@@ -3162,10 +3153,7 @@ class Workers:
     def _deliver(self, future: asyncio.Future, outcome: Any) -> None:
         self.pending.discard(future)
         self._limits.pop(future, None)
-        if isinstance(outcome, Exception) and not future.cancelled():
-            future.set_exception(outcome)
-        elif not future.cancelled():
-            future.set_result(outcome)
+        settle(future, outcome)
         spare = self._threads - len(self.pending) - 1
         if spare > 0 and self._calls.empty():
             self._threads -= spare
@@ -3203,17 +3191,13 @@ def in_thread(loop: asyncio.AbstractEventLoop, function: Callable, *arguments) -
     """Call function in a thread of its own, which may change what other threads have in common. Raises OSError."""
     future = loop.create_future()
 
-    def deliver(set_: Callable, outcome: Any) -> None:
-        if not future.cancelled():
-            set_(outcome)
-
     def work() -> None:
         try:
-            outcome = deliver, future.set_result, function(*arguments)
+            outcome = function(*arguments)
         except Exception as error:                  # for the caller
-            outcome = deliver, future.set_exception, error
+            outcome = error
         with contextlib.suppress(RuntimeError):     # the loop is closed
-            loop.call_soon_threadsafe(*outcome)
+            loop.call_soon_threadsafe(settle, future, outcome)
     try:
         threading.Thread(target=work, name="spawner", daemon=True).start()
     except RuntimeError as error:
@@ -3386,7 +3370,7 @@ class Supervisor:
         while self._clients or not self._stopping:      # until the loop writes nothing any more
             with self._giving:                  # else one is withdrawn meanwhile
                 while self._clients:
-                    self._tell(self._container.on_left, self._clients.popleft())
+                    self._tell(settle, self._clients.popleft().said, Release.UNTAKEN)
             if not self._stopping:
                 self._hear()
         os.close(self._wake)
