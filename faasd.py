@@ -2844,26 +2844,18 @@ class Streams:
                       (os.POSIX_SPAWN_DUP2, 0, 2)]
 
     def _open_pipes(self, takes_input: bool) -> None:
-        self.files = [(os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0)]
-        if takes_input:
-            theirs, self.input = self._pipe()
-            self.files = [(os.POSIX_SPAWN_DUP2, theirs, 0)]
-            os.set_blocking(self.input, False)
-            self._give(theirs)
-        for number in (STDOUT, STDERR):
-            ours, theirs = self._pipe()
-            self.outputs[ours] = number
+        self.files = [] if takes_input else [(os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0)]
+        for number in (STDIN, STDOUT, STDERR) if takes_input else (STDOUT, STDERR):
+            reading, writing = os.pipe2(os.O_CLOEXEC)
+            ours, theirs = (writing, reading) if number == STDIN else (reading, writing)
+            if number == STDIN:
+                self.input = ours
+            else:
+                self.outputs[ours] = number
+            self._theirs.append(theirs)
             os.set_blocking(ours, False)
-            self._give(theirs)
+            os.fchmod(theirs, 0o666)            # the image's user may open /dev/stdout
             self.files.append((os.POSIX_SPAWN_DUP2, theirs, number))
-
-    @staticmethod
-    def _pipe() -> tuple[int, int]:
-        return os.pipe2(os.O_CLOEXEC)
-
-    def _give(self, theirs: int) -> None:
-        self._theirs.append(theirs)
-        os.fchmod(theirs, 0o666)                # the image's user may open /dev/stdout
 
     def resize(self, lines: int, columns: int) -> None:
         for ours in self.outputs if self.terminal else ():
