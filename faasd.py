@@ -133,7 +133,7 @@ import time
 import tty
 import urllib.parse
 import zlib
-from collections.abc import AsyncIterator, Callable, Collection, Generator, Iterable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Generator, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime, timedelta, timezone
 from decimal import Decimal, InvalidOperation
@@ -1328,7 +1328,7 @@ class Invocation:
         log.info("function=%s container=%s died before it took its client", self.function.record.name,
                  self.container.id)
         self.container.handovers.discard(self.handover)
-        await self.pool.kill(self.container)
+        await self.pool.end(self.container, self.container.kill)
         self.function.in_flight.discard(self)
         self.container, self.handover, self.handed = None, None, 0.0
 
@@ -1385,15 +1385,15 @@ class Invocation:
             if self.handover.inode:
                 await self._take_from_server()
             if not container.handovers:         # else it serves others still
-                self.exit_status = await pool.kill(container)
+                self.exit_status = await pool.end(container, container.kill)
             raise Refusal(*CUTS.get(said, CUTS[Release.STOPPED]))
         if self.handover.taken and self.handover.state is None:
-            self.exit_status = await pool.end(container)
+            self.exit_status = await pool.end(container, container.finish)
             raise Refusal("closed", 0, "the kernel's report of how it ended was lost")
         state = self.handover.state or await self._answered(gone=said is not Release.READY)
         self.received, self.sent = state.received, state.sent
         if self.handover.taken and not state.sent and await container.exits():  # the kernel has told the client
-            self.exit_status = await pool.end(container)
+            self.exit_status = await pool.end(container, container.finish)
             outcome, _, reason = OUT_OF_MEMORY if container.out_of_memory else (
                 "no-answer", 0, f"the handler {container.describe_end(self.exit_status)} without an answer")
             raise Refusal(outcome, 0, reason)
@@ -1409,7 +1409,7 @@ class Invocation:
             pool.share(container)
             function.dispatch()
         else:
-            ending = function.loop.create_task(pool.end(container))
+            ending = function.loop.create_task(pool.end(container, container.finish))
             function.dispatch()
         if state.unacknowledged:
             await self._drain(state)
@@ -1443,8 +1443,8 @@ class Invocation:
         if state.can_answer or state.is_open and (
                 killed or gone and (container.out_of_memory or container.may_have_run_out_of_memory)):
             # Once nobody in the container has the socket any more, and all is known of its memory.
-            end = self.pool.kill if killed or container.out_of_memory else self.pool.end
-            self.exit_status = await end(container)
+            end = container.kill if killed or container.out_of_memory else container.finish
+            self.exit_status = await self.pool.end(container, end)
             if gone and container.out_of_memory:
                 raise Refusal(*OUT_OF_MEMORY)
             if killed:
@@ -1990,21 +1990,14 @@ class Pool:
 
     def dismiss(self, container: Container) -> None:
         """End a container in the background. End of file tells its handler that there is no more work."""
-        self._endings.start(self.end(container))
+        self._endings.start(self.end(container, container.finish))
 
-    async def end(self, container: Container) -> int | None:
-        """Let a container end, and return its exit status."""
-        self._withhold(container)
+    async def end(self, container: Container, end: Callable[[], Awaitable[int | None]]) -> int | None:
+        """Give a container no more clients, end it by a method of its own, and return its exit status."""
+        self.idle.pop(container, None)
+        self.shared.pop(container, None)
         try:
-            return await container.finish()
-        finally:
-            self.remove(container)
-
-    async def kill(self, container: Container) -> int | None:
-        """Kill a container, and return its exit status."""
-        self._withhold(container)
-        try:
-            return await container.kill()
+            return await end()
         finally:
             self.remove(container)
 
@@ -2014,11 +2007,6 @@ class Pool:
         self.remove(container)
         log.info("function=%s container=%s serves a client and is left running", self._function.record.name,
                  container.id)
-
-    def _withhold(self, container: Container) -> None:
-        """Give a container no more clients."""
-        self.idle.pop(container, None)
-        self.shared.pop(container, None)
 
     def remove(self, container: Container) -> None:
         """Nothing is left of a container."""
