@@ -3853,7 +3853,7 @@ def mount_root(place: str, bundle: Bundle) -> None:
     succeeded(libc.unshare(CLONE_NEWNS))
     mount_here("", "", "/", MS_REC | MS_SLAVE)
     mount_here("tmpfs", "faasd", place, MS_NOSUID | MS_NODEV,
-               f"mode=0711,size={bundle.memory},nr_inodes={bundle.memory // BYTES_PER_FILE}")
+               f"mode=0711,size={bundle.options.memory},nr_inodes={bundle.options.memory // BYTES_PER_FILE}")
     for name in ("upper", "work", "root"):
         os.mkdir(f"{place}/{name}")
     top = os.stat(bundle.rootfs)        # that of the upper directory is what shows
@@ -3915,33 +3915,107 @@ class Bundle:
     def __init__(self, name: str, image: dict, options: Options, rootfs: Path, run_dir: Path, cgroups: Cgroups,
                  apparmor: str = "", mounts: Iterable[dict] = (), contract: str = "handler", port: int = 0,
                  number: int = 0):
-        """mounts are what the rootfs itself is made of, where it is no unpacked image; number is the version's."""
-        self.name, self.image = name, image["version"]
-        self.rootfs, self.memory = str(rootfs), options.memory
+        """image is the content of image.json, apparmor the name of a profile that is loaded, or empty.
+
+        mounts are what the rootfs itself is made of, where it is no unpacked image; number is the version's.
+        """
+        self.name, self.image, self.options, self.process = name, image["version"], options, image["process"]
+        self.rootfs = str(rootfs)
         self.hostname, self.names = options.hostname or name, names_path(run_dir)
-        self.etc = posixpath.dirname(image["process"]["resolv_conf"])           # its real path
+        self.etc = posixpath.dirname(self.process["resolv_conf"])           # its real path
         self.first_id: int = image["first_id"]          # host id of the containers' root
         self.contract = contract                # auto: what it does first decides
-        env = dict(entry.split("=", 1) for entry in (*image["process"]["env"], *options.env))
+        env = dict(entry.split("=", 1) for entry in (*self.process["env"], *options.env))
         exposed = sorted(int(match[1]) for match in map(re.compile("([1-9][0-9]{0,4})(/tcp)?").fullmatch,
-                                                        image["process"].get("exposed_ports", [])) if match)
+                                                        self.process.get("exposed_ports", [])) if match)
         self.ports = [port] if port else exposed        # that a server should listen on, the best first
         self._only = bool(port) or len(exposed) == 1    # it is of no use on any other
         if not exposed and not port:
             self.ports = [int(env["PORT"]) if re.fullmatch("[0-9]{1,5}", env.get("PORT", "")) else DEFAULT_PORT]
         self.own_network = options.net == "none"
-        self.volumes: list[Volume] = image["process"].get("volumes", [])        # by their real paths in the image
-        self.user = image["process"]["uid"], image["process"]["gid"]
-        self.secrets: dict[str, bytes] = image["process"].get("secrets", {})    # by their real paths in the image
+        self.volumes: list[Volume] = self.process.get("volumes", [])        # by their real paths in the image
+        self.user = self.process["uid"], self.process["gid"]
+        self.secrets: dict[str, bytes] = self.process.get("secrets", {})    # by their real paths in the image
         # runc joins a user namespace first, and from there no network that the host has made.
         self.joins_user_namespace = options.net != "egress"
         self._mark = f"@{secrets.token_hex(16)}@"       # stands for the id; nothing a user writes contains it
         self._namespace_mark = f"@{secrets.token_hex(16)}@"
-        spec = build_spec(name, image, options, run_dir, cgroups, self._mark, self._namespace_mark, apparmor, contract,
-                          self.ports[0], number)
-        spec["mounts"][:0] = mounts
+        spec = self._spec(run_dir, cgroups, apparmor, mounts, number)
         self._template = json.dumps(spec)
         check_sizes(spec["process"], len(self._template))
+
+    def _spec(self, run_dir: Path, cgroups: Cgroups, apparmor: str, mounts: Iterable[dict], number: int) -> dict:
+        """Return the OCI runtime configuration (runtime-spec config.md), with marks for what differs."""
+        options, process = self.options, self.process
+        default = [f"HOSTNAME={self.hostname}",
+                   *([f"PORT={self.ports[0]}"] if self.contract in ("auto", "server") else [])]
+        env = merge_env([*default, *process["env"]], [
+            *options.env, f"FAAS_FUNCTION={self.name}", f"FAAS_VERSION={number}", f"FAAS_CONTAINER_ID={self._mark}"])
+        ids = [{"containerID": 0, "hostID": self.first_id, "size": IDS}]
+        soft, hard = MAX_OPEN_FILES
+        seccomp = container_filter(self.volumes)
+        if self.contract != "handler":
+            calls = ["listen", "accept", "accept4", *(["bind"] if not self.own_network else [])]
+            calls = ["execve"] if self.contract == "stdio" else calls
+            seccomp = supervised(seccomp, calls, f"{run_dir}/containers/{self._mark}/{NOTIFY_SOCKET}")
+        network = {"none": [{"type": "network"}], "host": [],       # none of its own
+                   "egress": [{"type": "network", "path": str(namespace_path(run_dir, self.name))}]}[options.net]
+        return {
+            "ociVersion": "1.0.2",
+            "hostname": self.hostname,
+            "root": {"path": str(root_place(run_dir) / "root"), "readonly": options.read_only},
+            "process": {
+                "terminal": False, "cwd": process["cwd"], "args": command_line(process, options), "env": env,
+                "user": {"uid": process["uid"], "gid": process["gid"], "additionalGids": process["groups"]},
+                # Not what an operator gave us against the OOM killer; to lower what is higher takes a capability.
+                "oomScoreAdj": max(0, int(read_text("/proc/self/oom_score_adj") or 0)),
+                "noNewPrivileges": True, **({"apparmorProfile": apparmor} if apparmor else {}),
+                **({"rlimits": [{"type": "RLIMIT_NOFILE", "soft": soft, "hard": hard}]} if can_set_limits() else {}),
+                "capabilities": capabilities(options, process, self.contract),
+            },
+            "mounts": [*mounts, *self._mounts(run_dir), *cgroups.mounts(self.name, self._mark)],
+            "linux": {
+                "namespaces": [*({"type": kind} for kind in NAMESPACES), *network,
+                               {"type": "user", "path": self._namespace_mark}],
+                "uidMappings": ids, "gidMappings": ids,
+                # As docker has it: a program that is not root may listen on port 80. Others' networks are not its own.
+                **({"sysctl": {"net.ipv4.ip_unprivileged_port_start": "0"}} if self.own_network else {}),
+                **({"seccomp": seccomp} if seccomp else {}),
+                "cgroupsPath": cgroups.path(self.name, self._mark),
+                "maskedPaths": [path for path in MASKED_PATHS if self.own_network or not path.startswith("/sys/")],
+                "readonlyPaths": READONLY_PATHS,
+                "resources": {
+                    "devices": [{"allow": False, "access": "rwm"}],     # runc adds null, zero, tty and their like
+                    "memory": {"limit": options.memory, **({"swap": options.memory} if cgroups.can_limit_swap else {})},
+                    "cpu": {"quota": int(options.cpus * CPU_PERIOD), "period": CPU_PERIOD},
+                    "pids": {"limit": options.pids},
+                    **({"unified": {"memory.oom.group": "1"}} if cgroups.kills_whole else {}),
+                },
+            },
+        }
+
+    def _mounts(self, run_dir: Path) -> list[dict]:
+        """Return the mounts of a container.
+
+        The kernel gives a container sysfs only with a network namespace that its own user namespace made. One that
+        joins another gets a /sys of its own: the host's, bound there, would show the host's interfaces.
+        """
+        mounts = [
+            mount("/proc", "proc", "noexec", "nodev"),
+            mount("/dev", "tmpfs", "noexec", "strictatime", "mode=755", f"size={DEV_SIZE}"),
+            mount("/dev/pts", "devpts", "noexec", "newinstance", "ptmxmode=0666", "mode=0620", "gid=5",
+                  f"max={MAX_TERMINALS}"),
+            mount("/dev/shm", "tmpfs", "nodev", f"size={self.options.shm_size}", "noexec", "mode=1777"),
+            mount("/dev/mqueue", "mqueue", "noexec", "nodev"),
+        ]
+        if self.contract in ("auto", "handler"):
+            mounts.append(mount(CONTROL_SOCKET, "bind", "bind", "nodev", "noexec",
+                                source=f"{run_dir}/containers/{self._mark}/control.sock"))
+        if self.own_network:
+            return [*mounts, mount("/sys", "sysfs", "noexec", "nodev", "ro")]
+        return [*mounts, mount("/sys", "tmpfs", "nodev", "size=4k", "noexec", "ro", "mode=555"),
+                mount(self.process["resolv_conf"], "bind", "bind", "ro", "nodev", "noexec",
+                      source=str(resolv_conf_path(run_dir, self.options.net)))]
 
     @property
     def expected(self) -> str:
@@ -4155,64 +4229,6 @@ MAX_OPEN_FILES = (1024, 4096)       # RLIMIT_NOFILE inside, soft and hard: a con
                                     # much that hangs on a descriptor is the kernel's memory, and nobody's in particular
 
 
-def build_spec(name: str, image: dict, options: Options, run_dir: Path, cgroups: Cgroups, container_id: str,
-               user_namespace: str, apparmor: str = "", contract: str = "handler", port: int = 0,
-               number: int = 0) -> dict:
-    """Return the OCI runtime configuration (runtime-spec config.md) of a function's container.
-
-    image is the content of image.json, user_namespace the path of the one to join, apparmor the name of a profile
-    that is loaded, or empty, and number the version's.
-    """
-    process = image["process"]
-    hostname = options.hostname or name
-    default = [f"HOSTNAME={hostname}", *([f"PORT={port}"] if contract in ("auto", "server") else [])]
-    env = merge_env([*default, *process["env"]], [
-        *options.env, f"FAAS_FUNCTION={name}", f"FAAS_VERSION={number}", f"FAAS_CONTAINER_ID={container_id}"])
-    ids = [{"containerID": 0, "hostID": image["first_id"], "size": IDS}]
-    soft, hard = MAX_OPEN_FILES
-    seccomp = container_filter(process.get("volumes", []))
-    if contract != "handler":
-        calls = ["listen", "accept", "accept4", *(["bind"] if options.net != "none" else [])]
-        calls = ["execve"] if contract == "stdio" else calls
-        seccomp = supervised(seccomp, calls, f"{run_dir}/containers/{container_id}/{NOTIFY_SOCKET}")
-    network = {"none": [{"type": "network"}], "host": [],       # none of its own
-               "egress": [{"type": "network", "path": str(namespace_path(run_dir, name))}]}[options.net]
-    return {
-        "ociVersion": "1.0.2",
-        "hostname": hostname,
-        "root": {"path": str(root_place(run_dir) / "root"), "readonly": options.read_only},
-        "process": {
-            "terminal": False, "cwd": process["cwd"], "args": command_line(process, options), "env": env,
-            "user": {"uid": process["uid"], "gid": process["gid"], "additionalGids": process["groups"]},
-            # Not what an operator gave us against the OOM killer; to lower what is higher takes a capability.
-            "oomScoreAdj": max(0, int(read_text("/proc/self/oom_score_adj") or 0)),
-            "noNewPrivileges": True, **({"apparmorProfile": apparmor} if apparmor else {}),
-            **({"rlimits": [{"type": "RLIMIT_NOFILE", "soft": soft, "hard": hard}]} if can_set_limits() else {}),
-            "capabilities": capabilities(options, process, contract),
-        },
-        "mounts": container_mounts(options, process, run_dir, container_id, contract) +
-                  cgroups.mounts(name, container_id),
-        "linux": {
-            "namespaces": [*({"type": kind} for kind in NAMESPACES), *network,
-                           {"type": "user", "path": user_namespace}],
-            "uidMappings": ids, "gidMappings": ids,
-            # As docker has it: a program that is not root may listen on port 80. Others' networks are not its own.
-            **({"sysctl": {"net.ipv4.ip_unprivileged_port_start": "0"}} if options.net == "none" else {}),
-            **({"seccomp": seccomp} if seccomp else {}),
-            "cgroupsPath": cgroups.path(name, container_id),
-            "maskedPaths": [path for path in MASKED_PATHS if options.net == "none" or not path.startswith("/sys/")],
-            "readonlyPaths": READONLY_PATHS,
-            "resources": {
-                "devices": [{"allow": False, "access": "rwm"}],     # runc adds null, zero, tty and their like
-                "memory": {"limit": options.memory, **({"swap": options.memory} if cgroups.can_limit_swap else {})},
-                "cpu": {"quota": int(options.cpus * CPU_PERIOD), "period": CPU_PERIOD},
-                "pids": {"limit": options.pids},
-                **({"unified": {"memory.oom.group": "1"}} if cgroups.kills_whole else {}),
-            },
-        },
-    }
-
-
 # What servers that begin as root need to become somebody else, and to listen.
 SERVER_CAPABILITIES = "CHOWN DAC_OVERRIDE FOWNER FSETID KILL SETGID SETUID NET_BIND_SERVICE".split()
 
@@ -4275,30 +4291,6 @@ def can_set_limits() -> bool:
 
 DEV_SIZE = "1m"                     # tmpfs(5) size=
 MAX_TERMINALS = 16                  # ptys of one container; all containers of a machine share some 3,000 (pty.max)
-
-
-def container_mounts(options: Options, process: dict, run_dir: Path, container_id: str, contract: str) -> list[dict]:
-    """Return the mounts of a container.
-
-    The kernel gives a container sysfs only with a network namespace that its own user namespace made. One that joins
-    another gets a /sys of its own: the host's, bound there, would show the host's interfaces.
-    """
-    mounts = [
-        mount("/proc", "proc", "noexec", "nodev"),
-        mount("/dev", "tmpfs", "noexec", "strictatime", "mode=755", f"size={DEV_SIZE}"),
-        mount("/dev/pts", "devpts", "noexec", "newinstance", "ptmxmode=0666", "mode=0620", "gid=5",
-              f"max={MAX_TERMINALS}"),
-        mount("/dev/shm", "tmpfs", "nodev", f"size={options.shm_size}", "noexec", "mode=1777"),
-        mount("/dev/mqueue", "mqueue", "noexec", "nodev"),
-    ]
-    if contract in ("auto", "handler"):
-        mounts.append(mount(CONTROL_SOCKET, "bind", "bind", "nodev", "noexec",
-                            source=f"{run_dir}/containers/{container_id}/control.sock"))
-    if options.net == "none":
-        return [*mounts, mount("/sys", "sysfs", "noexec", "nodev", "ro")]
-    return [*mounts, mount("/sys", "tmpfs", "nodev", "size=4k", "noexec", "ro", "mode=555"),
-            mount(process["resolv_conf"], "bind", "bind", "ro", "nodev", "noexec",
-                  source=str(resolv_conf_path(run_dir, options.net)))]
 
 
 def mount(destination: str, kind: str, *options: str, source: str = "") -> dict:

@@ -238,10 +238,11 @@ class Spec(unittest.TestCase):
         "entrypoint": ["/e"], "cmd": ["c"], "env": ["PATH=/bin", "A=1"], "cwd": "/w", "uid": 1, "gid": 2, "groups": [3],
         "resolv_conf": "/usr/etc/resolv.conf"}}
 
-    def spec(self, image: dict | None = None, options: faasd.Options = DEFAULTS, **changes) -> dict:
-        arguments = {"run_dir": Path("/run/x"), "cgroups": NoCgroups(), "container_id": "ID",
-                     "user_namespace": "/u"}
-        return faasd.build_spec("name", image or self.image, options, **{**arguments, **changes})
+    def spec(self, image: dict | None = None, options: faasd.Options = DEFAULTS, number: int = 0,
+             cgroups: NoCgroups | None = None) -> dict:
+        bundle = faasd.Bundle("name", image or self.image, options, Path("/r"), Path("/run/x"),
+                              cgroups or NoCgroups(), number=number)
+        return json.loads(bundle.render("ID", "/u"))
 
     def test_process(self):
         process = self.spec(number=7)["process"]
