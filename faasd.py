@@ -3872,6 +3872,8 @@ def mount_root(place: str, bundle: Bundle) -> None:
             file.write(text)
 
 
+NAMES = "hosts/functions"           # in RUN_DIR, in a directory where dnsmasq's hostsdir finds nothing else
+ROOT = "rootfs"                     # in RUN_DIR, where every container's root is mounted, each in a namespace of its own
 HOSTS = "127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n"
 
 
@@ -3883,16 +3885,6 @@ def own_files(bundle: Bundle) -> dict[str, str]:
     functions = "" if bundle.own_network else read_text(bundle.names)
     return {f"{bundle.etc}/hosts": f"{HOSTS}127.0.0.1\t{bundle.hostname}\n{functions}",
             f"{bundle.etc}/hostname": f"{bundle.hostname}\n"}
-
-
-def names_path(run_dir: Path) -> Path:
-    """Return the file of the functions' names, in a directory where dnsmasq's hostsdir finds nothing else."""
-    return run_dir / "hosts/functions"
-
-
-def root_place(run_dir: Path) -> Path:
-    """Return where every container's root is mounted, each in a mount namespace of its own."""
-    return run_dir / "rootfs"
 
 
 def mount_secrets(root: str, bundle: Bundle) -> None:
@@ -3921,7 +3913,7 @@ class Bundle:
         """
         self.name, self.image, self.options, self.process = name, image["version"], options, image["process"]
         self.rootfs = str(rootfs)
-        self.hostname, self.names = options.hostname or name, names_path(run_dir)
+        self.hostname, self.names = options.hostname or name, run_dir / NAMES
         self.etc = posixpath.dirname(self.process["resolv_conf"])           # its real path
         self.first_id: int = image["first_id"]          # host id of the containers' root
         self.contract = contract                # auto: what it does first decides
@@ -3963,7 +3955,7 @@ class Bundle:
         return {
             "ociVersion": "1.0.2",
             "hostname": self.hostname,
-            "root": {"path": str(root_place(run_dir) / "root"), "readonly": options.read_only},
+            "root": {"path": str(run_dir / ROOT / "root"), "readonly": options.read_only},
             "process": {
                 "terminal": False, "cwd": process["cwd"], "args": command_line(process, options), "env": env,
                 "user": {"uid": process["uid"], "gid": process["gid"], "additionalGids": process["groups"]},
@@ -4298,12 +4290,10 @@ def mount(destination: str, kind: str, *options: str, source: str = "") -> dict:
 
 
 def namespace_path(run_dir: Path, name: str) -> Path:
-    """Return where the network namespace of a function with net egress is kept."""
     return run_dir / "net" / name
 
 
 def resolv_conf_path(run_dir: Path, net: str) -> Path:
-    """Return the resolv.conf of functions with net egress or host."""
     return run_dir / f"resolv.conf.{net}"
 
 
@@ -6089,14 +6079,14 @@ class ContainerHost:
     def prepare(self) -> None:
         """Make RUN_DIR/containers, on a tmpfs, and the place of containers' roots. Raises FaasdError."""
         self.containers_dir.mkdir(mode=0o711, exist_ok=True)
-        names_path(self.run_dir).parent.mkdir(mode=0o755, exist_ok=True)
+        (self.run_dir / NAMES).parent.mkdir(mode=0o755, exist_ok=True)
         mounts = dict(read_mounts())            # a later mount hides an earlier one
         mount = next(str(path) for path in (self.containers_dir, *self.containers_dir.parents) if str(path) in mounts)
         if mounts[mount] != "tmpfs":
             run_command(f"cannot mount a tmpfs on {self.containers_dir}", "mount", "-t", "tmpfs", "-o",
                         "mode=0711,nosuid,nodev,noexec,size=64m", "faasd", str(self.containers_dir))
         self.containers_dir.chmod(0o711)
-        root_place(self.run_dir).mkdir(exist_ok=True)
+        (self.run_dir / ROOT).mkdir(exist_ok=True)
 
     def begin_spawn(self, bundle: Bundle, directory: str, container_id: str, files: list[tuple]) -> asyncio.Future:
         """Have a thread spawn a container. Raises OSError, also if a function's volume holds up too many already."""
@@ -6112,7 +6102,7 @@ class ContainerHost:
 
         In a thread of its own, which gets the container's root, and nothing else to do afterwards.
         """
-        place = str(root_place(self.run_dir))
+        place = str(self.run_dir / ROOT)
         mount_root(place, bundle)
         if bundle.secrets:
             mount_secrets(f"{place}/root", bundle)
@@ -6162,8 +6152,8 @@ class ContainerHost:
         self.cgroups.remove(self.cgroups.parent)
         shutil.rmtree(self.runtime.root / ".cache", ignore_errors=True)         # crun's, of seccomp filters
         mounts = dict(read_mounts())
-        names = names_path(self.run_dir).parent
-        for directory in (self.containers_dir, root_place(self.run_dir), self.runtime.root, names):
+        names = (self.run_dir / NAMES).parent
+        for directory in (self.containers_dir, self.run_dir / ROOT, self.runtime.root, names):
             if str(directory) in mounts:
                 # Lazily: a start that waits for a volume may have files open there for as long as we live.
                 try_command(f"cannot unmount {directory}", "umount", "-l", str(directory))
@@ -9888,7 +9878,7 @@ class Attachments:
             await self._run(self.published.remove_all)
         for path in self._settings.run_dir.glob("resolv.conf.*"):
             path.unlink()
-        names_path(self._settings.run_dir).unlink(missing_ok=True)
+        (self._settings.run_dir / NAMES).unlink(missing_ok=True)
 
     def guard(self) -> None:
         """Keep handlers from using their client's socket for anything else, and warn if that cannot be. Blocks."""
@@ -10418,7 +10408,7 @@ class Deploys:
         """Put the functions' names where resolvers and containers find them; failure is logged."""
         text = "".join(f"{record.address}\t{record.name}.{self._settings.domain}\n" for record in records)
         try:
-            await asyncio.to_thread(write_anew, names_path(self._settings.run_dir), text, self._settings.run_dir)
+            await asyncio.to_thread(write_anew, self._settings.run_dir / NAMES, text, self._settings.run_dir)
         except OSError as error:
             log.error("cannot write the names of functions: %s", error)
 

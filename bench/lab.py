@@ -121,7 +121,7 @@ class BareRuns:
         directory = self.run_dir / "containers" / container
         directory.mkdir()
         os.chown(directory, 0, self.bundle.first_id)
-        config = self.bundle.render(container).replace(bytes(faasd.root_place(self.run_dir) / "root"),
+        config = self.bundle.render(container).replace(bytes(self.run_dir / faasd.ROOT / "root"),
                                                        bytes(self.rootfs))         # no root of its own
         (directory / "config.json").write_bytes(config)
         with socket.socket(socket.AF_UNIX) as listener:

@@ -107,7 +107,7 @@ class Root(unittest.TestCase):
         self.deploy("--warm", "3")
         self.daemon.wait_warm("f", 3)
         self.assertEqual(support.footprint(self.daemon)["mounts"], before)
-        self.assertEqual(list(faasd.root_place(self.daemon.run_dir).iterdir()), [])
+        self.assertEqual(list((self.daemon.run_dir / faasd.ROOT).iterdir()), [])
 
     def test_users_of_the_image_own_what_is_theirs(self):
         self.deploy("--warm", "0", User="1000:1000")
