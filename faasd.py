@@ -2426,7 +2426,8 @@ class Container:
         if bundle.contract in ("auto", "handler"):
             self._listen()
         if bundle.contract != "handler":
-            self._supervise(bundle)
+            self._bundle = bundle
+            self._supervisor = Supervisor(self, self._host.loop, path=f"{self._directory}/{NOTIFY_SOCKET}")
         output = f"{self._directory}/output"            # a name by which the next daemon finds it
         os.mkfifo(output)
         os.chmod(output, 0o666)         # the image's user may open /dev/stdout; others do not reach the directory
@@ -2474,11 +2475,6 @@ class Container:
         self._listener.listen(1)
         self._listener.setblocking(False)
         self._host.loop.add_reader(self._listener, self._on_connect)
-
-    def _supervise(self, bundle: Bundle) -> None:
-        """Wait for the program to listen."""
-        self._bundle = bundle
-        self._supervisor = Supervisor(self, self._host.loop, path=f"{self._directory}/{NOTIFY_SOCKET}")
 
     def on_listen(self, port: int) -> None:
         """The program listens; on a port that is not the one we would like best, it may yet do so on a better one."""
@@ -3873,7 +3869,7 @@ def mount_root(place: str, bundle: Bundle) -> None:
 
 
 NAMES = "hosts/functions"           # in RUN_DIR, in a directory where dnsmasq's hostsdir finds nothing else
-ROOT = "rootfs"                     # in RUN_DIR, where every container's root is mounted, each in a namespace of its own
+ROOT = "rootfs"                     # in RUN_DIR: where containers' roots are mounted, each in a namespace of its own
 HOSTS = "127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n"
 
 
