@@ -1181,10 +1181,7 @@ class Function:
         except TimeoutError:
             if self.pool:
                 self.pool.close()               # an idle container may hold up one that should end
-            while self._invocations:            # again: one may have been on its way to another container
-                self._end_invocations(Release.STOPPED)
-                await asyncio.wait(self._invocations, timeout=1)
-        await self._close()
+        await self._end(Release.STOPPED)
 
     async def pass_on(self, timeout: float) -> None:
         """Leave invocations to the next daemon. Waiting clients are handed over first, or get a 503 after timeout."""
@@ -1192,21 +1189,17 @@ class Function:
         until = self.loop.time() + timeout
         while self.waiting and (seconds := until - self.loop.time()) > 0:
             await asyncio.wait([invocation.turn for invocation in self.waiting], timeout=seconds)
+        await self._end(Release.LEFT)
+
+    async def _end(self, why: Release) -> None:
+        """End all invocations: none waits any longer for a container, or for one that serves it."""
         while self._invocations:                # again: one may have been on its way to another container
-            self._end_invocations(Release.LEFT)
+            for invocation in list(self.waiting):
+                self._refuse(invocation, Refusal(*CUTS[Release.STOPPED]))
+            for invocation in list(self.in_flight):
+                if not invocation.handled:
+                    invocation.container.end_wait(invocation.handover, why)
             await asyncio.wait(self._invocations, timeout=1)
-        await self._close()
-
-    def _end_invocations(self, why: Release) -> None:
-        """Have nobody wait any longer: for a container, or for one that serves."""
-        for invocation in list(self.waiting):
-            self._refuse(invocation, Refusal(*CUTS[Release.STOPPED]))
-        for invocation in list(self.in_flight):
-            if not invocation.handled:
-                invocation.container.end_wait(invocation.handover, why)
-
-    async def _close(self) -> None:
-        await self._invocations.finish()
         if self.pool:
             self._retire(self.pool)
         await self.retirements.finish()
