@@ -1904,12 +1904,11 @@ class Pool:
         self.reconcile()
 
     def _back_off(self, reason: str) -> None:
-        self._failures += 1
-        delay = min(FIRST_RETRY_SECONDS * 2 ** (self._failures - 1), MAX_RETRY_SECONDS)
-        self._retry_at = self._loop.time() + delay
-        log.warning("function=%s a warm container was lost, next one in %g s: %s", self._function.record.name, delay,
-                    reason)
         now, function = self._loop.time(), self._function
+        delay = min(FIRST_RETRY_SECONDS * 2 ** self._failures, MAX_RETRY_SECONDS)
+        self._failures += 1
+        self._retry_at = now + delay
+        log.warning("function=%s a warm container was lost, next one in %g s: %s", function.record.name, delay, reason)
         if now - function.told_back_off >= BACK_OFF_EVENT_SECONDS:
             function.told_back_off = now
             self._services.events.add(function.record.name, "back-off", by="faasd", reason=reason)
@@ -2396,14 +2395,21 @@ class Container:
                 error = entry["msg"] if entry["level"] in ("error", "fatal") else error
         return error
 
-    def _make_directory(self, bundle: Bundle, user_namespace: str) -> None:
+    def _spawn(self, bundle: Bundle, user_namespace: str) -> asyncio.Future[int]:
         os.mkdir(self._directory, 0o710)
         os.chown(self._directory, 0, bundle.first_id)   # runc mounts control.sock as the container's root
         with open(f"{self._directory}/config.json", "xb") as file:
             file.write(bundle.render(self.id, user_namespace))
+        with contextlib.ExitStack() as stack:
+            files = self._open_files(bundle, stack)
+            self._spawning = self._host.begin_spawn(bundle, self._directory, self.id, files)
+            given = stack.pop_all()
+        # In a thread: if we were stopped meanwhile, it may have ended, and another of its network hold the pipe's lock.
+        self._spawning.add_done_callback(lambda _: self._host.workers.run(given.close))
+        return self._spawning
 
-    def _spawn(self, bundle: Bundle, user_namespace: str) -> asyncio.Future[int]:
-        self._make_directory(bundle, user_namespace)
+    def _open_files(self, bundle: Bundle, given: contextlib.ExitStack) -> list[tuple]:
+        """Return what makes the runtime's descriptors, as posix_spawn does; given closes what it is given of ours."""
         if bundle.contract in ("auto", "handler"):
             self._listen()
         if bundle.contract != "handler":
@@ -2415,18 +2421,13 @@ class Container:
         self._output = OutputReader(self._host.workers, os.open(output, os.O_RDONLY | os.O_NONBLOCK), self._on_output)
         # Open for reading as well: should we die, what the handler prints still has a reader, itself. It waits when
         # the pipe is full, until the next daemon reads on, rather than die of SIGPIPE.
-        with contextlib.ExitStack() as stack:
-            writing = stack.enter_context(kept_open(os.open(output, os.O_RDWR)))
-            files = [(os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0), (os.POSIX_SPAWN_DUP2, writing, 1),
-                     (os.POSIX_SPAWN_DUP2, writing, 2)]
-            if self._supervisor:        # the runtime keeps its deposit for us until it ends
-                deposit = stack.enter_context(self._supervisor.deposit.dup())
-                files.append((os.POSIX_SPAWN_DUP2, deposit.fileno(), DEPOSIT))
-            self._spawning = self._host.begin_spawn(bundle, self._directory, self.id, files)
-            given = stack.pop_all()
-        # In a thread: if we were stopped meanwhile, it may have ended, and another of its network hold the pipe's lock.
-        self._spawning.add_done_callback(lambda _: self._host.workers.run(given.close))
-        return self._spawning
+        writing = given.enter_context(kept_open(os.open(output, os.O_RDWR)))
+        files = [(os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0), (os.POSIX_SPAWN_DUP2, writing, 1),
+                 (os.POSIX_SPAWN_DUP2, writing, 2)]
+        if self._supervisor:            # the runtime keeps its deposit for us until it ends
+            deposit = given.enter_context(self._supervisor.deposit.dup())
+            files.append((os.POSIX_SPAWN_DUP2, deposit.fileno(), DEPOSIT))
+        return files
 
     def _watch(self, bundle: Bundle) -> None:
         """Note the runtime that was spawned, for the next daemon, and watch it."""
@@ -2875,16 +2876,10 @@ class Execution(Container):
             return NOT_STARTED, error
         return status, "the command ran out of memory (--memory)" if self.out_of_memory else ""
 
-    def _spawn(self, bundle: Bundle, user_namespace: str) -> asyncio.Future[int]:
-        self._make_directory(bundle, user_namespace)
+    def _open_files(self, bundle: Bundle, given: contextlib.ExitStack) -> list[tuple]:
         self._streams = Streams(*self._wanted)
-        try:
-            self._spawning = self._host.begin_spawn(bundle, self._directory, self.id, self._streams.files)
-        except OSError:
-            self._streams.close_theirs()
-            raise
-        self._spawning.add_done_callback(lambda _: self._host.workers.run(self._streams.close_theirs))
-        return self._spawning
+        given.callback(self._streams.close_theirs)
+        return self._streams.files
 
     def _note(self, bundle: Bundle) -> None:
         self._connected.set_result(None)        # nobody waits for it to be ready
@@ -4562,9 +4557,8 @@ MAX_CHANGELOG = MIB                 # bytes of a package's changelog that are re
 def package_changelog(program: str) -> str:
     """Return the changelog of the Debian or RPM package that a program is from, as far as this machine has it."""
     def ask(*argv: str) -> str:
-        with contextlib.suppress(OSError, subprocess.TimeoutExpired):        # OSError: there is no such package manager
-            return subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace",
-                                  timeout=COMMAND_TIMEOUT, check=False).stdout
+        with contextlib.suppress(FaasdError):           # there is no such package manager, or it knows no such file
+            return run_command("asking for a package", *argv)
         return ""
     package = ask("dpkg-query", "--search", os.path.realpath(program)).partition(":")[0]
     if not package:
