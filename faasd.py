@@ -200,10 +200,7 @@ def storage_error(error: OSError, doing: str) -> FaasdError:
 
 
 def escape_controls(text: str) -> str:
-    """Return text with control characters written as escapes, so that no output can forge a log line or move a cursor.
-
-    C0, DEL, C1 and the Unicode line separators go; tab stays.
-    """
+    """Return text with controls and line separators, but not tab, escaped: it can forge no line and move no cursor."""
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() or c == "\t" else c.encode("unicode_escape").decode("ascii") for c in text)
@@ -673,10 +670,7 @@ class FunctionRecord:
         return {**asdict(self), "versions": versions}
 
     def check(self) -> FunctionRecord:
-        """Return self if it can be one of ours. Raises BadRequest, ValueError, TypeError.
-
-        A file that somebody edited must not name a path outside of ours, nor an address that is none.
-        """
+        """Return self. Raises BadRequest, ValueError, TypeError for what somebody has edited into what is not ours."""
         check_name(self.name)
         if str(ipaddress.IPv4Address(self.address)) != self.address or not self.versions:
             raise ValueError(f"function {self.name} has the address {self.address!r} and {len(self.versions)} versions")
@@ -1095,10 +1089,7 @@ class Function:
         return True
 
     def adopt(self, survivors: list[Survivor]) -> None:
-        """Go on with invocations that the daemon before left; their containers will serve nobody else.
-
-        When they began is not known any more, so `timeout` counts from now, as it is set now.
-        """
+        """Go on with invocations that the daemon before left; their containers will serve nobody else."""
         pool = Pool(self, self.pool.version)
         try:
             while survivors:            # what is left in the list after an error has not been adopted
@@ -1106,7 +1097,7 @@ class Function:
                 container = Container.adopt(self.services.host, survivor, self.log.write_output)
                 survivors.pop()
                 pool.containers.add(container)
-                for client, peer in survivor.clients:
+                for client, peer in survivor.clients:   # when they began is not known: --timeout counts from now
                     invocation = Invocation(self, client, peer, b"", now, container, pool, handed=now,
                                             handover=container.take_up(client, self.record.address, peer))
                     self.in_flight.add(invocation)
@@ -1410,10 +1401,7 @@ class Invocation:
                 self.client = client
 
     async def _answered(self, gone: bool) -> TcpState:
-        """Return the state of the client's connection. Raises Refusal if its answer is missing, or may have been cut.
-
-        gone: the handler has not said that it could go on.
-        """
+        """Return the client's state; gone: its handler is. Raises Refusal if the answer is missing, or may have been cut."""
         container = self.container
         if self.handover.inode:                 # a server that has ended
             await container.exits()
@@ -1437,10 +1425,7 @@ class Invocation:
         return state
 
     async def _refuse(self, refusal: Refusal) -> None:
-        """Answer the client, unless its handler, or the client itself, left nothing to answer on.
-
-        Half an answer that we have cut ends in a reset, lest it look whole.
-        """
+        """Answer the client, unless its handler, or the client itself, left nothing to answer on."""
         self.outcome, self.reason = refusal.outcome, refusal.reason
         if not refusal.status or self.client.fileno() < 0:
             return
@@ -1452,7 +1437,7 @@ class Invocation:
             with contextlib.suppress(OSError):          # the client has left
                 await self._call(self.client.send, answer(refusal.status, line), socket.MSG_DONTWAIT)
                 await self._linger()
-        elif state.is_open:
+        elif state.is_open:                     # we have cut its answer, which must not look whole
             await self._call(reset_connection, self.client)
         elif state.unacknowledged:              # the handler has ended its answer, and did not let go
             await self._drain(state)
@@ -1549,10 +1534,7 @@ MAX_REQUEST_PEEK = MIB              # bytes of a request that are looked at to s
 
 
 def is_whole(client: socket.socket) -> bool:
-    """Whether a client that has closed its direction, and that no handler has, sent a whole HTTP/1 request before.
-
-    What is not HTTP/1 counts as whole: we cannot tell.
-    """
+    """Return whether a client that closed its direction has sent a whole HTTP/1 request, or no HTTP/1 at all."""
     try:
         there, = struct.unpack("i", fcntl.ioctl(client, termios.FIONREAD, bytes(4)))
         data = client.recv(min(there, MAX_REQUEST_PEEK) or 1, PEEK)
@@ -1934,10 +1916,7 @@ class Pool:
             self._services.limit.trim()
 
     def take(self) -> Container | None:
-        """Return a container that serves others and has room, or the one that has waited shortest; None if none can.
-
-        Its memory is the warmest.
-        """
+        """Return a container that has room beside others, or the latest to wait, whose memory is warmest; or None."""
         if not self.shared and not self.idle:
             return None
         self._failures = 0
@@ -2315,10 +2294,7 @@ class Container:
         return container
 
     def take_up(self, client: socket.socket, address: str, peer: str) -> Handover:
-        """Return the handover of a client of address that an adopted container has.
-
-        Of a server's we keep no descriptor.
-        """
+        """Return the handover of a client of address that an adopted container has; a server's socket is its alone."""
         if self.contract == "handler":
             return Handover(client, peer, self.said)
         handover = Handover(client, peer, self._host.loop.create_future(), os.fstat(client.fileno()).st_ino, True)
@@ -2330,10 +2306,7 @@ class Container:
     # -- start --
 
     async def start(self, bundle: Bundle, timeout: float) -> None:
-        """Start the container and return when its handler has connected; timeout is in seconds.
-
-        Raises StartFailed when it exits or the time is over; then nothing of it is left.
-        """
+        """Start the container, and return once it is ready. Raises StartFailed; then nothing of it is left."""
         user_namespace = await self._host.ids.user_namespace(bundle.first_id) if bundle.joins_user_namespace else ""
         begin = self._host.loop.time()
         try:
@@ -2381,10 +2354,7 @@ class Container:
         return f"; it listened on {', '.join(list(dict.fromkeys(self.kinds))[:MAX_REPORTED_LISTENERS]) or 'nothing'}"
 
     def _runtime_error(self) -> str:
-        """Return what the runtime says kept it from making the container, "" if the handler has been run.
-
-        A handler may exit and print as it likes, but not write to the runtime's log.
-        """
+        """Return why the runtime made no container, "" if it did: from its log, to which no handler can write."""
         error = ""
         with contextlib.suppress(OSError, ValueError, LookupError, TypeError):      # it did not get so far
             with open(f"{self._directory}/runtime.log", encoding="utf-8", errors="replace") as file:
@@ -2775,8 +2745,7 @@ class Container:
 class Streams:
     """The stdin, stdout and stderr of a command that an operator runs: a terminal, or pipes. We have the other ends.
 
-    The runtime copies between such a terminal and another, in the container, which is the only one that the command
-    sees.
+    The runtime copies between such a terminal and one in the container, the only one that the command sees.
     """
 
     def __init__(self, terminal: bool, takes_input: bool, size: tuple[int, int]):
@@ -3850,11 +3819,8 @@ HOSTS = "127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n"
 
 
 def own_files(bundle: Bundle) -> dict[str, str]:
-    """Return what a container gets in the place of its image's files, as docker does, by their real paths.
-
-    One that has a network finds the functions by the names that they have now.
-    """
-    functions = "" if bundle.own_network else read_text(bundle.names)
+    """Return what a container gets in the place of its image's files, as docker does, by their real paths."""
+    functions = "" if bundle.own_network else read_text(bundle.names)       # as they are named now
     return {f"{bundle.etc}/hosts": f"{HOSTS}127.0.0.1\t{bundle.hostname}\n{functions}",
             f"{bundle.etc}/hostname": f"{bundle.hostname}\n"}
 
@@ -3879,10 +3845,7 @@ class Bundle:
     def __init__(self, name: str, image: dict, options: Options, rootfs: Path, run_dir: Path, cgroups: Cgroups,
                  apparmor: str = "", mounts: Iterable[dict] = (), contract: str = "handler", port: int = 0,
                  number: int = 0):
-        """image is the content of image.json, apparmor the name of a profile that is loaded, or empty.
-
-        mounts are what the rootfs itself is made of, where it is no unpacked image; number is the version's.
-        """
+        """image is an image.json's content; mounts are what a rootfs that is no unpacked image is made of."""
         self.name, self.image, self.options, self.process = name, image["version"], options, image["process"]
         self.rootfs = str(rootfs)
         self.hostname, self.names = options.hostname or name, run_dir / NAMES
@@ -3995,14 +3958,11 @@ class Bundle:
         return next((port for port in self.ports if port in listened), listened[0])
 
     def for_command(self, command: list[str], terminal: bool, size: tuple[int, int]) -> Bundle:
-        """Return the bundle of a container that runs a command instead, and takes no client; all else is the same.
-
-        size is a terminal's lines and columns: crun takes them from here, runc from its own terminal.
-        """
+        """Return the bundle of a container that runs a command instead, and takes no client; all else is the same."""
         spec, filter_ = json.loads(self._template), container_filter(self.volumes)
         process, linux = spec["process"], spec["linux"]
         process.update(args=command, terminal=terminal)
-        if terminal:
+        if terminal:                    # crun takes its lines and columns from here, runc from its own terminal
             process["consoleSize"] = dict(zip(("height", "width"), size, strict=True))
         if terminal and not any(entry.startswith("TERM=") for entry in process["env"]):
             process["env"].append("TERM=xterm")         # as docker has it
@@ -4051,10 +4011,7 @@ class Volumes:
         self._maps: dict[tuple[int, str, str], int] = {}        # user namespaces: first id, maps of users and groups
 
     def resolve(self, text: str) -> str:
-        """Return what --volume names, without links, once it is there and may be one. Raises BadRequest.
-
-        No link is followed from then on: somebody else could have made it.
-        """
+        """Return what --volume names, without links: others may make one, and none is followed. Raises BadRequest."""
         volumes = [replace(volume, host=str(resolved_path(volume.host))) for volume in volumes_of(text)]
         for volume in volumes:
             try:
@@ -4064,10 +4021,7 @@ class Volumes:
         return read_volumes(",".join(map(str, volumes)))
 
     def _open(self, volume: Volume) -> int:
-        """Return a descriptor (O_PATH) of what a volume is on the host. Raises OSError.
-
-        What may not be one is known by device and inode, whatever its name: a bind mount has another.
-        """
+        """Return a descriptor (O_PATH) of what a volume is on the host. Raises OSError, also if it may not be one."""
         directory, name = os.path.split(volume.host)
         how = struct.pack("QQQ", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC, 0, RESOLVE_NO_SYMLINKS)
         try:
@@ -4094,7 +4048,7 @@ class Volumes:
         return descriptor
 
     def _gives_away(self, status: os.stat_result, ancestors: set[tuple[int, int]]) -> bool:
-        """Whether something is, holds or lies in what no volume may be."""
+        """Return whether something is, holds or lies in what no volume may be. Bind mounts give that other names."""
         for path in (*GIVES_AWAY, *self._private):
             with contextlib.suppress(FileNotFoundError, NotADirectoryError), \
                     kept_open(os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)) as directory:
@@ -4627,25 +4581,23 @@ class Cgroups:
         # Asked at the end of every container, and a machine may have a dozen of v1: so not by Path.is_dir().
         return [Path(f"{h}{path}") for h in self._hierarchies if os.path.isdir(f"{h}{path}")]
 
-    def _plain_directories(self, path: str) -> list[Path]:
-        """Return what crun has left of a cgroup, which may be all that there is of it."""
-        return [Path(f"{litter}{path}") for litter in self._litter if os.path.isdir(f"{litter}{path}")]
+    def _traces(self, path: str) -> list[Path]:
+        """Return the directories of a cgroup, and what crun has left of it, which may be all that there is."""
+        return self._directories(path) + [Path(f"{place}{path}") for place in self._litter
+                                          if os.path.isdir(f"{place}{path}")]
 
     def exists(self, path: str) -> bool:
-        return bool(self._directories(path) or self._plain_directories(path))
-
-    def _parents(self) -> list[Path]:
-        return self._directories(self.parent) + self._plain_directories(self.parent)
+        return bool(self._traces(path))
 
     def containers(self) -> dict[str, str]:
         """Return the paths of all containers that have a cgroup, by their ids. An older daemon has made PARENT/ID."""
         return {directory.name: f"{self.parent}/{directory.relative_to(parent)}"
-                for parent in self._parents() for pattern in ("*/", "function-*/*/")
+                for parent in self._traces(self.parent) for pattern in ("*/", "function-*/*/")
                 for directory in parent.glob(pattern) if CONTAINER_ID.fullmatch(directory.name)}
 
     def remove_groups(self, but: Collection[str] = ()) -> None:
         """Remove the cgroups of functions, which have no container any more, but for some functions'."""
-        groups = {path.name for parent in self._parents() for path in parent.glob("function-*/")}
+        groups = {path.name for parent in self._traces(self.parent) for path in parent.glob("function-*/")}
         for name in groups - {f"function-{function}" for function in but}:
             self.remove(f"{self.parent}/{name}")
 
@@ -4688,10 +4640,7 @@ class Cgroups:
         return None
 
     def watch_memory(self, path: str) -> int:
-        """Return an eventfd that tells when a container may have run out of memory, -1 if kills_whole. Raises OSError.
-
-        Of cgroup v1: kernel documentation, admin-guide/cgroup-v1/memory.rst.
-        """
+        """Return an eventfd that tells when memory may have run out (v1, memory.rst), else -1. Raises OSError."""
         if self.kills_whole:
             return -1
         directory = f"{self._memory}{path}"
@@ -4741,11 +4690,8 @@ class Cgroups:
                 self._complain(path, pid, error)
 
     def kill(self, path: str) -> None:
-        """Send SIGKILL to every process of a container. Failure is logged: callers try again while there are any.
-
-        At once, where the kernel can (cgroup v2, Linux 5.14), else one after the other. Blocks.
-        """
-        for directory in self._directories(path):
+        """Send SIGKILL to every process of a container. Blocks. Failure is logged: callers try again."""
+        for directory in self._directories(path):       # all at once, where the kernel can (v2, Linux 5.14)
             with contextlib.suppress(OSError):          # no such file; or runc is removing the directory
                 (directory / "cgroup.kill").write_text("1")
         for pid, pidfd in self.members(path):
@@ -4761,8 +4707,8 @@ class Cgroups:
 
     def remove(self, path: str) -> None:
         """Remove a cgroup directory in every hierarchy if it is empty."""
-        for directory in self._plain_directories(path):
-            shutil.rmtree(directory, ignore_errors=True)
+        for place in self._litter:
+            shutil.rmtree(f"{place}{path}", ignore_errors=True)
         for directory in self._directories(path):
             try:
                 directory.rmdir()
