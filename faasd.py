@@ -1401,7 +1401,7 @@ class Invocation:
                 self.client = client
 
     async def _answered(self, gone: bool) -> TcpState:
-        """Return the client's state; gone: its handler is. Raises Refusal if the answer is missing, or may have been cut."""
+        """Return the client's state; gone: its handler is. Raises Refusal if its answer is missing, or may be cut."""
         container = self.container
         if self.handover.inode:                 # a server that has ended
             await container.exits()
