@@ -461,7 +461,6 @@ class Options:
 
     @property
     def reuses(self) -> bool:
-        """Whether a container may serve more than one invocation."""
         return self.reuse != 1
 
     def check(self) -> Options:
@@ -1130,7 +1129,6 @@ class Function:
             self.dispatch()
 
     def write_down(self, invocation: Invocation) -> None:
-        """Count an invocation and log it."""
         durations = invocation.durations
         self.statistics.record(invocation, durations)
         line = invocation.line(durations)
@@ -1205,7 +1203,6 @@ class Function:
     # -- for the control API --
 
     def counts(self) -> dict:
-        """Return how many there are of what."""
         return {"running": self.running, "queued": len(self.waiting), "warm": len(self.pool.idle) if self.pool else 0,
                 "starting": self.pool.starting if self.pool else 0, "requests": self.statistics.requests,
                 "errors": self.statistics.errors}
@@ -1223,7 +1220,6 @@ class Function:
                 "latency": {name: histogram.percentiles() for name, histogram in counted.durations.items()}}
 
     def describe(self) -> dict:
-        """Return everything that is known of the function."""
         record = self.record
         document = {**self._summary(), "version": record.version, "created": record.created, "updated": record.updated,
                     "options": record.options.to_json(), "secrets": sorted(record.secrets)}
@@ -1508,7 +1504,6 @@ class Invocation:
 
 
 def answer(status: int, line: str) -> bytes:
-    """Return an answer to give in the place of a handler's."""
     body = f"faasd: {line}\n".encode()
     retry = "Retry-After: 1\r\n" if status == 503 else ""
     head = (f"HTTP/1.1 {status} {http.HTTPStatus(status).phrase}\r\nContent-Type: text/plain; charset=utf-8\r\n"
@@ -1750,6 +1745,7 @@ class Pool:
     def __init__(self, function: Function, version: Version):
         self.version = version
         self.options = version.options
+        self.demand = function.demand
         self.idle: dict[Container, float] = {}          # since when (loop time) each waits, the longest first
         self.shared: dict[Container, None] = {}         # that serve clients, and could serve others at the same time
         self.containers: set[Container] = set()         # all of which something is left
@@ -1769,10 +1765,6 @@ class Pool:
     # -- what should be --
 
     @property
-    def last_used(self) -> float:
-        return self._function.demand.last_used
-
-    @property
     def starting(self) -> int:
         return len(self._starts)
 
@@ -1787,7 +1779,7 @@ class Pool:
             return 0, math.inf
         wanted, until, reused = self.options.warm, math.inf, self.options.reuses
         if wanted is None:
-            wanted, until = self._function.demand.target(now, reused)
+            wanted, until = self.demand.target(now, reused)
         returning = len(self._function.in_flight) if reused else 0      # to serve others afterwards
         return max(0, min(wanted, self.options.concurrency) - returning), until
 
@@ -1855,7 +1847,6 @@ class Pool:
     # -- containers --
 
     def start(self) -> asyncio.Task:
-        """Start one container, to wait for a client."""
         return self._starts.start(self._start())
 
     async def _start(self) -> None:
@@ -1874,7 +1865,7 @@ class Pool:
         if failure:
             self.failed(failure)
         else:
-            self._function.demand.start.add(container.start_seconds)
+            self.demand.start.add(container.start_seconds)
             self.put(container)
 
     def failed(self, failure: StartFailed) -> None:
@@ -1923,7 +1914,6 @@ class Pool:
         return (self.shared or self.idle).popitem()[0]
 
     def may_reuse(self, container: Container) -> bool:
-        """Whether a container may serve another client."""
         return (self is self._function.pool and container.is_connected and not container.spoiled
                 and (self.options.reuse == 0 or container.served < self.options.reuse))
 
@@ -2014,7 +2004,6 @@ class Demand:
         self.last_used = self._time = now
 
     def rate(self, now: float) -> float:
-        """Return arrivals a second."""
         return self._rate * math.exp((self._time - now) / RATE_SECONDS)
 
     def target(self, now: float, reused: bool) -> tuple[int, float]:
@@ -2128,7 +2117,7 @@ class WarmLimit:
         share = max(1, self.most // sum(1 for other in self._pools if other.ahead or other is pool))
         giver = self._giver(share, pool)
         entitled = pool.options.warm is not None or pool.ahead < share
-        if giver and entitled and (giver.ahead > share or giver.last_used <= pool.last_used):
+        if giver and entitled and (giver.ahead > share or giver.demand.last_used <= pool.demand.last_used):
             giver.give_up_one()
             return True
         self._refused.add(pool)
@@ -2136,7 +2125,7 @@ class WarmLimit:
 
     def _giver(self, share: int, but: Pool | None = None) -> Pool | None:
         return min((pool for pool in self._pools if pool is not but and pool.idle and pool.options.warm is None),
-                   key=lambda pool: (pool.ahead <= share, pool.last_used), default=None)
+                   key=lambda pool: (pool.ahead <= share, pool.demand.last_used), default=None)
 
     def trim(self) -> None:
         """Enforce the limit: reused containers return to a pool and may exceed it."""
@@ -2436,7 +2425,8 @@ class Container:
 
     def _settle(self) -> None:
         if not self.contract and self._supervisor and not self._exited.done():
-            self.contract, self.port = "server", self._bundle.choose_port(self._ports)
+            self.contract = "server"
+            self.port = next((port for port in self._bundle.ports if port in self._ports), self._ports[0])
             self._supervisor.settle(self.port)
             self._close_sockets()
             self._become_ready()
@@ -2562,7 +2552,6 @@ class Container:
                 self._hit_pids = " (did it hit --pids?)"
 
     def describe_end(self, status: int | None) -> str:
-        """Return how it ended, with that exit status, in words."""
         return describe_exit(status) + self._hit_pids
 
     # -- memory --
@@ -3064,17 +3053,15 @@ class Workers:
             if not self._told:
                 self._told = True
                 with contextlib.suppress(RuntimeError):         # the loop is closed
-                    self.loop.call_soon_threadsafe(self._deliver_all)
+                    self.loop.call_soon_threadsafe(self._deliver)
 
-    def _deliver_all(self) -> None:
+    def _deliver(self) -> None:
         self._told = False                      # first: what comes from now on may come too late for us
         while self._outcomes:
-            self._deliver(*self._outcomes.popleft())
-
-    def _deliver(self, future: asyncio.Future, outcome: Any) -> None:
-        self.pending.discard(future)
-        self._limits.pop(future, None)
-        settle(future, outcome)
+            future, outcome = self._outcomes.popleft()
+            self.pending.discard(future)
+            self._limits.pop(future, None)
+            settle(future, outcome)
         spare = self._threads - len(self.pending) - 1
         if spare > 0 and self._calls.empty():
             self._threads -= spare
@@ -3953,10 +3940,6 @@ class Bundle:
     def may_serve(self, port: int) -> bool:
         return port in self.ports or not self._only
 
-    def choose_port(self, listened: list[int]) -> int:
-        """Return on which of the ports that a server listens on it is to serve clients."""
-        return next((port for port in self.ports if port in listened), listened[0])
-
     def for_command(self, command: list[str], terminal: bool, size: tuple[int, int]) -> Bundle:
         """Return the bundle of a container that runs a command instead, and takes no client; all else is the same."""
         spec, filter_ = json.loads(self._template), container_filter(self.volumes)
@@ -4277,7 +4260,6 @@ def supervised(profile: dict | None, names: list[str], path: str) -> dict:
 
 
 def rules_without(names: Collection[str], profile: dict) -> list[dict]:
-    """Return the rules of a seccomp filter, for all calls but these."""
     return [{**rule, "names": [name for name in rule["names"] if name not in names]} for rule in profile["syscalls"]]
 
 
@@ -4666,7 +4648,6 @@ class Cgroups:
         return int(read_fields(f"{self._memory}{path}/{file}").get("oom_kill", 0))
 
     def refused_processes(self, path: str) -> bool:
-        """Whether a container was refused a process or thread."""
         return any(read_fields(directory / "pids.events").get("max", "0") != "0"
                    for directory in self._directories(path))
 
