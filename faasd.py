@@ -157,18 +157,15 @@ MAX_MESSAGE = 600                   # characters of an error message
 
 
 class FaasdError(Exception):
-    """Any failure that a user may see: str() is one line that says what is wrong and what to do.
+    """Any failure that a user may see: str() is one line that says what is wrong and what to do."""
 
-    status is the HTTP status it is answered with, output are lines of a handler that explain it.
-    """
-
-    status = 500
+    status = 500                        # of the HTTP answer
 
     def __init__(self, message: str, output: Iterable[str] = (), status: int | None = None):
         # Names and tags out of an image go into messages: they must not move a cursor, nor fill a screen.
         line = escape_controls(" ".join(message.split()))
         super().__init__(line if len(line) <= MAX_MESSAGE else line[:MAX_MESSAGE] + "…")
-        self.output = list(output)
+        self.output = list(output)      # lines of a handler that explain it
         if status is not None:
             self.status = status
 
@@ -252,14 +249,11 @@ def read_text(path: str | Path) -> str:
 
 
 def write_anew(path: Path, text: str, beside: Path | None = None) -> None:
-    """Put a file at path as a whole: containers that have the one before keep it.
-
-    Until it is whole it is beside it, or in another directory, for somebody may read all that is there.
-    """
+    """Put a file at path as a whole, made in its directory, or in beside where somebody may read all of that."""
     new = (beside or path.parent) / (path.name + ".new")
     new.write_text(text)
     new.chmod(0o644)
-    new.rename(path)
+    new.rename(path)                    # containers that have the one before keep it
 
 
 COMMAND_TIMEOUT = 30.0              # seconds for ip, mount and runc delete
@@ -768,13 +762,10 @@ class Registry:
 
 
 def sync_file_system(path: Path) -> None:
-    """Return when all that was written to the file system of path is on its disk. Blocks. Raises FaasdError.
-
-    syncfs(2), because an image is thousands of files: to fsync one after the other takes ten times as long and more.
-    """
+    """Return when all that was written to the file system of path is on its disk. Blocks. Raises FaasdError."""
     try:
         with opened(path, os.O_RDONLY) as descriptor:
-            succeeded(libc.syncfs(descriptor))
+            succeeded(libc.syncfs(descriptor))          # to fsync thousands of files takes ten times as long and more
     except OSError as error:
         raise storage_error(error, "writing the image to disk") from None
 
@@ -2185,15 +2176,12 @@ CONTAINER_ID = re.compile(r"[0-9a-f]{12}")
 
 
 class StartFailed(Exception):
-    """A container did not become ready; str() says why, output are the last lines it printed.
-
-    status is what its client is answered: 502 and 504 tell of the handler, 503 of a machine that may recover.
-    """
+    """A container did not become ready; str() says why."""
 
     def __init__(self, reason: str, output: Iterable[str], status: int):
         super().__init__(reason)
-        self.output = list(output)
-        self.status = status
+        self.output = list(output)      # the last lines it printed
+        self.status = status            # for its client: 502 and 504 blame the handler, 503 a machine that may recover
         self.container = ""             # its id, where a client is told
 
 
@@ -2802,10 +2790,7 @@ class Streams:
 
 
 class Execution(Container):
-    """A container in which a command of an operator's runs, with streams of its own: no client, no log, no note.
-
-    So the daemon that comes after us does not take it for one that serves a client, and ends it.
-    """
+    """A container that runs an operator's command: no client, no log, and no note, so that the next daemon ends it."""
 
     def __init__(self, host: ContainerHost, function: str, terminal: bool, takes_input: bool, size: tuple[int, int]):
         super().__init__(host, function, lambda container_id, line: None)
@@ -2980,10 +2965,7 @@ class OutputReader:
             self._partial = b""
 
     async def finish(self) -> None:
-        """Take what is left in the pipe once the container is gone, and close it.
-
-        Even then somebody can hold the lock: another container of its network, to which it has sent the other end.
-        """
+        """Take what is left once the container is gone, unless another, which it sent the other end, holds the lock."""
         self._takes_rest = True
         await self.close()
 
@@ -4068,10 +4050,7 @@ class Volumes:
             raise OSError(error.errno, f"volume {volume.path}: {why.get(error.errno, error.strerror)}") from None
 
     def _map(self, bundle: Bundle, status: os.stat_result) -> int:
-        """Return a descriptor of a user namespace whose maps lead from owners on the disk to those that show.
-
-        It is made at first use. The descriptor is a duplicate: ours may be closed meanwhile, and be another file's.
-        """
+        """Return a descriptor of a user namespace whose maps lead from owners on the disk to those that show."""
         owners = (status.st_uid, status.st_gid) if status.st_uid else (0, 0)        # of root's no group is let in
         key = bundle.first_id, *(owner_map(bundle.first_id, user, owner) for user, owner in
                                  zip(bundle.user, owners, strict=True))
@@ -4081,7 +4060,7 @@ class Volumes:
                     self._maps[key] = make_user_namespace(*key)
                 except FaasdError as error:
                     raise OSError(errno.EAGAIN, f"no user namespace for its owners: {error}") from None
-            return os.dup(self._maps[key])
+            return os.dup(self._maps[key])              # ours may be closed meanwhile, and be another file's
 
     def forget(self, first_id: int) -> None:
         """Let go of what a function's volumes took, once none is mounted any more."""
@@ -4135,10 +4114,7 @@ SERVER_CAPABILITIES = "CHOWN DAC_OVERRIDE FOWNER FSETID KILL SETGID SETUID NET_B
 
 
 def capabilities(options: Options, process: dict, contract: str) -> dict[str, list[str]]:
-    """Return the capabilities of a process, within its own user namespace: a handler has those that a user adds.
-
-    As in docker, one that does not begin as root only may gain them; but no_new_privs keeps it from that.
-    """
+    """Return the capabilities of a process, within its own user namespace: a handler has those that a user adds."""
     added, dropped = (set(CAPABILITIES if "ALL" in text else filter(None, text.split(",")))
                       for text in (options.cap_add, options.cap_drop))
     if "ALL" in options.cap_drop.split(","):        # those that are named stay, whatever ALL drops
@@ -4146,7 +4122,7 @@ def capabilities(options: Options, process: dict, contract: str) -> dict[str, li
     if contract == "server" and process["uid"] == 0:
         added |= set(SERVER_CAPABILITIES)
     held = [f"CAP_{name}" for name in CAPABILITIES if name in added - dropped]
-    mine = held if process["uid"] == 0 else []
+    mine = held if process["uid"] == 0 else []      # as in docker; but others cannot gain them, for no_new_privs
     return {"bounding": held, "effective": mine, "inheritable": [], "permitted": mine, "ambient": []}
 
 
@@ -4182,11 +4158,9 @@ CAP_SYS_RESOURCE = 24               # linux/capability.h
 
 
 def can_set_limits() -> bool:
-    """Whether the runtime may set limits in a function's user namespace: with CAP_SYS_RESOURCE (capabilities(7)).
-
-    Raises OSError: that it cannot be read must not leave the limits out.
-    """
-    capabilities = re.search(r"^CapEff:\t(\w+)", Path("/proc/self/status").read_text(), re.MULTILINE)[1]
+    """Return whether the runtime may set limits in a function's user namespace (capabilities(7)). Raises OSError."""
+    status = Path("/proc/self/status").read_text()      # or an error: it must not leave the limits out
+    capabilities = re.search(r"^CapEff:\t(\w+)", status, re.MULTILINE)[1]
     return bool(int(capabilities, 16) >> CAP_SYS_RESOURCE & 1)
 
 
@@ -4441,11 +4415,8 @@ class Runtime:
         return (printed.splitlines() or ["unknown"])[0]
 
     def run_argv(self, bundle: str, container_id: str) -> list[str]:
-        """Return the command that runs a container.
-
-        A session keyring for each would limit a function to 200 containers (kernel.keys.maxkeys: of a user other than
-        root). Where the seccomp filter leaves no call that could use one, none is needed.
-        """
+        # A session keyring for each would limit a function to 200 containers (kernel.keys.maxkeys: of a user other than
+        # root). Where the seccomp filter leaves no call that could use one, none is needed.
         keyring = ["--no-new-keyring"] if platform.machine() in SECCOMP_ARCHITECTURES else []
         return [self.program, "--root", str(self.root), "--log", f"{bundle}/runtime.log", "--log-format", "json", "run",
                 *keyring, "--bundle", bundle, container_id]
@@ -4474,10 +4445,7 @@ class Runtime:
 
 
 def runc_warning(version: str, changelog: str = "") -> str | None:
-    """Return what to tell about known holes of a runc, such as "runc version 1.1.5+ds1"; None if it has none (H.2).
-
-    changelog is its package's: distributions backport fixes to versions that their makers have left behind.
-    """
+    """Return a warning of known holes of a runc that its package's changelog does not name as fixed, or None (H.2)."""
     match = re.match(r"runc version ([0-9]+)\.([0-9]+)\.([0-9]+)", version)
     number = tuple(map(int, match.groups())) if match else (math.inf,)
     holes = ["CVE-2024-21626"] if number < (1, 1, 12) else []
@@ -4548,12 +4516,10 @@ class Cgroups:
         return f"{self.group(function)}/{container_id}"
 
     def mounts(self, function: str, container_id: str) -> list[dict]:
-        """Return the mounts that show a container its own cgroup, by which programs size themselves, read-only.
-
-        Of version 1 no runtime makes all of it read-only; and more than these controllers nobody asks for.
-        """
+        """Return the mounts that show a container its own cgroup, by which programs size themselves, read-only."""
         if self.kills_whole:
             return [mount("/sys/fs/cgroup", "cgroup", "noexec", "nodev", "ro")]
+        # Of version 1 no runtime makes all of it read-only; and nobody asks for more than these controllers.
         shown = [h for h in self._hierarchies if {"cpu", "cpuacct", "cpuset", "memory", "pids"} & {*h.name.split(",")}]
         return [mount("/sys/fs/cgroup", "tmpfs", "nodev", "size=4k", "noexec", "ro", "mode=555"),
                 *(mount(f"/sys/fs/cgroup/{h.name}", "bind", "bind", "ro", "noexec", "nodev",
@@ -4640,10 +4606,7 @@ class Cgroups:
         return os.path.exists(f"{self._memory}{path}")
 
     def memory_kills(self, path: str) -> int:
-        """Return how many processes of a cgroup the kernel has killed for want of memory; 0 once it is gone.
-
-        On v2, a function's cgroup counts those of all its containers, those that are gone included.
-        """
+        """Return how many processes of a cgroup, on v2 of all below it, were killed for memory; 0 once it is gone."""
         file = "memory.events" if self.kills_whole else "memory.oom_control"
         return int(read_fields(f"{self._memory}{path}/{file}").get("oom_kill", 0))
 
@@ -4658,10 +4621,7 @@ class Cgroups:
                 for name in LIMIT_FILES for directory in directories if (directory / name).exists()}
 
     def members(self, path: str) -> Iterator[tuple[int, int]]:
-        """Yield pid and pidfd of each process of a container. Failure is logged: callers try again or do without.
-
-        The pid may be another process's by now, but the descriptor holds on to one.
-        """
+        """Yield a pid, which may be another's by now, and a pidfd of each process of a container. Failure is logged."""
         for pid in self.processes(path):
             try:
                 with kept_open(os.pidfd_open(pid)) as pidfd:
@@ -4698,10 +4658,7 @@ class Cgroups:
                     log.warning("cannot remove cgroup %s: %s", directory, error.strerror)
 
     def dying(self, group: str) -> int:
-        """Return how many memory cgroups there are below one that were removed. Raises OSError, LookupError.
-
-        v1 tells only how many there are on this machine: more than it has directories.
-        """
+        """Return how many memory cgroups below one, on v1 of the machine, were removed. Raises OSError, LookupError."""
         if self.kills_whole:
             return int(read_fields(f"{self._memory}{group}/cgroup.stat")["nr_dying_descendants"])
         return int(read_fields("/proc/cgroups")["memory"].split()[1]) - sum(1 for _ in os.walk(self._memory))
