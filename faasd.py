@@ -2291,7 +2291,8 @@ class Container:
             await asyncio.wait([self._spawn(bundle, user_namespace)], timeout=timeout)
             if not self._spawning.done():
                 raise TimeoutError(errno.ETIMEDOUT, f"its root was not mounted within {timeout:g} s")
-            self._watch(bundle)
+            self._watch_spawned()
+            self._note(bundle)
             left = begin + timeout - self._host.loop.time()
             await asyncio.wait([self._connected, self._exited], timeout=left, return_when=asyncio.FIRST_COMPLETED)
             if self._connected.done():
@@ -2376,22 +2377,10 @@ class Container:
             files.append((os.POSIX_SPAWN_DUP2, deposit.fileno(), DEPOSIT))
         return files
 
-    def _watch(self, bundle: Bundle) -> None:
-        """Note the runtime that was spawned, for the next daemon, and watch it."""
-        self._pid = self._spawning.result()
-        try:
-            self._note(bundle)
-            self._watch_exit(os.pidfd_open(self._pid))
-        except OSError:                 # out of descriptors: what cannot be watched must not run
-            self._pid = 0
-            end_process(self._spawning)
-            self._spawning = None
-            raise
-
     def _note(self, bundle: Bundle) -> None:
-        # All that the next daemon will believe of this container. A link is one call, and never half written.
+        """Note all that the next daemon will believe of this container."""
         os.symlink(f"{self._pid} {start_time(self._pid)} {bundle.name} {bundle.image} {bundle.contract}",
-                   f"{self._directory}/note")
+                   f"{self._directory}/note")           # a link is one call, and never half written
 
     def _listen(self) -> None:
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -2584,6 +2573,10 @@ class Container:
 
     # -- end --
 
+    def _watch_spawned(self) -> None:
+        self._watch_exit(os.pidfd_open(self._spawning.result()))
+        self._pid = self._spawning.result()
+
     def _watch_exit(self, pidfd: int) -> None:
         self._pidfd = pidfd
         self._host.loop.add_reader(pidfd, self._on_exit)
@@ -2677,15 +2670,14 @@ class Container:
         return self._exited.result() if self._exited.done() else -signal.SIGKILL
 
     async def _catch_spawned(self) -> None:
-        """Watch the runtime of a start that was cancelled while it was being spawned, so that it can be killed."""
+        """Watch the runtime of a start that did not get so far, so that it can be killed."""
         await asyncio.wait([self._spawning], timeout=EXIT_GRACE)
         if not self._spawning.done():           # a disk hangs: it will find no config.json
             self._spawning.add_done_callback(end_process)
         elif not self._spawning.exception():
             try:
-                self._watch_exit(os.pidfd_open(self._spawning.result()))
-                self._pid = self._spawning.result()
-            except OSError:                     # out of descriptors
+                self._watch_spawned()
+            except OSError:                     # out of descriptors: what cannot be watched must not run
                 end_process(self._spawning)
 
     def kill_soon(self) -> None:
