@@ -589,11 +589,9 @@ MAX_SECRETS = 64                    # of a function
 
 
 def pop_secrets(query: dict[str, list[str]]) -> dict[str, bytes | None]:
-    """Take out of a query what it says of secrets: their new values by name, None for one to remove. Raises BadRequest.
-
-    They are NAME=BASE64, separated by commas, and come in a header: see ControlHandler.
-    """
+    """Take a query's secrets out of it: their new values by name, None for one to remove. Raises BadRequest."""
     secrets: dict[str, bytes | None] = dict.fromkeys(query.pop("unset_secret", []))
+    # They are NAME=BASE64, separated by commas, and come in a header: see ControlHandler.
     for entry in ",".join(query.pop("secret", [])).split(","):
         name, sign, text = entry.strip().partition("=")
         try:
@@ -937,10 +935,7 @@ SCARCE_QUEUE = 16                   # connections that wait for one function whi
 
 
 class Function:
-    """Gives each client of one address a container of its own. Lives on the loop's thread.
-
-    An invocation is in `waiting` until the pool has a container for it and fewer than `concurrency` are `in_flight`.
-    """
+    """Gives each client of one address a container of its own. Lives on the loop's thread."""
 
     def __init__(self, record: FunctionRecord, services: Services, log_: FunctionLog):
         self.record = record
@@ -1978,16 +1973,13 @@ FIRST_START_SECONDS = 0.05          # taken for the start of a container until s
 
 
 class Demand:
-    """What a function's traffic asks for: how many containers should be there for clients that have not come yet.
-
-    The rate of arrivals is an exponential average: each counts for less the longer ago it was.
-    """
+    """What a function's traffic asks for: how many containers should be there for clients that have not come yet."""
 
     def __init__(self) -> None:
         self.last_used = -math.inf              # loop time
         self.start = Average(FIRST_START_SECONDS)       # from spawn to connect
         self.run = Average(0.0)                         # from hand-over to release
-        self._rate = 0.0                        # arrivals a second, as of …
+        self._rate = 0.0                        # arrivals a second, an exponential average, as of …
         self._time = 0.0                        # … the last one, in loop time
 
     def arrived(self, now: float) -> None:
@@ -2792,7 +2784,7 @@ class Execution(Container):
     async def run(self, bundle: Bundle, timeout: float, started: Callable[[Streams], None]) -> tuple[int | None, str]:
         """Run it until its command ends; return its exit status, and what there is to say of its end.
 
-        started gets the streams, to close them. Raises StartFailed. In the end nothing is left, also when cancelled.
+        started gets the streams, to close them. Raises StartFailed.
         """
         try:
             await self.start(bundle, timeout)
@@ -4123,16 +4115,13 @@ MAX_CONFIG_SIZE = 256 * KIB         # of a config.json; all containers' lie in o
 
 
 def check_sizes(process: dict, total: int) -> None:
-    """Raise BadRequest for a process that execve(2) would refuse, or for a config.json that would fill RUN_DIR.
-
-    total is the size of config.json. One that is small enough has no room for more than the 2 MiB that execve takes.
-    """
+    """Raise BadRequest for a process that execve(2) would refuse, or for a config.json that would fill RUN_DIR."""
     named = [*(("the command's argument", text) for text in process["args"]),
              *((f"the variable {text.partition('=')[0][:MAX_NAME_LENGTH]}", text) for text in process["env"])]
     for what, text in named:
         if (size := len(text.encode())) >= MAX_ARGUMENT:
             raise BadRequest(f"{what} has {size} bytes: one may have at most {MAX_ARGUMENT - 1}")
-    if total > MAX_CONFIG_SIZE:
+    if total > MAX_CONFIG_SIZE:         # a smaller one has no room for more than the 2 MiB that execve takes
         env, args = (sum(len(text.encode()) + 1 for text in process[key]) for key in ("env", "args"))
         raise BadRequest(f"the environment of {env} bytes and the command of {args} make a config.json of {total} "
                          f"bytes, over {MAX_CONFIG_SIZE} (MAX_CONFIG_SIZE): put what is large into a file of the image")
@@ -4316,10 +4305,8 @@ def compare(index: int, value: int, mask: int = EVERY_BIT) -> dict:
 
 
 def all_but(index: int, numbers: Collection[int], bits: int) -> list[dict]:
-    """Return conditions of which one holds for each number of so many bits but these.
-
-    "Not equal" would not do: the kernel looks at 32 bits of most arguments, seccomp at 64.
-    """
+    """Return conditions of which one holds for each number of so many bits but these."""
+    # "Not equal" would not do: the kernel looks at 32 bits of most arguments, seccomp at 64.
     def within(first: int, bit: int) -> list[dict]:         # the numbers from first on that differ below this bit
         if not any(number >> bit == first >> bit for number in numbers):
             return [compare(index, first, EVERY_BIT >> bit << bit)]
