@@ -982,10 +982,9 @@ class Function:
     @property
     def wanted(self) -> int:
         """How many containers should be started, or be starting, for clients that wait."""
-        share = self.record.options.share
         if self.loop.time() < self.patient_until:
             return max(0, self.entitled - len(self.in_flight))
-        return -(-self.entitled // share)
+        return math.ceil(self.entitled / self.record.options.share)
 
     # -- clients --
 
@@ -1357,11 +1356,8 @@ class Invocation:
             self._let_go()
             function.in_flight.discard(self)
         ending = None
-        if said is Release.READY and state.sent and pool.may_reuse(container):
+        if container.handovers or said is Release.READY and state.sent and pool.may_reuse(container):
             pool.put(container)
-        elif container.handovers:               # it serves others
-            pool.share(container)
-            function.dispatch()
         else:
             ending = function.loop.create_task(pool.end(container, container.finish))
             function.dispatch()
@@ -1874,11 +1870,11 @@ class Pool:
 
     def put(self, container: Container) -> None:
         """Take a container that could serve somebody."""
-        self.containers.add(container)
         if container.handovers:                 # it serves others
             self.share(container)
             self._function.dispatch()
             return
+        self.containers.add(container)
         if self._closed or not container.is_connected:
             self.dismiss(container)
             if container.served:
@@ -2709,27 +2705,25 @@ class Streams:
     The runtime copies between such a terminal and one in the container, the only one that the command sees.
     """
 
-    def __init__(self, terminal: bool, takes_input: bool, size: tuple[int, int]):
-        """size is a terminal's lines and columns. Raises OSError."""
+    def __init__(self, terminal: bool, takes_input: bool, size: tuple[int, int], given: contextlib.ExitStack):
+        """size is a terminal's lines and columns; given closes what the runtime gets of ours. Raises OSError."""
         self.terminal = terminal
         self.input = -1                         # what is written there the command reads
         self.outputs: dict[int, int] = {}       # what can be read here, and as which of STDOUT and STDERR
         self.files: list[tuple] = []            # that the runtime gets
         self.given_up = False                   # the command is being ended: nobody needs the rest of its output
-        self._theirs: list[int] = []
         with contextlib.ExitStack() as stack:
             stack.callback(self.close)
-            stack.callback(self.close_theirs)
             if terminal:
-                self._open_terminal(takes_input, size)
+                self._open_terminal(takes_input, size, given)
             else:
-                self._open_pipes(takes_input)
+                self._open_pipes(takes_input, given)
             stack.pop_all()
 
-    def _open_terminal(self, takes_input: bool, size: tuple[int, int]) -> None:
+    def _open_terminal(self, takes_input: bool, size: tuple[int, int], given: contextlib.ExitStack) -> None:
         ours, theirs = os.openpty()
         self.outputs[ours] = STDOUT
-        self._theirs.append(theirs)
+        given.callback(os.close, theirs)
         os.set_blocking(ours, False)
         tty.setraw(theirs)                      # lines, echo and Ctrl-C are the inner one's
         self.resize(*size)
@@ -2739,7 +2733,7 @@ class Streams:
         self.files = [(os.POSIX_SPAWN_OPEN, 0, f"/proc/self/fd/{theirs}", os.O_RDWR, 0), (os.POSIX_SPAWN_DUP2, 0, 1),
                       (os.POSIX_SPAWN_DUP2, 0, 2)]
 
-    def _open_pipes(self, takes_input: bool) -> None:
+    def _open_pipes(self, takes_input: bool, given: contextlib.ExitStack) -> None:
         self.files = [] if takes_input else [(os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0)]
         for number in (STDIN, STDOUT, STDERR) if takes_input else (STDOUT, STDERR):
             reading, writing = os.pipe2(os.O_CLOEXEC)
@@ -2748,7 +2742,7 @@ class Streams:
                 self.input = ours
             else:
                 self.outputs[ours] = number
-            self._theirs.append(theirs)
+            given.callback(os.close, theirs)
             os.set_blocking(ours, False)
             os.fchmod(theirs, 0o666)            # the image's user may open /dev/stdout
             self.files.append((os.POSIX_SPAWN_DUP2, theirs, number))
@@ -2762,10 +2756,6 @@ class Streams:
         if self.input >= 0:
             os.close(self.input)
         self.input = -1
-
-    def close_theirs(self) -> None:
-        while self._theirs:
-            os.close(self._theirs.pop())
 
     def close(self) -> None:
         self.close_input()
@@ -2804,8 +2794,7 @@ class Execution(Container):
         return status, "the command ran out of memory (--memory)" if self.out_of_memory else ""
 
     def _open_files(self, bundle: Bundle, given: contextlib.ExitStack) -> list[tuple]:
-        self._streams = Streams(*self._wanted)
-        given.callback(self._streams.close_theirs)
+        self._streams = Streams(*self._wanted, given)
         return self._streams.files
 
     def _note(self, bundle: Bundle) -> None:
