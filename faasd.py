@@ -592,18 +592,16 @@ def pop_secrets(query: dict[str, list[str]]) -> dict[str, bytes | None]:
     """Take a query's secrets out of it: their new values by name, None for one to remove. Raises BadRequest."""
     secrets: dict[str, bytes | None] = dict.fromkeys(query.pop("unset_secret", []))
     # They are NAME=BASE64, separated by commas, and come in a header: see ControlHandler.
-    for entry in ",".join(query.pop("secret", [])).split(","):
+    for entry in filter(None, ",".join(query.pop("secret", [])).split(",")):
         name, sign, text = entry.strip().partition("=")
         try:
-            value = base64.b64decode(text, validate=True)
+            secrets[name] = value = base64.b64decode(text, validate=True)
         except ValueError:
             sign = ""
-        if not sign and entry:
+        if not sign:
             raise BadRequest("a secret is not NAME=BASE64")     # no more of it, for messages are logged
-        if sign:
-            secrets[name] = value
-            if len(value) > MAX_SECRET:
-                raise BadRequest(f"the secret {name[:63]} has {len(value)} bytes, over {MAX_SECRET} (MAX_SECRET)")
+        if len(value) > MAX_SECRET:
+            raise BadRequest(f"the secret {name[:63]} has {len(value)} bytes, over {MAX_SECRET} (MAX_SECRET)")
     for name in secrets:
         if not SECRET_NAME.fullmatch(name):
             raise BadRequest(f"bad name of a secret {name[:63]!r}: use 1 to 63 letters, digits, '.', '_' and '-'")
@@ -1532,7 +1530,7 @@ def is_whole(client: socket.socket) -> bool:
 
 
 def was_reset(client: socket.socket) -> bool:
-    """Whether a connection that no handler has yet was reset: it has no peer any more. Cheaper to ask than TcpState."""
+    """Return whether a connection that no handler has yet was reset: it has no peer. Cheaper to ask than TcpState."""
     try:
         client.getpeername()
         return False
@@ -2119,8 +2117,7 @@ class WarmLimit:
             pool.reconcile()
 
 
-CONTAINER_DESCRIPTORS = 9           # of ours, while one starts: its socket, both ends of a pipe, a pidfd or eventfd,
-                                    # and a server's five
+CONTAINER_DESCRIPTORS = 9           # while one starts: a socket, a pipe's two ends, a pidfd or eventfd, a server's five
 SPARE_DESCRIPTORS = 64              # left for ending what runs, and as many more for starting it
 
 
@@ -4706,7 +4703,7 @@ class DyingCgroups:
             self._ended = 0
 
     def are_many(self, dying: int) -> bool:
-        """Whether it is time to reclaim; it is taken to be done then."""
+        """Return whether it is time to reclaim; it is taken to be done then."""
         if self._fewest is None:
             in_vain = dying > self._before - self._many / 2
             self._many = min(2 * self._many, MOST_DYING) if in_vain else MANY_DYING
