@@ -784,7 +784,7 @@ class Version:
 
 
 class Release(enum.Enum):
-    """How a handler let go of a client, as its control connection tells; or why we do not wait for that."""
+    """How a handler let go of a client, by its control connection; or why we no longer wait for that."""
     READY = "it could take another client"
     GONE = "it closed the connection, exited, or broke the protocol"
     UNTAKEN = "it closed the connection without having taken the client"
@@ -1588,7 +1588,7 @@ class TcpState:
 
 
 def reset_connection(client: socket.socket) -> None:
-    """Have a client's connection end in a reset, whoever else has a descriptor of it; what is unsent is dropped."""
+    """End a client's connection with a reset, no matter who else has it open; what is unsent is dropped."""
     libc.connect(client.fileno(), bytes(16), 16)        # AF_UNSPEC: connect(2)
 
 
@@ -1637,7 +1637,7 @@ class HangupWatch:
         self._callbacks[client.fileno()] = callback
 
     def allow_half_close(self, client: socket.socket) -> None:
-        """Call back only when the client resets its connection, which epoll always tells."""
+        """Call back only when the client resets its connection, which epoll always reports."""
         self._epoll.modify(client, 0)
 
     def forget(self, client: socket.socket) -> Callable[[int], None] | None:
@@ -1944,7 +1944,7 @@ class Pool:
             self.empty.set()
 
     def close(self) -> None:
-        """End all containers that serve nobody, at once; `empty` tells when those that do are gone too."""
+        """End all containers that serve nobody, at once; `empty` is set when those that do are gone too."""
         if self._closed:
             return
         self._closed = True
@@ -2019,9 +2019,9 @@ START_SLOT_SECONDS = 1.0            # how long a start counts against the starts
 class Starter:
     """Starts containers for all pools: a few at a time, because more only makes each of them slower.
 
-    There are two lines, of pools whose clients wait and of pools that start ahead of theirs. The lines alternate, and
-    within a line pools come in turn. One slot is for pools that have no start under way. So a flood on one function
-    does not keep another from starting at once, be it for a client or to replace a warm container it has used.
+    There are two lines: pools whose clients wait, and pools that start ahead of theirs. The lines alternate, and within
+    a line pools come in turn. One slot is for pools that have no start under way. So a flood on one function does not
+    keep another from starting at once, be it for a client or to replace a warm container it has used.
     """
 
     def __init__(self, slots: int, loop: asyncio.AbstractEventLoop):
@@ -2125,7 +2125,7 @@ class Descriptors:
     """Whether there are descriptors enough: first clients that wait go without, then those that come, then starts.
 
     What is left after that is for ending what runs: without one, no container could be killed. The kernel gives the
-    lowest number that is free, so a high one tells how many are taken.
+    lowest number that is free, so a high one shows how many are taken.
     """
 
     def __init__(self) -> None:
@@ -3726,8 +3726,8 @@ def mount_root(place: str, bundle: Bundle) -> None:
     """Mount a root on place/root that looks like a bundle's and can be written, in memory. Raises OSError.
 
     It is there for the calling thread and the processes it makes, in a mount namespace that ends with them: nobody else
-    sees these mounts, has to copy them, or finds them left. What is written counts as the memory of who writes it. That
-    the image is not mounted nosuid and nodev does not matter. Propagation leads in and not out, so that what the host
+    sees these mounts, has to copy them, or finds them left. What is written counts as its writer's memory. That the
+    image is not mounted nosuid and nodev does not matter. Propagation leads in and not out, so that what the host
     unmounts is not kept.
     """
     succeeded(libc.unshare(CLONE_NEWNS))
@@ -4219,8 +4219,8 @@ MODE_CALLS = {"chmod": 1, "fchmod": 1, "fchmodat": 2, "fchmodat2": 2, "creat": 1
 def refusing_set_id(profile: dict) -> dict:
     """Return a seccomp filter that lets nobody make a file setuid or setgid, as systemd's RestrictSUIDSGID= does.
 
-    On a volume such a file would run as the volume's owner, by whoever finds it on the host. openat2 has its mode where
-    no filter can look: it does not exist, and programs use openat.
+    On a volume such a file would run as the volume's owner, for anyone who finds it on the host. openat2 has its mode
+    where no filter can look: it does not exist, and programs use openat.
     """
     rules = rules_without([*MODE_CALLS, "openat2"], profile)
     for name, index in MODE_CALLS.items():
@@ -4343,10 +4343,10 @@ def option_rules() -> Iterator[dict]:
 
     SO_LINGER only seems to be set: with it, close(2) waits until the peer has taken everything, and the last to close a
     client's socket is often faasd. Filters of sockets and of seccomp take from what the machine has for all of them
-    (net.core.bpf_jit_limit); to those who would confine themselves, the kernel has no seccomp (EINVAL). A lease on a
-    file of the image would hold up every other container of the function, and F_NOTIFY tells what they do. Threads of
-    no weight can hold a lock for ever while others have the CPU. A client's socket, which is the host's, must not be
-    bound to another device, where its bytes would go out, be routed elsewhere, or have the host join a multicast group.
+    (net.core.bpf_jit_limit); programs that would confine themselves find no seccomp (EINVAL). A lease on a file of the
+    image would hold up every other container of the function, and F_NOTIFY reveals what they do. Threads of no weight
+    can hold a lock for ever while others have the CPU. A client's socket, which is the host's, must not be bound to
+    another device, where its bytes would go out, be routed elsewhere, or have the host join a multicast group.
     """
     level, ip_level = compare(1, socket.SOL_SOCKET), compare(1, socket.IPPROTO_IP)
     yield refuse("setsockopt", level, compare(2, socket.SO_LINGER), error=0)
