@@ -3794,10 +3794,9 @@ class Bundle:
         env = dict(entry.split("=", 1) for entry in (*self.process["env"], *options.env))
         exposed = sorted(int(match[1]) for match in map(re.compile("([1-9][0-9]{0,4})(/tcp)?").fullmatch,
                                                         self.process.get("exposed_ports", [])) if match)
-        self.ports = [port] if port else exposed        # that a server should listen on, the best first
+        default = int(env["PORT"]) if re.fullmatch("[0-9]{1,5}", env.get("PORT", "")) else DEFAULT_PORT
+        self.ports = [port] if port else exposed or [default]       # that a server should listen on, the best first
         self._only = bool(port) or len(exposed) == 1    # it is of no use on any other
-        if not exposed and not port:
-            self.ports = [int(env["PORT"]) if re.fullmatch("[0-9]{1,5}", env.get("PORT", "")) else DEFAULT_PORT]
         self.own_network = options.net == "none"
         self.volumes: list[Volume] = self.process.get("volumes", [])        # by their real paths in the image
         self.user = self.process["uid"], self.process["gid"]
