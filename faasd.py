@@ -4534,9 +4534,8 @@ class Cgroups:
     def udp_ports(self, cgroup: str) -> list[str]:
         """Return the UDP ports of a container with a network of its own, in words, as far as it says. May block."""
         for pid in self.processes(cgroup):
-            lines = [line for kind in ("udp", "udp6") for line in read_text(f"/proc/{pid}/net/{kind}").split("\n")]
-            ports = {int(match[1], 16) for match in map(re.compile(" *[0-9]+: [0-9A-F]+:([0-9A-F]{4}) ").match, lines)
-                     if match}
+            lines = read_text(f"/proc/{pid}/net/udp") + read_text(f"/proc/{pid}/net/udp6")
+            ports = {int(port, 16) for port in re.findall("^ *[0-9]+: [0-9A-F]+:([0-9A-F]{4}) ", lines, re.MULTILINE)}
             return [f"UDP port {port}" for port in sorted(ports)]
         return []
 
