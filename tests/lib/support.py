@@ -12,7 +12,6 @@ import functools
 import glob
 import hashlib
 import http.client
-import importlib.util
 import io
 import ipaddress
 import json
@@ -42,6 +41,13 @@ from clients import PATIENCE, READY_SECONDS, get  # noqa: E402, F401
 PREFIX = f"faasd-test.{secrets.token_hex(3)}."         # of this run: another may be under way
 SCRATCH = None if "FAASD_TEST_CACHE" in os.environ else tempfile.TemporaryDirectory(prefix="faasd-tests.")
 CACHE = Path(os.environ.get("FAASD_TEST_CACHE") or SCRATCH.name)    # what all files share: layers, byte code
+with contextlib.suppress(FileExistsError):
+    (CACHE / "faas.py").symlink_to(TOP / "faas")
+# Python compiles a program anew each time, but keeps the byte code of what is imported. Tests write none into the tree.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+IMPORTING = (sys.executable, "-X", f"pycache_prefix={CACHE}/byte-code", "-c")
+FAAS = (*IMPORTING, f"import os, sys; sys.path.insert(0, {str(CACHE)!r}); sys.argv[0] = 'faas'; import faas; "
+                    "os._exit(faas.main())")            # as ./faas does
 RUN_DIRS: set[Path] = set()                             # of all daemons of this run
 HANDLER = TOP / "tests/handlers/handler.py"            # to put something in front of; all else runs handler.pl
 RUNTIME = os.environ.get("FAASD_TEST_RUNTIME", "runc")     # the --runtime of every daemon that does not ask for another
@@ -114,10 +120,16 @@ def make_python_layer(more: tuple[str, ...]) -> bytes:
             if path.endswith(".py"):
                 compiled = py_compile.compile(path, f"{directory}/pyc", path, doraise=True,
                                               invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH)
-                files[importlib.util.cache_from_source(path)] = Path(compiled).read_bytes()
+                files[byte_code_path(path)] = Path(compiled).read_bytes()
     for binary in [path for path in files if not path.endswith((".py", ".pyc"))]:
         files |= {path: Path(path).read_bytes() for path in libraries(binary)}
     return layer({path.lstrip("/"): data for path, data in sorted(files.items())})
+
+
+def byte_code_path(source: str) -> str:
+    """Return where a container's Python looks for byte code; importlib.util says where ours does (-X pycache_prefix)."""
+    directory, name = os.path.split(source)
+    return f"{directory}/__pycache__/{name.removesuffix('.py')}.{sys.implementation.cache_tag}.pyc"
 
 
 def libraries(program: str) -> set[str]:
@@ -208,8 +220,8 @@ class Daemon:
         settings = "".join(f"faasd.{name} = {value}; " for name, value in (self.constants or {}).items())
         program = (f"import sys; sys.path.insert(0, {str(TOP)!r}); sys.argv[0] = 'faasd.py'; import faasd; {settings}"
                    "sys.exit(faasd.main(sys.argv[1:]))")
-        return [*self.wrapper, sys.executable, "-X", f"pycache_prefix={CACHE}/byte-code", "-c", program, "--state-dir",
-                str(self.state_dir), "--run-dir", str(self.run_dir), "--runtime", RUNTIME, *self.arguments]
+        return [*self.wrapper, *IMPORTING, program, "--state-dir", str(self.state_dir), "--run-dir", str(self.run_dir),
+                "--runtime", RUNTIME, *self.arguments]
 
     def start(self) -> Daemon:
         self.log_file = (self.directory / "log").open("ab")
@@ -286,7 +298,7 @@ class Daemon:
     # -- clients --
 
     def faas(self, *arguments: str, stdin: bytes | None = None, check: bool = True) -> subprocess.CompletedProcess:
-        """Run the real CLI; output is text.
+        """Run the CLI, imported as the daemon is; output is text.
 
         Functions have no warm containers unless a test asks for them: most tests look at one container at a time.
         """
@@ -294,7 +306,7 @@ class Daemon:
             arguments = (*arguments[:2], "--warm", "0", *arguments[2:])
         if arguments[0] == "new" and "--start-timeout" not in arguments and PATIENCE > 1:
             arguments = (*arguments[:2], "--start-timeout", str(10 * PATIENCE), *arguments[2:])
-        result = subprocess.run([sys.executable, TOP / "faas", "--socket", self.socket, *arguments],
+        result = subprocess.run([*FAAS, "--socket", self.socket, *arguments],
                                 input=stdin, stdin=subprocess.DEVNULL if stdin is None else None,
                                 capture_output=True, check=False)
         result.stdout, result.stderr = result.stdout.decode(), result.stderr.decode()
