@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 TESTS = Path(__file__).resolve().parent
-FOLDERS = ("lib", "unit", "images", "serve", "manage", "hold")
+FOLDERS = ("lib", "unit", "images", "serve", "manage", "hold", "cluster")
 LONGEST = ("hostile_clients", "deploy", "crash", "server", "pool", "restart", "invocation", "hostile", "hostile_servers",
            "local_users", "output", "docker", "daemon", "faults", "cut", "archive", "real_servers", "soak", "api_tcp",
            "pack", "cli", "bench")              # begin first
