@@ -5749,11 +5749,7 @@ class PublishedPorts:
         rules = self._rules()
         if rules == there:
             return
-        text = PUBLISH_RULES.format(table=self.table, rules="\n        ".join(rules), subnet=self._subnet,
-                                    port=self._port, mark=self._mark)
-        if not rules:
-            text = f"add table ip {self.table}\ndelete table ip {self.table}\n"
-        run_command("nft cannot load the rules of --publish", "nft", "-f", "-", stdin=text)
+        self._load(self._text(rules) if rules else f"add table ip {self.table}\ndelete table ip {self.table}\n")
         self._loaded = rules
 
     def _rules(self) -> list[str]:
@@ -5776,6 +5772,21 @@ class PublishedPorts:
         except FaasdError:
             return []
         return re.findall(r"ip daddr ([0-9.]+) tcp dport ([0-9]+) dnat to ([0-9.]+):", text)
+
+    def _text(self, rules: list[str]) -> str:
+        return PUBLISH_RULES.format(table=self.table, rules="\n        ".join(rules), subnet=self._subnet,
+                                    port=self._port, mark=self._mark)
+
+    @staticmethod
+    def _load(text: str) -> None:
+        run_command("nft cannot load the rules of --publish", "nft", "-f", "-", stdin=text)
+
+    def turn_away(self) -> None:
+        """Refuse who comes from now on; failure is logged. The chains stay: they translate for those who are here."""
+        try:
+            self._load(self._text([]))
+        except FaasdError as error:
+            log.error("%s", error)
 
     def restore_rules(self) -> None:
         """Load the rules again if somebody has flushed them; failure is logged."""
@@ -9643,6 +9654,7 @@ class ImageStore:
 
 
 PORT_RETRY_SECONDS = 5.0            # between attempts to publish a port that somebody else has at a start
+ARRIVAL_SECONDS = 0.1               # for a client whose connection is there to say something, when we stop
 ADDRESS_RETRY_SECONDS = 1.0         # between attempts to put an address back on lo
 
 
@@ -9684,6 +9696,16 @@ class Attachments:
     async def finish(self) -> None:
         """Return once nothing of egress networks is being changed: what comes now is the next daemon's."""
         await asyncio.to_thread(self._egress_thread.shutdown)
+
+    async def turn_away(self) -> None:
+        """Refuse who comes by a published port from now on, and wait for those whom the kernel has let in already.
+
+        They say something next, and would be reset if nobody listened then: a balancer could not tell that nobody has
+        read it, and must not send a POST to anybody else.
+        """
+        if self.published.any:
+            await self._run(self.published.turn_away)
+            await asyncio.sleep(ARRIVAL_SECONDS)
 
     async def remove_all(self) -> None:
         try:
@@ -10452,7 +10474,9 @@ class Daemon:
 
     async def _drain(self) -> None:
         """Stop: let all invocations finish, and leave nothing behind."""
-        await self._end("stopping", await self._deploys.stop(), set())
+        changes = await self._deploys.stop()
+        await self._deploys.attachments.turn_away()
+        await self._end("stopping", changes, set())
         await self._host.workers.run(self._restart.leftovers.remove)       # there should be none
         await self._deploys.attachments.remove_all()
         await self._deploys.attachments.finish()

@@ -34,6 +34,11 @@ COVERED = {
     "sudo ./faasd.py --state-dir /var/lib/faasd-2 --run-dir /run/faasd-2 --subnet 10.0.1.0/24":
         "test_several_daemons below",
     "./faas --socket /run/faasd-2/faasd.sock list": "the same",
+    "docker save web | ./faas --node a --node b new web --publish 8080": "tests/cluster/test_cluster.py",
+    "./faas --node a --node b list": "tests/manage/test_nodes.py",
+    "skopeo copy docker://registry.example.org/web docker-archive:/dev/stdout | ./faas --node a --node b new web":
+        "tests/cluster/test_cluster.py",
+    "./faas --node a --node b proxy-config haproxy --domain example.org": "the same",
     "./faas exec -it NAME": "tests/manage/test_look.py",
     "curl http://10.0.0.10/": "tests/images/test_docker.py",
     "./faas export compose NAME > compose.yaml": "tests/images/test_docker.py",

@@ -758,6 +758,18 @@ class Published(unittest.TestCase):
         daemon.remove("g")
         self.assertNotIn("somebody deleted", daemon.log())
 
+    def test_stop_refuses_newcomers_and_serves_who_is_on_the_way(self):
+        daemon = support.Daemon(*OTHER_DAEMON, constants={"ARRIVAL_SECONDS": 5 * support.PATIENCE}).start()
+        self.addCleanup(daemon.close)
+        daemon.deploy("f", world.image, "--publish", "8000")
+        with socket.create_connection(("127.0.0.1", 8000), support.READY_SECONDS) as client:
+            daemon.process.send_signal(signal.SIGTERM)
+            wait_until(lambda: attempt(self.HERE) == {self.HERE: "ECONNREFUSED"}, "nobody else is let in")
+            client.sendall(b"GET /who HTTP/1.1\r\n\r\n")
+            self.assertEqual(client.recv(1000), b"f saw 127.0.0.1\n")
+        self.assertEqual(daemon.process.wait(support.READY_SECONDS), 0)
+        daemon.log_file.close()
+
     def test_restarts_and_flushed_rules(self):
         daemon = self.start()
         daemon.deploy("f", world.image, "--publish", "8000")
