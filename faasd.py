@@ -4237,7 +4237,7 @@ ALLOWED_CALLS = """
     access chdir chmod chown close close_range copy_file_range creat dup dup2 dup3 faccessat faccessat2 fadvise64
     fallocate fchdir fchmod fchmodat fchmodat2 fchown fchownat fdatasync fgetxattr flistxattr flock fremovexattr
     fsetxattr fstat fstatfs fsync ftruncate futimesat getcwd getdents getdents64 getxattr inotify_add_watch
-    inotify_init inotify_init1 inotify_rm_watch ioctl lchown lgetxattr link linkat listxattr llistxattr lremovexattr
+    inotify_init inotify_init1 inotify_rm_watch lchown lgetxattr link linkat listxattr llistxattr lremovexattr
     lseek lsetxattr lstat memfd_create mkdir mkdirat mknod mknodat newfstatat open openat openat2 pread64 preadv preadv2
     pwrite64 pwritev pwritev2 read readahead readlink readlinkat readv removexattr rename renameat renameat2 rmdir
     sendfile setxattr splice stat statfs statx symlink symlinkat sync sync_file_range sync_file_range2 syncfs tee
@@ -4289,12 +4289,12 @@ def compare(index: int, value: int, mask: int = EVERY_BIT) -> dict:
     return {"index": index, "value": mask, "valueTwo": value, "op": "SCMP_CMP_MASKED_EQ"}
 
 
-def all_but(index: int, numbers: Collection[int], bits: int) -> list[dict]:
-    """Return conditions of which one holds for each number of so many bits but these."""
+def all_but(index: int, numbers: Collection[int], bits: int, seen: int = EVERY_BIT) -> list[dict]:
+    """Return conditions of which one holds for each number of so many bits but these; bits not in seen do not count."""
     # "Not equal" would not do: the kernel looks at 32 bits of most arguments, seccomp at 64.
     def within(first: int, bit: int) -> list[dict]:         # the numbers from first on that differ below this bit
         if not any(number >> bit == first >> bit for number in numbers):
-            return [compare(index, first, EVERY_BIT >> bit << bit)]
+            return [compare(index, first, seen >> bit << bit)]
         return within(first, bit - 1) + within(first + (1 << bit - 1), bit - 1) if bit else []
     return within(0, bits)
 
@@ -4334,26 +4334,36 @@ SO_ATTACH = (SO_ATTACH_FILTER, 50, 51, 52)      # SO_ATTACH_BPF, SO_ATTACH_REUSE
 SO_BIND_TO = (25, 62)               # SO_BINDTODEVICE, SO_BINDTOIFINDEX
 IP_ELSEWHERE = (4, 39, 42, 46)      # IP_OPTIONS, IP_ADD_SOURCE_MEMBERSHIP, MCAST_JOIN_GROUP, MCAST_JOIN_SOURCE_GROUP:
                                     # those that a TCP socket may set as well (linux/in.h)
+TCP_OF_MODULES = (31, 38, 39, 40, 41)       # TCP_ULP, TCP_AO_… (linux/tcp.h): the kernel loads what they name
+TIOCSETD, INT = 0x5423, 0xFFFF_FFFF         # ioctl_tty(2); musl's ioctl extends the sign of what it is asked for
+IOCTLS_OF_MODULES = ((TIOCSETD, 1), (0x8940, 2), (0x8980, 64))     # first and how many (linux/sockios.h): SIOC…BR, …VLAN
 PR_SET_SECCOMP, PR_SET_VMA, PR_SET_PTRACER = 22, 0x53564D41, 0x59616D61     # prctl(2)
 
 
 def option_rules() -> Iterator[dict]:
-    """Yield the rules for options of sockets, for fcntl, prctl and scheduling.
+    """Yield the rules for options of sockets, for ioctl, fcntl, prctl and scheduling.
 
     SO_LINGER only seems to be set: with it, close(2) waits until the peer has taken everything, and the last to close a
     client's socket is often faasd. Filters of sockets and of seccomp take from what the machine has for all of them
     (net.core.bpf_jit_limit); programs that would confine themselves find no seccomp (EINVAL). A lease on a file of the
     image would hold up every other container of the function, and F_NOTIFY reveals what they do. Threads of no weight
     can hold a lock for ever while others have the CPU. A client's socket, which is the host's, must not be bound to
-    another device, where its bytes would go out, be routed elsewhere, or have the host join a multicast group.
+    another device, where its bytes would go out, be routed elsewhere, or have the host join a multicast group. Line
+    disciplines of terminals, TLS in TCP, bridges and VLANs are modules, which the kernel would load for anybody.
     """
-    level, ip_level = compare(1, socket.SOL_SOCKET), compare(1, socket.IPPROTO_IP)
+    level, ip_level, tcp_level = (compare(1, number) for number in (
+        socket.SOL_SOCKET, socket.IPPROTO_IP, socket.IPPROTO_TCP))
     yield refuse("setsockopt", level, compare(2, socket.SO_LINGER), error=0)
-    refused = [(level, [*SO_ATTACH, *SO_BIND_TO], [socket.SO_LINGER]), (ip_level, IP_ELSEWHERE, [])]
+    refused = [(level, [*SO_ATTACH, *SO_BIND_TO], [socket.SO_LINGER]), (ip_level, IP_ELSEWHERE, []),
+               (tcp_level, TCP_OF_MODULES, [])]
     for condition, numbers, others in refused:
         yield from (refuse("setsockopt", condition, compare(2, number)) for number in numbers)
         yield from (allow("setsockopt", condition, number) for number in all_but(2, [*numbers, *others], 8))
-    yield from (allow("setsockopt", condition) for condition in all_but(1, [socket.IPPROTO_IP, socket.SOL_SOCKET], 9))
+    levels = [socket.IPPROTO_IP, socket.IPPROTO_TCP, socket.SOL_SOCKET]
+    yield from (allow("setsockopt", condition) for condition in all_but(1, levels, 9))
+    yield from (refuse("ioctl", compare(1, first, INT & -count)) for first, count in IOCTLS_OF_MODULES)
+    numbers = [number for first, count in IOCTLS_OF_MODULES for number in range(first, first + count)]
+    yield from (allow("ioctl", condition) for condition in all_but(1, numbers, 32, INT))
     yield from (refuse("fcntl", compare(1, number)) for number in (fcntl.F_SETLEASE, fcntl.F_NOTIFY))
     yield from (allow("fcntl", condition) for condition in all_but(1, [fcntl.F_SETLEASE, fcntl.F_NOTIFY], 11))
     yield refuse("prctl", compare(0, PR_SET_SECCOMP), error=errno.EINVAL)

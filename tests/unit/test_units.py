@@ -312,6 +312,7 @@ class Spec(unittest.TestCase):
                 ("setsockopt", [0, socket.SOL_SOCKET], 256,
                  {socket.SO_LINGER: 0, 25: 1, 26: 1, 50: 1, 51: 1, 52: 1, 62: 1}),
                 ("setsockopt", [0, socket.IPPROTO_IP], 256, {4: 1, 39: 1, 42: 1, 46: 1}),
+                ("setsockopt", [0, socket.IPPROTO_TCP], 256, dict.fromkeys((31, 38, 39, 40, 41), 1)),
                 ("fcntl", [0], 2048, {1024: 1, 1026: 1}), ("prctl", [], 128, {22: errno.EINVAL})):
             for number in range(count):
                 expected = [("SCMP_ACT_ERRNO", refused[number])] if number in refused else allowed
@@ -319,7 +320,12 @@ class Spec(unittest.TestCase):
             for number in refused:
                 for high in (1 << 32, 1 << 40, 1 << 63):
                     self.assertEqual(meets(name, *before, high | number), [])
-        for level in (0, *range(2, 512)):
+        modules = {0x5423, 0x8940, 0x8941, *range(0x8980, 0x89C0)}
+        for number in (*range(0x5400, 0x5440), *range(0x8930, 0x89D0), *(1 << bit for bit in range(32))):
+            for high in (0, 0xFFFF_FFFF << 32, 1 << 32):        # the kernel looks at 32 bits
+                expected = [("SCMP_ACT_ERRNO", 1)] if number in modules else allowed
+                self.assertEqual(meets("ioctl", 0, high | number), expected, (high, number))
+        for level in (0, *range(2, 6), *range(7, 512)):
             self.assertEqual(meets("setsockopt", 0, level, socket.SO_LINGER), allowed)
         self.assertEqual(meets("setsockopt", 0, 1 << 32 | socket.SOL_SOCKET, socket.SO_LINGER), [])
         for family in range(64):

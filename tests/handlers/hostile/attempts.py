@@ -45,7 +45,7 @@ NUMBERS = {
     "modify_ldt": (154, None), "uselib": (134, None), "nfsservctl": (180, 42),
     "landlock_create_ruleset": 444, "cachestat": 451, "map_shadow_stack": 453, "listmount": 458, "mseal": 462,
     "no such call": 999, "sched_setattr": (314, 274),
-    "mknodat": (259, 33), "getpid": (39, 172),
+    "mknodat": (259, 33), "ioctl": (16, 29), "getpid": (39, 172),
 }
 CLONE = {"NEWNS": 0x20000, "NEWCGROUP": 0x2000000, "NEWUTS": 0x4000000, "NEWIPC": 0x8000000, "NEWUSER": 0x10000000,
          "NEWPID": 0x20000000, "NEWNET": 0x40000000}       # clone(2)
@@ -217,6 +217,18 @@ def attach_filter(option: int):
 for label, option in (("SO_ATTACH_FILTER", 26), ("SO_ATTACH_BPF", 50), ("SO_ATTACH_REUSEPORT_CBPF", 51),
                       ("SO_ATTACH_REUSEPORT_EBPF", 52)):
     attempt(BLOCKED, FILTER, label)(lambda option=option: attach_filter(option))
+
+
+# -- what has the kernel load a module --
+
+for label, option, value in (("TLS in TCP", 31, b"tls"), ("TCP-AO", 38, bytes(288))):
+    attempt(BLOCKED, FILTER, label)(
+        lambda option=option, value=value: socket.socket().setsockopt(socket.IPPROTO_TCP, option, value))
+for label, request in (("bridges", 0x8940), ("bridges", 0x8941), ("a new bridge", 0x89A0), ("VLANs", 0x8982),
+                       ("VLANs, extended as by musl", 0x8982 - (1 << 32))):
+    attempt(BLOCKED, FILTER, f"{label}, {request:#x}")(
+        lambda request=request: syscall("ioctl", socket.socket(UNIX).detach(), request, 0))
+attempt(BLOCKED, FILTER, "a line discipline")(lambda: fcntl.ioctl(os.openpty()[1], 0x5423, struct.pack("i", 0)))
 
 
 @attempt("ENOTSUP", FILTER, "TCP Fast Open, by sendto")
