@@ -1087,8 +1087,8 @@ class Function:
         finally:
             self._retire(pool)
 
-    async def execute(self, command: list[str], terminal: bool, takes_input: bool, size: tuple[int, int],
-                      started: Callable[[Streams], None]) -> tuple[int | None, str]:
+    async def execute(self, command: list[str], env: Iterable[str], terminal: bool, takes_input: bool,
+                      size: tuple[int, int], started: Callable[[Streams], None]) -> tuple[int | None, str]:
         """Run a command of an operator's in a container of its own: see Execution.run. Raises FaasdError."""
         name, pool, task = self.record.name, self.pool, asyncio.current_task()
         if pool is None:
@@ -1097,7 +1097,7 @@ class Function:
             raise FaasdError(Release.STOPPED.value, status=503)
         if self.taken >= (most := self.record.options.concurrency):
             raise Conflict(f"function {name} has no room: all {most} places of --concurrency are taken; try later")
-        bundle = pool.version.bundle.for_command(command, terminal, size)
+        bundle = pool.version.bundle.for_command(command, env, terminal, size)
         execution = Execution(self.services.host, name, terminal, takes_input, size)
         self.services.events.add(name, "exec", container=execution.id, command=command[0])
         self.executions.add(task)
@@ -3891,11 +3891,14 @@ class Bundle:
     def may_serve(self, port: int) -> bool:
         return port in self.ports or not self._only
 
-    def for_command(self, command: list[str], terminal: bool, size: tuple[int, int]) -> Bundle:
-        """Return the bundle of a container that runs a command instead, and takes no client; all else is the same."""
+    def for_command(self, command: list[str], env: Iterable[str], terminal: bool, size: tuple[int, int]) -> Bundle:
+        """Return the bundle of a container that runs a command instead, and takes no client; all else is the same.
+
+        env are more variables.
+        """
         spec, filter_ = json.loads(self._template), container_filter(self.volumes)
         process, linux = spec["process"], spec["linux"]
-        process.update(args=command, terminal=terminal)
+        process.update(args=command, terminal=terminal, env=merge_env(process["env"], env))
         if terminal:                    # crun takes its lines and columns from here, runc from its own terminal
             process["consoleSize"] = dict(zip(("height", "width"), size, strict=True))
         if terminal and not any(entry.startswith("TERM=") for entry in process["env"]):
@@ -9111,9 +9114,10 @@ class ControlHandler(http.server.BaseHTTPRequestHandler):
         if self.headers.get("Upgrade", "").lower() != FRAMES:
             raise Refused(426, f"this needs `Upgrade: {FRAMES}` and `Connection: Upgrade`", Upgrade=FRAMES)
         size = tuple(parse_amount(query.get(key, ["0"])[-1]) & 0xFFFF for key in ("lines", "columns"))
+        env = Options().changed({"env": query.get("env", [])}).env
         started = concurrent.futures.Future()           # with the command's streams
         result, cancel = self._begin(self.server.answers.deploys.execute(
-            name, query.get("cmd") or [DEFAULT_COMMAND], is_set(query, "tty"), is_set(query, "stdin"), size,
+            name, query.get("cmd") or [DEFAULT_COMMAND], env, is_set(query, "tty"), is_set(query, "stdin"), size,
             started.set_result))
         while not concurrent.futures.wait([started, result], LEFT_SECONDS, concurrent.futures.FIRST_COMPLETED).done:
             if has_hung_up(self.connection):

@@ -275,6 +275,9 @@ class Exec(ExecCase):
         self.deploy("-e", "OWN=1", "--user", "1234:5678", "--hostname", "name")
         script = 'echo $FROM $OWN $(cat /etc/hostname) $(stty size 2>/dev/null); echo bad >/dev/stderr; exit 7'
         self.assertEqual(self.exec("f", "--", "sh", "-c", script), (7, "image 1 name\n", "bad\n"))
+        seen = self.exec("-e", "OWN=a b", "-e", "NEW=", "f", "--", "cat", "/proc/self/environ")[1].split("\0")
+        self.assertEqual([entry for entry in seen if entry.startswith(("FROM=", "OWN=", "NEW=", "FAAS_FUNCTION="))],
+                         ["FROM=image", "OWN=a b", "FAAS_FUNCTION=f", "NEW="])
         self.assertEqual(self.exec("f", "-i", stdin=b"echo $$; exit 3"), (3, "1\n", ""))       # /bin/sh
         self.assertEqual(self.exec("f", "--", "cat", stdin=b"not for it"), (0, "", ""))
         self.assertEqual(self.exec("f", "--", "sh", "-c", "sh -c 'kill -9 $$'")[0], 137)
@@ -288,7 +291,8 @@ class Exec(ExecCase):
         last = self.documents("events", "-n", "1")[0]
         self.assertEqual((last["event"], last["command"], last["by"]), ("exec", "cat", "root"))
         for arguments, words in ((("f", "sh"), "after --: faas exec f -- sh"), (("f", "-it"), "-it needs a terminal"),
-                                 (("nope",), "no function 'nope'"), (("f", "--json"), "no JSON document")):
+                                 (("nope",), "no function 'nope'"), (("f", "-e", "=x"), "bad environment entry"),
+                                 (("f", "--json"), "no JSON document")):
             status, output, error = self.exec(*arguments)
             self.assertEqual((status in (1, 2), output, error.count("\n")), (True, "", 1), error)
             self.assertIn(words, error)
