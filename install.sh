@@ -95,9 +95,11 @@ uninstall() {
         echo "Removed faasd; functions are left in /var/lib/faasd, options in /etc/default/faasd (--purge removes them too)."
         return
     fi
-    if [ -e /run/faasd/faasd.lock ] && ! flock --nonblock /run/faasd/faasd.lock true; then
-        die "faasd still runs, so /var/lib/faasd and /run/faasd are left: stop it and remove them"
-    fi
+    for lock in /run/faasd/faasd.lock /var/lib/faasd/faasd.lock; do         # a daemon may have but one of them
+        if [ -e "$lock" ] && ! flock --nonblock "$lock" true; then
+            die "faasd still runs, so /var/lib/faasd and /run/faasd are left: stop it and remove them"
+        fi
+    done
     [ ! -e /var/lib/faasd/group-made ] || groupdel faas || true
     rm -rf --one-file-system /var/lib/faasd /run/faasd /etc/default/faasd
     echo "Removed faasd and all its functions."

@@ -400,7 +400,11 @@ class Installed(PackagingCase):
     def test_without_systemd(self):
         """Install, run the examples of the manual page, upgrade, crash, purge."""
         machine = self.boot(systemd=False)
-        machine.run(*APT, "install", self.this)
+        hiding = self.root / "etc/systemd/system/faasd.service"
+        hiding.write_text("[Service]\n")
+        self.assertIn("faasd.service hides the unit of this package", machine.run("sh", "-c", " ".join(
+            [*APT, "install", self.this, "2>&1"])))
+        hiding.unlink()
         machine.start("/usr/sbin/faasd")
         page = gzip.decompress((self.root / "usr/share/man/man1/faas.1.gz").read_bytes()).decode().replace("\\-", "-")
         examples = re.search(r"\.SH EXAMPLES\n\.nf\n\.RS\n(.*?)\.RE", page, re.DOTALL)[1]
@@ -418,6 +422,8 @@ class Installed(PackagingCase):
         machine.run(*APT, "install", self.next)
         machine.daemon.wait_warm("f", 1)
         machine.end("KILL")
+        self.assertIn("still runs", machine.try_run("flock", "/var/lib/faasd/faasd.lock", "sh",
+                                                    "/var/lib/dpkg/info/faasd.postrm", "purge").stderr)
         machine.run(*APT, "purge", "faasd")
         self.check_nothing_left(machine)
 
