@@ -9973,7 +9973,7 @@ class Deploys:
             labelled = [key for key in now.labelled if not reset and key not in query]
             entry = self._next_version(function.record, now.image, options, labelled)
             files = await self._write_secrets(name, function.record.secrets, secrets, undo)
-            return await self._install(name, entry, files, "changed", undo)
+            return await self._install(name, entry, files, "set", undo)
 
     async def roll_back(self, name: str, query: dict[str, list[str]]) -> dict:
         """Go back to an earlier version. Raises FaasdError.
@@ -10148,8 +10148,7 @@ class Deploys:
         document = self.describe(function)
         endpoint = document["url"].removeprefix("http://")
         log.info("function=%s version=%s %s at %s", name, record.version, what, endpoint)
-        event = {"changed": "set"}.get(what, what).replace(" ", "-")
-        self.events.add(name, event, version=str(record.version), address=endpoint)
+        self.events.add(name, what.replace(" ", "-"), version=str(record.version), address=endpoint)
         return document
 
     async def _prove(self, name: str, entry: VersionRecord, secrets: dict[str, str]

@@ -304,7 +304,7 @@ class Limits(unittest.TestCase):
                 received += client.recv(65536)
             time.sleep(0.5)             # some looks at whether we are still there
             daemon.post("PATCH", "/functions/f?memory=256m")
-            while b"changed" not in received:
+            while b"> set " not in received:
                 received += client.recv(65536)
             self.assertNotIn(b"error", received)
 
@@ -388,7 +388,7 @@ class Client(TcpCase):
         self.run_faas("new", "f", "--warm", "0", stdin=support.handler_image(label="2"))
         self.assertEqual(self.run_faas("versions", "f").count("\n"), 3)
         self.assertIn("Rolled back f", self.run_faas("rollback", "f"))
-        self.assertIn("Updated f", self.run_faas("set", "f", "--memory", "256m"))
+        self.assertIn("Set options of f", self.run_faas("set", "f", "--memory", "256m"))
         self.assertIn("10.0.0.10", self.run_faas("list"))
         self.assertRegex(self.run_faas("url", "f"), "^http://10.0.0.10\n$")
         self.assertRegex(self.run_faas("info", "f"), "\nmemory: +256m\n")

@@ -329,7 +329,7 @@ class WithDaemon(unittest.TestCase):
         with support.Daemon() as daemon:
             daemon.deploy("f", None, "-e", "A=1", "-e", "B=1")
             out = daemon.faas("set", "f", "-e", "A=2", "--unset-env", "B", "--queue", "0", "--", "x y").stdout
-            self.assertEqual(out, "✓ Updated f at 10.0.0.10 (version 2)\n")
+            self.assertEqual(out, "✓ Set options of f at 10.0.0.10 (version 2)\n")
             options = daemon.info("f")["options"]
             self.assertEqual((options["env"], options["queue"], options["cmd"]), (["A=2"], 0, ["x y"]))
             daemon.deploy("f", support.handler_image(label="2"))
@@ -363,7 +363,7 @@ class WithDaemon(unittest.TestCase):
                              (1 << 30, ["B=1", "C=1"], [], False))
             self.assertEqual(new(), "✓ Replaced f at 10.0.0.10:8080 (version 3; kept memory 1g and 2 variables)\n")
             self.assertEqual(daemon.faas("set", "f", "--reset", "--warm", "0").stdout,
-                             "✓ Updated f at 10.0.0.10:8080 (version 4)\n")
+                             "✓ Set options of f at 10.0.0.10:8080 (version 4)\n")
             self.assertEqual(daemon.info("f")["options"]["env"], [])
             self.assertEqual(new("--reset", "-e", "D=1"), "✓ Replaced f at 10.0.0.10:8080 (version 5)\n")
             self.assertEqual(daemon.faas("url", "f").stdout, "http://10.0.0.10:8080\n")

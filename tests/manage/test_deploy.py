@@ -517,7 +517,7 @@ class Rerun(DeployCase):
         self.assertEqual(self.daemon.info("f")["state"], "broken")
         answer = json.loads(self.daemon.faas("--json", "set", "f", "--memory", "256m").stdout)
         self.assertEqual((answer["state"], answer["options"]["memory"]), ("ready", 256 << 20))
-        self.assertRegex(self.daemon.function_log("f"), "> changed version=")
+        self.assertRegex(self.daemon.function_log("f"), "> set version=")
         self.assertEqual(get(answer["address"])[0], 200)
 
     def test_damaged_image_is_told(self):

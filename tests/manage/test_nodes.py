@@ -204,11 +204,11 @@ class Daemons(unittest.TestCase):
                    "a: ✓ Deployed f at 10.0.1.10", "b: ✓ Deployed f at 10.0.2.10")
         self.assertEqual([get(f"10.0.{number}.10")[1] for number in (1, 2)], ["1", "1"])
         self.check(self.run_faas("set", "f", "--memory", "256m"),
-                   "a: ✓ Updated f at 10.0.1.10 (version 2)", "b: ✓ Updated f at 10.0.2.10 (version 2)")
+                   "a: ✓ Set options of f at 10.0.1.10 (version 2)", "b: ✓ Set options of f at 10.0.2.10 (version 2)")
         self.check(self.run_faas("rollback", "f"),
                    "a: ✓ Rolled back f to version 1", "b: ✓ Rolled back f to version 1")
         result = self.home.faas("--node", "gone", "--node", "b", "--node", "b", "set", "f", "--memory", "1g")
-        self.assertEqual((result.returncode, result.stdout), (1, "b: ✓ Updated f at 10.0.2.10 (version 3)\n"))
+        self.assertEqual((result.returncode, result.stdout), (1, "b: ✓ Set options of f at 10.0.2.10 (version 3)\n"))
         self.assertRegex(result.stderr, r"\Afaas: gone: cannot reach faasd at http://127\.0\.0\.1:9: [^\n]*\n\Z")
 
         rows = [row.split()[:3] for row in self.run_faas("list").splitlines()]
