@@ -10166,8 +10166,12 @@ class Deploys:
         except StartFailed as failure:
             exited = failure.status == 502 and not isinstance(failure, RuntimeFailed)
             if entry.contract == "auto" and version.image["process"]["uid"] == 0 and exited:
-                with contextlib.suppress(FaasdError):   # it may need the capabilities of a server to begin
+                try:                    # it may need the capabilities of a server to begin
                     return await self._prove(name, replace(entry, contract="server"), secrets)
+                except FaasdError as error:     # of the two failures, that for which we have refused it less
+                    if error.status == 422:
+                        raise FaasdError(f"{error}; it did not connect to {CONTROL_SOCKET} either", error.output,
+                                         422) from None
             # By now the machine may be to blame, not the image.
             if isinstance(failure, RuntimeFailed) and (error := await try_container(self._host)):
                 raise unfit_machine(self._host.runtime, error) from None

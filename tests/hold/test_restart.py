@@ -143,7 +143,7 @@ class FunctionCgroups(RestartCase):
         daemon = self.start()
         image = support.small_image(Entrypoint=["/usr/bin/perl", "-e", "1"])
         result = daemon.faas("new", "g", stdin=image, check=False)
-        self.assertIn("before it connected", result.stderr)
+        self.assertIn("before it listened", result.stderr)
         self.expect(daemon)
 
     def test_container_of_an_older_daemon(self):

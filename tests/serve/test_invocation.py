@@ -430,7 +430,7 @@ class OutOfMemory(InvocationCase):
         source = "import os, time\nif os.fork() == 0:\n    bytearray(256 << 20)\nos.wait()\ntime.sleep(3600)\n"
         result = self.daemon.faas("new", "g", "--memory", "64m", check=False,
                                   stdin=support.handler_image(source))
-        self.assertIn("the handler ran out of memory before it connected", result.stderr)
+        self.assertIn("the handler ran out of memory before it listened", result.stderr)
 
     def test_after_half_an_answer(self):
         client = self.connect()
