@@ -4441,7 +4441,10 @@ def package_changelog(program: str) -> str:
         with contextlib.suppress(FaasdError):           # there is no such package manager, or it knows no such file
             return run_command("asking for a package", *argv)
         return ""
-    package = ask("dpkg-query", "--search", os.path.realpath(program)).partition(":")[0]
+    path = os.path.realpath(program)
+    package = os.path.basename(path)            # as good as always; a search of all packages takes 60 ms of each start
+    if path not in ask("dpkg-query", "--listfiles", package).splitlines():
+        package = ask("dpkg-query", "--search", path).partition(":")[0]
     if not package:
         return ask("rpm", "--query", "--changelog", "--file", program)
     with contextlib.suppress(OSError, zlib.error):              # minimal images leave it out

@@ -30,8 +30,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 import faasd
+import support
 
-ROOT = Path(__file__).resolve().parent.parent.parent
 BLOCK = 512
 END = bytes(2 * BLOCK)
 MTIME = 1_600_000_000                   # of every entry that does not say otherwise
@@ -533,7 +533,7 @@ class Sandbox(unittest.TestCase):
         with tempfile.TemporaryFile("w+") as stdout, tempfile.TemporaryFile("w+") as stderr, \
                 tempfile.NamedTemporaryFile("r") as peak, path.open("rb") as source:
             command = [sys.executable, "-c", WATCH, peak.name, *before, sys.executable, "-I", "-S", "-c", faasd.CHILD,
-                       "unpack", ROOT, parent, image, tag, str(max_size), str(max_entries), "0",
+                       "unpack", support.program(), parent, image, tag, str(max_size), str(max_entries), "0",
                        str(path.stat().st_size)]
             child = subprocess.Popen(command, stdin=source, stdout=stdout, stderr=stderr, env=env,
                                      start_new_session=True)
@@ -567,8 +567,8 @@ def save(directory: Path, first_id: int, options: faasd.Options = faasd.Options(
         chosen.write(dumps(options.to_json()))
         chosen.seek(0)
         child = subprocess.Popen(
-            [sys.executable, "-I", "-S", "-c", faasd.CHILD, "save", ROOT, str(os.getpid()), directory, str(first_id),
-             "saved:latest", str(chosen.fileno())], stdin=theirs, stdout=subprocess.PIPE, pass_fds=[chosen.fileno()])
+            [sys.executable, "-I", "-S", "-c", faasd.CHILD, "save", support.program(), str(os.getpid()), directory,
+             str(first_id), "saved:latest", str(chosen.fileno())], stdin=theirs, stdout=subprocess.PIPE, pass_fds=[chosen.fileno()])
         theirs.close()
         response = http.client.HTTPResponse(ours)
         try:

@@ -200,6 +200,19 @@ def small_image(label: str = "1", **config) -> bytes:
 
 # -- the daemon --
 
+def program() -> Path:
+    """Return a directory with faasd.py and its byte code, such as a daemon's children import it from."""
+    made = CACHE / "program"
+    if not made.exists():
+        new = Path(tempfile.mkdtemp(dir=CACHE))
+        shutil.copyfile(faasd.__file__, new / "faasd.py")
+        py_compile.compile(faasd.__file__, f"{new}{byte_code_path('/faasd.py')}", "faasd.py", doraise=True,
+                           invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH)
+        with contextlib.suppress(OSError):          # another process has been faster
+            new.rename(made)
+    return made
+
+
 class Daemon:
     """A faasd of the test's own, on temporary directories. It is imported, so that Python need compile it but once."""
 
@@ -243,15 +256,9 @@ class Daemon:
 
     def give_byte_code(self) -> None:
         """Spare the first unpacking child the compiling of the daemon's copy of faasd.py: half a second each time."""
-        compiled = CACHE / "program.pyc"
-        if not compiled.exists():
-            new = f"{compiled}.{os.getpid()}"
-            py_compile.compile(faasd.__file__, new, "faasd.py", doraise=True,
-                               invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH)
-            os.rename(new, compiled)
         with contextlib.suppress(FileNotFoundError, FileExistsError):       # it keeps none, or has begun to
-            (self.run_dir / "program" / "__pycache__").mkdir()
-            shutil.copyfile(compiled, self.run_dir / f"program/__pycache__/faasd.{sys.implementation.cache_tag}.pyc")
+            (self.run_dir / "program/__pycache__").mkdir()
+            shutil.copytree(program() / "__pycache__", self.run_dir / "program/__pycache__", dirs_exist_ok=True)
 
     def log(self) -> str:
         return (self.directory / "log").read_text()
