@@ -1013,13 +1013,25 @@ class Function:
         if not turn.done():
             self.services.hangups.watch(invocation.client, functools.partial(self._on_hangup, invocation))
             options = self.record.options
-            await asyncio.wait([turn], timeout=invocation.accepted + options.queue_timeout - self.loop.time())
-            # The first ones have a start under way, and may wait for its end; not for that of another after it.
-            if not turn.done() and invocation in itertools.islice(self.waiting, self.pool.starting):
-                await asyncio.wait([turn], timeout=options.start_timeout)
-            if not turn.done():
-                self._refuse(invocation, Refusal("queue-timeout", 503, "no container was free in time"))
+            until = invocation.accepted + options.queue_timeout
+            timer = self.loop.call_at(until, self._on_timeout, invocation, turn, until + options.start_timeout)
+            try:
+                await turn
+            finally:
+                timer.cancel()
         turn.result()
+
+    def _on_timeout(self, invocation: Invocation, turn: asyncio.Future[None], last: float) -> None:
+        """Refuse a client that has waited for so long, or until `last` for the end of a start.
+
+        The first ones have one under way, and may wait for its end; not for that of another after it.
+        """
+        if turn.done():
+            return
+        if self.loop.time() < last and invocation in itertools.islice(self.waiting, self.pool.starting):
+            self.loop.call_at(last, self._on_timeout, invocation, turn, last)
+        else:
+            self._refuse(invocation, Refusal("queue-timeout", 503, "no container was free in time"))
 
     def dispatch(self) -> None:
         """Give clients that wait containers that wait, in order, and have the pool make what is missing."""
