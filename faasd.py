@@ -659,7 +659,7 @@ class FunctionRecord:
         return {**asdict(self), "versions": versions}
 
     def check(self) -> FunctionRecord:
-        """Return self. Raises BadRequest, ValueError, TypeError for what somebody has edited into what is not ours."""
+        """Return self. Raises BadRequest, ValueError, TypeError if somebody has edited it into no function of ours."""
         check_name(self.name)
         if str(ipaddress.IPv4Address(self.address)) != self.address or not self.versions:
             raise ValueError(f"function {self.name} has the address {self.address!r} and {len(self.versions)} versions")
@@ -1389,7 +1389,7 @@ class Invocation:
                 self.client = client
 
     async def _answered(self, gone: bool) -> TcpState:
-        """Return the client's state; gone: its handler is. Raises Refusal if its answer is missing, or may be cut."""
+        """Return the client's state once its handler let go, or is gone. Raises Refusal if its answer is missing."""
         container = self.container
         if self.handover.inode:                 # a server that has ended
             await container.exits()
@@ -1899,7 +1899,7 @@ class Pool:
             self._services.limit.trim()
 
     def take(self) -> Container | None:
-        """Return a container that has room beside others, or the latest to wait, whose memory is warmest; or None."""
+        """Return a shared container with room, else the latest to wait, as its memory is the warmest; or None."""
         if not self.shared and not self.idle:
             return None
         self._failures = 0
@@ -2268,7 +2268,7 @@ class Container:
         return container
 
     def take_up(self, client: socket.socket, address: str, peer: str) -> Handover:
-        """Return the handover of a client of address that an adopted container has; a server's socket is its alone."""
+        """Return the handover of a client of address that an adopted container has; we close our end of a server's."""
         if self.contract == "handler":
             return Handover(client, peer, self.said)
         handover = Handover(client, peer, self._host.loop.create_future(), os.fstat(client.fileno()).st_ino, True)
@@ -2947,7 +2947,7 @@ class OutputReader:
             self._partial = b""
 
     async def finish(self) -> None:
-        """Take what is left once the container is gone, unless another, which it sent the other end, holds the lock."""
+        """Take what is left once the container is gone, unless another, to which it sent its end, holds the lock."""
         self._takes_rest = True
         await self.close()
 
