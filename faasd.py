@@ -3751,7 +3751,7 @@ def mount_root(place: str, bundle: Bundle) -> None:
     top = os.stat(bundle.rootfs)        # that of the upper directory is what shows
     os.chown(f"{place}/upper", top.st_uid, top.st_gid)
     os.chmod(f"{place}/upper", stat.S_IMODE(top.st_mode))
-    lower, upper, work = (re.sub(r"[\\,:]", r"\\\g<0>", path) 
+    lower, upper, work = (re.sub(r"[\\,:]", r"\\\g<0>", path)
                            for path in (bundle.rootfs, f"{place}/upper", f"{place}/work"))
     mount_here("overlay", "faasd", f"{place}/root", MS_NOSUID | MS_NODEV,
                f"lowerdir={lower},upperdir={upper},workdir={work}")
