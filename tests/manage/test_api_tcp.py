@@ -368,7 +368,7 @@ class Usage(unittest.TestCase):
 
 def faas(*arguments: str, stdin: bytes = b"", **env: str) -> subprocess.CompletedProcess:
     """Run the client; options of its own in env."""
-    result = subprocess.run([sys.executable, support.TOP / "faas", *arguments], input=stdin, capture_output=True,
+    result = subprocess.run([*support.FAAS, *arguments], input=stdin, capture_output=True,
                             env={**os.environ, **env}, check=False)
     result.stdout, result.stderr = result.stdout.decode(), result.stderr.decode()
     return result

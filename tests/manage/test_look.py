@@ -11,7 +11,6 @@ import signal
 import socket
 import struct
 import subprocess
-import sys
 import termios
 import unittest
 from pathlib import Path
@@ -20,7 +19,7 @@ import support
 from clients import get, read_all, request
 from support import faasd, wait_until
 
-FAAS = (sys.executable, str(support.TOP / "faas"))
+FAAS = support.FAAS
 API = ("--api", "http://127.0.0.1:9000")
 
 
