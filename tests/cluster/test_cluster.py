@@ -164,8 +164,7 @@ class Cluster(unittest.TestCase):
 
     def faas(self, *arguments: str) -> list[str]:
         """Return a command of faas on all nodes."""
-        return [sys.executable, str(support.TOP / "faas"), *(word for name in NODES for word in ("--node", name)),
-                *arguments]
+        return [*support.FAAS, *(word for name in NODES for word in ("--node", name)), *arguments]
 
     def balance(self) -> None:
         """Start HAProxy with what faas proxy-config prints."""
@@ -194,8 +193,8 @@ class Cluster(unittest.TestCase):
         """No request fails but those that the killed node had, and of these none that may be made twice."""
         signal.alarm(int(SECONDS) + 600)
         for name, daemon in self.daemons.items():
-            self.pull("1", *self.places[name], sys.executable, str(support.TOP / "faas"), "--socket",
-                      str(daemon.socket), "new", "web", "--reuse", "0", "--warm", "2", "--publish", "8080")
+            self.pull("1", *self.places[name], *support.FAAS, "--socket", str(daemon.socket), "new", "web",
+                      "--reuse", "0", "--warm", "2", "--publish", "8080")
         self.balance()
         load = Load()
         self.addCleanup(load.end)
