@@ -4351,7 +4351,7 @@ IP_ELSEWHERE = (4, 39, 42, 46)      # IP_OPTIONS, IP_ADD_SOURCE_MEMBERSHIP, MCAS
                                     # those that a TCP socket may set as well (linux/in.h)
 TCP_OF_MODULES = (31, 38, 39, 40, 41)       # TCP_ULP, TCP_AO_… (linux/tcp.h): the kernel loads what they name
 TIOCSETD, INT = 0x5423, 0xFFFF_FFFF         # ioctl_tty(2); musl's ioctl extends the sign of what it is asked for
-IOCTLS_OF_MODULES = ((TIOCSETD, 1), (0x8940, 2), (0x8980, 64))     # first and how many (linux/sockios.h): SIOC…BR, …VLAN
+IOCTLS_OF_MODULES = ((TIOCSETD, 1), (0x8940, 2), (0x8980, 64))    # first and how many (linux/sockios.h): SIOC…BR, …VLAN
 PR_SET_SECCOMP, PR_SET_VMA, PR_SET_PTRACER = 22, 0x53564D41, 0x59616D61     # prctl(2)
 
 
@@ -5159,8 +5159,8 @@ class ListenerStore:
             if filter_of(listener) == listener_filter(address, port, self._mark):
                 listener.setblocking(False)
                 return listener
-            log.warning("opening %s:%d anew, because its filter is that of another --lan, or of an older faasd", address,
-                        port)
+            log.warning("opening %s:%d anew, because its filter is that of another --lan, or of an older faasd",
+                        address, port)
             refuse_connections(listener)        # its filter is locked
             self.forget(address, port)
         listener = open_listener(address, port, self._mark)

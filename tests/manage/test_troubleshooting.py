@@ -8,6 +8,7 @@ import subprocess
 import sys
 import unittest
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import archives
 import clients
@@ -47,6 +48,22 @@ class Troubleshooting(unittest.TestCase):
         status, body = support.get(address, path)
         self.said.append(f"{status} {body}")
 
+    def exit_status_of_a_neighbours_curl(self, address: str) -> int:
+        """Have a machine beside this one ask a function, for whose subnet it sends packets here."""
+        with subprocess.Popen(["unshare", "--net", "sleep", "60"]) as neighbour:
+            network = Path(f"/proc/{neighbour.pid}/ns/net")
+            wait_until(lambda: network.stat().st_ino != Path("/proc/self/ns/net").stat().st_ino, "its network is there")
+            enter = ("nsenter", f"--net={network}")
+            for wrapper, command in (((), f"link add near type veth peer name far netns {neighbour.pid}"),
+                                     ((), "address add 192.168.9.1/24 dev near"), ((), "link set near up"),
+                                     (enter, "address add 192.168.9.2/24 dev far"), (enter, "link set far up"),
+                                     (enter, "route add 10.0.0.0/24 via 192.168.9.1")):
+                subprocess.run([*wrapper, "ip", *command.split()], check=True)
+            status = subprocess.run([*enter, "curl", "--silent", "--max-time", "2", f"http://{address}/"],
+                                    check=False).returncode
+            neighbour.kill()
+        return status
+
     def faas(self, daemon: support.Daemon, *arguments: str, stdin: bytes | None = None) -> None:
         result = daemon.faas(*arguments, stdin=stdin, check=False)
         self.assertEqual(result.returncode, 1, result)
@@ -83,6 +100,8 @@ class Troubleshooting(unittest.TestCase):
                 silent.setblocking(False)
                 self.assertRaises(BlockingIOError, silent.recv, 1)
             self.said.append("the connection hangs")
+            self.assertEqual(self.exit_status_of_a_neighbours_curl(address), 28)        # its --max-time is over
+            self.said.append("another machine's connection hangs")
         self.check("What a client may be answered:")
 
     def test_what_new_says(self):
