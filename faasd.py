@@ -5712,6 +5712,10 @@ class PublishedPorts:
     def any(self) -> bool:
         return bool(self._published)
 
+    def recover(self, published: dict[str, tuple[str, list[tuple[str, int]]]]) -> None:
+        """Keep rules for functions, their addresses and places, that come back one after the other."""
+        self._published.update(published)
+
     def hold(self, name: str, places: Iterable[tuple[str, int]]) -> None:
         """Take ports for a function. Raises FaasdError if one is another's; then it has those that it had."""
         try:
@@ -8540,7 +8544,6 @@ def send_archive(client: socket.socket, pieces: Iterator[bytes]) -> None:
     client.sendall(b"0\r\n\r\n")
 
 
-
 def save_main(daemon: str, directory: str, first_id: str, tag: str, options: str) -> NoReturn:
     """Be the child of a daemon, of that pid: answer the client on standard input with an image, print JSON, and exit.
 
@@ -10375,6 +10378,9 @@ class Restart:
         """Bring all functions back on their addresses, with their containers that serve clients."""
         known = {record.address for record in self._records}
         await self._move()
+        self._deploys.attachments.published.recover({
+            record.name: (record.address, places_of(record.options)) for record in self._records
+            if record.options.publish})
         for record in self._records:
             await self._restore(record, [entry for entry in self.survivors if entry.function == record.name])
         if self._deploys.promised() > self._settings.max_warm:

@@ -758,6 +758,25 @@ class Published(unittest.TestCase):
         daemon.remove("g")
         self.assertNotIn("somebody deleted", daemon.log())
 
+    def test_rules_of_functions_that_come_back_last_stay_meanwhile(self):
+        """Else whoever has taken their ports gets what comes there, until all others are back."""
+        functions = {name: (f"10.7.0.{number}", [("127.0.0.1", 8000 + number)]) for number, name in enumerate("fgh", 10)}
+        earlier, now = (faasd.PublishedPorts(world.directory, ipaddress.IPv4Network("10.7.0.0/24"), 80) for _ in "12")
+        for name, (address, places) in functions.items():
+            earlier.hold(name, places)
+            earlier.publish(name, address, places)
+        rules = run("nft", "list", "table", "ip", earlier.table)
+        self.assertEqual(rules.count("dnat to"), 3)
+        del functions["h"]              # it was removed while nothing could be told the kernel
+        now.recover(functions)
+        now.publish("f", *functions["f"])
+        self.assertEqual(run("nft", "list", "table", "ip", now.table).splitlines(), [
+            line for line in rules.splitlines() if "dnat to 10.7.0.12" not in line])
+        earlier.remove_all()
+        self.assertEqual([table for table in tables() if "publish" in table], [])
+        for name in "fgh":
+            earlier.give_back(name)
+
     def test_stop_refuses_newcomers_and_serves_who_is_on_the_way(self):
         daemon = support.Daemon(*OTHER_DAEMON, constants={"ARRIVAL_SECONDS": 5 * support.PATIENCE}).start()
         self.addCleanup(daemon.close)
