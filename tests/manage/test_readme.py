@@ -25,7 +25,7 @@ COVERED = {
     "docker save alpine | ./faas new shout --contract stdio -- tr a-z A-Z": "tests/serve/test_server.py",
     "echo hello | nc -N 10.0.0.10 80": "the same",
     "./faas pack app.py --requirements requirements.txt | ./faas new app": "tests/images/test_pack.py",
-    'sudo install -d -o "$USER" -g "$(id -gn)" /srv/notes': "tests/serve/test_volume.py, in a directory of its own",
+    'sudo install -d -o nobody -g nogroup /srv/notes': "tests/serve/test_volume.py, in a directory of its own",
     "docker save my-app | ./faas new notes --volume /srv/notes:/data": "the same",
     "docker build -t test-handler -f Dockerfile.test-handler .": "tests/images/test_docker.py",
     "(umask 077; head -c 24 /dev/urandom | base64 > token)": "test_control_over_the_network below",

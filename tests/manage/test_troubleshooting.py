@@ -16,6 +16,12 @@ import support
 from support import wait_until
 
 SECTION = (support.TOP / "README.md").read_text().partition("### Troubleshooting\n")[2].partition("\n## ")[0]
+SERVER = b"""
+import os, socket
+client, _ = socket.create_server(("", 8080)).accept()
+client.recv(1000)
+os._exit(3)
+"""
 SLEEP = (support.PERL, "-e", "sleep")
 
 
@@ -83,6 +89,12 @@ class Troubleshooting(unittest.TestCase):
                 while client.recv(65536):
                     pass
             self.said.append("the connection is reset")
+            server = daemon.deploy("server", support.docker_archive(
+                [support.python_layer(), support.layer({"server.py": SERVER})],
+                {"Entrypoint": [support.PYTHON, "/server.py"]}))
+            self.said.append(subprocess.run(["curl", "--silent", "--show-error", f"http://{server}/"],
+                                            stderr=subprocess.PIPE, text=True, check=False).stderr)
+            self.assertIn("outcome=no-answer", daemon.faas("logs", "--failed", "server").stdout)
             daemon.set("f", "--timeout", "0", "--concurrency", "1", "--queue", "1", "--queue-timeout", "1")
             with ThreadPoolExecutor() as pool:
                 running = pool.submit(support.get, address, "/label?go:")
