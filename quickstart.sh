@@ -1,15 +1,20 @@
 #!/usr/bin/env bash
-# See a function answer: ./quickstart.sh [--runtime crun] [--subnet 10.0.0.0/24] [other options of faasd.py]
+# See a function answer: ./quickstart.sh [--runtime crun] [--subnet 10.0.0.0/24] [other options of faasd.py --help]
 #
 # Starts faasd, deploys test_handler.py as the function `test-handler`, calls it five times and leaves it running until
 # Ctrl-C; then it removes everything again, but for the packages that it had to install (runc or
 # what --runtime names, iproute2, curl) and, where Docker made it, the image test-handler.
 # The image comes from Docker where its daemon answers, else from `./faas pack`, which needs no Docker.
-# FAASD_STATE_DIR and FAASD_RUN_DIR change the directories, by default /var/lib/faasd and /run/faasd.
+# --state-dir and --run-dir (or FAASD_STATE_DIR and FAASD_RUN_DIR) change the directories, by default /var/lib/faasd and
+# /run/faasd.
 set -euo pipefail
 cd "$(dirname "$(readlink -f "$0")")"
 PATH=$PATH:/usr/sbin:/sbin       # su and cron may leave them out
-state=${FAASD_STATE_DIR:-/var/lib/faasd} run=${FAASD_RUN_DIR:-/run/faasd}
+
+case " $* " in *" -h "* | *" --help "*)
+    sed -n '2,/^set /s/^# \{0,1\}//p' quickstart.sh
+    exit ;;
+esac
 
 bold='' plain=''
 if [ -t 1 ]; then
@@ -47,6 +52,8 @@ option() {
 arguments=("$@")
 
 runtime=$(option --runtime runc)
+state=$(option --state-dir "${FAASD_STATE_DIR:-/var/lib/faasd}")
+run=$(option --run-dir "${FAASD_RUN_DIR:-/run/faasd}")
 needs=(ip:iproute2 curl:curl)
 [[ $runtime == */* ]] || needs=("$runtime:$runtime" "${needs[@]}")      # of a path, faasd.py says if nothing is there
 missing=()
@@ -92,14 +99,15 @@ trap 'exit 0' INT TERM          # Ctrl-C is how it is meant to end
 
 say "Starting faasd.py"
 # A session of its own, so that Ctrl-C reaches only this script, which then stops it in order.
-setsid "$python" ./faasd.py --state-dir "$state" --run-dir "$run" "$@" </dev/null >"$temporary/faasd.log" 2>&1 &
+setsid "$python" ./faasd.py "$@" --state-dir "$state" --run-dir "$run" </dev/null >"$temporary/faasd.log" 2>&1 &
 daemon=$!
-for _ in {1..150}; do
-    faas version >"$temporary/version" 2>/dev/null && break
+deadline=$((SECONDS + 30))
+until faas version >"$temporary/version" 2>/dev/null; do
     kill -0 "$daemon" 2>/dev/null || { cat "$temporary/faasd.log" >&2; daemon=; exit 1; }
+    [ "$SECONDS" -lt "$deadline" ] ||
+        die "faasd does not answer on $run/faasd.sock; its last lines: $(tail -n 5 "$temporary/faasd.log")"
     sleep 0.1
 done
-[ -s "$temporary/version" ] || die "faasd does not answer: $(tail -n 5 "$temporary/faasd.log")"
 cat "$temporary/version"
 grep -i warn "$temporary/faasd.log" || true
 ! faas ip test-handler >/dev/null 2>&1 || die "there is a function test-handler already; it is left alone"

@@ -329,8 +329,6 @@ class ComposePath(EngineTest):
         (directory / "data/file").write_text("of the volume")
         (directory / "pass.word").write_text("a secret")
         image = support.handler_image(TELLING)
-        (directory / "image.tar").write_bytes(image)
-        self.engine.docker("load", "-i", directory / "image.tar")
         with support.Daemon() as daemon:
             address = daemon.deploy(
                 "web", image, "--memory", "96m", "--cpus", "0.5", "--pids", "20", "--user", "7:8",
@@ -340,6 +338,9 @@ class ComposePath(EngineTest):
             daemon.faas("set", "web", "--secret", f"pass.word={directory}/pass.word")
             expected = json.loads(support.curl(f"http://{address}/"))
             (directory / "compose.yaml").write_text(daemon.faas("export", "compose", "web").stdout)
+            with (directory / "image.tar").open("wb") as file:
+                subprocess.run([support.TOP / "faas", "--socket", daemon.socket, "save", "web"], stdout=file, check=True)
+        self.engine.docker("load", "-i", directory / "image.tar")
 
         def compose(*arguments: str) -> str:
             done = subprocess.run(["docker-compose", "--project-name", "exported", *arguments], cwd=directory,

@@ -44,7 +44,7 @@ class PruneTest(support.SharedDaemonCase):
 
         done = self.daemon.faas("prune", check=False)
         self.assertEqual((done.returncode, done.stdout), (2, ""))
-        self.assertIn("--force", done.stderr)
+        self.assertEqual(done.stderr, "faas: prune asks first, and there is no terminal: say --force\n")
         done = self.prune("n\n")
         self.assertEqual((done.returncode, done.stdout), (1, ""))
         self.assertIn("This removes 2 images", done.stderr)

@@ -18,10 +18,10 @@ def run_quickstart(test: unittest.TestCase, env: dict[str, str]) -> str:
     directory = support.temporary_directory()
     test.addCleanup(shutil.rmtree, directory)
     output = directory / "output"
-    env = {**env, "FAASD_STATE_DIR": str(directory / "state"), "FAASD_RUN_DIR": str(directory / "run")}
+    directories = ["--state-dir", directory / "state", f"--run-dir={directory}/run"]
     with output.open("w") as file:
-        process = subprocess.Popen([support.TOP / "quickstart.sh", *OPTIONS], env=env, stdin=subprocess.DEVNULL,
-                                   stdout=file, stderr=file)
+        process = subprocess.Popen([support.TOP / "quickstart.sh", *OPTIONS, *directories], env=env,
+                                   stdin=subprocess.DEVNULL, stdout=file, stderr=file)
     try:
         support.wait_until(lambda: "Ctrl-C stops it" in output.read_text() or process.poll() is not None,
                            "the demonstration is over", 120)
@@ -54,6 +54,10 @@ class Quickstart(unittest.TestCase):
 
 @unittest.skipUnless(support.IN_PRIVATE_NETWORK, "not in a network namespace of its own: run ./test.sh")
 class Refusals(unittest.TestCase):
+    def test_help(self):
+        done = subprocess.run([support.TOP / "quickstart.sh", "--help"], capture_output=True, text=True, check=True)
+        self.assertRegex(done.stdout, r"(?s)\ASee a function answer: .*\n\nStarts faasd, .*/run/faasd\.\n\Z")
+
     def test_a_running_faasd_is_left_alone(self):
         with support.Daemon() as daemon:
             env = {**os.environ, "FAASD_STATE_DIR": str(daemon.state_dir), "FAASD_RUN_DIR": str(daemon.run_dir)}
