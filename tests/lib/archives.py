@@ -568,7 +568,8 @@ def save(directory: Path, first_id: int, options: faasd.Options = faasd.Options(
         chosen.seek(0)
         child = subprocess.Popen(
             [sys.executable, "-I", "-S", "-c", faasd.CHILD, "save", support.program(), str(os.getpid()), directory,
-             str(first_id), "saved:latest", str(chosen.fileno())], stdin=theirs, stdout=subprocess.PIPE, pass_fds=[chosen.fileno()])
+             str(first_id), "saved:latest", str(chosen.fileno())],
+            stdin=theirs, stdout=subprocess.PIPE, pass_fds=[chosen.fileno()])
         theirs.close()
         response = http.client.HTTPResponse(ours)
         try:

@@ -419,6 +419,7 @@ class Client(TcpCase):
                     (("--api", "http://127.0.0.1:x", *token, "list"), 2, "write http://HOST:PORT"),
                     (("--api", f"{URL}/x", *token, "list"), 2, "write http://HOST:PORT"),
                     (("--api", f"http://{TOKEN}@127.0.0.1", *token, "list"), 2, "write http://HOST:PORT"),
+                    (("--api", "http://a b", *token, "list"), 2, "write http://HOST:PORT"),
                     (("--api", "http://127.0.0.1:9002", *token, "list"), 1, "refused (does it run with --api?)"),
                     (("--api", "http://no.such.invalid", *token, "list"), 1, "reach faasd at http://no.such"),
                     (("--api", f"http://{'a' * 70}.b", *token, "list"), 1, "cannot reach faasd"),

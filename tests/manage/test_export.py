@@ -124,6 +124,14 @@ class ExportTest(unittest.TestCase):
         self.assertEqual(self.export("knative", "plain")["metadata"]["labels"],
                          {"networking.knative.dev/visibility": "cluster-local"})
 
+        # More containers than may be are refused by Knative.
+        options = faasd.Options().changed({"warm": ["9"], "concurrency": ["64"], "share": ["32"]})
+        service, = FAAS["knative"](FAAS["Server"](
+            {"name": "f", "image": "", "user": "9:9", "command": [], "port": 80, "options": options.to_json(),
+             "server_port": 80}, "i"))
+        scale = service["spec"]["template"]["metadata"]["annotations"]
+        self.assertEqual(scale["autoscaling.knative.dev/min-scale"], "2")
+
     def test_what_is_left_out_is_said(self):
         for engine, expected in (
                 ("kubernetes", "pids 20, timeout 44500ms, concurrency 41, queue 7, share 4 and shm-size 1m"),

@@ -79,9 +79,11 @@ class NodesFile(unittest.TestCase):
                 (None, "nodes.toml: No such file"), (b"\xff", "can't decode"), ("[a", "nodes.toml: "),
                 ("[b]\n" + good, "node a of ~/.config/faas/nodes.toml: it is not there"), ("a = 1", "it is not there"),
                 ("[a]\n" + good + "x = 1", "what is x?"), ("[a]\napi = 1", "what is api?"),
-                ("[a]\n" + good.replace("http", "https"), "no TLS"), ('[a]\ntoken-file = "token"', "write http://"),
+                ("[a]\n" + good.replace("http", "https"), "no TLS"), ('[a]\ntoken-file = "token"', "it has no api"),
+                ("[a]\n" + good.replace("127.0.0.1", "a b"), "write http://"),
+                ("[a]\n" + good.replace('"token"', '"\\u0000"'), "embedded null"),
                 ("[a]\n" + good.replace('"token"', '"none"'), "none: No such file"),
-                ("[a]\n" + good.replace('"token"', '"blanks"'), "token"), ('[a]\napi = "http://h"', "Is a directory"),
+                ("[a]\n" + good.replace('"token"', '"blanks"'), "token"), ('[a]\napi = "http://h"', "it has no token-file"),
                 ("[a]\n" + good + 'address = "1 2"', "write an address")):
             with self.subTest(text):
                 self.home.file.unlink(missing_ok=True)
@@ -241,6 +243,8 @@ class Daemons(unittest.TestCase):
                       self.home.faas("--node", "b", "proxy-config", "haproxy").stderr)
         with self.home.file.open("a") as file:
             file.write('[c]\napi = "http://127.0.0.1:9002"\ntoken-file = "token"\naddress = "192.0.2.2"\n')
+            file.write('[d]\napi = "http://127.0.0.1:9002"\ntoken-file = "token"\naddress = "fd00::1"\n')
+        self.assertIn(' has to say: address = ', self.home.faas("--node", "d", "proxy-config", "haproxy").stderr)
         text = self.home.faas("proxy-config", "haproxy", "f", "--node", "a", "--node", "c").stdout
         self.assertIn("\n    server a 10.0.1.10:80 check ", text)
         self.assertIn("\n    server c 192.0.2.2:8080 check ", text)
