@@ -253,7 +253,12 @@ class Daemons(unittest.TestCase):
         result = self.home.faas("--node", "b", "--node", "c", "proxy-config", "haproxy")
         self.assertEqual((result.returncode, result.stdout), (1, ""))
         self.assertIn("function f at one address, 10.0.2.10:80: give each a --subnet of its own", result.stderr)
-        result = self.home.faas("--node", "a", "--node", "gone", "proxy-config", "haproxy")
+        (self.home.file.parent / "wrong").write_text("x")
+        self.home.file.write_text(self.home.file.read_text().replace('9001"\ntoken-file = "token"',
+                                                                     '9001"\ntoken-file = "wrong"'))
+        self.addCleanup(self.home.write, a=9001, b=9002, gone=9)
+        self.assertIn("(token-file of ~/.config/faas/nodes.toml)", self.home.faas("--node", "a", "ip", "f").stderr)
+        result = self.home.faas("--node", "b", "--node", "gone", "proxy-config", "haproxy")
         self.assertEqual((result.returncode, result.stdout), (1, ""))
         self.assertIn("gone: cannot reach", result.stderr)
 
