@@ -143,6 +143,8 @@ class Generated(PackagingCase):
         self.assertLessEqual({name for name in self.options(self.daemon_help) if name[:2] == "--"},
                              complete("faasd --"))
         self.assertEqual(complete("faas new --net "), {"none", "egress", "host"})
+        self.assertEqual(complete("faas export k"), {"kubernetes", "knative"})
+        self.assertEqual(complete("faas proxy-config nginx w"), {"web", "worker"})
         self.assertEqual(complete("faas logs w"), {"web", "worker"})
         self.assertEqual(complete("faas rm web wo"), {"worker"})
         self.assertIn("faas.fish", {os.path.basename(name) for name in complete(f"faas pack {self.made}/faas.f")})
