@@ -5787,7 +5787,7 @@ class PublishedPorts:
     def _rules(self) -> list[str]:
         """Return a rule for each place that we hold, and for each that was led to the same function all along.
 
-        Whoever has taken one of the latter while no daemon runs gets nothing of what comes there.
+        Whoever has taken one of the latter while no daemon ran gets nothing of what comes there.
         """
         leads = {(own, port): address for name, (address, _) in self._published.items()
                  for own, port in ((own, int(port)) for own, port, to in self._before if to == address)
@@ -5814,7 +5814,7 @@ class PublishedPorts:
         run_command("nft cannot load the rules of --publish", "nft", "-f", "-", stdin=text)
 
     def turn_away(self) -> None:
-        """Refuse who comes from now on; failure is logged. The chains stay: they translate for those who are here."""
+        """Refuse newcomers from now on; failure is logged. The chains stay: they translate for those who are here."""
         try:
             self._load(self._text([]))
         except FaasdError as error:
@@ -6525,7 +6525,7 @@ class FunctionLog:
 
     def remove(self) -> None:
         """End it, and have its files removed before anything is written of a function that gets the name anew."""
-        self._to_remove = True
+        self._ended = self._to_remove = True    # in this order: nothing is written once they are gone
         self.end()
 
     def _remove(self) -> None:
@@ -9730,7 +9730,7 @@ class Attachments:
         await asyncio.to_thread(self._egress_thread.shutdown)
 
     async def turn_away(self) -> None:
-        """Refuse who comes by a published port from now on, and wait for those whom the kernel has let in already.
+        """Refuse newcomers at published ports from now on, and wait for those whom the kernel has let in already.
 
         They say something next, and would be reset if nobody listened then: a balancer could not tell that nobody has
         read it, and must not send a POST to anybody else.
