@@ -5767,7 +5767,7 @@ class PublishedPorts:
         if not places:
             del self._published[name]
         try:
-            if before or places:                # else there are none, and there need be no nft
+            if places or name in before:        # else nothing changes, and there need be no nft
                 self.load_rules(self._loaded)
         except FaasdError:
             self._published = before

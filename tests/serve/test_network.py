@@ -685,6 +685,7 @@ class Published(unittest.TestCase):
             self.assertIn("nft cannot load the rules of --publish", json.loads(body)["error"])
         self.assertEqual(attempt(place), {place: f"f saw {address}"})
         self.assertEqual(support.addresses("10.7.0.0/24"), [f"{address}/32"])
+        daemon.deploy("h", world.image, "--warm", "0")          # it has nothing to do with them
         for port in (8001, 8002):
             with socket.create_server(("0.0.0.0", port)):
                 pass
