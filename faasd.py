@@ -801,10 +801,10 @@ class Refusal(Exception):
         self.outcome, self.status, self.reason = outcome, status, reason
 
 
-# Why we end a container that serves a client.
-OUT_OF_MEMORY = "out-of-memory", 502, "the handler ran out of memory"
-CUTS = {Release.OVERDUE: ("timeout", 504, "the handler did not finish in time"),
-        Release.STOPPED: ("stopped", 503, Release.STOPPED.value)}
+STOPPED = "stopped", 503, Release.STOPPED.value
+# What a program did for which we end its container, though it serves a client.
+OUT_OF_MEMORY = "out-of-memory", 502, "ran out of memory"
+OVERDUE = "timeout", 504, "did not finish in time"
 
 
 @dataclass(frozen=True)
@@ -1053,7 +1053,7 @@ class Function:
                 self.services.hangups.watch(invocation.client, on_hangup)
             self.pool.dismiss(container)
             if invocation.tries >= MAX_TRIES:
-                self.pool.failed(StartFailed("the handler connected, but cannot be handed a client", [], 502))
+                self.pool.failed(StartFailed(f"{who(container.contract)} was ready, but takes no client", [], 502))
         self.pool.reconcile_soon()
 
     def _refuse(self, invocation: Invocation, refusal: Refusal) -> None:
@@ -1167,7 +1167,7 @@ class Function:
         """End all invocations: none waits any longer for a container, or for one that serves it."""
         while self._invocations:                # again: one may have been on its way to another container
             for invocation in list(self.waiting):
-                self._refuse(invocation, Refusal(*CUTS[Release.STOPPED]))
+                self._refuse(invocation, Refusal(*STOPPED))
             for invocation in list(self.in_flight):
                 if not invocation.handled:
                     invocation.container.end_wait(invocation.handover, why)
@@ -1343,13 +1343,13 @@ class Invocation:
         self.handled = function.loop.time()
         container.handovers.discard(self.handover)
         pool.shared.pop(container, None)        # until it is known that it may serve another
-        if said in CUTS or said is Release.LEFT:
+        if said in (Release.OVERDUE, Release.STOPPED, Release.LEFT):
             container.spoiled = True
             if self.handover.inode:
                 await self._take_from_server()
             if not container.handovers:         # else it serves others still
                 self.exit_status = await pool.end(container, container.kill)
-            raise Refusal(*CUTS.get(said, CUTS[Release.STOPPED]))
+            raise self._blame(*OVERDUE) if said is Release.OVERDUE else Refusal(*STOPPED)
         if self.handover.taken and self.handover.state is None:
             self.exit_status = await pool.end(container, container.finish)
             raise Refusal("closed", 0, "the kernel's report of how it ended was lost")
@@ -1357,9 +1357,9 @@ class Invocation:
         self.received, self.sent = state.received, state.sent
         if self.handover.taken and not state.sent and await container.exits():  # the kernel has told the client
             self.exit_status = await pool.end(container, container.finish)
-            outcome, _, reason = OUT_OF_MEMORY if container.out_of_memory else (
-                "no-answer", 0, f"the handler {container.describe_end(self.exit_status)} without an answer")
-            raise Refusal(outcome, 0, reason)
+            if container.out_of_memory:
+                raise self._blame(OUT_OF_MEMORY[0], 0, OUT_OF_MEMORY[2])
+            raise self._blame("no-answer", 0, f"{container.describe_end(self.exit_status)} without an answer")
         self.outcome = "answered" if state.sent else "closed"
         function.demand.run.add(self.handled - self.handed)
         if not state.unacknowledged:            # first: what follows is nothing the client should wait for
@@ -1403,14 +1403,18 @@ class Invocation:
             end = container.kill if killed or container.out_of_memory else container.finish
             self.exit_status = await self.pool.end(container, end)
             if gone and container.out_of_memory:
-                raise Refusal(*OUT_OF_MEMORY)
+                raise self._blame(*OUT_OF_MEMORY)
             if killed:
-                raise Refusal("no-answer", 502, "the handler kept its client's connection locked, and was killed")
+                raise self._blame("no-answer", 502, "kept its client's connection locked, and was killed")
             if state.can_answer:
                 # One that let go, but stayed until we killed it, has no exit to speak of.
                 how = "let go" if container.killed else container.describe_end(self.exit_status)
-                raise Refusal("no-answer", 502, f"the handler {how} without an answer")
+                raise self._blame("no-answer", 502, f"{how} without an answer")
         return state
+
+    def _blame(self, outcome: str, status: int, did: str) -> Refusal:
+        """Return the refusal for what its program did."""
+        return Refusal(outcome, status, f"{who(self.container.contract)} {did}")
 
     async def _refuse(self, refusal: Refusal) -> None:
         """Answer the client, unless its handler, or the client itself, left nothing to answer on."""
@@ -1890,7 +1894,8 @@ class Pool:
             if container.served:
                 self._function.dispatch()       # its place is free for another
             else:
-                self.failed(StartFailed(f"the handler let go of {CONTROL_SOCKET} before it had a client", [], 502))
+                did = f"let go of {CONTROL_SOCKET}" if container.contract == "handler" else "ended"
+                self.failed(StartFailed(f"{who(container.contract)} {did} before it had a client", [], 502))
             return
         self.idle[container] = self._loop.time()
         self._function.dispatch()
@@ -2172,6 +2177,11 @@ class Descriptors:
 CONTAINER_ID = re.compile(r"[0-9a-f]{12}")
 
 
+def who(contract: str) -> str:
+    """Return what messages call a program: a handler is one that takes its clients from us (glossary)."""
+    return "the handler" if contract == "handler" else "the program"
+
+
 class StartFailed(Exception):
     """A container did not become ready; str() says why."""
 
@@ -2316,17 +2326,23 @@ class Container:
                 tail.append(escape_controls(error))
             raise RuntimeFailed(f"{self._host.runtime.name} could not make the container", tail, 502)
         if timed_out and not out_of_memory:
-            raise StartFailed(f"the handler did not {bundle.expected} within {timeout:g} s{self._listened(bundle)}",
-                              tail, 504)
+            raise StartFailed(f"{who(bundle.contract)} did not {bundle.expected} within {timeout:g} s"
+                              f"{self._listened(bundle)}", tail, 504)
         end = "ran out of memory" if out_of_memory else self.describe_end(status)
-        did = bundle.expected.replace("listen", "listened").replace("connect", "connected", 1)
-        raise StartFailed(f"the handler {end} before it {did}{self._listened(bundle)}", tail, 502)
+        did = bundle.expected.replace("listen ", "listened ").replace("connect ", "connected ")
+        raise StartFailed(f"{who(bundle.contract)} {end} before it {did}{self._listened(bundle, status)}", tail, 502)
 
-    def _listened(self, bundle: Bundle) -> str:
-        """Return what a program that might have listened has listened on, in words."""
+    def _listened(self, bundle: Bundle, status: int | None = None) -> str:
+        """Return what a program that might have listened has listened on, in words, and what to do about it."""
         if bundle.contract == "handler":
             return ""
-        return f"; it listened on {', '.join(list(dict.fromkeys(self.kinds))[:MAX_REPORTED_LISTENERS]) or 'nothing'}"
+        advice = ""
+        if not self.kinds and status == 0 and bundle.contract != "stdio":
+            advice = " (does it start its server? if it reads stdin and answers on stdout, say --contract stdio)"
+        elif bundle.why_port and (ports := [kind for kind in self.kinds if kind.startswith("port ")]):
+            advice = f": say --{ports[0]}" + (", or --port auto" if bundle.options.port else "")
+        kinds = list(dict.fromkeys(self.kinds))[:MAX_REPORTED_LISTENERS]
+        return f"; it listened on {', '.join(kinds) or 'nothing'}{advice}"
 
     def _runtime_error(self) -> str:
         """Return why the runtime made no container, "" if it did: from its log, to which no handler can write."""
@@ -2730,7 +2746,12 @@ class Streams:
             stack.pop_all()
 
     def _open_terminal(self, takes_input: bool, size: tuple[int, int], given: contextlib.ExitStack) -> None:
-        ours, theirs = os.openpty()
+        try:
+            ours, theirs = os.openpty()
+        except OSError as error:
+            if error.errno == errno.ENOSPC:
+                raise OSError(errno.ENOSPC, "no terminal is left on this machine (kernel.pty.max)") from None
+            raise
         self.outputs[ours] = STDOUT
         given.callback(os.close, theirs)
         os.set_blocking(ours, False)
@@ -3809,6 +3830,7 @@ class Bundle:
         default = int(env["PORT"]) if re.fullmatch("[0-9]{1,5}", env.get("PORT", "")) else DEFAULT_PORT
         self.ports = [port] if port else exposed or [default]       # that a server should listen on, the best first
         self._only = bool(port) or len(exposed) == 1    # it is of no use on any other
+        self.why_port = " (--port)" if options.port else " (EXPOSE)" if len(exposed) == 1 else ""   # … as somebody said
         self.own_network = options.net == "none"
         self.volumes: list[Volume] = self.process.get("volumes", [])        # by their real paths in the image
         self.user = self.process["uid"], self.process["gid"]
@@ -3897,8 +3919,9 @@ class Bundle:
     @property
     def expected(self) -> str:
         """What a container has not done that did not become ready, in words that follow "did not"."""
-        wanted = f"listen on port {self.ports[0]}" if self._only else "listen on a TCP port"
-        return {"server": wanted, "stdio": "begin"}.get(self.contract, f"connect to {CONTROL_SOCKET}")
+        wanted = f"listen on port {self.ports[0]}{self.why_port}" if self._only else "listen on a TCP port"
+        connect = f"connect to {CONTROL_SOCKET}"
+        return {"server": wanted, "stdio": "begin", "auto": f"{wanted} or {connect}"}.get(self.contract, connect)
 
     def may_serve(self, port: int) -> bool:
         return port in self.ports or not self._only
@@ -4441,7 +4464,8 @@ def runc_warning(version: str, changelog: str = "") -> str | None:
     if not (1, 2, 8) <= number < (1, 3, 0) and number < (1, 3, 3):
         holes += ["CVE-2025-31133", "CVE-2025-52565", "CVE-2025-52881"]
     holes = [hole for hole in holes if hole not in changelog]
-    return f"{version} may have known holes ({', '.join(holes)}): upgrade it" if holes else None
+    return (f"{version} may have known holes ({', '.join(holes)}): upgrade it (runc fixed them in 1.2.8 and 1.3.3; "
+            "a distribution may have fixed an older number)") if holes else None
 
 
 MAX_CHANGELOG = MIB                 # bytes of a package's changelog that are read
@@ -10537,7 +10561,8 @@ class Daemon:
             server.close()
         for function in functions.values():
             function.stop_accepting(socket.socket.close if function in left else refuse_connections)
-        log.info("%s: %d invocations running", what, sum(function.running for function in functions.values()))
+        running = sum(function.running for function in functions.values())
+        log.info("%s: %d invocation%s running", what, running, "" if running == 1 else "s")
         await self._end_invocations(left, changes)
         await self._host.workers.finished(self._host.workers.pending)           # output that was being read
         await self._services.logs.flush()
@@ -10723,8 +10748,10 @@ def read_token(path: Path) -> bytes:
             status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode):
                 raise UsageError(f"--api-token-file {path} is no regular file; {MAKE_TOKEN}")
-            if status.st_mode & 0o077 or status.st_uid not in (0, sudo_user()):
-                raise UsageError(f"--api-token-file {path} is open to others: chown root {path} && chmod 600 {path}")
+            mend = [*([f"chown root {path}"] if status.st_uid not in (0, sudo_user()) else []),
+                    *([f"chmod 600 {path}"] if status.st_mode & 0o077 else [])]
+            if mend:
+                raise UsageError(f"--api-token-file {path} is open to others: {' && '.join(mend)}")
             token = file.read(MAX_TOKEN_FILE).strip()
     except OSError as error:
         raise UsageError(f"cannot read --api-token-file {path}: {error.strerror}; {MAKE_TOKEN}") from error

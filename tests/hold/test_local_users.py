@@ -689,7 +689,7 @@ class Files(LocalUserCase):
         daemon.arguments = ("--api", "127.0.0.1:8000", "--api-token-file", str(token))
         result = self.refused(daemon)
         self.assertEqual(result.returncode, 2, result.stderr)
-        self.assertIn(f"--api-token-file {token} is open to others: chown root {token}", result.stderr)
+        self.assertIn(f"--api-token-file {token} is open to others: chown root {token}\n", result.stderr)
 
     def test_parent_of_everybody_s_is_refused(self):
         directory = self.scratch()

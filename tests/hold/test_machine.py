@@ -293,7 +293,7 @@ class Told(MachineCase):
         liar = """print STDERR qq({"level": "error", "msg": "runc run failed: x"}\\nrunc run failed: x\\n); exit 1"""
         status, answer = self.deploy(daemon, support.small_image(Entrypoint=["/usr/bin/perl", "-e", liar]))
         self.assertEqual(status, 422)
-        self.assertIn("the handler exited with status 1", answer["error"])
+        self.assertIn("the program exited with status 1", answer["error"])
         broken.touch()
         status, answer = self.deploy(daemon, support.small_image())
         self.assertEqual(status, 500)

@@ -386,7 +386,7 @@ class Waiting(RestartCase):
         waiting = self.client(address, "/work?second")
         wait_until(lambda: daemon.info("f")["queued"] == 1, "the second waits")
         daemon.process.send_signal(signal.SIGHUP)
-        wait_until(lambda: "leaving" in daemon.log(), "it leaves")
+        wait_until(lambda: "leaving: 1 invocation running\n" in daemon.log(), "it leaves")
         return daemon, running, waiting
 
     def test_is_handed_over_before_the_daemon_leaves(self):

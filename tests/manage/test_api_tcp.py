@@ -338,7 +338,8 @@ class Usage(unittest.TestCase):
             (directory / name).chmod(mode)
         for name, words in (("none", "No such file"), (".", "Is a directory"), ("fifo", "no regular file"),
                             ("short", "16 characters or more"), ("empty", "16 characters"), ("blanks", "one word"),
-                            ("binary", "ASCII"), ("readable", "chmod 600"), ("group", "chmod 600")):
+                            ("binary", "ASCII"), ("readable", "others: chmod 600"),
+                            ("group", "others: chmod 600")):
             with self.subTest(name):
                 line = self.refuse("--api", "127.0.0.1:9000", "--api-token-file", str(directory / name))
                 self.assertIn(words, line)

@@ -87,7 +87,7 @@ def start(count):
     def test_a_start_that_is_refused_threads(self):
         source = self.THREADS.replace("WAIT", "2") + "start(130)\n"
         first, *rest = self.refuse("new", "f", "--pids", "64", stdin=support.handler_image(source))
-        self.assertRegex(first, "the handler exited with status 1 after it had hit --pids before it listened on")
+        self.assertRegex(first, "the program exited with status 1 after it had hit --pids before it listened on")
         self.assertRegex("".join(rest), "can't start new thread")
 
     def test_one_that_exits_at_once(self):
@@ -111,7 +111,7 @@ def start(count):
     def test_who_only_prints_so_has_not(self):
         source = "import sys\nprint('thread\\n' * 300, flush=True)\nsys.exit('can not fork')"
         first, *_ = self.refuse("new", "f", stdin=support.handler_image(source))
-        self.assertRegex(first, "the handler exited with status 1 before it listened on")
+        self.assertRegex(first, "the program exited with status 1 before it listened on")
 
 
 class OtherMakers(DeployCase):
@@ -298,19 +298,19 @@ class FailedDeploy(DeployCase):
         """What is told is its failure with all that a server may do, not that for want of it."""
         source = "import os\nos.chown('/etc', 1, 1)\nprint('no config', flush=True)\nos._exit(5)\n"
         result = self.daemon.faas("new", "bad", stdin=support.handler_image(source), check=False)
-        self.assertIn("the handler exited with status 5 before it listened on a TCP port", result.stderr)
+        self.assertIn("the program exited with status 5 before it listened on a TCP port", result.stderr)
         self.assertIn("\n  no config\n", result.stderr)
 
     def test_handler_exits(self):
         out = self.both_ways(image=support.handler_image(EXITS))
-        self.assertRegex(out, "^faas: function bad does not start: the handler exited with status 4 before it listened "
+        self.assertRegex(out, "^faas: function bad does not start: the program exited with status 4 before it listened "
                               "on a TCP port; it listened on nothing; it did not connect to /control.sock either\n")
         self.assertIn("\n  on stdout", out)
         self.assertIn("  no config \\x1b[2J", out)
 
     def test_handler_never_connects(self):
         out = self.both_ways("--start-timeout", "1s", image=support.handler_image(SLEEPS))
-        self.assertIn("the handler did not connect to /control.sock within 1 s", out)
+        self.assertIn("the program did not listen on a TCP port or connect to /control.sock within 1 s", out)
         self.assertIn("  waiting for nothing", out)
 
     def test_command_that_does_not_exist(self):

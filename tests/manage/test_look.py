@@ -11,6 +11,7 @@ import signal
 import socket
 import struct
 import subprocess
+import sys
 import termios
 import unittest
 from pathlib import Path
@@ -378,6 +379,22 @@ class ExecTerminal(ExecCase):
         os.write(master, b"exit 5\n")
         self.assertEqual(process.wait(), 5)
         self.assertEqual(termios.tcgetattr(slave), before)
+
+    def test_none_is_left(self):
+        """In a file system of terminals that has room for one."""
+        mount = ("mount -t devpts -o newinstance,max=1,ptmxmode=666 none /dev/pts && "
+                 "mount --bind /dev/pts/ptmx /dev/ptmx")
+        program = """if True:
+            import contextlib, os, faasd
+            os.openpty()
+            try:
+                faasd.Streams(True, True, (24, 80), contextlib.ExitStack())
+            except OSError as error:
+                print(error.strerror)"""
+        result = subprocess.run(["unshare", "--mount", "sh", "-c", f'{mount} && exec "$@"', "sh", sys.executable, "-c",
+                                 program], capture_output=True, text=True, check=False,
+                                env={**os.environ, "PYTHONPATH": str(support.program())})
+        self.assertEqual(result.stdout, "no terminal is left on this machine (kernel.pty.max)\n", result.stderr)
 
 
 class ExecHostile(ExecCase):

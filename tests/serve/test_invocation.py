@@ -323,14 +323,14 @@ class FailsToStart(InvocationCase):
         self.misbehave("deaf")
         out = self.exchange("/")
         self.assertIn(b"502 Bad Gateway", out)
-        self.assertIn(b"the handler connected, but cannot be handed a client", out)
+        self.assertIn(b"the handler was ready, but takes no client", out)
         self.assertRegex(self.last_line(), "outcome=start-failed .* wait=- .* status=502")
 
     def test_connects_and_lets_go(self):
         self.misbehave("let-go")
         out = self.exchange("/")
         # Or it does so when it has been handed a client, which it then leaves without an answer.
-        self.assertRegex(out, rb"502 Bad Gateway(?s:.*)the handler (let go|connected, but|exited)")
+        self.assertRegex(out, rb"502 Bad Gateway(?s:.*)the handler (let go|was ready, but|exited)")
         self.assertRegex(self.last_line(), "outcome=(start-failed .* wait=-|no-answer) .* status=502")
 
     def test_never_connects(self):
@@ -430,7 +430,7 @@ class OutOfMemory(InvocationCase):
         source = "import os, time\nif os.fork() == 0:\n    bytearray(256 << 20)\nos.wait()\ntime.sleep(3600)\n"
         result = self.daemon.faas("new", "g", "--memory", "64m", check=False,
                                   stdin=support.handler_image(source))
-        self.assertIn("the handler ran out of memory before it listened", result.stderr)
+        self.assertIn("the program ran out of memory before it listened", result.stderr)
 
     def test_after_half_an_answer(self):
         client = self.connect()

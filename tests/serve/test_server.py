@@ -256,7 +256,7 @@ class Ends(support.SharedDaemonCase):
         address = self.daemon.deploy("f", server_image("polling", "0.0.0.0:8080"))
         with request(address, "/exit") as client:
             self.assertEqual(read_until_cut(client), b"")
-        self.assertIn("the handler exited with status 3 without an answer", self.line("no-answer"))
+        self.assertIn("the program exited with status 3 without an answer", self.line("no-answer"))
 
     def test_closes_instead_of_answering(self):
         address = self.daemon.deploy("f", server_image("polling", "0.0.0.0:8080"))
@@ -268,7 +268,7 @@ class Ends(support.SharedDaemonCase):
         address = self.daemon.deploy("f", server_image("dying", "0.0.0.0:8080"))
         status, body = get(address)
         self.assertEqual(status, 502)
-        self.assertIn("the handler exited with status 4 without an answer", body)
+        self.assertIn("the program exited with status 4 without an answer", body)
 
     def test_never_accepts(self):
         address = self.daemon.deploy("f", server_image("deaf", "0.0.0.0:8080"), "--timeout", "1")
@@ -409,13 +409,17 @@ class Deploying(support.SharedDaemonCase):
                 self.assertEqual(get("10.0.0.10")[0], 200)
 
     def test_what_did_not_listen(self):
+        patience = f"{3 * clients.PATIENCE:g}"
         for image, options, said in (
                 (server_image("unix"), (), "listened on a Unix socket"),
                 (server_image("nothing"), (), "listened on nothing"),
                 (server_image("udp"), (), "listened on UDP port 5353"),
                 (server_image("nothing"), ("--contract", "server"), "did not listen on a TCP port within"),
-                (server_image("polling", "0.0.0.0:8081"), ("--port", "80"), "listened on port 8081"),
-                (server_image("polling", "0.0.0.0:8081", ExposedPorts={"80/tcp": {}}), (), "listened on port 8081"),
+                (server_image("polling", "0.0.0.0:8081"), ("--port", "80"),
+                 f"the program did not listen on port 80 (--port) or connect to /control.sock within {patience} s; "
+                 "it listened on port 8081: say --port 8081, or --port auto\n"),
+                (server_image("polling", "0.0.0.0:8081", ExposedPorts={"80/tcp": {}}), (),
+                 "; it listened on port 8081: say --port 8081\n"),
                 (server_image("polling", "0.0.0.0:8081"), ("--contract", "handler"),
                  "did not connect to /control.sock")):
             with self.subTest(said):
