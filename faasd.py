@@ -9199,7 +9199,8 @@ class ControlHandler(http.server.BaseHTTPRequestHandler):
         except FaasdError:
             status, error = None, f"the command was ended: {Release.STOPPED.value}"
         if error[:MAX_REQUEST].encode() in relay.last:          # the runtime has said so itself
-            error = ""
+            has_no_shell = re.search(f'["`]{DEFAULT_COMMAND}["`]', error)       # runc quotes with ", crun with `
+            error = f"the image has no {DEFAULT_COMMAND}: say faas exec NAME -- PROGRAM" if has_no_shell else ""
         relay.say(END, json.dumps({"status": status, "error": error}).encode())
 
     def image(self, name: str, query: dict) -> None:

@@ -39,7 +39,8 @@ def read_to_the_end(master: int) -> bytes:
 class Usage(unittest.TestCase):
     def test_one_line_and_status_2(self):
         for arguments, words in (
-                (("--json",), "required: COMMAND"), (("nonsense",), "invalid choice"), (("new",), "required: NAME"),
+                (("--json",), "required: COMMAND"), (("nonsense",), "invalid choice"),
+                (("stat",), "did you mean stats?"), (("new",), "required: NAME"),
                 (("new", "Bad_Name"), "use 1 to 63 of a-z"), (("ip", "a" * 64), "use 1 to 63"),
                 (("rm",), "required: NAME"),
                 (("new", "f", "--memory", "lots"), "write 512m"), (("new", "f", "--memory", "-1"), "write 512m"),

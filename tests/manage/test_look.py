@@ -283,6 +283,11 @@ class Exec(ExecCase):
         self.assertEqual(self.exec("f", "--", "sh", "-c", "sh -c 'kill -9 $$'")[0], 137)
         status, _, error = self.exec("f", "--", "nonsense")
         self.assertEqual((status, error.count("\n"), error.count("nonsense")), (127, 1, 1), error)
+        self.daemon.deploy("shell-less", support.small_image(), "--warm", "0")
+        status, _, error = self.exec("shell-less")
+        self.assertEqual(status, 127)
+        self.assertTrue(error.endswith("\nfaas: the image has no /bin/sh: say faas exec NAME -- PROGRAM\n"), error)
+        self.daemon.remove("shell-less")
         data = os.urandom(2_000_000)
         copy = subprocess.run([*FAAS, "--socket", self.daemon.socket, "exec", "-i", "f", "--", "cat"], input=data,
                               capture_output=True, check=False)

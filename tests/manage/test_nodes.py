@@ -215,6 +215,9 @@ class Daemons(unittest.TestCase):
             document = json.loads(self.run_faas("--json", *words))
             functions = document if words == ("list",) else document["functions"]
             self.assertEqual([(one["node"], one["name"]) for one in functions], [("a", "f"), ("b", "f")])
+        self.assertEqual(self.home.faas("--node", "a", "set", "g", "--memory", "1g").stderr,
+                         "faas: a: no function 'g': `faas list` shows those there are; deploy it there with "
+                         "faas --node a new g\n")
         result = self.home.faas("--node", "gone", "stats", "--node", "b")
         self.assertEqual((result.returncode, [row.split()[:2] for row in result.stdout.splitlines()]),
                          (1, [["NODE", "NAME"], ["b", "f"]]))
@@ -236,6 +239,11 @@ class Daemons(unittest.TestCase):
         for node, place in (("a", "10.0.1.10:80"), ("b", "10.0.2.10:80")):
             self.assertIn(f"\n    server {node} {place} check inter 1s fall 2 rise 2\n", text)
         self.assertIn("\n    timeout server 30s\n", text)
+        self.home.faas("--node", "a", "new", "half", "--warm", "0", stdin=support.small_image())
+        result = self.home.faas("--node", "a", "--node", "b", "proxy-config", "haproxy")
+        self.assertEqual((result.stdout.split("\n")[0], result.stderr),
+                         ("# half is not on b", "faas: warning: half is not on b\n"))
+        self.home.faas("--node", "a", "rm", "half")
         self.assertIn("http-check send meth GET uri /healthz hdr Host f.example.org\n", self.run_faas(
             "proxy-config", "haproxy", "--domain", "example.org", "--check", "/healthz"))
         self.home.faas("--node", "b", "set", "f", "--publish", "127.0.0.1:8001,127.0.0.2:8002,8080", "--timeout", "0")

@@ -156,7 +156,7 @@ class ProxyTest(unittest.TestCase):
         text = self.daemon.faas("proxy-config", "caddy").stdout
         self.assertRegex(text, r"(?s)kept \{\n    reverse_proxy 10\.0\.0\.11:80.*once \{\n    reverse_proxy 10\.0\.0\.10:80")
         self.assertNotIn("tls", text)
-        text = self.daemon.faas("proxy-config", "nginx", "once").stdout
+        text = self.daemon.faas("proxy-config", "nginx", "--domain", DOMAIN, "once").stdout
         self.assertIn("/etc/ssl/private/faas.pem;", text)
         self.assertNotIn("kept", text)
         done = self.daemon.faas("proxy-config", "haproxy", "nosuch", check=False)
