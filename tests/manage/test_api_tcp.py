@@ -414,7 +414,7 @@ class Client(TcpCase):
                     (("--api", URL, "list"), 2, "needs the daemon's token: --token-file FILE, or $FAASD_TOKEN"),
                     (("--api", URL, "--token-file", "/none", "list"), 1, "cannot read /none: No such file"),
                     (("--api", URL, "--token-file", "/", "list"), 1, "cannot read /: Is a directory"),
-                    (("--api", URL, *token, "--socket", "/x", "list"), 2, "not both"),
+                    (("--api", URL, *token, "--socket", "/x", "list"), 2, "exclude each other"),
                     (("--api", "https://127.0.0.1:9000", *token, "list"), 2, "no TLS"),
                     (("--api", "127.0.0.1:9000", *token, "list"), 2, "write http://HOST:PORT"),
                     (("--api", "http://127.0.0.1:x", *token, "list"), 2, "write http://HOST:PORT"),

@@ -98,8 +98,8 @@ class NodesFile(unittest.TestCase):
         self.home.write(a=9, b=9)
         for words, said in ((("logs", "f"), "logs is for one machine"), (("ip", "f"), "ip is for one machine"),
                             (("exec", "f"), "exec is for one machine"), (("version",), "version is for one machine"),
-                            (("proxy-config", "nginx"), "haproxy alone"), (("list", "--socket", "/x"), "not both"),
-                            (("list", "--api", "http://127.0.0.1:9"), "not both"),
+                            (("proxy-config", "nginx"), "haproxy alone"), (("list", "--socket", "/x"), "each other"),
+                            (("list", "--api", "http://127.0.0.1:9"), "each other"),
                             (("list", "--node", "a/b"), "write a name")):
             with self.subTest(words):
                 result = self.home.faas("--node", "a", *words, "--node", "b")
@@ -160,7 +160,7 @@ class Uploads(unittest.TestCase):
         self.assertEqual(len(lines), 3, lines)
         self.assertIn("absent: cannot reach faasd at http://127.0.0.1:9: Connection refused", lines[0])
         self.assertEqual(lines[1], "faas: refusing: no!")
-        self.assertIn("stuck: faasd went away before it had answered (timed out)", lines[2])
+        self.assertIn("stuck: faasd has not answered in time (timed out)", lines[2])
 
     def test_interrupted(self):
         a, b = Node(), Node()
@@ -247,12 +247,12 @@ class Daemons(unittest.TestCase):
         self.assertIn("http-check send meth GET uri /healthz hdr Host f.example.org\n", self.run_faas(
             "proxy-config", "haproxy", "--domain", "example.org", "--check", "/healthz"))
         self.home.faas("--node", "b", "set", "f", "--publish", "127.0.0.1:8001,127.0.0.2:8002,8080", "--timeout", "0")
-        self.assertIn(' has to say: address = "192.0.2.1"',
+        self.assertIn(' must say where others reach port 8080 of function f: address = "192.0.2.1"',
                       self.home.faas("--node", "b", "proxy-config", "haproxy").stderr)
         with self.home.file.open("a") as file:
             file.write('[c]\napi = "http://127.0.0.1:9002"\ntoken-file = "token"\naddress = "192.0.2.2"\n')
             file.write('[d]\napi = "http://127.0.0.1:9002"\ntoken-file = "token"\naddress = "fd00::1"\n')
-        self.assertIn(' has to say: address = ', self.home.faas("--node", "d", "proxy-config", "haproxy").stderr)
+        self.assertIn(' must say where ', self.home.faas("--node", "d", "proxy-config", "haproxy").stderr)
         text = self.home.faas("proxy-config", "haproxy", "f", "--node", "a", "--node", "c").stdout
         self.assertIn("\n    server a 10.0.1.10:80 check ", text)
         self.assertIn("\n    server c 192.0.2.2:8080 check ", text)
@@ -260,7 +260,7 @@ class Daemons(unittest.TestCase):
         self.home.faas("--node", "b", "set", "f", "--publish", "")
         result = self.home.faas("--node", "b", "--node", "c", "proxy-config", "haproxy")
         self.assertEqual((result.returncode, result.stdout), (1, ""))
-        self.assertIn("function f at one address, 10.0.2.10:80: give each a --subnet of its own", result.stderr)
+        self.assertIn("function f at the same address, 10.0.2.10:80: give each a --subnet of its own", result.stderr)
         (self.home.file.parent / "wrong").write_text("x")
         self.home.file.write_text(self.home.file.read_text().replace('9001"\ntoken-file = "token"',
                                                                      '9001"\ntoken-file = "wrong"'))
