@@ -35,7 +35,8 @@ class Home:
                                      for name, port in ports.items()))
 
     def faas(self, *arguments: str, stdin: bytes = b"") -> subprocess.CompletedProcess:
-        result = subprocess.run([*support.FAAS, *arguments], input=stdin, capture_output=True, env=self.env, check=False)
+        result = subprocess.run([*support.FAAS, *arguments], input=stdin, capture_output=True, env=self.env,
+                                check=False)
         result.stdout, result.stderr = result.stdout.decode(), result.stderr.decode()
         return result
 
@@ -83,7 +84,8 @@ class NodesFile(unittest.TestCase):
                 ("[a]\n" + good.replace("127.0.0.1", "a b"), "write http://"),
                 ("[a]\n" + good.replace('"token"', '"\\u0000"'), "embedded null"),
                 ("[a]\n" + good.replace('"token"', '"none"'), "none: No such file"),
-                ("[a]\n" + good.replace('"token"', '"blanks"'), "token"), ('[a]\napi = "http://h"', "it has no token-file"),
+                ("[a]\n" + good.replace('"token"', '"blanks"'), "token"),
+                ('[a]\napi = "http://h"', "it has no token-file"),
                 ("[a]\n" + good + 'address = "1 2"', "write an address")):
             with self.subTest(text):
                 self.home.file.unlink(missing_ok=True)
