@@ -2339,8 +2339,9 @@ class Container:
         advice = ""
         if not self.kinds and status == 0 and bundle.contract != "stdio":
             advice = " (does it start its server? if it reads stdin and answers on stdout, say --contract stdio)"
-        elif bundle.why_port and (ports := [kind for kind in self.kinds if kind.startswith("port ")]):
-            advice = f": say --{ports[0]}" + (", or --port auto" if bundle.options.port else "")
+        elif bundle.why_port and (others := [kind for kind in self.kinds if kind.startswith("port ")
+                                             and kind != f"port {bundle.ports[0]}"]):
+            advice = f": say --{others[0]}" + (", or --port auto" if bundle.options.port else "")
         kinds = list(dict.fromkeys(self.kinds))[:MAX_REPORTED_LISTENERS]
         return f"; it listened on {', '.join(kinds) or 'nothing'}{advice}"
 
