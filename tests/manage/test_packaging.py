@@ -79,6 +79,10 @@ class Package(PackagingCase):
             self.assertTrue((root / line[1:]).is_file(), line)
         for script in ("postinst", "prerm", "postrm"):
             run("sh", "-n", root / "DEBIAN" / script)
+        documents = root / "usr/share/doc/faasd"
+        links = re.findall(r"\]\(([\w./-]+)[#)]", (documents / "README.md").read_text())
+        self.assertIn("SECURITY.md", links)
+        self.assertEqual([link for link in links if "://" not in link and not (documents / link).exists()], [])
 
     def test_versions_that_differ_are_refused(self):
         copy = self.directory() / "copy"
@@ -257,7 +261,8 @@ class Unit(unittest.TestCase):
             self.assertEqual(support.get(address, "/exit?1")[0], 502)
 
 
-SOURCES = ("packaging", "faas", "faasd.py", "install.sh", "CHANGELOG.md", "README.md", "LICENSE", "test_handler.py")
+SOURCES = ("packaging", "faas", "faasd.py", "install.sh", "LICENSE", "test_handler.py", "Dockerfile.test-handler", "docs",
+           "examples", "bench", *(path.name for path in support.TOP.glob("*.md")))
 NEXT = "99.0.0"
 
 
