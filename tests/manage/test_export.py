@@ -140,8 +140,10 @@ class ExportTest(unittest.TestCase):
                 ("compose", "timeout 44500ms, concurrency 41, queue 7, warm 0 and share 4")):
             self.assertEqual(self.daemon.faas("export", engine, "full").stdout.split("\n")[0],
                              f"# Left out, as {engine.title()} has no equivalent: {expected}")
+        text = self.daemon.faas("export", "compose", "plain").stdout
+        self.assertRegex(text, r"\n# load the image with: faas save plain \| docker load\nservices:\n")
         text = self.daemon.faas("export", "kubernetes", "plain").stdout
-        self.assertRegex(text, r"\A# load the image with: faas save plain \| docker load\napiVersion(?s:.*) plain:latest\n")
+        self.assertRegex(text, r"\A# [^\n]* Docker Hub, [^\n]* --image\napiVersion(?s:.*) plain:latest\n")
         text = self.daemon.faas("export", "kubernetes", "plain", "--image", "r.example/plain:1").stdout
         self.assertRegex(text, r"\AapiVersion(?s:.*) r\.example/plain:1\n")
 
