@@ -2329,7 +2329,7 @@ class Container:
             raise StartFailed(f"{who(bundle.contract)} did not {bundle.expected} within {timeout:g} s"
                               f"{self._listened(bundle)}", tail, 504)
         end = "ran out of memory" if out_of_memory else self.describe_end(status)
-        did = bundle.expected.replace("listen ", "listened ").replace("connect ", "connected ")
+        did = re.sub("(listen|connect)(?= )", r"\1ed", bundle.expected).replace("begin", "began")
         raise StartFailed(f"{who(bundle.contract)} {end} before it {did}{self._listened(bundle, status)}", tail, 502)
 
     def _listened(self, bundle: Bundle, status: int | None = None) -> str:
