@@ -54,6 +54,18 @@ while True:
             pass
     control.send(b"x")
 """
+SERVER = b"""
+import os, socket
+client, _ = socket.create_server(("", 8080)).accept()
+request = b""
+while b"a=b" not in request:
+    request += client.recv(1000)
+if b"/crash" in request:
+    print("crash", flush=True)
+    os._exit(3)
+client.sendall(b"HTTP/1.1 200 OK\\r\\nContent-Length: 0\\r\\n\\r\\n")
+client.close()
+"""
 DOMAIN = "example.org"
 NGINX = "daemon off; user root; pid {0}/pid; error_log stderr; events {{}} http {{ access_log off; {1} }}"
 
@@ -74,6 +86,8 @@ class ProxyTest(unittest.TestCase):
         image = support.handler_image(HANDLER)
         cls.daemon.deploy("once", image)
         cls.daemon.deploy("kept", image, "--reuse", "0", "--timeout", "0")
+        cls.daemon.deploy("server", support.docker_archive(
+            [support.python_layer(), support.layer({"server.py": SERVER})], {"Entrypoint": [support.PYTHON, "/server.py"]}))
 
     def connect(self, name: str) -> ssl.SSLSocket:
         context = ssl.create_default_context(cafile=self.directory / "certificate")
@@ -141,6 +155,18 @@ class ProxyTest(unittest.TestCase):
             while b"two" not in data:
                 data += client.recv(1000)
         (self.daemon.rootfs("once") / "go").unlink()
+        self.check_crash()
+
+    def check_crash(self) -> None:
+        """What may have been done is not sent again, however the client speaks: it hears that it failed."""
+        url = f"https://server.{DOMAIN}/"
+        for words in (["--http1.1", url + "crash"], ["--http1.1", url, url + "crash"], ["--http2", url + "crash"]):
+            since = self.daemon.faas("logs", "server").stdout.count("| crash")
+            status = support.curl("--cacert", self.directory / "certificate", "--resolve",
+                                  f"server.{DOMAIN}:443:127.0.0.1", "-d", "a=b", "-o", self.directory / "answer",
+                                  "-w", "%{http_code} ", *words)
+            self.assertEqual(status.split()[-1], "502", words)
+            self.assertEqual(self.daemon.faas("logs", "server").stdout.count("| crash") - since, 1, words)
 
     def test_nginx(self):
         self.check("nginx", "-e", "stderr", "-c", around=NGINX)
