@@ -4002,7 +4002,8 @@ class Volumes:
                 ancestors = set(identities(above))
                 descriptor = os.open(name or ".", os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=above)
         except OSError as error:
-            why = {errno.ENOENT: "it is not there: make it first", errno.ENOSYS: "it takes Linux 5.12",
+            why = {errno.ENOENT: "it does not exist on this machine: create it first",
+                   errno.ENOSYS: "it takes Linux 5.12",
                    errno.ELOOP: "there is a symbolic link on the way now"}.get(error.errno, error.strerror)
             raise OSError(error.errno, why) from None
         status = os.fstat(descriptor)

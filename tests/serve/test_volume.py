@@ -184,8 +184,8 @@ class Volumes(unittest.TestCase):
             self.refuse(f"{host}:/data:ro", "would give this machine away")
         roots = self.directory(owner=0)
         self.refuse(f"{roots}:/data", "it is root's")
-        self.refuse(f"{self.data}/none:/data", "it is not there: make it first")
-        self.refuse(f"{self.data}/pipe:/data", "it is not there")
+        self.refuse(f"{self.data}/none:/data", "it does not exist on this machine: create it first")
+        self.refuse(f"{self.data}/pipe:/data", "it does not exist")
         os.mkfifo(self.data / "pipe")
         self.refuse(f"{self.data}/pipe:/data", "neither a directory nor a file")
         for text in ("data:/data", "/srv", f"{self.data}:data", f"{self.data}:/data:rx", f"{self.data}:/a:/b"):
@@ -225,7 +225,7 @@ class Volumes(unittest.TestCase):
         data.rmdir()
         for what, exchange, says in (
                 ("a link", lambda: data.symlink_to("/etc"), "it is neither a directory nor a file"),
-                ("nothing", lambda: data.unlink(), "it is not there"),
+                ("nothing", lambda: data.unlink(), "it does not exist"),
                 ("the machine", lambda: (data.mkdir(), subprocess.run(["mount", "--bind", "/etc", data], check=True)),
                  "that would give this machine away"),
                 ("root's", lambda: subprocess.run(["umount", data], check=True), "it is root's")):
