@@ -51,13 +51,16 @@ class ExportTest(unittest.TestCase):
         cls.daemon.deploy("full", image, *FULL, "--entrypoint", support.PYTHON, "--volume", f"{volume}:/data:ro")
         cls.daemon.faas("set", "full", "--secret", f"pass.word={cls.daemon.directory}/secret")
         cls.daemon.deploy("plain", image, "--timeout", "0")
+        # In another userland it is there, but its Python is not.
+        cls.has_schemas = SCHEMAS.exists() and subprocess.run([SCHEMAS, "-c", "import kubernetes_validate"], check=False,
+                                                              capture_output=True).returncode == 0
 
     def export(self, engine: str, name: str, *options: str) -> dict:
         return json.loads(self.daemon.faas("--json", "export", engine, name, *options).stdout)
 
     def check(self, engine: str, *paths: Path, refused: str = "") -> None:
         """Have the engine's schema checked, for which another program is called."""
-        if not SCHEMAS.exists():
+        if not self.has_schemas:
             self.skipTest(f"no {SCHEMAS.parent.parent}; tests/ci/schemas.sh makes it")
         done = subprocess.run([SCHEMAS, *COMMANDS[engine], *paths], capture_output=True, text=True, check=False)
         self.assertEqual(done.returncode == 0, not refused, done)
@@ -81,7 +84,7 @@ class ExportTest(unittest.TestCase):
         self.check("kubernetes", support.TOP / "packaging/kubernetes/faasd.yaml")
 
     def test_text_and_json_are_the_same(self):
-        if not SCHEMAS.exists():
+        if not self.has_schemas:
             self.skipTest(f"no {SCHEMAS.parent.parent}; tests/ci/schemas.sh makes it")
         read = "import json, sys, yaml; print(json.dumps([*yaml.safe_load_all(sys.stdin)]))"
         texts = [self.daemon.faas("export", engine, "full").stdout for engine in COMMANDS]
