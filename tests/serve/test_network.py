@@ -693,9 +693,11 @@ class Published(unittest.TestCase):
     def test_rules_are_loaded_when_they_change_and_are_there_before_a_removal(self):
         """Ports that lead to a function that is gone would lead to the next one of its address."""
         programs, broken, calls = world.directory / "programs", world.directory / "broken", world.directory / "calls"
+        loads = world.directory / "loads"
         programs.mkdir()
         for name in ("ip", "nft"):
             Daemons.script(programs / name, f'echo {name} >> {calls}\n[ {name} = nft ] && [ -e {broken} ] && exit 1\n'
+                                            f'[ "$1" = -f ] && {{ tee -a {loads} | {shutil.which(name)} "$@"; exit; }}\n'
                                             f'exec {shutil.which(name)} "$@"')
         daemon = world.start_daemon(self.addCleanup, *OTHER_DAEMON, env={"PATH": f"{programs}:{os.environ['PATH']}"})
         address = daemon.deploy("f", world.image, "--publish", "8000")
@@ -707,7 +709,9 @@ class Published(unittest.TestCase):
         places = f"tcp:{address}:80", self.HERE
         self.assertEqual(attempt(*places), {places[0]: f"f saw {address}", self.HERE: "f saw 127.0.0.1"})
         broken.unlink()
+        daemon.deploy("g", world.image, "--publish", "8001")
         daemon.kill()
+        loads.unlink()
         daemon.constants = {**daemon.constants, "PORT_RETRY_SECONDS": "0.01"}
         with socket.create_server(("127.0.0.1", 8000)):
             daemon.start()
@@ -715,8 +719,13 @@ class Published(unittest.TestCase):
             before = calls.read_text().split()
             wait_until(lambda: calls.read_text().split().count("ip") > before.count("ip") + 3, "it looks again")
             self.assertEqual(calls.read_text().split().count("nft"), before.count("nft"))
+        # Functions come back one after the other; meanwhile the ports of those to come are nobody else's.
+        loaded = loads.read_text()
+        self.assertGreater(loaded.count("dport 8000 dnat"), 0)
+        self.assertEqual(loaded.count("dport 8001 dnat"), loaded.count("dport 8000 dnat"))
         wait_until(lambda: attempt(self.HERE) == {self.HERE: "f saw 127.0.0.1"}, "it is published there again")
         daemon.remove("f")
+        daemon.remove("g")
         self.assertEqual([table for table in tables() if "publish" in table], [])
 
     def test_what_others_listen_on_stays_theirs(self):
