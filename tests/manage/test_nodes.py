@@ -102,6 +102,7 @@ class NodesFile(unittest.TestCase):
                             (("exec", "f"), "exec is for one machine"), (("version",), "version is for one machine"),
                             (("proxy-config", "nginx"), "haproxy alone"), (("list", "--socket", "/x"), "each other"),
                             (("list", "--api", "http://127.0.0.1:9"), "each other"),
+                            (("list", "--token-file", "/x"), "--token-file is for --api"),
                             (("list", "--node", "a/b"), "write a name")):
             with self.subTest(words):
                 result = self.home.faas("--node", "a", *words, "--node", "b")
