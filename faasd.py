@@ -8127,13 +8127,10 @@ def place_volumes(rootfs: Rootfs, volumes: list[Volume], process: dict) -> list[
             real = rootfs.trace_path(path)
         except NotADirectoryError:
             raise ImageError(f"{what}: something on the way is a file of the image") from None
-        for seen in map(os.fsdecode, (path, real, *rootfs.followed)):
-            for target in reserved:
-                if is_within(target, seen) or is_within(seen, target):
-                    raise ImageError(f"{what} and {target} are in each other's way: choose another path")
-        for other in placed:
-            if is_within(os.fsdecode(real), other.path) or is_within(other.path, os.fsdecode(real)):
-                raise ImageError(f"{what} lies in another volume, or another in it: mount the directory above both")
+        if target := in_the_way((path, real, *rootfs.followed), reserved):
+            raise ImageError(f"{what} and {target} are in each other's way: choose another path")
+        if in_the_way((real,), [other.path for other in placed]):
+            raise ImageError(f"{what} lies in another volume, or another in it: mount the directory above both")
         if process["cwd"] != os.fsdecode(real) and is_within(process["cwd"], os.fsdecode(real)):
             raise ImageError(f"the working directory {process['cwd']} lies in {what}, where containers could exchange "
                              "it: choose the volume itself with --workdir")
@@ -8141,19 +8138,26 @@ def place_volumes(rootfs: Rootfs, volumes: list[Volume], process: dict) -> list[
     return placed
 
 
-def place_secrets(rootfs: Rootfs, values: dict[str, bytes], volumes: list[Volume]) -> dict[str, bytes]:
+def place_secrets(rootfs: Rootfs, values: dict[str, bytes], process: dict) -> dict[str, bytes]:
     """Return secrets by their real paths in an image. Raises ImageError.
 
-    Nothing is put below a volume (see place_volumes), and the volume would hide them.
+    Nothing is put below a volume (see place_volumes), and the volume would hide them, as other mounts would.
     """
     if not values:
         return {}
-    real = os.fsdecode(rootfs.trace_directory(SECRETS_DIRECTORY.encode(), "the secrets"))
-    for volume in volumes:
-        if is_within(real, volume.path):
-            raise ImageError(f"the image links {SECRETS_DIRECTORY} to {real}, which lies in the volume {volume.path}: "
-                             "choose another path for the volume")
-    return {f"{real}/{name}": value for name, value in values.items()}
+    real = rootfs.trace_directory(SECRETS_DIRECTORY.encode(), "the secrets")
+    volumes = [volume.path for volume in process["volumes"]]
+    if target := in_the_way((real, *rootfs.followed), (*RESERVED_TARGETS, process["resolv_conf"], *volumes)):
+        advice = "choose another path for the volume" if target in volumes else "change the link, or use no secrets"
+        raise ImageError(f"the image links {SECRETS_DIRECTORY} to {os.fsdecode(real) or '/'}, which is in the way of "
+                         f"each container's own {target}: {advice}")
+    return {f"{os.fsdecode(real)}/{name}": value for name, value in values.items()}
+
+
+def in_the_way(seen: Iterable[bytes], targets: Iterable[str]) -> str:
+    """Return the first target that a path seen is, lies in or holds; "" if none does."""
+    return next((target for path in map(os.fsdecode, seen) for target in targets
+                 if is_within(target, path) or is_within(path, target)), "")
 
 
 def is_within(path: str, directory: str) -> bool:
@@ -9703,8 +9707,7 @@ class ImageStore:
         try:
             rootfs = Rootfs(directory / "rootfs", image["first_id"], Budget(0, 0))
             image["process"] = choose_process(image["process"], entry.options, rootfs)
-            image["process"]["secrets"] = place_secrets(
-                rootfs, self.secrets.read(name, secrets), image["process"]["volumes"])
+            image["process"]["secrets"] = place_secrets(rootfs, self.secrets.read(name, secrets), image["process"])
             return Version(name, directory, image, entry, self._host, secrets)
         except OSError as error:
             raise FaasdError(f"its image {entry.image} cannot be read: {error.strerror}") from error

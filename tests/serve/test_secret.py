@@ -1,6 +1,7 @@
 """--secret: a file of the user's in containers, and nowhere else."""
 
 import base64
+import itertools
 import json
 import os
 import signal
@@ -112,12 +113,23 @@ class Secrets(unittest.TestCase):
         self.assertEqual(self.ask("open('/var/run/secrets/db').read()"), f"'{FIRST}'")
         result = self.daemon.faas("new", "f", "--volume", f"{volume}:/data:ro", check=False,
                                   stdin=image(archives.symlink("run", "data")))
-        self.assertIn("links /run/secrets to /data/secrets, which lies in the volume /data: choose another",
-                      result.stderr)
+        self.assertIn("links /run/secrets to /data/secrets, which is in the way of each container's own /data: choose "
+                      "another path for the volume", result.stderr)
         self.assertFalse(Path("/etc/db").exists())
         result = self.daemon.faas("new", "f", "--reset", "--secret", f"db={self.file('first')}", check=False,
                                   stdin=image(archives.symlink("run", "run")))
         self.assertIn("too many symbolic links", result.stderr)
+        # Where each container has other things than the image: there it would have no secret, and not say so.
+        for links, real, target in (
+                ({"run": "proc/1"}, "/proc/1/secrets", "/proc"), ({"run/secrets": "/dev"}, "/dev", "/dev"),
+                ({"run/secrets": "/sys/x"}, "/sys/x", "/sys"), ({"run/secrets": "/"}, "/", "/dev"),
+                ({"run": "dev/x", "dev/x": "/data"}, "/data/secrets", "/dev"),
+                ({"run/secrets": "/etc"}, "/etc", "/etc/resolv.conf")):
+            result = self.daemon.faas("new", "f", "--reset", "--secret", f"db={self.file('first')}", check=False,
+                                      stdin=image(*itertools.starmap(archives.symlink, links.items())))
+            self.assertEqual((result.returncode, result.stderr), (1, (
+                f"faas: the image links {DIRECTORY} to {real}, which is in the way of each container's own {target}: "
+                "change the link, or use no secrets\n")), links)
 
     def test_refused(self):
         self.daemon.deploy("g", support.small_image())
