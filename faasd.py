@@ -7063,7 +7063,7 @@ class Archive:
         self._members: dict[str, tuple[int, int]] = {}      # name → offset in the segments, size
         self._links: dict[str, str] = {}        # docker before 25 writes repeated layers as symbolic links (F.1)
         self._top: set[str] = set()             # first components, to recognise what is not an image
-        reader = TarReader(stream, budget, "this is not an image archive: make one with `docker save IMAGE`")
+        reader = TarReader(stream, budget, "this is not an image archive: make one with `docker save` or `faas pack`")
         count = 0
         for count, entry in enumerate(reader, 1):
             if count > MAX_ARCHIVE_MEMBERS:

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pty
+import re
 import shutil
 import socket
 import subprocess
@@ -61,7 +62,7 @@ class Pack(unittest.TestCase):
                     self.assertTrue(entry.isreg() or entry.isdir(), entry.name)
                     parent = os.path.dirname(entry.name)
                     self.assertTrue(not parent or parent in names, f"{entry.name} comes without its directory")
-        self.assertIn("handler.py", names)
+        self.assertIn("test_handler.py", names)
 
     def test_python_needs_no_compiling(self):
         with tarfile.open(fileobj=io.BytesIO(self.members[self.manifest["Layers"][0]])) as layer:
@@ -73,6 +74,19 @@ class Pack(unittest.TestCase):
         self.assertEqual(byte_code[4:], b"\1\0\0\0")        # hash-based, and the hash is never checked (PEP 552)
         self.assertFalse([name for name in names if "/test/" in name or "site-packages" in name])
 
+    def test_name_that_is_taken_and_a_module_beside_it(self):
+        directory = support.temporary_directory()
+        self.addCleanup(shutil.rmtree, directory)
+        (directory / "tmp").write_text("import beside")
+        (directory / "beside.py").touch()
+        result = subprocess.run([PYTHON, support.TOP / "faas", "pack", directory / "tmp"], capture_output=True, check=True)
+        self.assertEqual(result.stderr.decode(), f"faas: warning: {directory}/tmp imports beside, which the image does "
+                                                 "not have: pack takes a single file; join them, or use docker build\n")
+        with tarfile.open(fileobj=io.BytesIO(result.stdout)) as archive:
+            manifest = json.loads(archive.extractfile("manifest.json").read())[0]
+            config = json.loads(archive.extractfile(manifest["Config"]).read())
+        self.assertEqual(config["config"]["Entrypoint"], [PYTHON, "/handler.py"])
+
     def test_other_pythons_of_this_machine(self):
         """The handler answers from an image of each: what `faas` runs with is what it packs."""
         pythons = {os.path.realpath(path) for path in ("/usr/bin/python3", PYTHON) if os.path.exists(path)}
@@ -82,7 +96,7 @@ class Pack(unittest.TestCase):
                 address = daemon.deploy(f"f{number}", image)
                 status, body = support.get(address, "/packed")
                 self.assertEqual((status, body), (200, "Hello from FaaS handler!\nGET /packed HTTP/1.1\n"))
-                self.assertEqual(daemon.info(f"f{number}")["command"], [python, "/handler.py"])
+                self.assertEqual(daemon.info(f"f{number}")["command"], [python, "/test_handler.py"])
 
     def test_from_a_virtual_environment(self):
         directory = support.temporary_directory()
@@ -95,11 +109,15 @@ class Pack(unittest.TestCase):
         self.assertEqual(pack(HANDLER, python=directory / "venv/bin/python3"), self.image)
 
     def test_refusals(self):
-        for arguments, words in ((("/nonexistent.py",), "not there"), (("/",), "a handler is one file")):
+        usage = " (usage: faas pack [options] FILE > image.tar; see faas pack --help)"
+        for arguments, status, words in (
+                (("/nonexistent.py",), 1, "it is not there; name one file, your program"),
+                (("/",), 1, "it is a directory; name one file, your program"),
+                (("-f", HANDLER), 2, "unrecognized arguments: -f" + usage), ((), 2, "are required: FILE" + usage)):
             result = subprocess.run([sys.executable, support.TOP / "faas", "pack", *arguments], capture_output=True,
                                     text=True, check=False)
-            self.assertEqual((result.returncode, result.stdout), (1, ""))
-            self.assertIn(words, result.stderr)
+            self.assertEqual((result.returncode, result.stdout), (status, ""))
+            self.assertRegex(result.stderr, rf"\Afaas: [^\n]*{re.escape(words)}\n\Z")
         master, slave = pty.openpty()
         result = subprocess.run([sys.executable, support.TOP / "faas", "pack", HANDLER], stdout=slave,
                                 stderr=subprocess.PIPE, text=True, check=False)
@@ -181,7 +199,7 @@ class Script(unittest.TestCase):
             for name, script, sent, answer in (
                     ("f0", SHELL_SCRIPT, b"you\n", rb"HTTP/1.0 200 OK\r\n\r\nHELLO, YOU\n.*packed.*"),
                     ("f1", "#!/usr/bin/env -S bash -e\nread\necho ${BASH_VERSION:0:1} $0\n", b"\n",
-                     rb"[5-9] /script\n"),
+                     rb"[5-9] /f1.txt\n"),
                     ("f2", PERL_SCRIPT, b"ff\n", rb"255\n")):
                 packed = self.pack(f"{name}.txt", script)
                 self.assertEqual((packed.returncode, packed.stderr), (0, b""))
@@ -207,12 +225,20 @@ class Script(unittest.TestCase):
 
 
 APP = """import http.server, greeting
+try:
+    import nosuch
+except ImportError:
+    pass
 class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
+        import app                  # by its own name
         self.send_response(200)
         self.end_headers()
-        self.wfile.write(f"{greeting.TEXT} {greeting.__cached__}".encode())
-http.server.HTTPServer(("", 8080), Handler).serve_forever()
+        self.wfile.write(f"{greeting.TEXT} {greeting.__cached__} {app.__file__}".encode())
+    def do_POST(self):
+        import missing.module
+if __name__ == "__main__":
+    http.server.HTTPServer(("", 8080), Handler).serve_forever()
 """
 
 
@@ -242,13 +268,15 @@ class Requirements(unittest.TestCase):
                                                              "Tag: py3-none-any\n")
             archive.writestr("greeting-1.0.dist-info/RECORD", "")
         packed = self.pack(f"{wheel}\n")
-        self.assertEqual((packed.returncode, packed.stderr), (0, b""))
+        self.assertEqual((packed.returncode, packed.stderr.decode()), (0, (
+            f"faas: warning: {self.directory}/app.py imports missing, which the image does not have: list what pip "
+            "should install in a file, and give it with --requirements FILE\n")))
         with support.Daemon() as daemon:
             out = daemon.faas("new", "app", stdin=packed.stdout).stdout
             self.assertEqual(out, "✓ Deployed app at 10.0.0.10 (server, port 8080)\n")
             status, body = support.get("10.0.0.10")
             self.assertEqual(status, 200)
-            self.assertRegex(body, r"\AHello from a package /packages/__pycache__/greeting\.[\w-]+\.pyc\Z")
+            self.assertRegex(body, r"\AHello from a package /packages/__pycache__/greeting\.[\w-]+\.pyc /app\.py\Z")
             self.assertEqual(len(list(daemon.rootfs("app").glob("packages/__pycache__/greeting.*.pyc"))), 1)
 
     def test_refusals(self):
