@@ -1,4 +1,4 @@
-"""The server contract: real servers, unmodified, in the image of tests/serve/test_real_servers.py. Called by bench/run."""
+"""The server contract: real servers, unmodified, in the image of test_real_servers.py. Called by bench/run."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ listen bench
     bind 127.0.0.1:{PROXY_PORT}
     server nginx 127.0.0.1:{BARE_PORT}
 """
-# nginx of the image with its own configuration, but for the port, and a root that it may write, as it has in a container.
+# nginx of the image with its own configuration, but for the port, and a root that it may write, as in a container.
 BARE_NGINX = f"""mount -t tmpfs tmpfs "$2" && mkdir "$2/upper" "$2/work" "$2/root" &&
 mount -t overlay -o "lowerdir=$1,upperdir=$2/upper,workdir=$2/work" overlay "$2/root" && cd "$2/root" &&
 mount --bind /dev dev && exec chroot . sh -c "
@@ -50,7 +50,8 @@ def write_image(path: Path) -> None:
     with layer.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     config = {"architecture": {"x86_64": "amd64", "aarch64": "arm64"}[os.uname().machine], "os": "linux",
-              "config": {"Env": ["PATH=/usr/sbin:/usr/bin:/sbin:/bin"], "WorkingDir": "/srv", "Cmd": shlex.split(NGINX)},
+              "config": {"Env": ["PATH=/usr/sbin:/usr/bin:/sbin:/bin"], "WorkingDir": "/srv",
+                         "Cmd": shlex.split(NGINX)},
               "rootfs": {"type": "layers", "diff_ids": [f"sha256:{digest}"]}}
     manifest = [{"Config": "config.json", "RepoTags": ["servers:latest"], "Layers": ["layer.tar"]}]
     with tarfile.open(path, "w") as archive, tempfile.TemporaryDirectory() as directory:
@@ -148,7 +149,8 @@ def measure_fresh(report, daemon: lab.Faasd, directory: Path, rounds: int, secon
                 rates[side].append(lab.Load(address).run(16, seconds))
                 daemon.faas("set", function, "--warm", "0")
                 daemon.wait_warm(function, 0)
-        report.figure(f"server: {name}, 16 clients, fresh containers", round(statistics.median(rates[0]), 1), "requests/s")
+        report.figure(f"server: {name}, 16 clients, fresh containers", round(statistics.median(rates[0]), 1),
+                      "requests/s")
         report.ratio(f"server: {name}, 16 clients, fresh containers ÷ a handler's (Python)", lab.ratios(*rates))
     daemon.faas("rm", "handler")
 
@@ -175,7 +177,8 @@ def measure_shared(report, daemon: lab.Faasd, directory: Path, rounds: int, seco
             errors.add(error)
     report.figure("server: nginx, keep-alive", round(statistics.median(kept[0])), "requests/s")
     report.ratio("server: nginx, keep-alive ÷ the same nginx on the bare host", lab.ratios(*kept))
-    report.figure("server: nginx, --reuse 0 --share 64, new connections", round(statistics.median(new[0])), "requests/s")
+    report.figure("server: nginx, --reuse 0 --share 64, new connections", round(statistics.median(new[0])),
+                  "requests/s")
     report.ratio("server: nginx, new connections ÷ HAProxy (TCP) before the bare one", lab.ratios(*new))
     report.figure("server: the daemon's CPU for a new connection", round(statistics.median(cpu) * 1e6), "µs")
     print(f"    errors as wrk tells them: {', '.join(sorted(errors))}")
@@ -207,7 +210,8 @@ def measure_cold(report, daemon: lab.Faasd, image: Path, directory: Path, rounds
                     for values, value in zip(samples, sample, strict=True):
                         values.append(value)
                 time.sleep(pause)
-            report.figure(f"server: {name}, cold, first byte, p50", round(statistics.median(samples[0]) * 1000, 1), "ms")
+            report.figure(f"server: {name}, cold, first byte, p50", round(statistics.median(samples[0]) * 1000, 1),
+                          "ms")
             report.ratio(f"server: {name}, cold ÷ docker run", lab.ratios(*samples))
 
 

@@ -491,11 +491,13 @@ class Registry(unittest.TestCase):
         for changes in ({"name": "../../etc"}, {"name": "/etc"}, {"name": ""}, {"name": 1}, {"name": "F"},
                         {"address": "nowhere"}, {"address": "10.0.0"}, {"address": "::1"}, {"address": 167772170},
                         {"address": "10.0.0.10/8"}, {"address": None}, {"created": 1}, {"updated": None},
-                        {"first_id": 0}, {"first_id": None}, {"first_id": "1000000"}, {"highest": "2"}, {"highest": 1.5},
+                        {"first_id": 0}, {"first_id": None}, {"first_id": "1000000"}, {"highest": "2"},
+                        {"highest": 1.5},
                         {"versions": []}, {"versions": {}}, {"versions": None}, {"versions": ["0123456789ab"]},
                         version(image="../../../etc"), version(image="0123"), version(image=None), version(number=0),
                         version(number="1"), version(deployed=0), version(options={}), version(options=None),
-                        options(memory="512m"), options(memory=1), options(cpus=None), options(timeout="30"), options(env="A=1"),
+                        options(memory="512m"), options(memory=1), options(cpus=None), options(timeout="30"),
+                        options(env="A=1"),
                         options(env=["A"]), options(env=[1]), options(cmd=[None]), options(warm="many"),
                         options(concurrency=1.5), options(queue_timeout=0)):
             with self.subTest(changes):

@@ -298,7 +298,8 @@ class Notes(LocalUserCase):
 
 
 FUSE_ROOT = f"rootmode=40000,user_id={NOBODY},group_id={NOBODY},allow_other"
-FUSE_HEAD, FUSE_INIT = struct.Struct("<IIQ"), struct.pack("<IIIIHHII32x", 7, 31, 0, 0, 0, 0, 64 << 10, 0)   # linux/fuse.h
+# As in linux/fuse.h.
+FUSE_HEAD, FUSE_INIT = struct.Struct("<IIQ"), struct.pack("<IIIIHHII32x", 7, 31, 0, 0, 0, 0, 64 << 10, 0)
 
 
 class VolumeThatHangs(LocalUserCase):

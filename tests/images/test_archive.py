@@ -313,7 +313,8 @@ add_cases(Layouts, [
     ("E2 blob damaged in an OCI archive", archives.oci(APP).replace(b"hello\n\0", b"hellO\n\0", 1),
      Refused(400, "does not match its digest")),
     ("E2 blob that is compressed, by the name of what it was before",
-     outer(LAYOUT, *[(name, gz(data) if data == APP.layers[0] else data) for name, data in archives.oci_manifest(APP)[1]],
+     outer(LAYOUT, *[(name, gz(data) if data == APP.layers[0] else data)
+                     for name, data in archives.oci_manifest(APP)[1]],
            index(descriptor(archives.oci_manifest(APP)[0]))), Refused(400, "does not match its digest")),
     ("E2 config does not match its name", outer(("0" * 64 + ".json", APP.config), ("l", APP.layers[0]),
      manifest_json({"Config": "0" * 64 + ".json", "Layers": ["l"]})), Refused(400, "does not match its digest")),

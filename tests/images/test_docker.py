@@ -241,7 +241,8 @@ class DockerPath(EngineTest):
         self.assert_deployed(done, "saved", "10.0.0.10")
         archive = self.daemon.directory / "saved.tar"
         with archive.open("wb") as file:
-            subprocess.run([support.TOP / "faas", "--socket", self.daemon.socket, "save", "saved"], stdout=file, check=True)
+            subprocess.run([support.TOP / "faas", "--socket", self.daemon.socket, "save", "saved"], stdout=file,
+                           check=True)
         self.engine.docker("load", "-i", archive)
         trees = {}
         for image in ("layered", "saved"):
@@ -255,7 +256,8 @@ class DockerPath(EngineTest):
                         for image in ("layered", "saved"))
         self.assertEqual(ours.pop("Labels"), {**(theirs.pop("Labels") or {}), "faasd.memory": "104857600"})
         self.assertEqual(*({key: value for key, value in config.items() if value} for config in (ours, theirs)))
-        done = self.engine.docker("run", "--rm", "--network=none", "saved", "sh", "-c", "id -u; pwd; echo $GREETING; ls")
+        done = self.engine.docker("run", "--rm", "--network=none", "saved", "sh", "-c",
+                                  "id -u; pwd; echo $GREETING; ls")
         self.assertEqual(done.stdout.split("\n")[:3], ["1000", "/t/work", "a b"])
 
     def test_large_layer_that_is_there_twice(self):
@@ -264,7 +266,8 @@ class DockerPath(EngineTest):
         twice, between = support.layer({"large": large}), support.layer({"large": "other", "more": "more"})
         archive = self.engine.directory / "twice.tar"
         archive.write_bytes(support.docker_archive(
-            [twice, support.python_layer(), support.layer({"handler.py": support.HANDLER.read_bytes()}), between, twice],
+            [twice, support.python_layer(), support.layer({"handler.py": support.HANDLER.read_bytes()}), between,
+             twice],
             {"Entrypoint": [support.PYTHON, "/handler.py"]}, "twice:latest"))
         self.engine.docker("load", "-i", archive)
         archive.unlink()
@@ -339,7 +342,8 @@ class ComposePath(EngineTest):
             expected = json.loads(support.curl(f"http://{address}/"))
             (directory / "compose.yaml").write_text(daemon.faas("export", "compose", "web").stdout)
             with (directory / "image.tar").open("wb") as file:
-                subprocess.run([support.TOP / "faas", "--socket", daemon.socket, "save", "web"], stdout=file, check=True)
+                subprocess.run([support.TOP / "faas", "--socket", daemon.socket, "save", "web"], stdout=file,
+                               check=True)
         self.engine.docker("load", "-i", directory / "image.tar")
 
         def compose(*arguments: str) -> str:

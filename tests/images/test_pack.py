@@ -79,7 +79,8 @@ class Pack(unittest.TestCase):
         self.addCleanup(shutil.rmtree, directory)
         (directory / "tmp").write_text("import beside")
         (directory / "beside.py").touch()
-        result = subprocess.run([PYTHON, support.TOP / "faas", "pack", directory / "tmp"], capture_output=True, check=True)
+        result = subprocess.run([PYTHON, support.TOP / "faas", "pack", directory / "tmp"], capture_output=True,
+                                check=True)
         self.assertEqual(result.stderr.decode(), f"faas: warning: {directory}/tmp imports beside, which the image does "
                                                  "not have: pack takes a single file; join them, or use docker build\n")
         with tarfile.open(fileobj=io.BytesIO(result.stdout)) as archive:

@@ -36,7 +36,8 @@ ODD = layer(
     archives.sparse_pax("odd/hole", 1 << 20, [], "1.0"),
     symlink("odd/link", "../etc/passwd", uid=5, gid=6), symlink(b"odd/link\xff", b"\xfd/" + b"t" * 200),
     archives.device("odd/null", b"3", 1, 3, mode=0o666), archives.device("odd/block", b"4", 7, 0))
-CONFIG = {"Labels": {"l": "v", "faasd.memory": "300m", "faasd.x": "of another's"}, "Env": ["A=b c"], "StopSignal": "INT",
+CONFIG = {"Labels": {"l": "v", "faasd.memory": "300m", "faasd.x": "of another's"}, "Env": ["A=b c"],
+          "StopSignal": "INT",
           "ExposedPorts": {"81/tcp": {}}, "Volumes": {"/data": {}}, "Healthcheck": {"Test": ["NONE"]}}
 OURS = {"etc/hosts", "etc/hostname", "control.sock", "etc", "."}         # made anew, with their directories' times
 
@@ -77,7 +78,8 @@ class SaveTest(support.SharedDaemonCase):
     def test_save_new_gives_the_same(self):
         """Files, owners, modes, times, attributes, holes, configuration, options; and the same bytes each time."""
         self.daemon.deploy("f", support.handler_image(layers=[ODD], **CONFIG), "--memory", "256m", "--timeout", "2.5",
-                           "--cap-drop", "CHOWN", "--user", "7:8", "--workdir", "/odd", "-e", "S=secret", "--reuse", "3")
+                           "--cap-drop", "CHOWN", "--user", "7:8", "--workdir", "/odd", "-e", "S=secret",
+                           "--reuse", "3")
         archive = self.save("f")
         self.assertEqual(self.save("f"), archive)
         self.assertNotIn(b"S=secret", archive)
@@ -114,7 +116,8 @@ class SaveTest(support.SharedDaemonCase):
                 self.assertEqual(self.new("g", archive), status)
                 self.assertRegex(self.said, rf"^faas: the image's labels? faasd\.[^\n]*{text}[^\n]*\n$")
                 self.assertEqual(len(json.loads(self.daemon.api("GET", "/functions")[1])["functions"]), 1)
-        self.assertEqual(self.new("g", support.handler_image(Labels={"faasd.net": "host"}), "--net", "none"), 0, self.said)
+        self.assertEqual(self.new("g", support.handler_image(Labels={"faasd.net": "host"}), "--net", "none"), 0,
+                         self.said)
         self.assertEqual(self.daemon.info("g")["options"]["net"], "none")
 
     def test_labels_of_the_next_image_replace_those_before(self):
@@ -187,7 +190,8 @@ class SaveTest(support.SharedDaemonCase):
         self.daemon.wait_log("did not get the whole image of f: its image is gone")
 
     def test_a_cut_image_is_a_failure_of_the_command(self):
-        self.daemon.deploy("f", support.handler_image(layers=[layer(file("large", os.urandom(8 << 20)), file("z", "x"))]))
+        self.daemon.deploy("f", support.handler_image(
+            layers=[layer(file("large", os.urandom(8 << 20)), file("z", "x"))]))
         save = subprocess.Popen([support.TOP / "faas", "--socket", self.daemon.socket, "save", "f"],
                                 stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         with save:

@@ -127,7 +127,7 @@ def make_python_layer(more: tuple[str, ...]) -> bytes:
 
 
 def byte_code_path(source: str) -> str:
-    """Return where a container's Python looks for byte code; importlib.util says where ours does (-X pycache_prefix)."""
+    """Return where a container's Python looks for byte code; importlib.util says where ours does."""
     directory, name = os.path.split(source)
     return f"{directory}/__pycache__/{name.removesuffix('.py')}.{sys.implementation.cache_tag}.pyc"
 

@@ -52,8 +52,8 @@ class ExportTest(unittest.TestCase):
         cls.daemon.faas("set", "full", "--secret", f"pass.word={cls.daemon.directory}/secret")
         cls.daemon.deploy("plain", image, "--timeout", "0")
         # In another userland it is there, but its Python is not.
-        cls.has_schemas = SCHEMAS.exists() and subprocess.run([SCHEMAS, "-c", "import kubernetes_validate"], check=False,
-                                                              capture_output=True).returncode == 0
+        cls.has_schemas = SCHEMAS.exists() and subprocess.run(
+            [SCHEMAS, "-c", "import kubernetes_validate"], check=False, capture_output=True).returncode == 0
 
     def export(self, engine: str, name: str, *options: str) -> dict:
         return json.loads(self.daemon.faas("--json", "export", engine, name, *options).stdout)

@@ -248,7 +248,8 @@ class Unit(unittest.TestCase):
     def test_systemd_finds_no_fault(self):
         if shutil.which("systemd-analyze") is None:
             self.skipTest("systemd-analyze is not installed: apt install systemd")
-        result = subprocess.run(["systemd-analyze", "verify", "--man=no", UNIT], capture_output=True, text=True, check=False)
+        result = subprocess.run(["systemd-analyze", "verify", "--man=no", UNIT], capture_output=True, text=True,
+                                check=False)
         self.assertEqual((result.returncode, result.stdout + result.stderr), (0, ""))
 
     def test_its_capabilities_are_enough(self):
@@ -261,8 +262,8 @@ class Unit(unittest.TestCase):
             self.assertEqual(support.get(address, "/exit?1")[0], 502)
 
 
-SOURCES = ("packaging", "faas", "faasd.py", "install.sh", "LICENSE", "test_handler.py", "Dockerfile.test-handler", "docs",
-           "examples", "bench", *(path.name for path in support.TOP.glob("*.md")))
+SOURCES = ("packaging", "faas", "faasd.py", "install.sh", "LICENSE", "test_handler.py", "Dockerfile.test-handler",
+           "docs", "examples", "bench", *(path.name for path in support.TOP.glob("*.md")))
 NEXT = "99.0.0"
 
 
@@ -295,7 +296,7 @@ APT = ("env", "DEBIAN_FRONTEND=noninteractive", "apt-get", "-y", "-q", "-o", "Dp
 
 
 class Machine(Systemd):
-    """A whole Debian in namespaces and cgroups of its own, but in our network namespace; init is systemd, or nothing."""
+    """A whole Debian in namespaces and cgroups of its own, but in our network namespace; init is systemd or nothing."""
 
     NO_SYSTEMD = "while true; do sleep 1000; done"
 
@@ -336,7 +337,8 @@ class Machine(Systemd):
         self.BOOT = self.BOOT.replace("ROOT", str(root)).replace("INIT", init)
         super().__init__()
         self.enter = ("nsenter", f"--target={self.pid}", "--mount", "--pid", "--uts", "--ipc", "--cgroup")
-        up = ("systemctl", "is-active", "multi-user.target") if systemd else ("sh", "-c", "[ -e /root/sources ] && [ ! -e /run/old ]")
+        up = ("systemctl", "is-active", "multi-user.target") if systemd else (
+            "sh", "-c", "[ -e /root/sources ] && [ ! -e /run/old ]")
         wait_until(lambda: self.try_run(*up).returncode == 0, "it is up")
 
     def start(self, program: str) -> None:
@@ -379,7 +381,8 @@ class Installed(PackagingCase):
         cls.root = Path(tempfile.mkdtemp(prefix=support.PREFIX, dir="/var/tmp"))
         cls.addClassCleanup(shutil.rmtree, cls.root)
         cls.root.chmod(0o755)
-        run("bash", "-o", "pipefail", "-c", 'tar -C / --one-file-system --exclude=./root/faasd --exclude=./usr/share/doc '
+        run("bash", "-o", "pipefail", "-c",
+            'tar -C / --one-file-system --exclude=./root/faasd --exclude=./usr/share/doc '
             '--exclude=./usr/share/locale -c . | tar -C "$0" -x', cls.root)
         for version in ("", NEXT):
             sources = copy_sources(cls.root / f"root/sources{version}", version)
@@ -513,7 +516,8 @@ class Installed(PackagingCase):
 
         def journal(*more: str) -> str:
             return machine.run("journalctl", "--no-pager", "-u", "faasd", "-o", "cat", *more)
-        wait_until(lambda: "functions were promised 2 warm containers" in journal("-p", "warning"), "a warning is there")
+        wait_until(lambda: "functions were promised 2 warm containers" in journal("-p", "warning"),
+                   "a warning is there")
         self.assertNotIn("ready: ", journal("-p", "warning"))
         self.assertRegex(journal(), r"(?m)^ready: 1 functions, ")
         self.assertIn("\nfaasd\n", "\n" + machine.run("journalctl", "-u", "faasd", "-F", "SYSLOG_IDENTIFIER"))

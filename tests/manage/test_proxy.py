@@ -34,7 +34,8 @@ def serve(client):
             file.write(b"3\\r\\ntwo\\r\\n0\\r\\n\\r\\n")
             file.flush()
         else:
-            body = json.dumps({"container": os.environ["FAAS_CONTAINER_ID"], "peer": client.getpeername()[1], **headers})
+            own = {"container": os.environ["FAAS_CONTAINER_ID"], "peer": client.getpeername()[1]}
+            body = json.dumps({**own, **headers})
             file.write(f"HTTP/1.1 200 OK\\r\\nContent-Length: {len(body)}\\r\\n\\r\\n{body}".encode())
             file.flush()
         if headers.get("connection", "").lower() == "close":
@@ -77,8 +78,9 @@ class ProxyTest(unittest.TestCase):
         cls.addClassCleanup(cls.daemon.close)
         cls.directory = cls.daemon.directory
         cls.certificate = cls.directory / "faas.pem"
-        subprocess.run(["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes",
-                        "-days", "2", "-subj", "/CN=example.org", "-addext", "subjectAltName=DNS:*.example.org",
+        subprocess.run(["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1",
+                        "-nodes", "-days", "2", "-subj", "/CN=example.org", "-addext",
+                        "subjectAltName=DNS:*.example.org",
                         "-keyout", cls.certificate, "-out", cls.directory / "certificate"], check=True,
                        capture_output=True)
         with cls.certificate.open("a") as file:
@@ -87,7 +89,8 @@ class ProxyTest(unittest.TestCase):
         cls.daemon.deploy("once", image)
         cls.daemon.deploy("kept", image, "--reuse", "0", "--timeout", "0")
         cls.daemon.deploy("server", support.docker_archive(
-            [support.python_layer(), support.layer({"server.py": SERVER})], {"Entrypoint": [support.PYTHON, "/server.py"]}))
+            [support.python_layer(), support.layer({"server.py": SERVER})],
+            {"Entrypoint": [support.PYTHON, "/server.py"]}))
 
     def connect(self, name: str) -> ssl.SSLSocket:
         context = ssl.create_default_context(cafile=self.directory / "certificate")
@@ -111,7 +114,8 @@ class ProxyTest(unittest.TestCase):
     def check(self, proxy: str, *command: str, around: str = "{1}") -> None:
         if not shutil.which(proxy):
             self.skipTest(f"not installed: {proxy}")
-        text = self.daemon.faas("proxy-config", proxy, "--domain", DOMAIN, "--certificate", str(self.certificate)).stdout
+        text = self.daemon.faas("proxy-config", proxy, "--domain", DOMAIN, "--certificate",
+                                str(self.certificate)).stdout
         path = self.directory / f"{proxy}.conf"
         path.write_text(around.format(self.directory, text))
         env = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "HOME": str(self.directory)}
@@ -180,7 +184,8 @@ class ProxyTest(unittest.TestCase):
     def test_what_is_printed(self):
         """Without options: all functions, by their own names, Caddy with certificates of its own; or those named."""
         text = self.daemon.faas("proxy-config", "caddy").stdout
-        self.assertRegex(text, r"(?s)kept \{\n    reverse_proxy 10\.0\.0\.11:80.*once \{\n    reverse_proxy 10\.0\.0\.10:80")
+        self.assertRegex(text, r"(?s)kept \{\n    reverse_proxy 10\.0\.0\.11:80.*"
+                               r"once \{\n    reverse_proxy 10\.0\.0\.10:80")
         self.assertNotIn("tls", text)
         text = self.daemon.faas("proxy-config", "nginx", "--domain", DOMAIN, "once").stdout
         self.assertIn("/etc/ssl/private/faas.pem;", text)

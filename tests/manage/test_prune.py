@@ -98,7 +98,8 @@ class PruneTest(support.SharedDaemonCase):
         support.wait_until(lambda: list(tmp.iterdir()), "a deploy goes on")         # a PATCH would be in its way
         document = json.loads(self.daemon.faas("--json", "prune", "--force").stdout)
         upload.close()
-        support.wait_until(lambda: self.daemon.api("PATCH", "/functions/f?memory=200m")[0] == 200, "the deploy has ended")
+        support.wait_until(lambda: self.daemon.api("PATCH", "/functions/f?memory=200m")[0] == 200,
+                           "the deploy has ended")
         self.assertEqual(document, {"removed": [], "busy": ["f"], "held": 0, "freed": 0})
         self.assertEqual(len(self.directories()), 2)
 

@@ -192,7 +192,7 @@ class Readme(unittest.TestCase):
         self.assertIn("faas", result.stdout.split(), result)
 
     def test_backup(self):
-        """Of a daemon that runs; unpacked on another machine all is there again, on the same address, and rolls back."""
+        """Of a daemon that runs; unpacked elsewhere all is there again, on the same address, and rolls back."""
         save, restore = (command.removeprefix("sudo ") for command in COVERED if "sudo tar" in command)
         directory = support.temporary_directory()
         self.addCleanup(shutil.rmtree, directory)

@@ -592,8 +592,8 @@ class Names(unittest.TestCase):
     def test_dnsmasq(self):
         if shutil.which("dnsmasq") is None:
             self.skipTest("dnsmasq is not installed")
-        server = subprocess.Popen(["dnsmasq", "--keep-in-foreground", "--conf-file=/dev/null", "--no-resolv", "--no-hosts",
-                                   "--user=nobody", "--pid-file=", "--port=5353", f"--listen-address={self.RESOLVER}",
+        server = subprocess.Popen(["dnsmasq", "--keep-in-foreground", "--conf-file=/dev/null", "--no-resolv",
+                                   "--no-hosts", "--user=nobody", "--pid-file=", "--port=5353", f"--listen-address={self.RESOLVER}",
                                    "--bind-interfaces", f"--hostsdir={self.names.parent}"], stderr=subprocess.DEVNULL)
         self.addCleanup(server.wait)
         self.addCleanup(server.terminate)
@@ -697,7 +697,8 @@ class Published(unittest.TestCase):
         programs.mkdir()
         for name in ("ip", "nft"):
             Daemons.script(programs / name, f'echo {name} >> {calls}\n[ {name} = nft ] && [ -e {broken} ] && exit 1\n'
-                                            f'[ "$1" = -f ] && {{ tee -a {loads} | {shutil.which(name)} "$@"; exit; }}\n'
+                                            f'[ "$1" = -f ] && {{ tee -a {loads} | {shutil.which(name)} "$@"; '
+                                            'exit; }\n'
                                             f'exec {shutil.which(name)} "$@"')
         daemon = world.start_daemon(self.addCleanup, *OTHER_DAEMON, env={"PATH": f"{programs}:{os.environ['PATH']}"})
         address = daemon.deploy("f", world.image, "--publish", "8000")
@@ -770,7 +771,8 @@ class Published(unittest.TestCase):
 
     def test_rules_of_functions_that_come_back_last_stay_meanwhile(self):
         """Else whoever has taken their ports gets what comes there, until all others are back."""
-        functions = {name: (f"10.7.0.{number}", [("127.0.0.1", 8000 + number)]) for number, name in enumerate("fgh", 10)}
+        functions = {name: (f"10.7.0.{number}", [("127.0.0.1", 8000 + number)])
+                     for number, name in enumerate("fgh", 10)}
         earlier, now = (faasd.PublishedPorts(world.directory, ipaddress.IPv4Network("10.7.0.0/24"), 80) for _ in "12")
         for name, (address, places) in functions.items():
             earlier.hold(name, places)

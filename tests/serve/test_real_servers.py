@@ -103,7 +103,8 @@ def answers(host: str, port: int) -> bool:
 def write_image(archive, layers: Iterable[bytes] = (), **config) -> None:
     """Write an archive of the servers' layer and others as `docker save` did; it is too large to be kept in memory."""
     with open(LAYER, "rb") as layer:
-        digests = [hashlib.file_digest(layer, "sha256").hexdigest(), *(hashlib.sha256(own).hexdigest() for own in layers)]
+        digests = [hashlib.file_digest(layer, "sha256").hexdigest(),
+                   *(hashlib.sha256(own).hexdigest() for own in layers)]
     names = [f"{digest}.tar" for digest in digests]
     settings = {"Env": ["PATH=/usr/sbin:/usr/bin:/sbin:/bin"], "WorkingDir": "/srv", **config}
     document = {"architecture": {"x86_64": "amd64", "aarch64": "arm64"}[os.uname().machine], "os": "linux",
@@ -133,7 +134,7 @@ class Servers(support.SharedDaemonCase):
             command = shlex.split(SERVERS["nginx"][0])
             out = cls.daemon.faas("new", "f", "--warm", "auto", "-f", archive.name, "--", *command).stdout
         assert out == f"✓ Deployed f at {ADDRESS} (server, port 80)\n", out
-        cls.daemon.set("f", "--start-timeout", "60")            # two Pythons or a JVM on a machine that is busy with tests
+        cls.daemon.set("f", "--start-timeout", "60")            # two Pythons or a JVM on a machine that is busy
 
     def setUp(self) -> None:
         """The function stays."""

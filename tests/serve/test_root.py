@@ -233,7 +233,8 @@ class Chosen(unittest.TestCase):
     def test_they_are_kept_with_their_version(self):
         self.deploy("--user", "app", "--workdir", "/one", "--entrypoint", support.PYTHON, "--", "/handler.py")
         options = {"user": "app", "workdir": "/one", "entrypoint": support.PYTHON}
-        self.daemon.faas("new", "f", "--reset", "--warm", "0", "--workdir", "/two", stdin=support.handler_image(label="2"))
+        self.daemon.faas("new", "f", "--reset", "--warm", "0", "--workdir", "/two",
+                         stdin=support.handler_image(label="2"))
         self.daemon.faas("rollback", "f")
         self.daemon.stop(signal.SIGHUP)
         self.daemon.start()

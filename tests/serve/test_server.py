@@ -303,7 +303,8 @@ class StandardInputAndOutput(support.SharedDaemonCase):
         return "10.0.0.10"
 
     def test_answers(self):
-        address = self.deploy("import os, socket, sys; line = input(); print('to stderr', file=sys.stderr, flush=True); "
+        address = self.deploy("import os, socket, sys; line = input(); "
+                              "print('to stderr', file=sys.stderr, flush=True); "
                               "print(line.upper(), os.environ['FAAS_CONTAINER_ID'], os.listdir('/proc/self/fd')[:-1], "
                               "*socket.socket(fileno=0).getpeername())")
         answers = []
@@ -317,13 +318,15 @@ class StandardInputAndOutput(support.SharedDaemonCase):
         wait_until(lambda: self.daemon.function_log("f").count("outcome=answered") == 3, "three are logged")
 
     def test_program_that_reads_to_the_end(self):
-        files = {path.lstrip("/"): Path(path).read_bytes() for path in ("/usr/bin/tr", *support.libraries("/usr/bin/tr"))}
+        files = {path.lstrip("/"): Path(path).read_bytes()
+                 for path in ("/usr/bin/tr", *support.libraries("/usr/bin/tr"))}
         self.daemon.faas("new", "f", "--contract", "stdio", "--", "/usr/bin/tr", "a-z", "A-Z",
                          stdin=support.docker_archive([support.layer(files)], {}))
         self.assertEqual(exchange("10.0.0.10", "hello\n"), b"HELLO\n")
 
     def test_runs_other_programs(self):
-        address = self.deploy(f"import os, subprocess; subprocess.run([{support.PYTHON!r}, '-c', 'print(input() * 2)']); "
+        address = self.deploy("import os, subprocess; "
+                              f"subprocess.run([{support.PYTHON!r}, '-c', 'print(input() * 2)']); "
                               f"os.execv({support.PYTHON!r}, ['python', '-c', 'print(input() * 3)'])")
         with connect(address, b"ab\n") as client:
             self.assertEqual(client.recv(100), b"abab\n")

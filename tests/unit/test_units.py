@@ -82,7 +82,8 @@ class OptionsOfNew(unittest.TestCase):
                        if option.name not in ("env", "cmd")}
         self.client = runpy.run_path(str(TOP / "faas"))
         rows = re.findall(r"^\| `--([a-z-]+) .*? \| (.*?) \| .+ \|$", (TOP / "README.md").read_text(), re.MULTILINE)
-        self.readme = {name.replace("-", "_"): default for name, default in rows if name not in ("tag", "env-file", "secret")}
+        self.readme = {name.replace("-", "_"): default for name, default in rows
+                       if name not in ("tag", "env-file", "secret")}
 
     def test_names(self):
         self.assertEqual(list(self.daemon), list(self.client["OPTIONS"]))
