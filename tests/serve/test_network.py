@@ -593,8 +593,9 @@ class Names(unittest.TestCase):
         if shutil.which("dnsmasq") is None:
             self.skipTest("dnsmasq is not installed")
         server = subprocess.Popen(["dnsmasq", "--keep-in-foreground", "--conf-file=/dev/null", "--no-resolv",
-                                   "--no-hosts", "--user=nobody", "--pid-file=", "--port=5353", f"--listen-address={self.RESOLVER}",
-                                   "--bind-interfaces", f"--hostsdir={self.names.parent}"], stderr=subprocess.DEVNULL)
+                                   "--no-hosts", "--user=nobody", "--pid-file=", "--port=5353",
+                                   f"--listen-address={self.RESOLVER}", "--bind-interfaces",
+                                   f"--hostsdir={self.names.parent}"], stderr=subprocess.DEVNULL)
         self.addCleanup(server.wait)
         self.addCleanup(server.terminate)
         self.daemon.deploy("f", world.image)
