@@ -4,6 +4,7 @@ import json
 import shutil
 import socket
 import ssl
+import stat
 import subprocess
 import unittest
 
@@ -117,7 +118,9 @@ class ProxyTest(unittest.TestCase):
         text = self.daemon.faas("proxy-config", proxy, "--domain", DOMAIN, "--certificate",
                                 str(self.certificate)).stdout
         path = self.directory / f"{proxy}.conf"
-        path.write_text(around.format(self.directory, text))
+        root = self.directory / "haproxy"       # other tests have HAProxy too
+        root.mkdir(exist_ok=True)
+        path.write_text(around.format(self.directory, text).replace("/var/lib/haproxy", str(root)))
         env = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "HOME": str(self.directory)}
         with (self.directory / "log").open("wb") as log:
             running = subprocess.Popen([proxy, *command, path], stdout=log, stderr=log, env=env)
@@ -180,6 +183,9 @@ class ProxyTest(unittest.TestCase):
 
     def test_haproxy(self):
         self.check("haproxy", "-db", "-f")
+        sockets = [path for path in (self.directory / "haproxy").iterdir() if path.is_socket()]
+        self.assertEqual([(path.owner(), stat.S_IMODE(path.stat().st_mode)) for path in sockets], [("haproxy", 0o600)])
+        self.assertNotIn("abns@", (self.directory / "haproxy.conf").read_text())
 
     def test_what_is_printed(self):
         """Without options: all functions, by their own names, Caddy with certificates of its own; or those named."""
