@@ -18,6 +18,13 @@ TOKEN = "correct-horse-battery-staple"
 CHUNK = 1 << 20
 
 
+def impatient(seconds: int) -> list[str]:
+    """A faas that gives nodes up sooner than otherwise."""
+    *python, program = support.FAAS
+    seconds *= support.PATIENCE
+    return [*python, program.replace("import faas; ", f"import faas; faas.NODE_SECONDS = {seconds}; ")]
+
+
 class Home:
     """A home directory in which faas finds nodes."""
 
@@ -34,9 +41,10 @@ class Home:
         self.file.write_text("".join(f'[{name}]\napi = "http://127.0.0.1:{port}"\ntoken-file = "token"\n'
                                      for name, port in ports.items()))
 
-    def faas(self, *arguments: str, stdin: bytes = b"") -> subprocess.CompletedProcess:
-        result = subprocess.run([*support.FAAS, *arguments], input=stdin, capture_output=True, env=self.env,
-                                check=False)
+    def faas(self, *arguments: str, stdin: bytes = b"", program: list[str] = support.FAAS
+             ) -> subprocess.CompletedProcess:
+        result = subprocess.run([*program, *arguments], input=stdin, capture_output=True, env=self.env,
+                                timeout=10 * support.READY_SECONDS, check=False)
         result.stdout, result.stderr = result.stdout.decode(), result.stderr.decode()
         return result
 
@@ -120,10 +128,7 @@ class Uploads(unittest.TestCase):
 
     def begin(self, *nodes: str) -> subprocess.Popen:
         words = [word for name in nodes for word in ("--node", name)]
-        # Who takes nothing is left behind sooner than otherwise.
-        *python, program = support.FAAS
-        program = program.replace("import faas; ", f"import faas; faas.NODE_SECONDS = {5 * support.PATIENCE}; ")
-        return subprocess.Popen([*python, program, *words, "new", "f"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        return subprocess.Popen([*impatient(5), *words, "new", "f"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                 stderr=subprocess.PIPE, env=self.home.env)
 
     def test_none_is_ahead_and_little_is_in_memory(self):
@@ -185,10 +190,9 @@ class Daemons(unittest.TestCase):
         cls.home = Home(cls)
         cls.home.write(a=9001, b=9002, gone=9)
         with contextlib.ExitStack() as stack:
-            for number in (1, 2):
-                stack.enter_context(support.Daemon(
-                    "--subnet", f"10.0.{number}.0/24", "--api", f"127.0.0.1:900{number}", "--api-token-file",
-                    str(cls.home.file.parent / "token")))
+            cls.daemons = [stack.enter_context(support.Daemon(
+                "--subnet", f"10.0.{number}.0/24", "--api", f"127.0.0.1:900{number}", "--api-token-file",
+                str(cls.home.file.parent / "token"))) for number in (1, 2)]
             cls.addClassCleanup(stack.pop_all().close)
 
     def run_faas(self, *arguments: str, stdin: bytes = b"", status: int = 0) -> str:
@@ -233,6 +237,33 @@ class Daemons(unittest.TestCase):
         self.assertEqual(self.home.faas("--node", "b", "ip", "f").stdout, "10.0.2.10\n")
         self.assertEqual(self.run_faas("rm", "f", "g", status=1).split("\n")[2], "")
         self.assertEqual(self.run_faas("list").count("\n"), 1)
+
+    def test_a_frozen_node_is_named_and_holds_up_no_other(self):
+        self.run_faas("new", "frozen", "--warm", "0", stdin=support.small_image())
+        self.addCleanup(wait_until, lambda: "no function" in self.home.faas("--node", "b", "rm", "frozen").stderr,
+                        "it has been removed")
+        frozen = self.daemons[1].process
+        for words, said in ((("set", "frozen", "--memory", "256m"), "Set options of"),
+                            (("new", "frozen"), "Replaced"), (("rm", "frozen", "f"), "")):
+            frozen.send_signal(signal.SIGSTOP)
+            try:
+                result = self.home.faas("--node", "a", "--node", "b", *words, stdin=support.small_image("2"),
+                                        program=impatient(2))
+            finally:
+                frozen.send_signal(signal.SIGCONT)
+            self.assertEqual(result.returncode, 1, words)
+            self.assertRegex(result.stdout, rf"\Aa: (✓ {said} )?frozen[^\n]*\n\Z")
+            silent = [line for line in result.stderr.splitlines() if line.startswith("faas: b: ")]
+            self.assertEqual(silent, ["faas: b: faasd has not answered in time (timed out)" if "new" in words else
+                                      "faas: b: the node does not answer any more. It may have done what was asked, or "
+                                      "do it yet: see faas --node b list"], words)
+
+    def test_a_node_that_takes_its_time(self):
+        """An answer may take longer than a node may be silent."""
+        slow = support.handler_image(f"import time; time.sleep({3 * support.PATIENCE})\n{support.HANDLER.read_text()}")
+        result = self.home.faas("--node", "b", "new", "slow", "--start-timeout", "60s", stdin=slow, program=impatient(2))
+        self.addCleanup(self.home.faas, "--node", "b", "rm", "slow")
+        self.assertEqual((result.returncode, result.stderr), (0, ""))
 
     def test_what_a_balancer_is_told(self):
         """A published port where there is one, else the address; what cannot work is refused."""
