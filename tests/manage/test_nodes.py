@@ -261,7 +261,8 @@ class Daemons(unittest.TestCase):
     def test_a_node_that_takes_its_time(self):
         """An answer may take longer than a node may be silent."""
         slow = support.handler_image(f"import time; time.sleep({3 * support.PATIENCE})\n{support.HANDLER.read_text()}")
-        result = self.home.faas("--node", "b", "new", "slow", "--start-timeout", "60s", stdin=slow, program=impatient(2))
+        result = self.home.faas("--node", "b", "new", "slow", "--start-timeout", "60s", stdin=slow,
+                                program=impatient(2))
         self.addCleanup(self.home.faas, "--node", "b", "rm", "slow")
         self.assertEqual((result.returncode, result.stderr), (0, ""))
 
