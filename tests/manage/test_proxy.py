@@ -1,6 +1,7 @@
 """faas proxy-config: what it prints, run by the proxies themselves, with TLS, streams and upgraded connections."""
 
 import json
+import os
 import shutil
 import socket
 import ssl
@@ -75,7 +76,7 @@ NGINX = "daemon off; user root; pid {0}/pid; error_log stderr; events {{}} http 
 class ProxyTest(unittest.TestCase):
     @classmethod
     def setUpClass(cls):
-        cls.daemon = support.Daemon().start()
+        cls.daemon = support.Daemon("--port", "81").start()     # as README.md says, for a proxy on the same machine
         cls.addClassCleanup(cls.daemon.close)
         cls.directory = cls.daemon.directory
         cls.certificate = cls.directory / "faas.pem"
@@ -135,6 +136,9 @@ class ProxyTest(unittest.TestCase):
                 running.terminate()
 
     def check_requests(self) -> None:
+        status = support.curl("--resolve", f"once.{DOMAIN}:80:127.0.0.1", "-o", self.directory / "answer", "-w",
+                              "%{http_code} %{redirect_url}", f"http://once.{DOMAIN}/a?b=c")
+        self.assertEqual(status, f"308 https://once.{DOMAIN}/a?b=c")
         first, second = self.ask("once", 2)
         self.assertNotEqual(first["container"], second["container"])
         self.assertEqual((first["host"], first["x-forwarded-proto"], first["x-forwarded-for"]),
@@ -187,12 +191,35 @@ class ProxyTest(unittest.TestCase):
         self.assertEqual([(path.owner(), stat.S_IMODE(path.stat().st_mode)) for path in sockets], [("haproxy", 0o600)])
         self.assertNotIn("abns@", (self.directory / "haproxy.conf").read_text())
 
+    def test_function_that_has_port_80(self):
+        """The proxy must start, and cannot have the port; nothing is kept secret."""
+        self.daemon.set("kept", "--publish", "80")
+        self.addCleanup(self.daemon.set, "kept", "--publish", "")
+        checks = {"nginx": ("-t", "-e", "stderr", "-c"), "caddy": ("validate", "--adapter", "caddyfile", "--config"),
+                  "haproxy": ("-c", "-f")}
+        for proxy, words in checks.items():
+            done = self.daemon.faas("proxy-config", proxy, "--certificate", str(self.certificate))
+            said = ("HTTP on port 80 is not redirected to HTTPS, because function kept has that port: start faasd with "
+                    "another --port, and publish no function on port 80")
+            self.assertEqual(done.stderr, f"faas: warning: {said}\n")
+            self.assertTrue(done.stdout.startswith(f"# {said}\n"))
+            self.assertNotRegex(done.stdout, "308|:80\\b")
+            self.assertEqual("disable_redirects" in done.stdout, proxy == "caddy")
+            if not shutil.which(proxy):
+                continue
+            path = self.directory / f"{proxy}.conf"
+            path.write_text(done.stdout if proxy != "nginx" else NGINX.format(self.directory, done.stdout))
+            checked = subprocess.run([proxy, *words, path], capture_output=True, text=True, check=False,
+                                     env={**os.environ, "HOME": str(self.directory)})
+            self.assertEqual(checked.returncode, 0, checked.stderr)
+
     def test_what_is_printed(self):
         """Without options: all functions, by their own names, Caddy with certificates of its own; or those named."""
         text = self.daemon.faas("proxy-config", "caddy").stdout
-        self.assertRegex(text, r"(?s)kept \{\n    reverse_proxy 10\.0\.0\.11:80.*"
-                               r"once \{\n    reverse_proxy 10\.0\.0\.10:80")
+        self.assertRegex(text, r"(?s)kept \{\n    reverse_proxy 10\.0\.0\.11:81.*"
+                               r"once \{\n    reverse_proxy 10\.0\.0\.10:81")
         self.assertNotIn("tls", text)
+        self.assertNotIn("auto_https", text)
         text = self.daemon.faas("proxy-config", "nginx", "--domain", DOMAIN, "once").stdout
         self.assertIn("/etc/ssl/private/faas.pem;", text)
         self.assertNotIn("kept", text)
