@@ -80,9 +80,11 @@ class Package(PackagingCase):
         for script in ("postinst", "prerm", "postrm"):
             run("sh", "-n", root / "DEBIAN" / script)
         documents = root / "usr/share/doc/faasd"
-        links = re.findall(r"\]\(([\w./-]+)[#)]", (documents / "README.md").read_text())
-        self.assertIn("SECURITY.md", links)
-        self.assertEqual([link for link in links if "://" not in link and not (documents / link).exists()], [])
+        links = {(str(path.relative_to(documents)), link) for path in documents.rglob("*.md")
+                 for link in re.findall(r"\]\(([^)#:]+)[#)]", path.read_text())}
+        self.assertIn(("README.md", "SECURITY.md"), links)
+        self.assertEqual([(name, link) for name, link in sorted(links)
+                          if not (documents / name).parent.joinpath(link).exists()], [])
 
     def test_versions_that_differ_are_refused(self):
         copy = self.directory() / "copy"
@@ -263,7 +265,7 @@ class Unit(unittest.TestCase):
 
 
 SOURCES = ("packaging", "faas", "faasd.py", "install.sh", "LICENSE", "test_handler.py", "Dockerfile.test-handler",
-           "docs", "examples", "bench", *(path.name for path in support.TOP.glob("*.md")))
+           "docs", "examples", "bench", "tests", *(path.name for path in support.TOP.glob("*.md")))
 NEXT = "99.0.0"
 
 
