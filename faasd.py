@@ -1422,6 +1422,7 @@ class Invocation:
         if not refusal.status or self.client.fileno() < 0:
             return
         state = await self._ask()
+        self.received, self.sent = state.received, state.sent           # a reset makes the kernel forget them
         if state.can_answer:
             self.status = refusal.status
             container = f" (container {self.container.id})" if self.container else ""
@@ -1429,13 +1430,12 @@ class Invocation:
             with contextlib.suppress(OSError):          # the client has left
                 await self._call(self.client.send, answer(refusal.status, line), socket.MSG_DONTWAIT)
                 await self._linger()
+            state = await self._ask()
+            self.received, self.sent = state.received, state.sent
         elif state.is_open:                     # we have cut its answer, which must not look whole
             await self._call(reset_connection, self.client)
         elif state.unacknowledged:              # the handler has ended its answer, and did not let go
             await self._drain(state)
-            return
-        state = await self._ask()
-        self.received, self.sent = state.received, state.sent
 
     async def _linger(self) -> None:
         """End the answer, and read and drop what the client still sends. Raises OSError if it has left.

@@ -262,7 +262,7 @@ class BadHandler(InvocationCase):
         client = self.connect()
         client.sendall(b"GET /half-and-hang HTTP/1.1\r\n\r\n")
         self.assert_cut(client, b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\nonly this")
-        self.assertRegex(self.last_line(), "outcome=timeout .* exit=137")
+        self.assertRegex(self.last_line(), "outcome=timeout .* received=31 sent=50 exit=137")
         self.assertNotIn("status=", self.last_line())
 
     def test_forks_and_lingers(self):
