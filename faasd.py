@@ -2283,7 +2283,7 @@ class Container:
             return Handover(client, peer, self.said)
         handover = Handover(client, peer, self._host.loop.create_future(), os.fstat(client.fileno()).st_ino, True)
         self.handovers.add(handover)
-        self._host.closed.watch(client, address, functools.partial(self._on_closed, handover))
+        self._host.closed.watch(handover, address, functools.partial(self._on_closed, handover))
         self._host.workers.run(os.close, client.detach())
         return handover
 
@@ -2475,7 +2475,7 @@ class Container:
             return None
         handover = Handover(client, peer, self._host.loop.create_future(), os.fstat(client.fileno()).st_ino)
         try:
-            self._host.closed.watch(client, client.getsockname()[0], functools.partial(self._on_closed, handover))
+            self._host.closed.watch(handover, client.getsockname()[0], functools.partial(self._on_closed, handover))
         except OSError as error:
             log.error("container=%s cannot be handed a client: %s", self.id, error.strerror)
             return None
@@ -3112,6 +3112,7 @@ ADDED_DESCRIPTOR = struct.Struct("=QIIII")      # struct seccomp_notif_addfd: id
 NOTIFY_RECEIVE, NOTIFY_SEND, NOTIFY_IS_VALID, NOTIFY_ADD = 0xC050_2100, 0xC018_2101, 0x4008_2102, 0x4018_2103
 CONTINUE, ADD_AS_NUMBER, ADD_AND_SEND = 1, 1, 2         # flags: the call goes on in the kernel; the descriptor has
                                     # a number that we choose; it is the call's result
+PIDFD_THREAD = os.O_EXCL            # pidfd_open(2)
 SO_DOMAIN, SO_BUF_LOCK = 39, 72     # socket(7)
 SOCKADDR_SIZE = 28                  # of struct sockaddr_in6, the larger one
 INHERITED_OPTIONS = (socket.TCP_NODELAY, socket.TCP_USER_TIMEOUT)       # of TCP, unless 0
@@ -3181,6 +3182,8 @@ class Supervisor:
         self._ports: dict[int, int] = {}        # of listeners, as the program knows them, by inode
         self._addresses: dict[int, tuple] = {}  # of listeners, by inode
         self._bells: dict[int, socket.socket] = {}      # connections of ours to a listener, by their port
+        self._silent: dict[int, socket.socket] = {}     # one that was such, to be so again, by address family
+        self._defers = True                     # the listener may want data before it shows a connection (tcp(7))
         self._held: dict[int, HeldAccepts] = {}         # by the listener's inode
         self._beginning: Call | None = None             # the execve of a program that begins with its client
         self._began = not path                          # that has come
@@ -3257,7 +3260,7 @@ class Supervisor:
         for held in self._held.values():
             os.close(held.listener)
         self._close_receiver()
-        for bell in self._bells.values():
+        for bell in (*self._bells.values(), *self._silent.values()):
             bell.close()
         if self._notify >= 0:
             os.close(self._notify)
@@ -3363,9 +3366,13 @@ class Supervisor:
 
     def _duplicate(self, call: Call) -> int:
         """Return a duplicate of the descriptor that a call is about. Raises OSError."""
-        with opened(f"/proc/{call.thread}/status", os.O_RDONLY) as status:
-            group = re.search(rb"^Tgid:\t([0-9]+)", os.pread(status, 256, 0), re.MULTILINE)
-        with kept_open(os.pidfd_open(int(group[1]) if group else 0)) as pidfd:
+        try:
+            pidfd = os.pidfd_open(call.thread, PIDFD_THREAD)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            pidfd = os.pidfd_open(thread_group(call.thread))    # before Linux 6.9 there is none for a thread
+        with kept_open(pidfd):
             self._check(call)
             return system_call(SYS_PIDFD_GETFD, pidfd, ctypes.c_int(call.arguments[0]).value, 0)
 
@@ -3467,6 +3474,7 @@ class Supervisor:
             if os.get_blocking(listener) or is_readable(listener, 0):
                 self._useless -= 1 - INTERNAL   # somebody is served, or will be
             return functools.partial(self._respond, call, flags=CONTINUE)
+        self._defers = get_option(listener, socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT) > 0
         while len(self._clients) <= 1 and is_readable(listener, 0):
             with kept_open(self._take_from_queue(listener, address := bytearray(SOCKADDR_SIZE))) as connection:
                 port, = struct.unpack_from(">H", address, 2)
@@ -3599,13 +3607,14 @@ class Supervisor:
                 return
             address = self._addresses[inode]
             host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(address[0], address[0])
-            bell = socket.socket(socket.AF_INET6 if len(address) == 4 else socket.AF_INET, socket.SOCK_STREAM)
+            family = socket.AF_INET6 if len(address) == 4 else socket.AF_INET
+            bell = self._silent.pop(family, None) or socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
             try:
-                bell.setblocking(False)
                 with contextlib.suppress(BlockingIOError):      # it is connected all the same
                     bell.connect((host, *address[1:]))
-                with contextlib.suppress(OSError):      # the queue is full; or this one of several listeners is closed
-                    bell.send(b"\0")            # TCP_DEFER_ACCEPT, where the program has set it, waits for that
+                if self._defers:
+                    with contextlib.suppress(OSError):  # the queue is full; or this one of several listeners is closed
+                        bell.send(b"\0")
                 self._bells[bell.getsockname()[1]] = bell
                 self._poll.register(bell, 0)    # tells when it is reset
             except OSError:                     # the listener is closed
@@ -3613,10 +3622,19 @@ class Supervisor:
                 self._forget(inode)
 
     def _silence(self, port: int) -> None:
-        """End a doorbell."""
+        """End a doorbell, and keep it if there is no other: that is cheaper than a new one."""
         bell = self._bells.pop(port)
         self._poll.unregister(bell)
-        bell.close()
+        reset_connection(bell)
+        if self._silent.setdefault(bell.family, bell) is not bell:
+            bell.close()
+
+
+def thread_group(thread: int) -> int:
+    """Return the process of a thread. Raises OSError."""
+    with opened(f"/proc/{thread}/status", os.O_RDONLY) as status:
+        group = re.search(rb"^Tgid:\t([0-9]+)", os.pread(status, 256, 0), re.MULTILINE)
+    return int(group[1]) if group else 0
 
 
 @contextlib.contextmanager
@@ -3669,15 +3687,15 @@ class ClosedConnections:
         self._socket: socket.socket | None = None
         self._searching: asyncio.Task | None = None
 
-    def watch(self, client: socket.socket, address: str, callback: Callable[[TcpState | None], None]) -> None:
-        """Call back when client's connection to address is gone, with None if how is not known. Raises OSError.
+    def watch(self, handover: Handover, address: str, callback: Callable[[TcpState | None], None]) -> None:
+        """Call back when a client's connection to address is gone, with None if how is not known. Raises OSError.
 
         A container may have its socket, and hold its lock: it must be asked nothing that takes that.
         """
         if self._socket is None:
             self._open()
-        cookie, = struct.unpack("=Q", client.getsockopt(socket.SOL_SOCKET, SO_COOKIE, 8))
-        self._waiting[cookie] = os.fstat(client.fileno()).st_ino, address, callback
+        cookie, = struct.unpack("=Q", handover.client.getsockopt(socket.SOL_SOCKET, SO_COOKIE, 8))
+        self._waiting[cookie] = handover.inode, address, callback
 
     def _open(self) -> None:
         self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_NONBLOCK, NETLINK_SOCK_DIAG)
