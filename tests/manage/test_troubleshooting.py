@@ -114,7 +114,7 @@ class Troubleshooting(unittest.TestCase):
             self.said.append("the connection hangs")
             self.assertEqual(self.exit_status_of_a_neighbours_curl(address), 28)        # its --max-time is over
             self.said.append("another machine's connection hangs")
-        self.check("What a client may be answered:")
+        self.check("What a client may see:")
 
     def test_what_new_says(self):
         image, one = support.small_image(Entrypoint=[]), archives.Image()
