@@ -18,7 +18,7 @@ from pathlib import Path
 
 import support
 from support import get, wait_until
-from test_restart import Systemd, skip_unless_systemd_runs, steady_load
+from test_restart import Client, Systemd, skip_unless_systemd_runs, steady_load
 
 import faasd
 
@@ -341,7 +341,12 @@ class Machine(Systemd):
         self.enter = ("nsenter", f"--target={self.pid}", "--mount", "--pid", "--uts", "--ipc", "--cgroup")
         up = ("systemctl", "is-active", "multi-user.target") if systemd else (
             "sh", "-c", "[ -e /root/sources ] && [ ! -e /run/old ]")
-        wait_until(lambda: self.try_run(*up).returncode == 0, "it is up")
+        try:
+            wait_until(lambda: self.try_run(*up).returncode == 0, "it is up")
+        except AssertionError as error:
+            said = self.daemon.log()
+            self.close()
+            raise AssertionError(f"{error}: {said[-2000:]}") from None
 
     def start(self, program: str) -> None:
         """Start a daemon by hand."""
@@ -457,33 +462,60 @@ class Installed(PackagingCase):
         self.check_nothing_left(machine)
 
     def test_under_systemd(self):
-        """Install, deploy, join the group, reload, reboot, upgrade under load, remove, purge; then install.sh."""
+        """Install, deploy, join the group, reload, reboot, upgrade, remove, purge; then the same by install.sh."""
         skip_unless_systemd_runs(self)
         machine = self.boot(systemd=True)
         machine.run(*APT, "install", self.this)
         address = machine.daemon.deploy("f", support.small_image(), "--warm", "2")
         self.check_messages(machine)
-        self.check_reload(machine, address)
+        with self.in_flight(machine, address, "reloaded"):
+            self.check_reload(machine, address)
         machine.reboot()
         machine = self.boot(systemd=True)
         wait_until(machine.daemon.socket.exists, "it has started by itself")
         self.assertEqual(get(address), (200, "1"))
-        with steady_load([address]) as failures:
-            machine.run(*APT, "install", self.next)
-        self.assertEqual(failures, [])
-        self.assertIn(f"faasd {NEXT}", machine.run("faas", "version"))
+        self.check_upgrade(machine, address, *APT, "install", self.next)
         machine.run(*APT, "remove", "faasd")
-        self.assertEqual(machine.try_run("systemctl", "is-active", "faasd").stdout, "inactive\n")
-        self.assertTrue((self.root / "var/lib/faasd/images/f").exists())
-        self.assertEqual(support.addresses(), [])
+        self.check_only_functions_left(machine)
         machine.run(*APT, "purge", "faasd")
         self.check_nothing_left(machine)
+        self.check_install_script(machine)
+
+    def check_install_script(self, machine: Machine) -> None:
         machine.run("/root/sources/install.sh")
-        self.assertIn(f"faasd {faasd.__version__}", machine.run("faas", "version"))
         self.assertEqual(machine.run("systemctl", "is-enabled", "faasd"), "enabled\n")
+        address = machine.daemon.deploy("f", support.small_image())
+        self.check_upgrade(machine, address, f"/root/sources{NEXT}/install.sh")
+        machine.run("/root/sources/install.sh", "--uninstall")
+        self.check_only_functions_left(machine)
+        machine.run("/root/sources/install.sh")
+        self.assertEqual(get(address), (200, "1"))
         machine.run("/root/sources/install.sh", "--purge")
         self.check_nothing_left(machine)
         self.assertEqual(machine.show("LoadState"), "not-found")
+
+    @contextlib.contextmanager
+    def in_flight(self, machine: Machine, address: str, key: str):
+        """Have an invocation that goes on over what is done meanwhile."""
+        client = Client(address, f"/work?{key}")
+        self.addCleanup(client.socket.close)
+        client.read_number()
+        yield
+        client.read_number()
+        machine.daemon.release("f", key)
+        self.assertTrue(client.rest().endswith("done\n"), client.received[-200:])
+
+    def check_upgrade(self, machine: Machine, address: str, *install: str) -> None:
+        """Install the next version while four clients ask without a pause and a fifth one is being served."""
+        with self.in_flight(machine, address, "upgraded"), steady_load([address] * 4) as failures:
+            machine.run(*install)
+        self.assertEqual(failures, [])
+        self.assertIn(f"faasd {NEXT}", machine.run("faas", "version"))
+
+    def check_only_functions_left(self, machine: Machine) -> None:
+        self.assertEqual(machine.try_run("systemctl", "is-active", "faasd").stdout, "inactive\n")
+        self.assertTrue((self.root / "var/lib/faasd/images/f").exists())
+        self.assertEqual(support.addresses(), [])
 
     def check_messages(self, machine: Machine) -> None:
         said = machine.try_run("faasd")
