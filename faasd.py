@@ -4216,11 +4216,11 @@ APPARMOR_PROFILE = "faasd-default"  # packaging/apparmor-faasd-default
 def apparmor_profile() -> str:
     """Return the AppArmor profile for containers, "" where the kernel has no AppArmor or the profile is not loaded."""
     with contextlib.suppress(FileNotFoundError):
-        loaded = Path("/sys/kernel/security/apparmor/profiles").read_text()
-        if re.search(rf"^{re.escape(APPARMOR_PROFILE)} \(", loaded, re.MULTILINE):
+        if f"\n{APPARMOR_PROFILE} (" in "\n" + Path("/sys/kernel/security/apparmor/profiles").read_text():
             return APPARMOR_PROFILE
-        log.warning("AppArmor profile %s is not loaded, so containers run without: apparmor_parser -r "
-                    "packaging/apparmor-%s", APPARMOR_PROFILE, APPARMOR_PROFILE)
+        here, installed = f"packaging/apparmor-{APPARMOR_PROFILE}", f"/etc/apparmor.d/{APPARMOR_PROFILE}"
+        log.warning("AppArmor profile %s is not loaded, so containers run without it: apparmor_parser -r %s, then "
+                    "restart faasd", APPARMOR_PROFILE, installed if os.path.exists(installed) else here)
     return ""
 
 

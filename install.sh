@@ -53,7 +53,7 @@ install_all() {
         install -d -m 711 /var/lib/faasd
         touch /var/lib/faasd/group-made
     fi
-    ! has_apparmor || apparmor_parser --replace --write-cache --skip-bad-cache /etc/apparmor.d/faasd-default
+    ! has_apparmor || apparmor_parser --replace --skip-read-cache --write-cache /etc/apparmor.d/faasd-default
     for program in runc ip; do
         command -v "$program" >/dev/null || missing+=("$program")
     done
@@ -87,6 +87,7 @@ uninstall() {
     if grep -q '^faasd-default ' /sys/kernel/security/apparmor/profiles 2>/dev/null; then
         apparmor_parser --remove /etc/apparmor.d/faasd-default || true
     fi
+    rm -f /var/cache/apparmor/*/faasd-default           # as compiled, at each boot too
     grep -v '/$' "$list" | xargs -d '\n' rm -f
     grep '/$' "$list" | sort -r | xargs -r -d '\n' rmdir --ignore-fail-on-non-empty 2>/dev/null || true
     rm -f "$list"

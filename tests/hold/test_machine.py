@@ -233,6 +233,25 @@ os.execv(sys.argv[1], sys.argv[1:])"""
         daemon = self.started(env={"PATH": "/nowhere"})
         self.assertEqual(get(daemon.deploy("f", support.small_image()))[0], 200)
 
+    @unittest.skipUnless(Path("/sys/kernel/security").is_dir(), "this kernel has no security modules")
+    def test_apparmor_whose_profile_is_not_loaded(self):
+        """It names the file of the package where there is one, else ours."""
+        for there, named in (("other", "packaging/apparmor-faasd-default"),
+                             ("faasd-default", "/etc/apparmor.d/faasd-default")):
+            with self.subTest(named):
+                wrapper = in_namespaces(f"""
+                    mount -t tmpfs tmpfs /sys/kernel/security
+                    mkdir /sys/kernel/security/apparmor
+                    echo 'faasd-default-2 (enforce)' >/sys/kernel/security/apparmor/profiles
+                    mount -t tmpfs tmpfs /mnt
+                    mkdir /mnt/changes /mnt/work
+                    mount -t overlay -o lowerdir=/etc,upperdir=/mnt/changes,workdir=/mnt/work overlay /etc
+                    rm -rf /etc/apparmor.d
+                    mkdir /etc/apparmor.d
+                    touch /etc/apparmor.d/{there}""")
+                with support.Daemon(wrapper=wrapper) as daemon:
+                    self.assertIn(f"is not loaded, so containers run without it: apparmor_parser -r {named}", daemon.log())
+
     def test_umask_and_missing_parents(self):
         daemon = support.Daemon(wrapper=("sh", "-c", 'umask 077; exec "$@"', "sh"))
         daemon.state_dir, daemon.run_dir = daemon.directory / "a/b/state", daemon.directory / "c/d/run"

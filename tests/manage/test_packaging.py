@@ -396,8 +396,12 @@ class Installed(PackagingCase):
             run(sources / "packaging/build-deb", cls.root / "root")
         cls.this, cls.next = (f"/root/faasd_{version}_all.deb" for version in (faasd.__version__, NEXT))
         cls.before = installed_files(cls.root)
+        cls.compiled_profile = cls.root / "var/cache/apparmor/0123abcd.0/faasd-default"
 
     def boot(self, systemd: bool) -> Machine:
+        # As a boot leaves it where the kernel has AppArmor.
+        self.compiled_profile.parent.mkdir(parents=True, exist_ok=True)
+        self.compiled_profile.touch()
         machine = Machine(self.root, systemd)
         self.addCleanup(lambda: machine.daemon.directory.exists() and machine.close())
         return machine
@@ -407,6 +411,7 @@ class Installed(PackagingCase):
 
     def check_nothing_left(self, machine: Machine) -> None:
         self.assertEqual(installed_files(self.root) ^ self.before, set())
+        self.assertFalse(self.compiled_profile.exists())
         self.assertFalse(machine.daemon.run_dir.exists())
         self.assertNotIn("\nfaas:", (self.root / "etc/group").read_text())
         cgroups = [path for parent in support.cgroup_directories(machine.name) for path in support.tree(Path(parent))]
