@@ -375,13 +375,17 @@ parse_cpus = reader("number of cpus", r"(?!0+(\.0|\.00[0-9]?)?$)[0-9]{1,4}(\.[0-
                     "write 0.5, 1 or 2", lambda match: float(match[0]))
 
 
-def read_cpus(text: str) -> float:
-    """Return a number of CPUs. Only what a user asks for is held against this machine: a function may have moved."""
-    if (number := parse_cpus(text)) > (there := os.cpu_count() or 1):
-        raise BadRequest(f"bad number of cpus {text!r}: this machine has {there}")
-    return number
+def at_most(most: float, what: str, advice: str, read: Callable[[str], float]) -> Callable:
+    """Return a reader that takes no more. Only what a user asks for is held against it: a function may have moved."""
+    def bounded(text: str) -> float:
+        if (number := read(text)) > most:
+            raise BadRequest(f"bad {what} {text!r}: {advice}")
+        return number
+    return bounded
 
 
+CPUS = os.cpu_count() or 1
+read_time = at_most(365 * 86400.0, "duration", "write at most 8760h", parse_duration)
 read_switch = reader("switch", "true|false", "write true or false", lambda match: match[0] == "true")
 
 
@@ -392,14 +396,14 @@ class Options:
     A new option is a line here, a row of OPTIONS in faas, and one of the table in README.md: test_units compares them.
     """
     memory: int = option(512 * MIB, parse_size,         # bytes, swap included; runc's own init runs inside the limit
-                         lambda size: 6 * MIB <= size <= 1 << 50, "be at least 6m: less does not start a container")
-    cpus: float = option(1.0, lambda text: read_cpus(text))
-    pids: int = option(64, parse_count)                 # processes and threads
-    timeout: float = option(30.0, parse_duration)       # seconds from hand-over to the end of the handler; 0: none
-    start_timeout: float = option(10.0, parse_duration, lambda seconds: seconds > 0, "be over 0")   # until the connect
+                         lambda size: 6 * MIB <= size <= 1 << 50, "be from 6m (less starts no container) to 1048576g")
+    cpus: float = option(1.0, at_most(CPUS, "number of cpus", f"this machine has {CPUS}", parse_cpus))
+    pids: int = option(64, at_most(1 << 22, "number of pids", "the kernel knows at most 4194304", parse_count))
+    timeout: float = option(30.0, read_time)            # seconds from hand-over to the end of the handler; 0: none
+    start_timeout: float = option(10.0, read_time, lambda seconds: seconds > 0, "be over 0")   # until the connect
     concurrency: int = option(64, parse_count)          # invocations at a time
     queue: int = option(1024, parse_amount)             # connections that wait for one of these to end
-    queue_timeout: float = option(10.0, parse_duration, lambda seconds: seconds > 0, "be over 0")   # until the 503
+    queue_timeout: float = option(10.0, read_time, lambda seconds: seconds > 0, "be over 0")   # until the 503
     warm: int | None = option(None, reader("number", r"[0-9]{1,12}|auto", "write auto, or a whole number from 0 on",
                                            lambda match: None if match[0] == "auto" else int(match[0])))
     reuse: int = option(1, parse_amount)                # invocations that one container may serve; 0: no limit
@@ -413,7 +417,8 @@ class Options:
     net: str = option("none", reader("net", "none|egress|host", "write none, egress or host"))
     publish: str = option("", lambda text: read_places(text))           # [ADDRESS:]PORT of this machine, by commas
     read_only: bool = option(False, read_switch)        # the root
-    shm_size: int = option(64 * MIB, parse_size, lambda size: size > 0, "be over 0")        # of /dev/shm
+    shm_size: int = option(64 * MIB, at_most(1 << 50, "size", "write at most 1048576g", parse_size),
+                           lambda size: size > 0, "be over 0")          # of /dev/shm
     hostname: str = option("", reader("hostname", r"[A-Za-z0-9]([A-Za-z0-9.-]{0,62}[A-Za-z0-9])?|",
                                       "use letters, digits, '-' and '.', at most 64"))      # "": the function's name
     user: str = option("", str)                         # as an image's User; "": the image's
@@ -497,28 +502,33 @@ class Options:
         return {LABEL + name.replace("_", "-"): text(value) for name, value in self.chosen().items()
                 if name in LABELLED + NOT_LABELLED}
 
-    @classmethod
-    def of_labels(cls, labels: dict[str, str], known: Collection[str]) -> Options:
-        """Return the options that an image's labels choose, but for those that are known. Raises ImageError."""
-        chosen = {}
+    def labelled(self, labels: dict[str, str], known: Collection[str]) -> Options:
+        """Return the options with what an image's labels choose, but for those that are known. Raises ImageError."""
+        options = self
         for label, text in labels.items():
             name = label.removeprefix(LABEL).replace("-", "_")
-            if label.startswith(LABEL) and name not in known:
-                if name in NOT_LABELLED:
-                    raise ImageError(f"the image's label {label} asks for {text!r}, which only you can give: say "
-                                     f"--{name.replace('_', '-')}")
-                if name in LABELLED:
-                    chosen[name] = [text]
-        try:
-            return cls().changed(chosen)
-        except BadRequest as error:
-            raise ImageError(f"the image's labels {LABEL}…: {error}") from None
+            if not label.startswith(LABEL) or name in known or name not in LABELLED + NOT_LABELLED:
+                continue
+            if name in NOT_LABELLED:
+                raise ImageError(f"the image's label {label} asks for {text!r}, which only you can give: say "
+                                 f"--{name.replace('_', '-')}")
+            try:
+                options = options.changed({name: [text]})
+            except BadRequest as error:
+                raise ImageError(f"the image's label {label}: {error}") from None
+        return options
 
 
 LABEL = "faasd."                    # how labels begin that carry options of a function: faasd.memory
 LABELLED = ("memory", "cpus", "pids", "timeout", "start_timeout", "concurrency", "queue", "queue_timeout", "warm",
             "reuse", "share", "contract", "port", "speaks_first", "read_only", "shm_size", "hostname", "cap_drop")
 NOT_LABELLED = ("net", "cap_add")   # an image that comes from anywhere must not open its own sandbox
+
+
+def may_be_labels(*names: Iterable[str]) -> list[str]:
+    """Return which of these options an image's labels may name."""
+    return [name for name in LABELLED + NOT_LABELLED if name in {*itertools.chain(*names)}]
+
 
 # What docker gives a container by itself (moby, oci/caps/defaults.go): of these a user may choose.
 CAPABILITIES = """CHOWN DAC_OVERRIDE FSETID FOWNER MKNOD NET_RAW SETGID SETUID SETFCAP SETPCAP NET_BIND_SERVICE
@@ -618,11 +628,13 @@ class VersionRecord:
     """A version is an image with its options, which a function runs, or ran and can be rolled back to."""
     number: int                 # counts up from 1
     image: str                  # first 12 hex digits of its digest: its directory, which versions share
-    deployed: str               # RFC 3339
+    deployed: str               # RFC 3339: when it last became the one that runs
     options: Options
     contract: str = "handler"   # how it takes its clients, handler, server or stdio, as was seen when it was proved
     port: int = 0               # a server's
     labelled: list[str] = field(default_factory=list)       # options that the image's labels chose, and no user
+    named: list[str] = field(default_factory=list)          # options that no label may choose: a user has
+    created: str = ""           # RFC 3339; "": an older faasd did not note it
 
     @property
     def chosen(self) -> Options:
@@ -676,9 +688,10 @@ class FunctionRecord:
             entry.options.check()
             if entry.contract not in ("handler", "server", "stdio") or not isinstance(entry.port, int):
                 raise ValueError(f"function {self.name} has the contract {entry.contract!r}")
-            if not {*LABELLED}.issuperset(entry.labelled):
-                raise ValueError(f"function {self.name} has options of labels {entry.labelled!r}")
-        for moment in (self.created, self.updated, *(entry.deployed for entry in self.versions)):
+            if not {*LABELLED, *NOT_LABELLED}.issuperset([*entry.labelled, *entry.named]):
+                raise ValueError(f"function {self.name} has options {entry.labelled!r} and {entry.named!r}")
+        moments = [moment for entry in self.versions for moment in (entry.created, entry.deployed)]
+        for moment in (self.created, self.updated, *moments):
             if not isinstance(moment, str):
                 raise TypeError(f"function {self.name} has the time {moment!r}")
         return self
@@ -997,8 +1010,8 @@ class Function:
         self.demand.arrived(invocation.accepted)
         options, waiting = self.record.options, len(self.waiting)
         if self.taken + waiting >= options.concurrency + options.queue:
-            raise Refusal("queue-full", 503, f"{options.concurrency} invocations are in flight and {options.queue} "
-                                             "connections wait already")
+            raise Refusal("queue-full", 503, f"the queue is full: all places of --concurrency {options.concurrency} "
+                                             f"and --queue {options.queue} are taken")
         few = self.services.host.descriptors.limit * 3 // 4         # the client's was the lowest that was free
         if waiting >= SCARCE_QUEUE and invocation.client.fileno() >= few:
             raise Refusal("queue-full", 503, f"faasd has few descriptors left, and {waiting} connections wait already")
@@ -1197,16 +1210,18 @@ class Function:
 
     # -- for the control API --
 
+    @property
+    def state(self) -> str:
+        return ("removing" if self.being_removed else "broken" if not self.pool else
+                "failing" if self.pool.failure and not (self.pool.idle or self.pool.shared) else "ready")
+
     def counts(self) -> dict:
         return {"running": self.running, "queued": len(self.waiting), "warm": len(self.pool.idle) if self.pool else 0,
                 "starting": self.pool.starting if self.pool else 0, "requests": self.statistics.requests,
                 "errors": self.statistics.errors}
 
     def _summary(self) -> dict:
-        state = "ready" if self.pool else "broken"
-        if self.being_removed:
-            state = "removing"
-        return {"name": self.record.name, "address": self.record.address, "state": state, **self.counts()}
+        return {"name": self.record.name, "address": self.record.address, "state": self.state, **self.counts()}
 
     def describe_statistics(self) -> dict:
         counted = self.statistics
@@ -1218,6 +1233,8 @@ class Function:
         record = self.record
         document = {**self._summary(), "version": record.version, "created": record.created, "updated": record.updated,
                     "options": record.options.to_json(), "secrets": sorted(record.secrets)}
+        if document["state"] == "failing":
+            document["error"] = self.pool.failure
         if self.pool is None:
             return {**document, "error": self.error, "digest": "", "image": record.versions[0].image, "command": [],
                     "user": "", "workdir": "", "size": 0}
@@ -1360,7 +1377,7 @@ class Invocation:
             if container.out_of_memory:
                 raise self._blame(OUT_OF_MEMORY[0], 0, OUT_OF_MEMORY[2])
             raise self._blame("no-answer", 0, f"{container.describe_end(self.exit_status)} without an answer")
-        self.outcome = "answered" if state.sent else "closed"
+        self.outcome, self.reason = ("answered", "") if state.sent else ("closed", self._who_closed(state))
         function.demand.run.add(self.handled - self.handed)
         if not state.unacknowledged:            # first: what follows is nothing the client should wait for
             self._let_go()
@@ -1411,6 +1428,14 @@ class Invocation:
                 how = "let go" if container.killed else container.describe_end(self.exit_status)
                 raise self._blame("no-answer", 502, f"{how} without an answer")
         return state
+
+    def _who_closed(self, state: TcpState) -> str:
+        program = who(self.container.contract)
+        if state.was_closed:
+            return f"{program} closed the connection without an answer"
+        if self.handover.taken:                 # what it leaves unread makes its close a reset
+            return f"before an answer, the client reset the connection, or {program} closed it without reading it all"
+        return f"the client reset the connection before {program} had answered"
 
     def _blame(self, outcome: str, status: int, did: str) -> Refusal:
         """Return the refusal for what its program did."""
@@ -1568,34 +1593,40 @@ class TcpState:
     sent: int           # bytes handed to the kernel for sending, whether or not they have left
     unacknowledged: int = 0     # of these
     unread: int = 0     # bytes of the client's that nobody has read; asked for only if a reset could cost it something
+    acknowledged: int = 0       # sequence numbers: our FIN takes one
 
     @classmethod
     def of(cls, client: socket.socket) -> TcpState:
         buffer, size = ctypes.create_string_buffer(256), ctypes.c_uint(256)
         # Not client.getsockopt, which keeps all threads waiting with its own.
         succeeded(libc.getsockopt(client.fileno(), socket.IPPROTO_TCP, socket.TCP_INFO, buffer, ctypes.byref(size)))
-        known, acknowledged = cls.from_info(buffer.raw)
+        known = cls.from_info(buffer.raw)
         state, received, sent = known.state, known.received, known.sent
         if state not in TCP_CONNECTED:                  # what it says of unsent data means nothing then
             return known
         waiting, = struct.unpack_from("I", buffer, TCP_INFO_NOTSENT)
         if waiting and state in TCP_FIN_STATES:
             waiting -= 1                                # the FIN takes a sequence number, and goes last
-        unacknowledged = max(0, sent + waiting - acknowledged)
+        unacknowledged = max(0, sent + waiting - known.acknowledged)
         unread = unacknowledged and struct.unpack("i", fcntl.ioctl(client.fileno(), termios.FIONREAD, bytes(4)))[0]
-        return cls(state, received, sent + waiting, unacknowledged, unread)
+        return cls(state, received, sent + waiting, unacknowledged, unread, known.acknowledged)
 
     @classmethod
-    def from_info(cls, info: bytes) -> tuple[TcpState, int]:
-        """Return what a struct tcp_info says, and how many bytes the peer has acknowledged."""
+    def from_info(cls, info: bytes) -> TcpState:
+        """Return what a struct tcp_info says."""
         acknowledged, received = struct.unpack_from("QQ", info, TCP_INFO_ACKED)
         sent, sent_again = struct.unpack_from("QQ", info, TCP_INFO_SENT)
-        return cls(info[0], received, sent - sent_again), acknowledged
+        return cls(info[0], received, sent - sent_again, acknowledged=acknowledged)
 
     @property
     def is_open(self) -> bool:
         """Whether there is a client, and nobody has told it that the answer is over."""
         return self.state in (TCP_ESTABLISHED, TCP_CLOSE_WAIT)
+
+    @property
+    def was_closed(self) -> bool:
+        """Whether our side has sent a FIN, though nothing else."""
+        return self.sent == 0 and (self.acknowledged > 0 or self.state in TCP_FIN_STATES)
 
     @property
     def can_answer(self) -> bool:
@@ -1754,6 +1785,7 @@ class Pool:
         self._timer: asyncio.TimerHandle | None = None
         self._closed = False
         self._reconciles = False                # in the next turn of the loop
+        self.failure = ""                       # why the last start failed, if it did
         self._failures = 0                      # in a row, of containers that nobody waited for
         self._retry_at = -math.inf              # loop time; until then none are made ahead
         self._services.limit.add(self)
@@ -1862,18 +1894,20 @@ class Pool:
             self.failed(failure)
         else:
             self.demand.start.add(container.start_seconds)
+            self.failure = ""
             self.put(container)
 
     def failed(self, failure: StartFailed) -> None:
         """Tell the client that waits longest; where there is none, try again after a while that grows."""
         if self._closed:
             return                              # clients wait for the next version's
+        self.failure = str(failure)
         if not self._function.refuse_first(failure):
             self._back_off(str(failure))
         self.reconcile()
 
     def _back_off(self, reason: str) -> None:
-        now, function = self._loop.time(), self._function
+        now, function, self.failure = self._loop.time(), self._function, reason
         delay = min(FIRST_RETRY_SECONDS * 2 ** self._failures, MAX_RETRY_SECONDS)
         self._failures += 1
         self._retry_at = now + delay
@@ -3730,7 +3764,7 @@ class ClosedConnections:
             if cookie in self._waiting:
                 *_, callback = self._waiting.pop(cookie)
                 info = self._attribute(data)
-                callback(TcpState.from_info(info)[0] if info else None)
+                callback(TcpState.from_info(info) if info else None)
 
     async def _find_gone(self) -> None:
         """Find out which connections are gone whose message was lost."""
@@ -5777,7 +5811,7 @@ class PublishedPorts:
                 holder, _ = self._held.get((own, port), ("", None))
                 try:
                     if holder not in ("", name):
-                        raise Conflict(f"cannot publish {own}:{port}: function {holder} does")
+                        raise Conflict(f"cannot publish {own}:{port}: function {holder} already publishes it")
                     if not holder:
                         self._held[own, port] = name, bind_port(own, port)
                 except Conflict as error:
@@ -6717,6 +6751,12 @@ class Failures:
                     yield from printed
                     yield line
 
+    @staticmethod
+    def last(lines: list[bytes], count: int) -> list[bytes]:
+        """Return the last invocations of chosen lines, each with what its container printed."""
+        ends = [0, *(place for place, line in enumerate(lines, 1) if split_line(line)[2] == ">")]
+        return lines[ends[-count - 1]:] if count < len(ends) else lines
+
 
 BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)   # seconds
 RECENT_SAMPLES = 1000               # of which percentiles are made
@@ -6832,6 +6872,9 @@ def function_metrics(functions: list[Function]) -> Iterator[str]:
         yield from metric_header(name, "gauge", text)
         for function in functions:
             yield f'{name}{{function="{function.record.name}"}} {function.counts()[key]}'
+    yield from metric_header("faasd_function_ready", "gauge", "0 for a function that is broken, failing or leaving")
+    for function in functions:
+        yield f'faasd_function_ready{{function="{function.record.name}"}} {int(function.state == "ready")}'
 
 
 PRIORITIES = {logging.DEBUG: 7, logging.INFO: 6, logging.WARNING: 4, logging.ERROR: 3, logging.CRITICAL: 2}
@@ -8885,6 +8928,28 @@ FRAME = struct.Struct(">BI")        # head of a frame: what it is, and how many 
 STDIN, STDOUT, STDERR, RESIZE, END = range(5)   # data, none ends stdin; lines and columns (">2H"); its end (JSON)
 MAX_FRAME = 64 * KIB                # bytes in a frame
 DEFAULT_COMMAND = "/bin/sh"
+# What runc and crun say of a command that they cannot execute; in colours on a terminal, and crun in JSON too.
+COMPLAINT = re.compile(rb"""(?isx) (?:\x1b\[1;31m)? (?:\{\s*"msg":\ ?")? (?:[a-z\ ]+:\ )*
+    (?:exec|executable\ file|the\ path) [\ :] [^\n]*? (?:no\ such\ file\ or\ directory|not\ found\ in\ \$PATH|
+    permission\ denied|not\ permitted|exec\ format\ error|(?:is|not)\ a\ directory) (?:",.*)? (?:\x1b\[0m)? \s*""")
+FAULTS = (                          # what of it means what, and an exit status as in a shell
+    (r'exec [^:"]*: no such file', 127, "its interpreter (the #! line), or what loads it, is not in the image"),
+    ("exec format error", 126, "it is no program for this machine, and has no #! line"),
+    ("is a directory|not a regular file", 126, "it is a directory"),
+    ("permission denied|not executable", 126, "it is not executable, or is a directory"),
+    ("", 127, "it is not in the image, or not in its PATH"))
+
+
+def command_fault(command: str, said: str) -> tuple[int, str] | None:
+    """Return the exit status and a line for a command of which a runtime has complained; else None."""
+    if posixpath.basename(command) not in said or not COMPLAINT.fullmatch(said.encode()):
+        return None
+    status, words = next(fault for pattern, *fault in FAULTS if re.search(pattern, said, re.IGNORECASE))
+    if command == DEFAULT_COMMAND and status == NOT_STARTED:
+        return status, f"the image has no {DEFAULT_COMMAND}: say faas exec NAME -- PROGRAM"
+    return status, f"cannot run {command!r}: {words}"
+
+
 LEFT_SECONDS = 1.0                  # between two looks whether a command's client is still there
 END_SECONDS = 2.0                   # for it to take what a command that was ended has left
 
@@ -8905,6 +8970,7 @@ class Relay(threading.Thread):
         self._finishing = self._given_up = False
         self._received = self._input = self._output = b""       # frames; the command's input from them; frames
         self.last = b""                 # of the output
+        self.held = b""                 # frames, as long as all of it may be the runtime's complaint of the command
         self._begun = False
 
     def begin(self) -> None:
@@ -8927,7 +8993,7 @@ class Relay(threading.Thread):
         """Send a last frame, once it is over; a client that takes nothing does not get it."""
         with contextlib.suppress(OSError):
             self._connection.settimeout(END_SECONDS)
-            self._connection.sendall(self._output + FRAME.pack(kind, len(data)) + data)
+            self._connection.sendall(self._output + self.held + FRAME.pack(kind, len(data)) + data)
 
     def run(self) -> None:
         try:
@@ -8984,7 +9050,9 @@ class Relay(threading.Thread):
             pass
         if data:
             self.last = (self.last + data)[-KIB:]
-            self._output += FRAME.pack(self._streams.outputs[source], len(data)) + data
+            self.held += FRAME.pack(self._streams.outputs[source], len(data)) + data
+            if not COMPLAINT.fullmatch(self.last):
+                self._output, self.held = self._output + self.held, b""
         else:
             del self._streams.outputs[source]
             os.close(source)
@@ -9169,11 +9237,13 @@ class ControlHandler(http.server.BaseHTTPRequestHandler):
         self._reply(201 if created else 200, document)
 
     def logs(self, name: str, query: dict) -> None:
-        answers = self.server.answers
-        self._send_lines(self._call(answers.function_log(name)), functools.partial(log_document, name), query)
+        log_ = self._call(self.server.answers.function_log(name))
+        self._send_lines(log_, functools.partial(log_document, name), query, is_set(query, "failed") and Failures())
 
     def events(self, query: dict) -> None:
-        self._send_lines(self._call(self.server.answers.event_log()), event_document, query)
+        wanted = query.get("function")
+        choose = functools.partial(filter, lambda line: split_line(line)[1] in wanted) if wanted else None
+        self._send_lines(self._call(self.server.answers.event_log()), event_document, query, choose)
 
     def execute(self, name: str, query: dict) -> None:
         """Run a command; what it reads and writes goes over this connection, which becomes one of frames: see Relay."""
@@ -9181,9 +9251,10 @@ class ControlHandler(http.server.BaseHTTPRequestHandler):
             raise Refused(426, f"this needs `Upgrade: {FRAMES}` and `Connection: Upgrade`", Upgrade=FRAMES)
         size = tuple(parse_amount(query.get(key, ["0"])[-1]) & 0xFFFF for key in ("lines", "columns"))
         env = Options().changed({"env": query.get("env", [])}).env
+        command = query.get("cmd") or [DEFAULT_COMMAND]
         started = concurrent.futures.Future()           # with the command's streams
         result, cancel = self._begin(self.server.answers.deploys.execute(
-            name, query.get("cmd") or [DEFAULT_COMMAND], env, is_set(query, "tty"), is_set(query, "stdin"), size,
+            name, command, env, is_set(query, "tty"), is_set(query, "stdin"), size,
             started.set_result))
         while not concurrent.futures.wait([started, result], LEFT_SECONDS, concurrent.futures.FIRST_COMPLETED).done:
             if has_hung_up(self.connection):
@@ -9198,9 +9269,9 @@ class ControlHandler(http.server.BaseHTTPRequestHandler):
             streams.close()
             cancel()
             raise FaasdError(f"cannot carry what the command prints: {error.strerror}", status=503) from error
-        self._relay(relay, streams, result, cancel)
+        self._relay(command[0], relay, streams, result, cancel)
 
-    def _relay(self, relay: Relay, streams: Streams, result: concurrent.futures.Future,
+    def _relay(self, command: str, relay: Relay, streams: Streams, result: concurrent.futures.Future,
                cancel: Callable[[], None]) -> None:
         """End a command when its client leaves, and tell the client how it ended."""
         try:
@@ -9222,9 +9293,11 @@ class ControlHandler(http.server.BaseHTTPRequestHandler):
             status, error = self._result_of(result)
         except FaasdError:
             status, error = None, f"the command was ended: {Release.STOPPED.value}"
-        if error[:MAX_REQUEST].encode() in relay.last:          # the runtime has said so itself
-            has_no_shell = re.search(f'["`]{DEFAULT_COMMAND}["`]', error)       # runc quotes with ", crun with `
-            error = f"the image has no {DEFAULT_COMMAND}: say faas exec NAME -- PROGRAM" if has_no_shell else ""
+        said = error or (relay.last.decode(errors="replace") if relay.held else "")
+        if fault := status and command_fault(command, said):
+            (status, error), relay.held = fault, b""
+        elif error[:MAX_REQUEST].encode() in relay.last:        # the runtime has said so itself
+            error = ""
         relay.say(END, json.dumps({"status": status, "error": error}).encode())
 
     def image(self, name: str, query: dict) -> None:
@@ -9242,16 +9315,19 @@ class ControlHandler(http.server.BaseHTTPRequestHandler):
 
     own_routes = (deploy, logs, events, execute, image)        # that answer by themselves
 
-    def _send_lines(self, source: FunctionLog, describe: Callable[[bytes], dict], query: dict) -> None:
-        """Answer with the lines of a log, as text or as a JSON object a line."""
+    def _send_lines(self, source: FunctionLog, describe: Callable[[bytes], dict], query: dict,
+                    choose: Callable[[Iterable[bytes]], Iterable[bytes]] | None) -> None:
+        """Answer with the lines of a log that choose yields, as text or as a JSON object a line."""
         tail = parse_count(query["tail"][-1]) if "tail" in query else None
         since = parse_since(query["since"][-1]) if "since" in query else ""
         as_json = query.get("format", ["text"])[-1] == "json"
-        choose = Failures() if is_set(query, "failed") else iter
+        choose = choose or iter
 
         def encode(lines: Iterable[bytes]) -> bytes:
             return b"".join(json.dumps(describe(line)).encode() + b"\n" if as_json else line for line in lines)
-        lines, file = source.read(tail, since, choose)
+        lines, file = source.read(None if isinstance(choose, Failures) else tail, since, choose)
+        if tail and isinstance(choose, Failures):
+            lines = choose.last(lines, tail)
         self.send_response(200)
         self.send_header("Content-Type", "application/x-ndjson" if as_json else "text/plain; charset=utf-8")
         if self.request_version == "HTTP/1.0":          # which knows no chunks
@@ -9437,6 +9513,7 @@ class Answers:
                 image = {"digest": "", "tag": "", "size": 0}
             documents.append({"version": entry.number, "digest": image["digest"], "size": image["size"],
                               "image": image["tag"] or entry.image, "deployed": entry.deployed,
+                              "created": entry.created or entry.deployed,
                               "current": number == 0, "options": entry.options.to_json(),
                               "chosen": entry.options.chosen()})
         return {"versions": documents}
@@ -9948,30 +10025,32 @@ class Deploys:
         before = self.functions[name].record if name in self.functions else None
         async with self._changing(name, "deploy") as undo:
             self._claim(name, before, address)
-            options = (before.versions[0].chosen if before and not reset else Options()).changed(query)
-            kept = options.kept(query)
+            now = before.versions[0] if before and not reset else VersionRecord(0, "", "", Options())
+            options = now.chosen.changed(query)
+            kept, named = options.kept(query), may_be_labels(query, options.chosen(), now.named)
             self._check_warm(name, options)
             unpacked = self.images.unused_path()
             undo.push_async_callback(self.images.discard, unpacked)
             first_id = before.first_id if before else self._take_ids(name, undo)
             image = await self.images.unpack(connection, length, unpacked, tag, first_id)
-            labelled = Options.of_labels(image["process"]["labels"], {*query, *options.chosen()})
-            options = replace(options, **{key: getattr(labelled, key) for key in labelled.chosen()}).check()
+            options = options.labelled(image["process"]["labels"], named)
+            labelled = {key: value for key, value in options.chosen().items() if key in {*LABELLED} - {*named}}
             await self.images.put(name, unpacked, image, undo)
             files = await self._write_secrets(name, before.secrets if before else {}, secrets, undo)
-            entry = self._next_version(before, image["version"], options, [*labelled.chosen()])
+            entry = self._next_version(before, image["version"], options, labelled=[*labelled], named=named)
             try:
                 document = await self._install(name, entry, files, "replaced" if before else "deployed", undo)
             except FaasdError as error:
-                if kept and error.status in (400, 422):
-                    names = ", ".join(kept).replace("_", "-")
-                    raise FaasdError(f"{error} (kept from before: {names}; `--reset` starts from the defaults)",
-                                     error.output, error.status) from error
+                hints = [f"from the image's labels: {', '.join(labelled)}"] * bool(labelled)
+                hints += [f"kept from before: {', '.join(kept)}; `--reset` starts from the defaults"] * bool(kept)
+                if hints and error.status in (400, 409, 422):
+                    raise FaasdError(f"{error} ({'; '.join(hints).replace('_', '-')})", error.output,
+                                     error.status) from error
                 raise
             for line in image["warnings"]:
                 log.warning("function=%s image: %s", name, line)
             return not before, {**document, "warnings": image["warnings"], "replaced": bool(before), "kept": kept,
-                                "labelled": labelled.chosen()}
+                                "labelled": labelled}
 
     def _claim(self, name: str, before: FunctionRecord | None, address: str) -> None:
         """Keep the address that a new function asks for from others, until its deploy ends. Raises FaasdError."""
@@ -10002,12 +10081,12 @@ class Deploys:
             raise storage_error(error, "writing secrets") from error
 
     @staticmethod
-    def _next_version(before: FunctionRecord | None, image: str, options: Options, labelled: list[str]
+    def _next_version(before: FunctionRecord | None, image: str, options: Options, **choices: list[str]
                       ) -> VersionRecord:
         """Return the version that an image and options are: the one that a function runs, or a new one."""
         if before and (before.versions[0].image, before.versions[0].options) == (image, options):
-            return replace(before.versions[0], labelled=labelled)
-        return VersionRecord(1 + before.highest if before else 1, image, "", options, labelled=labelled)
+            return replace(before.versions[0], **choices)
+        return VersionRecord(1 + before.highest if before else 1, image, "", options, **choices)
 
     def _take_ids(self, name: str, undo: Undo) -> int:
         """Return the first host id of a new function's range. Raises Conflict if none is free."""
@@ -10036,8 +10115,9 @@ class Deploys:
         async with self._changing(name, "change") as undo:
             now = function.record.versions[0]
             options = (Options() if reset else now.options).changed(query)
-            labelled = [key for key in now.labelled if not reset and key not in query]
-            entry = self._next_version(function.record, now.image, options, labelled)
+            entry = self._next_version(
+                function.record, now.image, options, named=may_be_labels(query, [] if reset else now.named),
+                labelled=[key for key in now.labelled if not reset and key not in query])
             files = await self._write_secrets(name, function.record.secrets, secrets, undo)
             return await self._install(name, entry, files, "set", undo)
 
@@ -10287,7 +10367,7 @@ class Deploys:
         taken = [*(other.record.address for other in self.functions.values()), *self._claimed.values()]
         address = (before.address if before and addresses.has(before.address) else
                    self._claimed.get(name) or addresses.lowest_free(taken))
-        entry = replace(version.record, deployed=now)
+        entry = replace(version.record, deployed=now, created=version.record.created or version.record.deployed or now)
         others = [other for other in (before.versions if before else []) if other.number != entry.number]
         return FunctionRecord(name, address, version.bundle.first_id, before.created if before else now, now,
                               self._worth_keeping([entry, *others]), version.secrets, before.highest if before else 0)
@@ -10510,7 +10590,7 @@ class Daemon:
                                    Volumes((settings.state_dir, settings.run_dir)))
         eighth, logs = self._host.descriptors.limit // 8, Writer(write_logs, MAX_UNWRITTEN_LINES, LOG_DELAY)
         self._services = Services(
-            self._host, Starter(os.cpu_count() or 1, self._loop), WarmLimit(settings.max_warm),
+            self._host, Starter(CPUS, self._loop), WarmLimit(settings.max_warm),
             HangupWatch(self._loop), Crowd(min(MAX_SILENT, eighth)), Crowd(min(MAX_ANSWERING, eighth)),
             LoopLag(self._loop), logs, Events(settings.state_dir / "events.log", logs))
         self._deploys = Deploys(settings, self._services, addresses)
@@ -10695,7 +10775,7 @@ parse_domain = reader("domain", r"[a-z0-9]([a-z0-9-]*[a-z0-9])?(\.[a-z0-9]([a-z0
 def default_max_warm() -> int:
     """Return 16 warm containers for each CPU, but no more than one for each 64 MiB of memory."""
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return max(1, min(16 * (os.cpu_count() or 1), memory // (64 * MIB)))
+    return max(1, min(16 * CPUS, memory // (64 * MIB)))
 
 
 def resolved_path(text: str) -> Path:

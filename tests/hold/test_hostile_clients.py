@@ -255,7 +255,7 @@ class Crowds(HostileCase):
             refused = [self.request("/") for _ in range(40)]
             for client in refused:
                 self.assertRegex(read_until_cut(client),
-                                 rb"(?s)^HTTP/1.1 503 .*\r\nRetry-After: 1\r\n.*0 connections wait")
+                                 rb"(?s)^HTTP/1.1 503 .*\r\nRetry-After: 1\r\n.*--queue 0 are taken")
         wait_until(lambda: self.descriptors() <= held + 8, "those before the last 8 are let go")
         for client in [*refused, busy]:
             client.close()
@@ -305,7 +305,8 @@ class Slow(HostileCase):
         for size in (0, 100_000, 4 << 20):
             client = self.connect(b"POST / HTTP/1.1\r\nContent-Length: %d\r\n\r\n" % size)
             client.sendall(bytes(size))                 # all of it, before it reads
-            self.assertRegex(read_until_cut(client), rb"(?s)^HTTP/1.1 503 .*\r\nRetry-After: 1\r\n.*3 connections wait")
+            self.assertRegex(read_until_cut(client), rb"(?s)^HTTP/1.1 503 .*\r\nRetry-After: 1\r\n"
+                                                     rb".*--concurrency 2 and --queue 3 are taken")
         for client in busy:
             reset(client)
 
@@ -418,7 +419,8 @@ class Leaving(HostileCase):
         wait_until(lambda: self.daemon.info("f")["starting"] == 0, "the handler has it")
         reset(client)
         self.settle()
-        self.assertRegex(self.lines()[-1], r'^outcome=closed .*request="GET / HT" .*received=8 sent=0 exit=1$')
+        self.assertRegex(self.lines()[-1], r'^outcome=closed .*request="GET / HT" .*received=8 sent=0 exit=1 '
+                                            'reason="the client reset the connection before the handler had answered"$')
 
     def test_reset_while_the_handler_answers(self):
         client = self.request("/stream?1000000000")

@@ -110,15 +110,33 @@ class SaveTest(support.SharedDaemonCase):
         self.assertEqual(self.new("f", archive, "--memory", "200m"), 0, self.said)
         options = self.daemon.info("f")["options"]
         self.assertEqual((options["memory"], options["start_timeout"], options["pids"]), (200 << 20, 15, 64))
-        for label, text, status in (("net", "host", 1), ("cap-add", "ALL", 1), ("memory", "much", 1)):
+        for label, text, status in (
+                ("net", "host", 1), ("cap-add", "ALL", 1), ("memory", "much", 1), ("memory", "9999999g", 1),
+                ("pids", "99999999999", 1), ("start-timeout", "99999999h", 1), ("shm-size", "99999999g", 1),
+                ("cpus", "9999", 1), ("port", "70000", 1), ("hostname", "-", 1), ("contract", "none", 1)):
             with self.subTest(label):
                 archive = support.handler_image(Labels={**labels, f"faasd.{label}": text})
                 self.assertEqual(self.new("g", archive), status)
-                self.assertRegex(self.said, rf"^faas: the image's labels? faasd\.[^\n]*{text}[^\n]*\n$")
+                self.assertRegex(self.said, rf"^faas: the image's label faasd\.{label}[: ][^\n]+\n$")
                 self.assertEqual(len(json.loads(self.daemon.api("GET", "/functions")[1])["functions"]), 1)
         self.assertEqual(self.new("g", support.handler_image(Labels={"faasd.net": "host"}), "--net", "none"), 0,
                          self.said)
         self.assertEqual(self.daemon.info("g")["options"]["net"], "none")
+        self.assertEqual(self.new("h", support.handler_image(Labels={"faasd.warm": "9999", "faasd.cpus": "1"})), 1)
+        self.assertRegex(self.said, r"^faas: warm 9999: only [^\n]+ \(from the image's labels: warm\)\n$")
+
+    def test_what_a_user_names_wins_whatever_the_value(self):
+        archive = support.handler_image(Labels={"faasd.memory": "100m", "faasd.pids": "70", "faasd.net": "host"})
+        self.assertEqual(self.new("f", archive, "--memory", "512m", "--net", "none"), 0, self.said)
+        self.daemon.faas("set", "f", "--pids", "64")
+        self.daemon.stop()
+        self.daemon.start()
+        for _ in range(2):
+            self.assertEqual(self.new("f", archive), 0, self.said)
+            options = self.daemon.info("f")["options"]
+            self.assertEqual((options["memory"], options["pids"], options["net"]), (512 << 20, 64, "none"))
+        self.assertEqual(self.new("f", archive, "--reset", "--net", "none"), 0, self.said)
+        self.assertEqual(self.daemon.info("f")["options"]["pids"], 70)
 
     def test_labels_of_the_next_image_replace_those_before(self):
         def image(label: str, **labels: str) -> bytes:

@@ -335,7 +335,11 @@ class WithDaemon(unittest.TestCase):
             self.assertEqual((options["env"], options["queue"], options["cmd"]), (["A=2"], 0, ["x y"]))
             daemon.deploy("f", support.handler_image(label="2"))
             rows = daemon.faas("versions", "f").stdout.splitlines()
-            self.assertEqual(rows[0].split(), ["VERSION", "CURRENT", "DEPLOYED", "SIZE", "DIGEST", "IMAGE", "OPTIONS"])
+            self.assertEqual(rows[0].split(), ["VERSION", "CURRENT", "CREATED", "ACTIVATED", "SIZE", "DIGEST", "IMAGE",
+                                               "OPTIONS"])
+            before = {entry["version"]: entry for entry in json.loads(daemon.faas("--json", "versions", "f").stdout)}
+            self.assertEqual([entry["created"] for entry in before.values()],
+                             [entry["deployed"] for entry in before.values()])
             self.assertEqual([row.split()[0] for row in rows[1:]], ["3", "2", "1"])
             self.assertEqual(rows[1].split()[1], "*")
             self.assertTrue(rows[2].endswith("  queue 0, warm 0, 1 variable and the command 'x y'"), rows[2])
@@ -343,6 +347,9 @@ class WithDaemon(unittest.TestCase):
             self.assertEqual(daemon.info("f")["options"]["env"], ["A=2"])
             self.assertEqual(daemon.faas("rollback", "f", "1").stdout, "✓ Rolled back f to version 1\n")
             self.assertEqual(sorted(daemon.info("f")["options"]["env"]), ["A=1", "B=1"])
+            entry = json.loads(daemon.faas("--json", "versions", "f").stdout)[0]
+            self.assertEqual((entry["version"], entry["created"]), (1, before[1]["created"]))
+            self.assertGreater(entry["deployed"], before[3]["deployed"])
             for version, words in (("zz", "has no version 'zz' to go back to"), ("1", "runs version 1 already")):
                 result = daemon.faas("rollback", "f", version, check=False)
                 self.assertEqual((result.returncode, result.stderr.count("\n")), (1, 1), result.stderr)

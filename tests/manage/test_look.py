@@ -16,6 +16,7 @@ import termios
 import unittest
 from pathlib import Path
 
+import archives
 import support
 from clients import get, read_all, request
 from support import faasd, wait_until
@@ -70,9 +71,14 @@ class Logs(LookCase):
         self.assertEqual(failed["reason"], "the handler exited with status 3 without an answer")
         self.assertEqual(last_words["text"], "about to exit")
         self.assertEqual(self.documents("logs", "f", "--failed"), [last_words, failed])
-        self.assertEqual(self.documents("logs", "f", "--failed", "-n", "1"), [failed])
+        self.assertEqual(get(address, "/exit?4")[0], 502)
+        self.daemon.wait_idle("f")
+        lines = self.documents("logs", "f", "--failed")         # of which -n counts the invocations
+        self.assertEqual(lines[:2], [last_words, failed])
+        for count in (1, 2, 3):
+            self.assertEqual(self.documents("logs", "f", "--failed", "-n", str(count)), lines[-2 * count:])
         text = self.daemon.faas("logs", "f", "--failed").stdout
-        self.assertRegex(text, r"\A\S+ \w+ \| about to exit\n\S+ \w+ > outcome=no-answer [^\n]+\n\Z")
+        self.assertRegex(text, r"\A(\S+ \w+ \| about to exit\n\S+ \w+ > outcome=no-answer [^\n]+\n){2}\Z")
 
     def test_failed_start_with_what_its_container_printed(self):
         address = self.daemon.deploy("f")
@@ -82,6 +88,15 @@ class Logs(LookCase):
         self.assertEqual(failed["outcome"], "start-failed")
         self.assertEqual({line["container"] for line in printed}, {failed["container"]})
         self.assertIn("I refuse to start", printed[0]["text"])
+        info = self.daemon.info("f")
+        self.assertEqual((info["state"], info["error"]), ("failing", failed["reason"]))
+        self.assertRegex(self.daemon.faas("info", "f").stdout, "(?m)^state: +failing\nerror: +the handler exited ")
+        self.assertEqual(self.daemon.faas("list").stdout.splitlines()[1].split()[2], "failing")
+        self.assertIn(b'\nfaasd_function_ready{function="f"} 0\n', self.daemon.api("GET", "/metrics")[1])
+        (self.daemon.rootfs("f") / "misbehave").unlink()
+        self.assertEqual(get(address)[0], 200)
+        self.assertEqual((self.daemon.info("f")["state"], "error" in self.daemon.info("f")), ("ready", False))
+        self.assertIn(b'\nfaasd_function_ready{function="f"} 1\n', self.daemon.api("GET", "/metrics")[1])
 
     def test_a_line_that_is_none(self):
         """As a power failure may leave one."""
@@ -96,9 +111,10 @@ class Logs(LookCase):
 
     def test_followers_survive_a_restart_and_say_so(self):
         address = self.daemon.deploy("f")
+        self.daemon.deploy("g")
         get(address, "/before")
         self.daemon.wait_idle("f")
-        log, events = self.follow("logs", "f"), self.follow("events", "-n", "1")
+        log, events = self.follow("logs", "f"), self.follow("events", "f", "-n", "1")
         seen = [json.loads(log.stdout.readline()) for _ in range(2)]
         self.assertEqual(json.loads(events.stdout.readline())["event"], "deployed")
         for number, end in enumerate((self.daemon.kill, self.daemon.stop)):
@@ -110,8 +126,10 @@ class Logs(LookCase):
                 self.assertEqual(follower.stderr.readline(), "faas: faasd is back\n")
             get(address, f"/after/{number}")
             seen.append(json.loads(log.stdout.readline()))
+            self.daemon.set("g", "--queue", str(number))
             self.daemon.set("f", "--queue", str(number))
-            self.assertEqual(json.loads(events.stdout.readline())["event"], "set")
+            event = json.loads(events.stdout.readline())
+            self.assertEqual((event["function"], event["event"]), ("f", "set"))
             seen.append(json.loads(log.stdout.readline()))
         self.daemon.wait_idle("f")
         self.assertEqual(self.documents("logs", "f"), seen)
@@ -129,8 +147,8 @@ class Events(LookCase):
         cls.arguments = ("--api", "127.0.0.1:9000", "--api-token-file", str(cls.token_file))
         super().setUpClass()
 
-    def events(self) -> list[tuple[str, str, str]]:
-        return [(event["function"], event["event"], event["by"]) for event in self.documents("events")]
+    def events(self, *arguments: str) -> list[tuple[str, str, str]]:
+        return [(event["function"], event["event"], event["by"]) for event in self.documents("events", *arguments)]
 
     def test_what_became_of_functions_and_by_whom(self):
         self.daemon.deploy("f")
@@ -139,18 +157,22 @@ class Events(LookCase):
         result = subprocess.run([*FAAS, *API, "--token-file", str(self.token_file), "rollback", "f"],
                                 capture_output=True, check=False)
         self.assertEqual(result.returncode, 0, result.stderr)
-        *rest, (name, event, by) = [event for event in self.events() if event[0] == "f"]
+        self.daemon.deploy("other")
+        *rest, (name, event, by) = self.events("f")
+        self.assertEqual([*rest, (name, event, by)], [event for event in self.events() if event[0] == "f"])
+        self.assertEqual(self.events("f", "-n", "1"), [(name, event, by)])
+        self.assertEqual(self.events("nobody"), [])
         self.assertEqual(rest, [("f", "deployed", "root"), ("f", "replaced", "root"), ("f", "set", "root")])
         self.assertEqual((name, event), ("f", "rolled-back"))
         self.assertRegex(by, r"^token@127\.0\.0\.1:\d+$")
         self.assertEqual((self.daemon.state_dir / "events.log").stat().st_mode & 0o777, 0o600)
-        last = self.documents("events", "-n", "1")[0]
+        last = self.documents("events", "f", "-n", "1")[0]
         self.assertEqual((last["version"], last["address"]), (self.daemon.versions("f")[0], "10.0.0.10"))
         self.daemon.stop()
         for image in (self.daemon.state_dir / "images/f").glob("*/image.json"):
             image.write_text("{}")
         self.daemon.start()
-        broken = self.documents("events", "-n", "1")[0]
+        broken = self.documents("events", "f", "-n", "1")[0]
         self.assertEqual((broken["event"], broken["by"]), ("broken", "faasd"))
         self.assertEqual(broken["reason"], self.daemon.info("f")["error"])
         self.daemon.remove("f")
@@ -160,9 +182,15 @@ class Events(LookCase):
     def test_back_off(self):
         self.daemon.deploy("g", None, "--warm", "1")
         container, = self.daemon.wait_warm("g", 1)
+        (self.daemon.rootfs("g") / "misbehave").write_text("exit\n")
         for pid in support.container_pids(self.daemon, container):
             os.kill(pid, signal.SIGKILL)
         wait_until(lambda: self.events()[-1] == ("g", "back-off", "faasd"), "it backs off")
+        wait_until(lambda: "the handler exited with status" in self.daemon.info("g")["error"], "it is said")
+        self.assertEqual(self.daemon.info("g")["state"], "failing")
+        (self.daemon.rootfs("g") / "misbehave").unlink()
+        self.daemon.wait_warm("g", 1)
+        self.assertEqual(self.daemon.info("g")["state"], "ready")
 
 
 class Top(LookCase):
@@ -239,7 +267,9 @@ def shell_image() -> bytes:
     files = {path.lstrip("/"): Path(path).read_bytes() for program in ("/bin/dash", "/bin/cat", "/bin/stty")
              for path in (program, *support.libraries(program))}
     files["bin/sh"] = files.pop("bin/dash")
-    return support.handler_image(files=files, Env=["LABEL=1", "FROM=image"])
+    files.update({"bad/interpreter": "#!/nope\n", "bad/junk": b"junk\n\0\1"})
+    plain = archives.layer(archives.file("bad/plain", "text", mode=0o644))
+    return support.handler_image(files=files, layers=[plain], Env=["LABEL=1", "FROM=image"])
 
 
 # It ignores every signal that it can, fills all of --pids, and each of its processes prints without end.
@@ -281,12 +311,22 @@ class Exec(ExecCase):
         self.assertEqual(self.exec("f", "-i", stdin=b"echo $$; exit 3"), (3, "1\n", ""))       # /bin/sh
         self.assertEqual(self.exec("f", "--", "cat", stdin=b"not for it"), (0, "", ""))
         self.assertEqual(self.exec("f", "--", "sh", "-c", "sh -c 'kill -9 $$'")[0], 137)
-        status, _, error = self.exec("f", "--", "nonsense")
-        self.assertEqual((status, error.count("\n"), error.count("nonsense")), (127, 1, 1), error)
+        for command, expected, words in (
+                ("nonsense", 127, "it is not in the image, or not in its PATH"),
+                ("/bad/none", 127, "it is not in the image, or not in its PATH"),
+                ("/bad/interpreter", 127, "its interpreter (the #! line), or what loads it, is not in the image"),
+                ("/bad/junk", 126, "it is no program for this machine, and has no #! line"),
+                ("/bad/plain", 126, "it is not executable, or is a directory"), ("/bad", 126, "is a directory")):
+            for terminal in ((), ("-t",)):
+                with self.subTest((command, *terminal)):
+                    status, output, error = self.exec(*terminal, "f", "--", command)
+                    self.assertEqual((status, output), (expected, ""), error)
+                    self.assertRegex(error, f"\\Afaas: cannot run '{command}': [^\\n]*{re.escape(words)}\n\\Z")
+        words = "exec: /bad/none: no such file or directory"             # of a program's own
+        self.assertEqual(self.exec("f", "--", "sh", "-c", f"echo '{words}'; exit 1"), (1, f"{words}\n", ""))
         self.daemon.deploy("shell-less", support.small_image(), "--warm", "0")
         status, _, error = self.exec("shell-less")
-        self.assertEqual(status, 127)
-        self.assertTrue(error.endswith("\nfaas: the image has no /bin/sh: say faas exec NAME -- PROGRAM\n"), error)
+        self.assertEqual((status, error), (127, "faas: the image has no /bin/sh: say faas exec NAME -- PROGRAM\n"))
         self.daemon.remove("shell-less")
         data = os.urandom(2_000_000)
         copy = subprocess.run([*FAAS, "--socket", self.daemon.socket, "exec", "-i", "f", "--", "cat"], input=data,

@@ -4,6 +4,7 @@ import contextlib
 import http.client
 import json
 import os
+import pty
 import shutil
 import signal
 import socket
@@ -85,8 +86,10 @@ class NodesFile(unittest.TestCase):
         good = 'api = "http://127.0.0.1:9"\ntoken-file = "token"\n'
         (self.home.file.parent / "blanks").write_text("two words")
         for text, words in (
-                (None, "nodes.toml: No such file"), (b"\xff", "can't decode"), ("[a", "nodes.toml: "),
-                ("[b]\n" + good, "node a of ~/.config/faas/nodes.toml: it is not there"), ("a = 1", "it is not there"),
+                (None, "no node a in ~/.config/faas/nodes.toml (nodes there: none): add the three lines [a], "
+                       'api = "http://HOST:8000" and token-file = "a.token"'),
+                (b"\xff", "can't decode"), ("[a", "nodes.toml: "), ("a = 1", "(nodes there: none)"),
+                ("[b]\n" + good + "[c]\n" + good, "no node a in ~/.config/faas/nodes.toml (nodes there: b, c): "),
                 ("[a]\n" + good + "x = 1", "what is x?"), ("[a]\napi = 1", "what is api?"),
                 ("[a]\n" + good.replace("http", "https"), "no TLS"), ('[a]\ntoken-file = "token"', "it has no api"),
                 ("[a]\n" + good.replace("127.0.0.1", "a b"), "write http://"),
@@ -200,6 +203,14 @@ class Daemons(unittest.TestCase):
         self.assertEqual(result.returncode, status, result.stderr)
         return result.stdout
 
+    def on_a_terminal(self, *arguments: str) -> list[str]:
+        """Return the lines that faas prints there."""
+        ours, terminal = pty.openpty()
+        with open(ours, "rb", buffering=0) as shown:
+            with open(terminal, "wb") as theirs:
+                subprocess.run([*support.FAAS, *arguments], stdout=theirs, env=self.home.env, check=True)
+            return shown.read(65536).decode().split()
+
     def check(self, lines: str, *expected: str) -> None:
         """Lines of nodes come in the order in which they have ended."""
         self.assertEqual(sorted(lines.splitlines()), [*expected])
@@ -292,6 +303,12 @@ class Daemons(unittest.TestCase):
         self.assertIn("\n    server a 10.0.1.10:80 check ", text)
         self.assertIn("\n    server c 192.0.2.2:8080 check ", text)
         self.assertIn("\n    timeout server 86400s\n", text)
+        self.assertEqual(self.home.faas("--node", "c", "url", "f").stdout, "http://192.0.2.2:8080\n")
+        self.assertEqual(self.on_a_terminal("--node", "c", "url", "f"), [
+            "http://192.0.2.2:8080", "http://127.0.0.1:8001", "http://127.0.0.2:8002"])
+        rows = [row.split()[1:5] for row in self.run_faas("list").splitlines()]
+        self.assertEqual(rows, [["NAME", "ADDRESS", "PUBLISHED", "STATE"], ["f", "10.0.1.10", "-", "ready"],
+                                ["f", "10.0.2.10", "127.0.0.1:8001,127.0.0.2:8002,8080", "ready"]])
         self.home.faas("--node", "b", "set", "f", "--publish", "")
         result = self.home.faas("--node", "b", "--node", "c", "proxy-config", "haproxy")
         self.assertEqual((result.returncode, result.stdout), (1, ""))

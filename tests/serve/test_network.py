@@ -657,8 +657,8 @@ class Published(unittest.TestCase):
         daemon.deploy("f", world.image, "--publish", "8000")
         for places, status, words in (
                 ("8080", 409, "cannot publish 127.0.0.1:8080: another program has it"),
-                ("192.168.77.1:8000", 409, "cannot publish 192.168.77.1:8000: function f does"),
-                ("8001,8000", 409, "cannot publish 127.0.0.1:8000: function f does"),
+                ("192.168.77.1:8000", 409, "cannot publish 192.168.77.1:8000: function f already publishes it"),
+                ("8001,8000", 409, "cannot publish 127.0.0.1:8000: function f already publishes it"),
                 ("192.0.2.9:80", 409, "cannot publish 192.0.2.9:80: this machine has no such address"),
                 ("10.7.0.10:81", 409, "cannot publish 10.7.0.10: that is an address of functions"),
                 ("0", 400, "bad place to publish '0'"), ("1.2.3:80", 400, "bad place"), ("x", 400, "bad place")):

@@ -185,7 +185,8 @@ class Admission(support.SharedDaemonCase):
         address = self.deploy("--concurrency", "1", "--queue", "2")
         running, *waiting = self.fill(address, 1, 2)
         refused = read_all(request(address, "/too-many", b"x" * (1 << 20)))      # and reads it, whatever it sent
-        self.assertRegex(refused, rb"(?s)^HTTP/1.1 503 .*\r\nRetry-After: 1\r\n.*2 connections wait already")
+        self.assertRegex(refused, rb"(?s)^HTTP/1.1 503 .*\r\nRetry-After: 1\r\n"
+                                  rb".*the queue is full: all places of --concurrency 1 and --queue 2 are taken\n")
         running.close()
         self.assertEqual([read_all(client).rpartition(b"\n")[2] for client in waiting], [b"hello /1", b"hello /2"])
         self.daemon.wait_idle("f")

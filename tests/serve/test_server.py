@@ -266,7 +266,14 @@ class Ends(support.SharedDaemonCase):
         address = self.daemon.deploy("f", server_image("polling", "0.0.0.0:8080"))
         with request(address, "/silent") as client:
             self.assertEqual(read_until_cut(client), b"")
-        self.line("closed")
+        self.assertIn('reason="the program closed the connection without an answer"', self.line("closed"))
+        with request(address, "/echo") as client:
+            wait_until(lambda: [self.daemon.info("f")[key] for key in ("running", "queued")] == [1, 0], "it has it")
+            clients.reset(client)
+        wait_until(lambda: self.daemon.function_log("f").count("outcome=closed") == 2, "the log says so")
+        self.assertRegex(self.daemon.function_log("f").splitlines()[-1],        # it may not have accepted it yet
+                         'reason="(before an answer, )?the client reset the connection(, or the program closed it '
+                         'without reading it all| before the program had answered)"')
 
     def test_exits_before_it_accepts(self):
         address = self.daemon.deploy("f", server_image("dying", "0.0.0.0:8080"))
