@@ -156,9 +156,12 @@ def measure_fresh(report, daemon: lab.Faasd, directory: Path, rounds: int, secon
 
 
 def measure_shared(report, daemon: lab.Faasd, directory: Path, rounds: int, seconds: int, wrk) -> None:
-    """Have nginx in one container serve 64 clients at a time: the requests of one connection, and new connections."""
-    daemon.faas("set", "web", "--reuse", "0", "--share", "64", "--warm", "1", "--timeout", "0", "--",
-                *shlex.split(NGINX))
+    """Have nginx in one container serve 64 clients at a time: the requests of one connection, and new connections.
+
+    It may use all CPUs, as what it is compared with does.
+    """
+    daemon.faas("set", "web", "--reuse", "0", "--share", "64", "--warm", "1", "--timeout", "0", "--cpus",
+                str(os.cpu_count()), "--", *shlex.split(NGINX))
     daemon.wait_warm("web", 1)
     rootfs, = (daemon.state_dir / "images/web").glob("*/rootfs")
     close = ("-H", "Connection: close")
