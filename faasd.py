@@ -3216,6 +3216,7 @@ class Supervisor:
         self._ports: dict[int, int] = {}        # of listeners, as the program knows them, by inode
         self._addresses: dict[int, tuple] = {}  # of listeners, by inode
         self._bells: dict[int, socket.socket] = {}      # connections of ours to a listener, by their port
+        self._answered: list[int] = []          # ports of those that the program has accepted
         self._silent: dict[int, socket.socket] = {}     # one that was such, to be so again, by address family
         self._defers = True                     # the listener may want data before it shows a connection (tcp(7))
         self._held: dict[int, HeldAccepts] = {}         # by the listener's inode
@@ -3354,6 +3355,8 @@ class Supervisor:
             return False
         if self._beginning and self._clients:
             self._begin(self._beginning)
+        while self._answered:                   # now: the client has not waited for that
+            self._silence(self._answered.pop())
         self._ring()
         if self._useless > FREE_ANSWERS:        # its thread waits meanwhile
             is_readable(self._wake, min(ANSWER_PAUSE * (self._useless - FREE_ANSWERS), MAX_ANSWER_PAUSE))
@@ -3516,7 +3519,7 @@ class Supervisor:
                     self._inject(call, connection, bytes(address))
                     self._useless -= 1 - INTERNAL
                     return lambda: None
-            self._silence(port)
+            self._answered.append(port)
             if self._clients:
                 break
         if self._clients:
