@@ -8196,7 +8196,7 @@ def place_volumes(rootfs: Rootfs, volumes: list[Volume], process: dict) -> list[
         if in_the_way((real,), [other.path for other in placed]):
             raise ImageError(f"{what} lies in another volume, or another in it: mount the directory above both")
         if process["cwd"] != os.fsdecode(real) and is_within(process["cwd"], os.fsdecode(real)):
-            raise ImageError(f"the working directory {process['cwd']} lies in {what}, where containers could exchange "
+            raise ImageError(f"the working directory {process['cwd']} lies in {what}, where containers could replace "
                              "it: choose the volume itself with --workdir")
         placed.append(replace(volume, path=os.fsdecode(real)))
     return placed
@@ -9172,7 +9172,7 @@ class ControlHandler(http.server.BaseHTTPRequestHandler):
         lengths, encodings = self.headers.get_all("Content-Length", []), self.headers.get_all("Transfer-Encoding", [])
         # What two programs may read differently can hide one request inside another.
         if len(lengths) > 1 or lengths and (encodings or not re.fullmatch(r"[0-9]{1,18}[ \t]*", lengths[0])):
-            raise BadRequest("one Content-Length in digits, or chunked encoding, has to say where the request ends")
+            raise BadRequest("the request needs one Content-Length, in digits, or chunked encoding")
         if encodings and self.request_version == "HTTP/1.0":
             raise BadRequest("there is no Transfer-Encoding in HTTP/1.0")
         if encodings and [encoding.strip().lower() for encoding in encodings] != ["chunked"]:
@@ -10202,7 +10202,7 @@ class Deploys:
             try:                        # they would lead to the function that has its address next
                 await self.attachments.publish(name, None)
             except FaasdError as error:
-                raise FaasdError(f"function {name} stays, for its ports cannot be taken from it: {error}") from None
+                raise FaasdError(f"function {name} stays, because its ports cannot be taken from it: {error}") from None
             try:                        # what is removed from here on must not come back half after a crash
                 await self._save(name, None)
             except BaseException:
@@ -10729,10 +10729,10 @@ def build_parser() -> argparse.ArgumentParser:
     add("--egress-subnet", type=parse_egress_subnet, default="198.18.0.0/20", metavar="CIDR",
         help="network for functions with --net egress, which only this machine sees")
     add("--domain", type=parse_domain, default="faas", metavar="NAME",
-        help="domain of the functions' names in RUN_DIR/hosts/functions: NAME.faas, unless you say another")
+        help="domain of the functions' names in RUN_DIR/hosts/functions, such as NAME.faas")
     add("--lan", choices=["allow", "deny"], default="deny",
-        help="whether machines that route packets for --subnet here may reach functions; ports of --publish they may")
-    add("--runtime", default="runc", metavar="PROGRAM", help="runc, or another OCI runtime with its command line")
+        help="whether other machines reach functions if they route --subnet here; they always reach published ports")
+    add("--runtime", default="runc", metavar="PROGRAM", help="runc, or an OCI runtime that takes the same command line")
     add("--drain-timeout", type=parse_duration, default="30s", metavar="TIME",
         help="how long running invocations may go on after SIGTERM, and waiting clients after SIGHUP")
     add("--max-image-size", type=parse_size, default="16g", metavar="SIZE",
@@ -10745,9 +10745,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("--max-uploads", type=parse_count, default="8", metavar="N",
         help="how many images may be received and unpacked at a time")
     add("--keep-versions", type=parse_count, default="3", metavar="N",
-        help="images kept of each function for rollback, with the options they ran under")
+        help="images kept of each function for rollback, with the options that they ran with")
     add("--api", type=parse_endpoint, default=none, metavar="HOST:PORT",
-        help="serve the control API on TCP too, at 127.0.0.1:9000 for instance")
+        help="serve the control API on TCP too, for instance at 127.0.0.1:9000")
     add("--api-token-file", type=Path, default=none, metavar="FILE",
         help="a file with the token that its clients must send")
     add("--api-host", type=str.lower, action="append", default=none, metavar="NAME",

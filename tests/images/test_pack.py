@@ -216,8 +216,8 @@ class Script(unittest.TestCase):
         self.assertEqual(self.pack("one.sh", SHELL_SCRIPT).stdout, self.pack("one.sh", SHELL_SCRIPT).stdout)
 
     def test_refusals(self):
-        for script, words in (("#!/usr/bin/nosuch -x\n", b"there is no /usr/bin/nosuch here"),
-                              ("#!/usr/bin/env nosuch\n", b"there is no nosuch here"),
+        for script, words in (("#!/usr/bin/nosuch -x\n", b"names /usr/bin/nosuch, which is not"),
+                              ("#!/usr/bin/env nosuch\n", b"names nosuch, which is not"),
                               ("#!/usr/bin/perl\nuse NoSuch::Module;\n", b"NoSuch/Module.pm")):
             result = self.pack("bad.sh", script)
             self.assertEqual((result.returncode, result.stdout), (1, b""))

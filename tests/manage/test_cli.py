@@ -241,7 +241,7 @@ class Conversation(unittest.TestCase):
         self.socket.unlink()
         result = self.talk(b"HTTP/1.1 200 X\r\nContent-Length: 4\r\n\r\none\n", "--json", "logs", "f")
         self.assertEqual((result.returncode, result.stderr),
-                         (1, "faas: the daemon is an older one, whose logs are no JSON: upgrade it\n"))
+                         (1, "faas: the daemon is too old to print logs as JSON: upgrade it\n"))
 
     def test_rm_of_nothing_prints_nothing(self):
         result = self.talk(response(404, {"error": "no function"}), "rm", "nope")

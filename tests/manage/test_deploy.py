@@ -356,7 +356,7 @@ class FailedDeploy(DeployCase):
         process.send_signal(signal.SIGINT)
         self.assertEqual(process.wait(support.READY_SECONDS), 130)
         with process.stderr as said:
-            self.assertIn(b"interrupted: faasd gives the deploy up", said.read())
+            self.assertIn(b"interrupted: faasd abandons the deploy", said.read())
         wait_until(lambda: not list(self.daemon.state_dir.glob("images/*")) + list(self.daemon.state_dir.glob("tmp/*")),
                    "it is undone")
         self.assert_nothing_there("bad")

@@ -111,7 +111,7 @@ class NodesFile(unittest.TestCase):
         self.home.write(a=9, b=9)
         for words, said in ((("logs", "f"), "logs is for one machine"), (("ip", "f"), "ip is for one machine"),
                             (("exec", "f"), "exec is for one machine"), (("version",), "version is for one machine"),
-                            (("proxy-config", "nginx"), "haproxy alone"), (("list", "--socket", "/x"), "each other"),
+                            (("proxy-config", "nginx"), "only haproxy"), (("list", "--socket", "/x"), "each other"),
                             (("list", "--api", "http://127.0.0.1:9"), "each other"),
                             (("list", "--token-file", "/x"), "--token-file is for --api"),
                             (("list", "--node", "a/b"), "write a name")):
@@ -119,7 +119,7 @@ class NodesFile(unittest.TestCase):
                 result = self.home.faas("--node", "a", *words, "--node", "b")
                 self.assertEqual((result.returncode, result.stdout), (2, ""), result.stderr)
                 self.assertIn(said, result.stderr)
-        self.assertIn("haproxy alone", self.home.faas("proxy-config", "haproxy", "--check", "/").stderr)
+        self.assertIn("only haproxy", self.home.faas("proxy-config", "haproxy", "--check", "/").stderr)
 
 
 class Uploads(unittest.TestCase):
