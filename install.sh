@@ -63,7 +63,7 @@ install_all() {
         [ -z "$fresh" ] || systemctl enable --quiet faasd
         systemctl restart faasd || die "faasd did not start: see journalctl -u faasd"
     fi
-    echo "Installed faasd $version. Who may use it besides root: sudo usermod -aG faas USER"
+    echo "Installed faasd $version. To let a user use it without sudo: sudo usermod -aG faas USER"
 }
 
 uninstall() {
@@ -93,7 +93,7 @@ uninstall() {
     rm -f "$list"
     ! running_systemd || systemctl daemon-reload
     if [ "$1" != --purge ]; then
-        echo "Removed faasd; functions are left in /var/lib/faasd, options in /etc/default/faasd (--purge removes them too)."
+        echo "Removed faasd, but not the functions in /var/lib/faasd and the options in /etc/default/faasd (--purge does)."
         return
     fi
     for lock in /run/faasd/faasd.lock /var/lib/faasd/faasd.lock; do         # a daemon may have but one of them

@@ -25,7 +25,7 @@ die() { printf 'quickstart: %s\n' "$*" >&2; exit 1; }
 
 if [ "$(id -u)" -ne 0 ]; then
     command -v sudo >/dev/null || die "faasd starts containers, which takes root; run this as root"
-    echo "faasd starts containers, which takes root: going on with sudo."
+    echo "faasd needs root to start containers: going on with sudo."
     exec sudo --preserve-env=FAASD_STATE_DIR,FAASD_RUN_DIR,DOCKER_HOST -- "./$(basename "$0")" "$@"
 fi
 
@@ -119,10 +119,10 @@ if docker version >/dev/null 2>&1; then
     if ! { docker build -f Dockerfile.test-handler -t test-handler . && built=yes &&
         docker save test-handler >"$image"; }; then
         rm -f "$image"
-        say "Docker could not; without it: $packer"
+        say "Docker could not do it. Without Docker: $packer"
     fi
 else
-    say "No Docker answers here; without it: $packer"
+    say "Docker does not answer. Without Docker: $packer"
 fi
 [ -e "$image" ] || faas pack test_handler.py >"$image"
 
@@ -140,7 +140,7 @@ for request in 1 2 3 4 5; do
 done
 
 echo "A request takes the one container that waits, and faasd starts another. The next request comes before that one is"
-echo "ready, and has to wait for it. Under load, or with --warm 8, more of them wait for clients."
+echo "ready, and has to wait for it. Under load, or with --warm 8, more containers wait for clients."
 
 socket=
 [ "$run" = /run/faasd ] || socket=" --socket $run/faasd.sock"

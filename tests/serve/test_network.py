@@ -706,8 +706,8 @@ class Published(unittest.TestCase):
         broken.touch()
         status, body = daemon.api("DELETE", "/functions/f")
         self.assertEqual((status, json.loads(body)["error"]), (
-            500, "function f stays, because its ports cannot be taken from it: nft cannot load the rules of --publish: nft "
-                 "exited with status 1"))
+            500, "function f stays, because its ports cannot be taken from it: nft cannot load the rules of --publish: "
+                 "nft exited with status 1"))
         places = f"tcp:{address}:80", self.HERE
         self.assertEqual(attempt(*places), {places[0]: f"f saw {address}", self.HERE: "f saw 127.0.0.1"})
         broken.unlink()
