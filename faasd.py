@@ -1169,11 +1169,11 @@ class Function:
         await self._end(Release.STOPPED)
 
     async def pass_on(self, timeout: float) -> None:
-        """Leave invocations to the next daemon. Waiting clients are handed over first, or get a 503 after timeout."""
+        """Leave invocations to the next daemon. Clients whom no program has yet wait for one, or for a 503 at timeout."""
         await asyncio.sleep(0)                  # those that were accepted last are about to wait
         until = self.loop.time() + timeout
-        while self.waiting and (seconds := until - self.loop.time()) > 0:
-            await asyncio.wait([invocation.turn for invocation in self.waiting], timeout=seconds)
+        while (self.waiting or any(one.is_offered for one in self.in_flight)) and self.loop.time() < until:
+            await asyncio.sleep(0.01)
         await self._end(Release.LEFT)
 
     async def _end(self, why: Release) -> None:
@@ -1294,6 +1294,11 @@ class Invocation:
             self.function.write_down(self)
         finally:
             self._close()
+
+    @property
+    def is_offered(self) -> bool:
+        """Whether its server has yet to accept it."""
+        return bool(self.handover and self.handover.inode) and not self.handover.taken and not self.handled
 
     async def _work(self) -> Release:
         """Return how the handler has let go, or why it may not go on."""

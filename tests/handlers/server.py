@@ -106,6 +106,11 @@ def blocking(listener, work=serve):
         threading.Thread(target=work, args=listener.accept()).start()
 
 
+def alone(listener):
+    while True:
+        serve(*listener.accept())
+
+
 def polling(listener):
     listener.setblocking(False)
     poll = select.poll()
@@ -162,7 +167,7 @@ def main():
             if os.fork() == 0:
                 break
         listeners = [listen(places[0], True)]
-    accept = polling if how in ("polling", "forking-polling", "exclusive") else blocking
+    accept = polling if how in ("polling", "forking-polling", "exclusive") else alone if how == "alone" else blocking
     for listener in listeners[1:]:
         threading.Thread(target=accept, args=(listener,), daemon=True).start()
     accept(listeners[0])

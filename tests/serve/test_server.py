@@ -472,6 +472,24 @@ class Restarting(unittest.TestCase):
             self.assertEqual(get(address)[0], 200)
             self.assertEqual(daemon.info("f")["contract"], "server")
 
+    def test_who_has_not_been_accepted_yet_is_before_the_daemon_leaves(self):
+        """Its server serves one client after the other, and still has the first."""
+        with support.Daemon() as daemon:
+            address = daemon.deploy("f", server_image("alone", "0.0.0.0:8080"), "--reuse", "0", "--share", "2")
+            with request(address, "/wait") as first:
+                self.assertEqual(first.recv(100), b"waiting\n")
+                with request(address, "/wait") as second:
+                    wait_until(lambda: daemon.info("f")["running"] == 2, "the second is handed over")
+                    daemon.process.send_signal(signal.SIGHUP)
+                    daemon.wait_log("leaving: 2 invocations running")
+                    first.sendall(b"x")
+                    self.assertIn(b"hello", read_until_cut(first))
+                    self.assertEqual(second.recv(100), b"waiting\n")
+                    self.assertEqual(daemon.process.wait(support.READY_SECONDS), 0)
+                    daemon.start()
+                    second.sendall(b"x")
+                    self.assertIn(b"hello", read_until_cut(second))
+
     def test_standard_input_and_output(self):
         with support.Daemon() as daemon:
             image = support.docker_archive([support.python_layer()], {"Entrypoint": [
