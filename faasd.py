@@ -1169,10 +1169,10 @@ class Function:
         await self._end(Release.STOPPED)
 
     async def pass_on(self, timeout: float) -> None:
-        """Leave invocations to the next daemon. Clients whom no program has yet wait for one, or for a 503 at timeout."""
+        """Leave invocations to the next daemon, once each client has its program, or a 503 after timeout."""
         await asyncio.sleep(0)                  # those that were accepted last are about to wait
         until = self.loop.time() + timeout
-        while (self.waiting or any(one.is_offered for one in self.in_flight)) and self.loop.time() < until:
+        while self.loop.time() < until and (self.waiting or any(map(Invocation.is_offered, self.in_flight))):
             await asyncio.sleep(0.01)
         await self._end(Release.LEFT)
 
@@ -1238,11 +1238,9 @@ class Function:
         if self.pool is None:
             return {**document, "error": self.error, "digest": "", "image": record.versions[0].image, "command": [],
                     "user": "", "workdir": "", "size": 0}
-        version, image = self.pool.version, self.pool.version.image
-        document.update(contract=version.record.contract, server_port=version.record.port)
-        process = image["process"]
-        return {**document, "digest": image["digest"], "image": image["tag"] or version.record.image,
-                "size": image["size"],
+        version, image, process = self.pool.version, self.pool.version.image, self.pool.version.image["process"]
+        return {**document, "contract": version.record.contract, "server_port": version.record.port,
+                "digest": image["digest"], "image": image["tag"] or version.record.image, "size": image["size"],
                 "command": version.command, "user": f"{process['uid']}:{process['gid']}", "workdir": process["cwd"]}
 
 
@@ -1295,7 +1293,6 @@ class Invocation:
         finally:
             self._close()
 
-    @property
     def is_offered(self) -> bool:
         """Whether its server has yet to accept it."""
         return bool(self.handover and self.handover.inode) and not self.handover.taken and not self.handled
@@ -1405,10 +1402,8 @@ class Invocation:
     async def _take_from_server(self) -> None:
         """Take a client back from a server, so that we can answer."""
         if await self._call(self.container.is_taken, self.handover):
-            host = self.function.services.host
-            client = await self._call(host.cgroups.duplicate_socket, self.container.cgroup, self.handover.inode)
-            if client is not None:              # else the server has just closed it
-                self.client = client
+            duplicate = self.function.services.host.cgroups.duplicate_socket   # None: the server has just closed it
+            self.client = await self._call(duplicate, self.container.cgroup, self.handover.inode) or self.client
 
     async def _answered(self, gone: bool) -> TcpState:
         """Return the client's state once its handler let go, or is gone. Raises Refusal if its answer is missing."""
