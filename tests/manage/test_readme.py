@@ -231,7 +231,18 @@ class Readme(unittest.TestCase):
             daemon.deploy("my-function")
             shutil.copy(support.TOP / "faas", directory)
             listed = subprocess.run(["bash", "-c", ask], cwd=directory, capture_output=True, text=True, check=False)
+            # This daemon stands for both nodes of "Several machines", too.
+            nodes = re.search(r"(?ms)^```toml\n(.*?)^```", README)[1]
+            (directory / ".config/faas").mkdir(parents=True)
+            (directory / ".config/faas/nodes.toml").write_text(re.sub(r"192\.168\.1\.1[12]", "127.0.0.1", nodes))
+            for name in re.findall('token-file = "(.*)"', nodes):
+                shutil.copy(directory / "token", directory / ".config/faas" / name)
+            command = "./faas --node a --node b list"
+            both = subprocess.run(["bash", "-c", command], cwd=directory, env={**os.environ, "HOME": str(directory)},
+                                  capture_output=True, text=True, check=False)
         self.assertIn("my-function", listed.stdout, listed)
+        self.assertIn(command, commands())
+        self.assertEqual(re.findall(r"(?m)^(\w) +my-function ", both.stdout), ["a", "b"], both)
 
 
 if __name__ == "__main__":
