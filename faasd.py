@@ -6130,8 +6130,8 @@ async def probe_machine(host: ContainerHost) -> None:
             log.warning("%s joins no user namespace, so it makes one for each container, and all functions share "
                         "root's limits of inotify, queues and timers: %s", host.runtime.name, errors[0])
         if not host.supervises:
-            log.warning("no container's system calls can be answered here, so no servers run, only handlers, which "
-                        "take their clients from %s: %s", CONTROL_SOCKET, errors[0])
+            log.warning("faasd cannot answer containers' system calls on this machine, so servers do not run, only "
+                        "handlers, which take their clients from %s: %s", CONTROL_SOCKET, errors[0])
         return
     raise unfit_machine(host.runtime, errors[-1])
 
@@ -10278,8 +10278,8 @@ class Deploys:
         contract = entry.options.contract
         if not self._host.supervises:
             if contract in ("server", "stdio"):
-                raise FaasdError("no container's system calls can be answered on this machine, so no server runs, "
-                                 "and no --contract stdio: see the daemon's log", status=422)
+                raise FaasdError("faasd cannot answer containers' system calls on this machine, so servers and "
+                                 "--contract stdio do not work: see the daemon's log", status=422)
             contract = "handler"
         entry = replace(entry, contract=contract, port=entry.options.port or 0 if contract in ("auto", "server") else 0)
         if not self.attachments.egress.has(name):

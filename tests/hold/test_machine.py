@@ -193,17 +193,17 @@ os.execv(sys.argv[1], sys.argv[1:])"""
             daemon.release("f", "done")
             self.assertIn(b"200 OK", client.recv(65536))
         daemon.wait_idle("f")
-        self.assertIn("no container's system calls can be answered here", daemon.log())
+        self.assertIn("faasd cannot answer containers' system calls on this machine", daemon.log())
         out = daemon.faas("new", "g", "--contract", "server", stdin=support.small_image(), check=False)
         self.assertEqual(out.returncode, 1)
-        self.assertIn("so no server runs", out.stderr)
+        self.assertIn("so servers and --contract stdio do not work", out.stderr)
 
     def test_another_supervisor(self):
         """As in a container of LXD: our containers' calls are another's to answer, so only handlers run."""
         keeper = gate.Gate(lambda call: None)
         self.addCleanup(keeper.close)
         daemon = self.started(wrapper=keeper.wrapper)
-        self.assertIn("no container's system calls can be answered here", daemon.log())
+        self.assertIn("faasd cannot answer containers' system calls on this machine", daemon.log())
         self.assertEqual(get(daemon.deploy("f", support.small_image()))[0], 200)
         self.assertEqual(daemon.info("f")["contract"], "handler")
 
