@@ -112,6 +112,17 @@ class Accepting(support.SharedDaemonCase):
             self.assertIn("lo", get(address, "/interfaces")[1].split(), "netlink is bound as ever")
 
 
+class BeforeLinux69(support.SharedDaemonCase):
+    """The kernel has no descriptor for a thread that is not its process's first."""
+
+    constants = {"PIDFD_THREAD": 1 << 20}           # a flag that no kernel knows yet
+
+    def test_threads_accept(self):
+        address = self.daemon.deploy("f", server_image("blocking", "0.0.0.0:8081", "0.0.0.0:8080"), "--port", "8080")
+        for _ in range(2):
+            self.assertEqual(get(address, "/names"), (200, f"{address} {address} 8080"))
+
+
 class SpeakingFirst(support.SharedDaemonCase):
     """--speaks-first: a client need not say anything before its server does."""
 
