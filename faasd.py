@@ -524,12 +524,6 @@ LABELLED = ("memory", "cpus", "pids", "timeout", "start_timeout", "concurrency",
             "reuse", "share", "contract", "port", "speaks_first", "read_only", "shm_size", "hostname", "cap_drop")
 NOT_LABELLED = ("net", "cap_add")   # an image that comes from anywhere must not open its own sandbox
 
-
-def may_be_labels(*names: Iterable[str]) -> list[str]:
-    """Return which of these options an image's labels may name."""
-    return [name for name in LABELLED + NOT_LABELLED if name in {*itertools.chain(*names)}]
-
-
 # What docker gives a container by itself (moby, oci/caps/defaults.go): of these a user may choose.
 CAPABILITIES = """CHOWN DAC_OVERRIDE FSETID FOWNER MKNOD NET_RAW SETGID SETUID SETFCAP SETPCAP NET_BIND_SERVICE
                   SYS_CHROOT KILL AUDIT_WRITE""".split()
@@ -633,7 +627,7 @@ class VersionRecord:
     contract: str = "handler"   # how it takes its clients, handler, server or stdio, as was seen when it was proved
     port: int = 0               # a server's
     labelled: list[str] = field(default_factory=list)       # options that the image's labels chose, and no user
-    named: list[str] = field(default_factory=list)          # options that no label may choose: a user has
+    named: list[str] = field(default_factory=list)          # options that a user chose, be it the default
     created: str = ""           # RFC 3339; "": an older faasd did not note it
 
     @property
@@ -641,6 +635,9 @@ class VersionRecord:
         """What a user chose, whatever the image is."""
         defaults = Options()
         return replace(self.options, **{name: getattr(defaults, name) for name in self.labelled})
+
+
+NO_VERSION = VersionRecord(0, "", "", Options())        # what a first deploy and --reset start from
 
 
 @dataclass
@@ -688,12 +685,12 @@ class FunctionRecord:
             entry.options.check()
             if entry.contract not in ("handler", "server", "stdio") or not isinstance(entry.port, int):
                 raise ValueError(f"function {self.name} has the contract {entry.contract!r}")
-            if not {*LABELLED, *NOT_LABELLED}.issuperset([*entry.labelled, *entry.named]):
-                raise ValueError(f"function {self.name} has options {entry.labelled!r} and {entry.named!r}")
-        moments = [moment for entry in self.versions for moment in (entry.created, entry.deployed)]
-        for moment in (self.created, self.updated, *moments):
-            if not isinstance(moment, str):
-                raise TypeError(f"function {self.name} has the time {moment!r}")
+            if not {*LABELLED}.issuperset(entry.labelled):
+                raise ValueError(f"function {self.name} has options of labels {entry.labelled!r}")
+            if wrong := [text for text in (entry.created, entry.deployed, *entry.named) if not isinstance(text, str)]:
+                raise TypeError(f"function {self.name} has {wrong[0]!r} for a time or an option")
+        if not isinstance(self.created, str) or not isinstance(self.updated, str):
+            raise TypeError(f"function {self.name} has the times {self.created!r} and {self.updated!r}")
         return self
 
     @property
@@ -948,8 +945,8 @@ SCARCE_QUEUE = 16                   # connections that wait for one function whi
 class Function:
     """Gives each client of one address a container of its own. Lives on the loop's thread."""
 
-    def __init__(self, record: FunctionRecord, services: Services, log_: FunctionLog):
-        self.record = record
+    def __init__(self, record: FunctionRecord, services: Services, log_: FunctionLog, addresses: Addresses):
+        self.record, self._addresses = record, addresses
         self.log = log_
         self.pool: Pool | None = None           # None: broken, error says why
         self.error = ""
@@ -1211,9 +1208,16 @@ class Function:
     # -- for the control API --
 
     @property
-    def state(self) -> str:
-        return ("removing" if self.being_removed else "broken" if not self.pool else
-                "failing" if self.pool.failure and not (self.pool.idle or self.pool.shared) else "ready")
+    def state(self) -> dict[str, str]:
+        """Return its state, and what is wrong with it, if anything is."""
+        if self.record.address in self._addresses.missing:
+            return {"state": "broken", "error": "somebody has taken its address from lo, and faasd cannot put it back"}
+        if self.being_removed:
+            return {"state": "removing"}
+        if self.pool is None:
+            return {"state": "broken", "error": self.error}
+        failing = self.pool.failure and not (self.pool.idle or self.pool.shared)
+        return {"state": "failing", "error": self.pool.failure} if failing else {"state": "ready"}
 
     def counts(self) -> dict:
         return {"running": self.running, "queued": len(self.waiting), "warm": len(self.pool.idle) if self.pool else 0,
@@ -1221,7 +1225,7 @@ class Function:
                 "errors": self.statistics.errors}
 
     def _summary(self) -> dict:
-        return {"name": self.record.name, "address": self.record.address, "state": self.state, **self.counts()}
+        return {"name": self.record.name, "address": self.record.address, **self.state, **self.counts()}
 
     def describe_statistics(self) -> dict:
         counted = self.statistics
@@ -1233,10 +1237,8 @@ class Function:
         record = self.record
         document = {**self._summary(), "version": record.version, "created": record.created, "updated": record.updated,
                     "options": record.options.to_json(), "secrets": sorted(record.secrets)}
-        if document["state"] == "failing":
-            document["error"] = self.pool.failure
         if self.pool is None:
-            return {**document, "error": self.error, "digest": "", "image": record.versions[0].image, "command": [],
+            return {**document, "digest": "", "image": record.versions[0].image, "command": [],
                     "user": "", "workdir": "", "size": 0}
         version, image, process = self.pool.version, self.pool.version.image, self.pool.version.image["process"]
         return {**document, "contract": version.record.contract, "server_port": version.record.port,
@@ -1430,8 +1432,9 @@ class Invocation:
         return state
 
     def _who_closed(self, state: TcpState) -> str:
+        """Return who has ended a connection on which nothing was sent, as far as the kernel tells."""
         program = who(self.container.contract)
-        if state.was_closed:
+        if state.acknowledged or state.state in TCP_FIN_STATES:         # nothing but our FIN
             return f"{program} closed the connection without an answer"
         if self.handover.taken:                 # what it leaves unread makes its close a reset
             return f"before an answer, the client reset the connection, or {program} closed it without reading it all"
@@ -1622,11 +1625,6 @@ class TcpState:
     def is_open(self) -> bool:
         """Whether there is a client, and nobody has told it that the answer is over."""
         return self.state in (TCP_ESTABLISHED, TCP_CLOSE_WAIT)
-
-    @property
-    def was_closed(self) -> bool:
-        """Whether our side has sent a FIN, though nothing else."""
-        return self.sent == 0 and (self.acknowledged > 0 or self.state in TCP_FIN_STATES)
 
     @property
     def can_answer(self) -> bool:
@@ -6877,7 +6875,7 @@ def function_metrics(functions: list[Function]) -> Iterator[str]:
             yield f'{name}{{function="{function.record.name}"}} {function.counts()[key]}'
     yield from metric_header("faasd_function_ready", "gauge", "0 for a function that is broken, failing or leaving")
     for function in functions:
-        yield f'faasd_function_ready{{function="{function.record.name}"}} {int(function.state == "ready")}'
+        yield f'faasd_function_ready{{function="{function.record.name}"}} {int(function.state["state"] == "ready")}'
 
 
 PRIORITIES = {logging.DEBUG: 7, logging.INFO: 6, logging.WARNING: 4, logging.ERROR: 3, logging.CRITICAL: 2}
@@ -8938,8 +8936,7 @@ COMPLAINT = re.compile(rb"""(?isx) (?:\x1b\[1;31m)? (?:\{\s*"msg":\ ?")? (?:[a-z
 FAULTS = (                          # what of it means what, and an exit status as in a shell
     (r'exec [^:"]*: no such file', 127, "its interpreter (the #! line), or what loads it, is not in the image"),
     ("exec format error", 126, "it is no program for this machine, and has no #! line"),
-    ("is a directory|not a regular file", 126, "it is a directory"),
-    ("permission denied|not executable", 126, "it is not executable, or is a directory"),
+    ("permission denied|not executable|is a directory|not a regular", 126, "it is not executable, or is a directory"),
     ("", 127, "it is not in the image, or not in its PATH"))
 
 
@@ -9240,12 +9237,13 @@ class ControlHandler(http.server.BaseHTTPRequestHandler):
         self._reply(201 if created else 200, document)
 
     def logs(self, name: str, query: dict) -> None:
+        choose = Failures() if is_set(query, "failed") else iter
         log_ = self._call(self.server.answers.function_log(name))
-        self._send_lines(log_, functools.partial(log_document, name), query, is_set(query, "failed") and Failures())
+        self._send_lines(log_, functools.partial(log_document, name), query, choose)
 
     def events(self, query: dict) -> None:
         wanted = query.get("function")
-        choose = functools.partial(filter, lambda line: split_line(line)[1] in wanted) if wanted else None
+        choose = functools.partial(filter, lambda line: split_line(line)[1] in wanted) if wanted else iter
         self._send_lines(self._call(self.server.answers.event_log()), event_document, query, choose)
 
     def execute(self, name: str, query: dict) -> None:
@@ -9319,18 +9317,17 @@ class ControlHandler(http.server.BaseHTTPRequestHandler):
     own_routes = (deploy, logs, events, execute, image)        # that answer by themselves
 
     def _send_lines(self, source: FunctionLog, describe: Callable[[bytes], dict], query: dict,
-                    choose: Callable[[Iterable[bytes]], Iterable[bytes]] | None) -> None:
+                    choose: Callable[[Iterable[bytes]], Iterable[bytes]]) -> None:
         """Answer with the lines of a log that choose yields, as text or as a JSON object a line."""
         tail = parse_count(query["tail"][-1]) if "tail" in query else None
         since = parse_since(query["since"][-1]) if "since" in query else ""
         as_json = query.get("format", ["text"])[-1] == "json"
-        choose = choose or iter
 
         def encode(lines: Iterable[bytes]) -> bytes:
             return b"".join(json.dumps(describe(line)).encode() + b"\n" if as_json else line for line in lines)
-        lines, file = source.read(None if isinstance(choose, Failures) else tail, since, choose)
-        if tail and isinstance(choose, Failures):
-            lines = choose.last(lines, tail)
+        failed = isinstance(choose, Failures)
+        lines, file = source.read(None if failed else tail, since, choose)
+        lines = choose.last(lines, tail) if failed and tail else lines
         self.send_response(200)
         self.send_header("Content-Type", "application/x-ndjson" if as_json else "text/plain; charset=utf-8")
         if self.request_version == "HTTP/1.0":          # which knows no chunks
@@ -10005,16 +10002,13 @@ class Deploys:
 
     def make_function(self, record: FunctionRecord) -> Function:
         path = self._settings.state_dir / "logs" / f"{record.name}.log"
-        return Function(record, self._services, FunctionLog(path, self._services.logs))
+        return Function(record, self._services, FunctionLog(path, self._services.logs),
+                        self.attachments.addresses)
 
     def describe(self, function: Function) -> dict:
         port = self._settings.port
         url = f"http://{function.record.address}" + (f":{port}" if port != 80 else "")
-        document = {**function.describe(), "port": port, "url": url}
-        if function.record.address in self.attachments.addresses.missing:
-            document.update(state="broken", error="somebody has taken its address from lo, and faasd cannot put it "
-                                                  "back")
-        return document
+        return {**function.describe(), "port": port, "url": url}
 
     # -- changes --
 
@@ -10028,9 +10022,9 @@ class Deploys:
         before = self.functions[name].record if name in self.functions else None
         async with self._changing(name, "deploy") as undo:
             self._claim(name, before, address)
-            now = before.versions[0] if before and not reset else VersionRecord(0, "", "", Options())
+            now = before.versions[0] if before and not reset else NO_VERSION
             options = now.chosen.changed(query)
-            kept, named = options.kept(query), may_be_labels(query, options.chosen(), now.named)
+            kept, named = options.kept(query), sorted({*query, *options.chosen(), *now.named})
             self._check_warm(name, options)
             unpacked = self.images.unused_path()
             undo.push_async_callback(self.images.discard, unpacked)
@@ -10116,11 +10110,9 @@ class Deploys:
         reset, function = read_switch(query.pop("reset", ["false"])[-1]), self.get(name)
         secrets = pop_secrets(query)
         async with self._changing(name, "change") as undo:
-            now = function.record.versions[0]
-            options = (Options() if reset else now.options).changed(query)
-            entry = self._next_version(
-                function.record, now.image, options, named=may_be_labels(query, [] if reset else now.named),
-                labelled=[key for key in now.labelled if not reset and key not in query])
+            image, now = function.record.versions[0].image, NO_VERSION if reset else function.record.versions[0]
+            entry = self._next_version(function.record, image, now.options.changed(query), labelled=[
+                key for key in now.labelled if key not in query], named=sorted({*query, *now.named}))
             files = await self._write_secrets(name, function.record.secrets, secrets, undo)
             return await self._install(name, entry, files, "set", undo)
 

@@ -830,6 +830,8 @@ class Addresses(LocalUserCase):
         self.flush()
         wait_until(lambda: daemon.info("f")["state"] == "broken", "it says so")
         self.assertIn("somebody has taken its address from lo", daemon.info("f")["error"])
+        self.assertEqual(json.loads(daemon.faas("stats", "--json").stdout)["functions"][0]["state"], "broken")
+        self.assertIn(b'\nfaasd_function_ready{function="f"} 0\n', daemon.api("GET", "/metrics")[1])
         result = daemon.faas("set", "f", "--memory", "256m", check=False)
         self.assertEqual((result.returncode, daemon.info("f")["options"]["memory"]), (1, 512 << 20))
         self.assertIn(f"cannot add {address} to lo", result.stderr)

@@ -317,7 +317,9 @@ class Exec(ExecCase):
                 ("/bad/interpreter", 127, "its interpreter (the #! line), or what loads it, is not in the image"),
                 ("/bad/junk", 126, "it is no program for this machine, and has no #! line"),
                 ("/bad/plain", 126, "it is not executable, or is a directory"), ("/bad", 126, "is a directory")):
-            for terminal in ((), ("-t",)):
+            # On a terminal crun may lose the last words of a process that ends at once.
+            lost = support.RUNTIME == "crun" and command in ("/bad/interpreter", "/bad/junk")
+            for terminal in ((),) if lost else ((), ("-t",)):
                 with self.subTest((command, *terminal)):
                     status, output, error = self.exec(*terminal, "f", "--", command)
                     self.assertEqual((status, output), (expected, ""), error)
