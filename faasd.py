@@ -110,6 +110,7 @@ import itertools
 import json
 import logging
 import math
+import mmap
 import os
 import platform
 import posixpath
@@ -6949,27 +6950,27 @@ COPY_CHUNK = 256 * KIB              # bytes read or written at a time
 
 
 class ByteStream:
-    """Bytes that come in pieces, read once and forward, with as much of a file's interface as tarfile wants."""
+    """Bytes that come in pieces, read once and forward; a piece may change once the next one is asked for."""
 
     def __init__(self, pieces: Generator[bytes], cut_short: str = CUT_SHORT):
         """cut_short is what an ImageError says where data should be and is not."""
         self._pieces = pieces
         self._cut_short = cut_short
         self._rest = memoryview(b"")    # of the last piece
-        self._position = 0              # bytes that have been taken
+        self.position = 0               # bytes that have been taken
 
     def take(self, count: int) -> memoryview:
         """Return between 1 and count bytes without copying them; none at the end."""
         while not self._rest and (data := next(self._pieces, None)) is not None:
             self._rest = memoryview(data)
         taken, self._rest = self._rest[:count], self._rest[count:]
-        self._position += len(taken)
+        self.position += len(taken)
         return taken
 
     def take_all(self, count: int) -> Iterator[memoryview]:
         """Yield the next count bytes in pieces. Raises ImageError if there are fewer."""
         while count:
-            piece = self.take(min(count, COPY_CHUNK))
+            piece = self.take(count)
             if not piece:
                 raise ImageError(self._cut_short)
             count -= len(piece)
@@ -6978,18 +6979,10 @@ class ByteStream:
     def read(self, count: int) -> bytes:
         """Return count bytes, fewer only at the end."""
         parts = []
-        while count and (piece := self.take(count)):
+        while count and (piece := bytes(self.take(count))):
             parts.append(piece)
             count -= len(piece)
         return b"".join(parts)
-
-    def seek(self, position: int) -> None:
-        """Read on to position. Raises ImageError if the data ends before it."""
-        for _ in self.take_all(max(position - self.tell(), 0)):
-            continue
-
-    def tell(self) -> int:
-        return self._position
 
     def drain(self) -> None:
         """Read to the end."""
@@ -7070,23 +7063,23 @@ class TarReader:
         return data
 
     def tell(self) -> int:
-        return self._stream.tell()
+        return self._stream.position
 
     def __iter__(self) -> Iterator[TarInfo]:
         while True:
-            self._stream.seek(self.offset)
-            self._block = self._stream.read(tarfile.BLOCKSIZE)
-            if entry := parse_plain_header(self._block):
-                self._block = b""
+            for _ in self._stream.take_all(max(self.offset - self._stream.position, 0)):
+                continue
+            block = self._stream.read(tarfile.BLOCKSIZE)
+            if entry := parse_plain_header(block):
                 blocks = 1 + (-(-entry.size // tarfile.BLOCKSIZE) if entry.type == tarfile.REGTYPE else 0)
                 self.offset += blocks * tarfile.BLOCKSIZE
-            elif (entry := self._parse_header()) is None:
+            elif (entry := self._parse_header(block)) is None:
                 return
             yield entry
 
-    def _parse_header(self) -> TarInfo | None:
-        """Parse whatever headers the next entry has; None at the end."""
-        self._budget = MAX_RECORD_SIZE
+    def _parse_header(self, block: bytes) -> TarInfo | None:
+        """Parse whatever headers the next entry has, of which the first is a block that was read; None at the end."""
+        self._block, self._budget = block, MAX_RECORD_SIZE
         at = self.offset
         try:
             entry = TarInfo.fromtarfile(self)
@@ -7105,6 +7098,7 @@ class TarReader:
 MAX_ARCHIVE_MEMBERS = 100_000       # members of the outer archive
 MAX_JSON_SIZE = 4 * MIB             # one manifest, index or config; the OCI distribution spec asks for 4 MiB
 SEGMENT = 64 * MIB                  # bytes of an archive in one file
+WINDOW = MIB                        # … and of such a file in our memory
 MAX_LINK_HOPS = 40                  # symbolic links followed for one path, as the kernel does (path_resolution(7))
 
 
@@ -7113,7 +7107,7 @@ class Archive:
 
     Which of them are layers, and in which order they apply, is not known before manifest.json or index.json has come,
     which are usually last. Nothing is unpacked that these do not name.
-    A file that was read for the last time is emptied: what is written next gets its memory and its place on the disk.
+    A file that was read for the last time is closed: what is written next gets its memory and its place on the disk.
     A hole in a single file would give these back too, but only after a wait for the disk (XFS, btrfs, older ext4).
     """
 
@@ -7170,20 +7164,22 @@ class Archive:
             name = self._links[name]
         raise ImageError(f"the archive's member {name!r} is a link to itself")
 
-    def read(self, name: str, forget: bool = False) -> Iterator[bytes]:
+    def read(self, name: str, forget: bool = False) -> Iterator[memoryview]:
         """Yield a member in pieces. Raises ImageError if there is none. With forget, it may not be read again."""
         place = self.find(name)
         if place is None:
             raise ImageError(f"the archive lacks {name!r}")
         at, end = place[0], sum(place)
         while at < end:
-            segment = self._segments[at // SEGMENT]
-            data = os.pread(segment.fileno(), min(end - at, COPY_CHUNK), at % SEGMENT)
-            assert data, f"{name} is read again"        # it would be for ever
-            at += len(data)
-            yield data
+            segment, offset = self._segments[at // SEGMENT], at % SEGMENT
+            count = min(end - at, WINDOW, SEGMENT - offset)
+            begin = offset % mmap.ALLOCATIONGRANULARITY
+            # The file's own pages spare a copy. It stays, without a name, for as long as anybody has the last of them.
+            yield memoryview(mmap.mmap(segment.fileno(), begin + count, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE,
+                                       prot=mmap.PROT_READ, offset=offset - begin))[begin:]
+            at += count
             if forget and at % SEGMENT == 0 and at - SEGMENT >= place[0]:       # else another member is in it too
-                segment.truncate(0)
+                segment.close()
 
     def read_document(self, name: str) -> bytes:
         """Return the bytes of a small member, checked against the digest in its name where it has one (E.2)."""
@@ -7450,6 +7446,7 @@ def decompress(pieces: Iterator[bytes], budget: Budget, refusal: str) -> Iterato
     head = b""
     while len(head) < MAGIC_SIZE and (data := next(pieces, b"")):
         head += data
+    del data                            # which keeps a file of the archive
     if match := OTHER_MAGIC.match(head):
         raise ImageError(refusal.format(name=match.lastgroup))
     whole = itertools.chain([head], pieces)
@@ -8007,11 +8004,13 @@ class LayerApplier:
     def _create_file(self, entry: TarInfo, path: bytes) -> None:
         """Make a new file; holes stay holes. What is there is removed, not written through (C.1, C.2)."""
         self._budget.spend_bytes("files", entry.size)
-        with kept_open(self._rootfs.new_file(path)) as file:
+        file = self._rootfs.new_file(path)
+        try:
             for offset, count in [(0, entry.size)] if entry.sparse is None else entry.sparse:
                 if offset < 0 or count < 0 or offset + count > entry.size:
                     raise ImageError(f"{entry.name!r} has a bad sparse map")
-                os.lseek(file, offset, os.SEEK_SET)
+                if entry.sparse is not None:
+                    os.lseek(file, offset, os.SEEK_SET)
                 for piece in self._stream.take_all(count):
                     write_all(file, piece)
             if entry.sparse is not None:
@@ -8020,6 +8019,8 @@ class LayerApplier:
                 # The disk can begin with it: in the end, a deploy waits for the disk. For small files it is no gain.
                 libc.sync_file_range(file, ctypes.c_int64(0), ctypes.c_int64(0), SYNC_FILE_RANGE_WRITE)
             self._set_metadata(file, entry)
+        finally:
+            os.close(file)
 
     # -- metadata --
 
@@ -8302,16 +8303,17 @@ def resolve_process(config: dict, rootfs: Rootfs) -> dict:
 MAX_BODY_SECONDS = 600.0            # between bytes of an archive: `docker save` may take its time before a pipe
 
 
-def receive(descriptor: int) -> Iterator[bytes]:
+def receive(descriptor: int) -> Iterator[memoryview]:
     """Yield what comes on a client's connection, which does not block; its end is one too early. Raises FaasdError."""
+    buffer = memoryview(bytearray(COPY_CHUNK))          # one for all: memory that is new costs more than the copy
     while is_readable(descriptor, MAX_BODY_SECONDS):
         try:
-            data = os.read(descriptor, COPY_CHUNK)
+            count = os.readv(descriptor, [buffer])
         except ConnectionError:
-            data = b""
-        if not data:
+            count = 0
+        if not count:
             raise BadRequest("the upload was cut short")
-        yield data
+        yield buffer[:count]
     raise FaasdError(f"no data came for {MAX_BODY_SECONDS:g} s during the upload", status=408)
 
 
@@ -9689,7 +9691,7 @@ class ImageStore:
         try:
             document = json.loads(stdout)
         except ValueError:
-            end = (f"was killed by signal {-child.returncode} (out of memory?)" if child.returncode < 0 else
+            end = (describe_exit(128 - child.returncode) if child.returncode < 0 else
                    f"ended with status {child.returncode}; faasd's log has the detail")
             raise FaasdError(f"{doing} {end}") from None
         if "error" in document:

@@ -290,7 +290,7 @@ class Processes(FaultCase):
         killing = True
         with self.neighbour_is_served():
             answer = self.deploy("new", status=500)
-            self.assertEqual(answer["error"], "unpacking the image was killed by signal 9 (out of memory?)")
+            self.assertEqual(answer["error"], "unpacking the image was killed by SIGKILL (out of memory?)")
             killing = False
         self.all_is_well()
 

@@ -12,9 +12,11 @@ import lzma
 import os
 import random
 import shutil
+import socket
 import struct
 import sys
 import tarfile
+import threading
 import unittest
 from dataclasses import replace
 from pathlib import Path
@@ -461,6 +463,20 @@ class Staging(Sandbox):
                     shutil.rmtree(self.image, ignore_errors=True)
                     faasd.unpack_image(archives.pieces(Pipe(archive)), self.image, "", 1 << 20, 100, 0)
                     self.assertEqual(of_the_image(archives.tree(self.image / "rootfs")), TREES["layered"])
+
+    def test_pieces_of_a_connection(self):
+        """They come one after the other in the same memory: what is in two of them is whole all the same."""
+        archive = archives.podman(LAYERED)
+        for size in (1, 100, 513):
+            ours, theirs = socket.socketpair()
+            with self.subTest(size=size), ours, theirs, mock.patch.object(faasd, "COPY_CHUNK", size):
+                shutil.rmtree(self.image, ignore_errors=True)
+                sender = threading.Thread(target=theirs.sendall, args=[archive])
+                sender.start()
+                body = faasd.request_body(faasd.ByteStream(faasd.receive(ours.fileno())), str(len(archive)), 1 << 20)
+                faasd.unpack_image(body, self.image, "", 1 << 20, 100, 0)
+                sender.join()
+                self.assertEqual(of_the_image(archives.tree(self.image / "rootfs")), TREES["layered"])
 
 
 class PlainHeaders(unittest.TestCase):
