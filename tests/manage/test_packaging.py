@@ -128,6 +128,7 @@ class Generated(PackagingCase):
         page = (self.made / "faas.1").read_text()
         for command in self.commands:
             self.assertRegex(page, rf'(?m)^\.SS "faas {command} ')
+        self.assertNotIn("SUPPRESS", page)              # argparse's word for an argument that is not shown
 
     @needs("mandoc")
     def test_mandoc_finds_no_fault(self):
