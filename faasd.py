@@ -861,6 +861,10 @@ class Tasks(set):
 
 
 DEFER_ACCEPT_SECONDS = 15           # TCP_DEFER_ACCEPT; the kernel rounds up to its SYN-ACK retransmissions (tcp(7))
+IP_MINTTL = 21                      # of a packet's TTL (linux/in.h)
+SO_MEMINFO = 55                     # numbers of a socket, the last of which says how many packets it has dropped
+ARRIVAL_SECONDS = 0.1               # for a client whose connection is there to say something, when we stop
+SYN_SECONDS = 1.1                   # after which a client has asked again (TCP_TIMEOUT_INIT, linux/net/tcp.h)
 FIRST_BYTE_SECONDS = 75             # for what is accepted without data; load balancers keep such ready for 60 s
 ACCEPT_BATCH = 64                   # connections accepted before other events get their turn
 ACCEPT_PAUSE = 0.5                  # seconds without accepting when descriptors have run out
@@ -873,13 +877,28 @@ class Entrance:
         self._function = function
         self._loop = function.loop
         self._listener: socket.socket | None = None
+        self._turns_away = False
         self._silent = Tasks(f"function={function.record.name} waiting for a request")
 
     def open(self, listener: socket.socket) -> None:
         """Take connections from a listening socket, which becomes ours."""
         self._listener = listener
+        self.turn_away(False)           # a daemon that was killed may have done so
         self.defer()
         self._loop.add_reader(listener, self._accept)
+
+    def turn_away(self, newcomers: bool = True) -> None:
+        """Have the kernel drop what asks for a connection, but complete those that it has begun.
+
+        That is packets that may have come by a router, to a socket that listens: what it accepts inherits the rule.
+        """
+        self._turns_away = newcomers
+        if self._listener is not None:
+            self._listener.setsockopt(socket.IPPROTO_IP, IP_MINTTL, 255 if newcomers else 0)
+
+    @property
+    def has_turned_away(self) -> bool:
+        return self._listener is not None and any(self._listener.getsockopt(socket.SOL_SOCKET, SO_MEMINFO, 36)[32:])
 
     def defer(self) -> None:
         """Have the kernel show us connections with data only (tcp(7)), unless the program speaks first."""
@@ -913,6 +932,8 @@ class Entrance:
                 self._loop.remove_reader(listener)
                 self._loop.call_later(ACCEPT_PAUSE, lambda: self._listener is listener and self.open(listener))
                 return False
+            if self._turns_away:
+                client.setsockopt(socket.IPPROTO_IP, IP_MINTTL, 0)
             services.lag.probe()
             self._receive(client, f"{host}:{port}")
         return True
@@ -9813,7 +9834,6 @@ class ImageStore:
 
 
 PORT_RETRY_SECONDS = 5.0            # between attempts to publish a port that somebody else has at a start
-ARRIVAL_SECONDS = 0.1               # for a client whose connection is there to say something, when we stop
 ADDRESS_RETRY_SECONDS = 1.0         # between attempts to put an address back on lo
 
 
@@ -9857,14 +9877,9 @@ class Attachments:
         await asyncio.to_thread(self._egress_thread.shutdown)
 
     async def turn_away(self) -> None:
-        """Refuse newcomers at published ports from now on, and wait for those whom the kernel has let in already.
-
-        They say something next, and would be reset if nobody listened then: a balancer could not tell that nobody has
-        read it, and must not send a POST to anybody else.
-        """
+        """Refuse newcomers at published ports from now on."""
         if self.published.any:
             await self._run(self.published.turn_away)
-            await asyncio.sleep(ARRIVAL_SECONDS)
 
     async def remove_all(self) -> None:
         try:
@@ -10639,7 +10654,9 @@ class Daemon:
         """Stop: let all invocations finish, and leave nothing behind."""
         changes = await self._deploys.stop()
         await self._deploys.attachments.turn_away()
+        asked_again = await self._turn_away()
         await self._end("stopping", changes, set())
+        await asyncio.sleep(asked_again - self._loop.time())
         await self._host.workers.run(self._restart.leftovers.remove)       # there should be none
         await self._deploys.attachments.remove_all()
         await self._deploys.attachments.finish()
@@ -10651,9 +10668,24 @@ class Daemon:
         """Stop: leave what serves a client, and all that it needs, to the next daemon."""
         changes = await self._deploys.stop()
         left = {function for function in self._deploys.functions.values() if not function.being_removed}
+        if "NOTIFY_SOCKET" not in os.environ:           # else the service manager keeps the sockets
+            await self._turn_away()
         await self._end("leaving", changes, left)
         await self._deploys.attachments.finish()
         log.info("left")
+
+    async def _turn_away(self) -> float:
+        """Let no connection begin any more, and wait for clients who have one to say something.
+
+        They would be reset if nobody listened then: a balancer could not tell that nobody has read what they said, and
+        must not send a POST to anybody else. Return the loop time by which newcomers have asked again: they are refused
+        then, as long as the addresses are there, or met by the next daemon.
+        """
+        entrances = [function.entrance for function in self._deploys.functions.values()]
+        for entrance in entrances:
+            entrance.turn_away()
+        await asyncio.sleep(ARRIVAL_SECONDS if entrances else 0)
+        return self._loop.time() + (SYN_SECONDS if any(entrance.has_turned_away for entrance in entrances) else 0)
 
     async def _end(self, what: str, changes: list[asyncio.Task], left: set[Function]) -> None:
         """Let nobody in any more; end everything except the invocations of functions that are left."""

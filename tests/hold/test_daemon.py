@@ -139,6 +139,32 @@ class Stop(unittest.TestCase):
         self.assertEqual(daemon.process.wait(support.READY_SECONDS), 0)
         self.assertEqual(support.remains(daemon), [])
 
+    def test_who_is_connected_and_silent_is_served_and_newcomers_are_not_let_in(self):
+        """A balancer that has a connection sends its request on it, and may not repeat a POST that was reset."""
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            daemon = support.Daemon(constants={"ARRIVAL_SECONDS": 5 * support.PATIENCE}).start()
+            self.addCleanup(daemon.close)
+            address = daemon.deploy("f")
+
+            def is_held_off(address=address) -> bool:
+                try:
+                    socket.create_connection((address, 80), 0.5).close()
+                except TimeoutError:
+                    return True
+                return False
+            with self.subTest(number), socket.create_connection((address, 80), support.READY_SECONDS) as client:
+                daemon.process.send_signal(number)
+                wait_until(is_held_off, "nobody else is let in")
+                client.sendall(b"POST /label")
+                wait_until(lambda: number == signal.SIGHUP or "stopping: 1 invocation" in daemon.log(), "it is let in")
+                client.sendall(b"?late HTTP/1.1\r\nContent-Length: 0\r\n\r\n")
+                with client.makefile("rb") as answer:
+                    self.assertIn(b" 200 ", answer.readline())
+            self.assertEqual(daemon.process.wait(support.READY_SECONDS), 0)
+            daemon.log_file.close()
+            daemon.start()              # SIGHUP leaves what it needs
+            daemon.stop()
+
     def end_by_force(self, *signals: int, drain: str) -> None:
         daemon = support.Daemon("--drain-timeout", drain).start()
         self.addCleanup(daemon.close)
