@@ -7699,6 +7699,7 @@ class Rootfs:
         self._budget = budget
         self._resolved: dict[bytes, bytes] = {}         # directory as named → as it really is
         self.followed: list[bytes] = []                 # links on the way to what was found last
+        self.added: set[bytes] = set()                  # what no entry asked for
 
     def host(self, path: bytes) -> bytes:
         """Return the host's name of a resolved path."""
@@ -7723,6 +7724,7 @@ class Rootfs:
     def _imply_directory(self, path: bytes) -> None:
         self._budget.spend_directory()
         self.place_directory(path)
+        self.added.add(path)
 
     def trace_directory(self, path: bytes, what: str) -> bytes:
         """Return the real path that a directory has or would have. Raises ImageError for a file, as Docker does."""
@@ -7825,6 +7827,7 @@ class Rootfs:
         """Put a plain 0644 file at path, in the place of whatever is there."""
         directory, _, name = path.rpartition(b"/")
         real = self.make_directory(directory) + b"/" + name
+        self.added.add(real)
         with open(self.new_file(real), "wb") as file:
             file.write(data)
             os.fchown(file.fileno(), self.first_id, self.first_id)
@@ -8261,6 +8264,7 @@ def prepare_mount_targets(rootfs: Rootfs) -> str:
     for target in (b"/dev", b"/proc", b"/sys", b"/tmp"):
         if rootfs.kind(target) != stat.S_IFDIR:
             rootfs.place_directory(target)
+            rootfs.added.add(target)
     os.chmod(rootfs.host(b"/tmp"), 0o1777)      # for images from scratch
     for path in (CONTROL_SOCKET, "/etc/hosts", "/etc/hostname"):            # every container has its own of these
         rootfs.write_file(os.fsencode(path), b"")
@@ -8406,6 +8410,7 @@ def unpack_image(pieces: Iterator[bytes], directory: Path, tag: str, max_size: i
                     LayerApplier(stream, rootfs, budget, losses).apply()
                     stream.verify()
         try:
+            rootfs.added.clear()                # of what its layers have implied
             process = resolve_process(image.config, rootfs)
             process["resolv_conf"] = prepare_mount_targets(rootfs)
         except OSError as error:            # of the target of a link, say, which may be any text
@@ -8413,7 +8418,7 @@ def unpack_image(pieces: Iterator[bytes], directory: Path, tag: str, max_size: i
             raise unpack_error(path, error) from None
         document = {"digest": f"sha256:{image.digest}", "version": image.digest[:12], "tag": image.tag,
                     "first_id": first_id, "size": budget.bytes["files"], "entries": budget.entries, "process": process,
-                    "warnings": losses.lines()}
+                    "warnings": losses.lines(), "added": sorted(map(os.fsdecode, rootfs.added))}
         text = json.dumps(document, indent=1)
         if len(text) > MAX_DESCRIPTION:         # the daemon reads it at each start
             raise FaasdError(f"the image's config takes {len(text)} bytes, over {MAX_DESCRIPTION} (MAX_DESCRIPTION)",
@@ -8513,8 +8518,9 @@ class SavedLayer:
     Sorted, so that the same files give the same bytes. Nobody writes there, but it may be removed at any time.
     """
 
-    def __init__(self, first_id: int):
-        self._first_id = first_id
+    def __init__(self, first_id: int, added: set[bytes]):
+        """added is what is ours and not the image's."""
+        self._first_id, self._added = first_id, added
         self.size = len(TAR_END)
         for header, _, extents in self._entries():      # the archive has to say so before the layer comes
             data = sum(count for _, count in extents)
@@ -8551,8 +8557,8 @@ class SavedLayer:
             if stat.S_ISDIR(status.st_mode):
                 names = sorted(os.listdir(path), reverse=True)
                 ahead += names if path == b"." else [path + b"/" + name for name in names]
-            if stat.S_IFMT(status.st_mode) not in TAR_TYPES or path == os.fsencode(CONTROL_SOCKET[1:]):
-                continue                                # the latter is ours
+            if stat.S_IFMT(status.st_mode) not in TAR_TYPES or b"/" + path in self._added:
+                continue
             entry = self._describe(path, status)
             if status.st_nlink > 1 and not entry.isdir() and links.setdefault(status.st_ino, entry.name) != entry.name:
                 entry.type, entry.size, entry.linkname = tarfile.LNKTYPE, 0, links[status.st_ino]
@@ -8621,8 +8627,9 @@ def saved_settings(settings: dict, options: Options) -> dict:
 def save_image(directory: Path, first_id: int, tag: str, options: Options) -> Iterator[bytes]:
     """Yield a docker-archive of an unpacked image, in one layer, with its options. Raises OSError, ValueError."""
     config = json.loads((directory / "config.json").read_bytes())
+    added = json.loads((directory / "image.json").read_bytes()).get("added", [CONTROL_SOCKET])  # older ones have none
     os.chdir(directory / "rootfs")      # names in there may be as long as names can be
-    layer, digest = SavedLayer(first_id), Sha256Thread()
+    layer, digest = SavedLayer(first_id, set(map(os.fsencode, added))), Sha256Thread()
     head = TarInfo("layer.tar")
     head.size, head.mode = layer.size, 0o644
     yield make_header(head)

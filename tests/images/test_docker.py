@@ -23,6 +23,8 @@ from pathlib import Path
 import faasd
 import support
 import test_quickstart
+import test_save
+import test_tools
 
 BASE_IMAGE = Path("/var/cache/faasd-ci/base.tar")
 
@@ -294,6 +296,246 @@ class DockerPath(EngineTest):
         container = self.engine.docker("create", "test-handler").stdout.strip()
         with subprocess.Popen(["docker", "export", container], env=self.engine.env, stdout=subprocess.PIPE) as export:
             self.assert_refused(self.faas("new", "exported", stdin=export.stdout), "docker save")
+
+
+# What every image of SavedImages prints when it runs, and `docker build` and others have as entrypoint.
+PRINTS = 'id; pwd; env; cat /proc/self/cmdline'
+BUSYBOX = ["/bin/busybox", "sh", "-c", PRINTS, "-"]
+# What a container sees of its root, by a Python of this machine's: for each path all that `docker export` loses too.
+MANIFEST = r"""
+import hashlib, json, os, stat, sys
+
+def text(data):
+    return os.fsencode(data).hex() if isinstance(data, str) else data.hex()
+
+def content(path, status):
+    if stat.S_ISLNK(status.st_mode):
+        return text(os.readlink(path))
+    if stat.S_ISREG(status.st_mode):
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    return status.st_rdev
+
+found, first = {}, {}
+device = os.lstat("/").st_dev
+for directory, names, files in os.walk("/"):
+    for name in names + files:
+        path = os.path.join(directory, name)
+        status = os.lstat(path)
+        same = first.setdefault(status.st_ino, path) if not stat.S_ISDIR(status.st_mode) else path
+        attributes = {key: text(os.getxattr(path, key, follow_symlinks=False))
+                      for key in sorted(os.listxattr(path, follow_symlinks=False))}
+        found[path[1:]] = [oct(status.st_mode), status.st_uid, status.st_gid, content(path, status), same,
+                           status.st_mtime_ns, attributes]
+    names[:] = [name for name in names if os.path.join(directory, name) not in
+                ("/proc", "/sys", "/dev", "/.host")]
+json.dump(found, sys.stdout)
+"""
+TIME = 5                        # in such a row
+DOCKERFILES = {
+    "layers": LAYERED,
+    "scratch": r"""
+FROM scratch
+COPY busybox /bin/busybox
+USER 12345:54321
+WORKDIR /made/on the way
+ENV A="b c" PATH=/bin:/x
+LABEL l=v
+STOPSIGNAL SIGINT
+HEALTHCHECK --interval=9s CMD ["/bin/busybox", "true"]
+VOLUME /data
+EXPOSE 81/udp 80
+""",
+    "stages": r"""
+ARG BASE
+FROM $BASE AS first
+RUN mkdir -p /o/dir/sub "/o/a b" && echo 1 > /o/dir/sub/one && echo s > /o/setuid && chmod 6755 /o/setuid \
+ && ln /o/setuid /o/linked && chown 4321:65000 /o/dir && ln -s /nowhere /o/dangling && touch -d 1999-01-01 /o/dir \
+ && touch -d 2001-01-01 /o/dir/sub/one && mkdir -m 3770 /o/shared && touch "$(printf '/o/back\\134slash\\nline')"
+FROM $BASE
+COPY busybox /bin/busybox
+COPY --from=first --chown=7:8 /o /copied
+COPY --from=first /o /kept
+ADD added.tar.gz /added
+RUN rm -r /kept/dir && mkdir /kept/dir && echo new > /kept/dir/new && chmod 0 /kept/setuid && rm /etc/passwd-
+USER nobody:staff
+""",
+}
+
+
+class SavedImages(EngineTest):
+    """`faas save | docker load`: for images of other makers, a container of what comes back is one of the original."""
+
+    maxDiff = 3000
+
+    @classmethod
+    def setUpClass(cls):
+        super().setUpClass()
+        cls.tools = test_tools.Tools
+        cls.tools.setUpClass()          # or skip all
+        cls.addClassCleanup(cls.tools.doClassCleanups)
+        cls.context = cls.engine.directory / "makers"
+        cls.context.mkdir(mode=0o755)
+        shutil.copy("/bin/busybox", cls.context)
+        shutil.copy(support.TOP / "test_handler.py", cls.context)
+        with tarfile.open(cls.context / "added.tar.gz", "w:gz") as tar:
+            tar.add(support.TOP / "test_handler.py", "deep/er/file")
+        cls.daemon = support.Daemon().start()
+        cls.addClassCleanup(cls.daemon.close)
+
+    # -- makers: each returns the archive that faas new takes --
+
+    def dockers(self, tag: str) -> Path:
+        return self.file(lambda path: self.engine.docker("save", "-o", path, tag))
+
+    def file(self, write) -> Path:
+        path = self.context / "image.tar"
+        path.unlink(missing_ok=True)
+        write(path)
+        return path
+
+    def build(self, tag: str) -> Path:
+        entrypoint = "" if tag == "layers" else f"ENTRYPOINT {json.dumps(BUSYBOX)}\nCMD [\"said\", \"a b\"]\n"
+        (self.context / "Dockerfile").write_text(DOCKERFILES[tag] + entrypoint)
+        self.engine.build(tag, self.context / "Dockerfile", self.context)
+        return self.dockers(tag)
+
+    def commit(self, tag: str) -> Path:
+        changes = ("rm -r /etc/skel /etc/alternatives; mkdir /etc/alternatives; echo x > /etc/alternatives/x; "
+                   "cp -a /bin/sh /su; chmod u+s /su; ln /su /su2; chown 99:65535 /su; mkfifo /pipe; rm /usr/bin/head; "
+                   "mknod /null c 1 3; touch \"$(printf 'a\\377b')\"; ln -s su2 /link")
+        self.engine.docker("run", "--name", tag, "--network=none", "faasd-base", "sh", "-c", changes)
+        self.engine.docker("commit", "--change", f"ENTRYPOINT {json.dumps(['sh', '-c', PRINTS])}", "--change",
+                           "ENV G=h", "--change", "WORKDIR /usr", tag, tag)
+        self.engine.docker("rm", tag)
+        return self.dockers(tag)
+
+    def import_(self, tag: str) -> Path:
+        self.engine.docker("import", "--change", f"CMD {json.dumps(['sh', '-c', PRINTS])}", "--change", "USER daemon",
+                           BASE_IMAGE, tag)
+        return self.dockers(tag)
+
+    def odd(self, tag: str) -> Path:
+        """Attributes, capabilities, ACLs, holes, devices, names: no maker in particular."""
+        tools = support.layer({"bin/busybox": Path("/bin/busybox").read_bytes()})
+        image = support.docker_archive([tools, test_save.ODD], {"Entrypoint": BUSYBOX, "User": "7:8"}, f"{tag}:latest")
+        return self.file(lambda path: path.write_bytes(image))
+
+    def buildah(self, tag: str) -> Path:
+        kind = "oci" if tag == "buildah-oci" else "docker"
+        self.tools.buildah("from", "--name", tag, f"localhost/app:{kind}")
+        shutil.copy("/bin/busybox", Path(self.tools.buildah("mount", tag)) / "bin/busybox")
+        self.tools.buildah("config", "--entrypoint", json.dumps(BUSYBOX), tag)
+        self.tools.buildah("commit", "--format", kind, "--quiet", tag, f"localhost/{tag}:1")
+        name = f"oci-archive:{{}}:{tag}" if kind == "oci" else f"docker-archive:{{}}:{tag}:latest"
+        return self.file(lambda path: self.tools.buildah(
+            "push", "--signature-policy", self.tools.policy, f"localhost/{tag}:1", name.format(path)))
+
+    def podman(self, tag: str) -> Path:
+        (self.context / "Dockerfile").write_text(
+            f"FROM scratch\nCOPY busybox /bin/busybox\nRUN [\"/bin/busybox\", \"--install\", \"-s\", \"/bin\"]\n"
+            "RUN mkdir -m 2775 /d && echo 1 > /d/1 && ln /d/1 /d/2 && chown 5:6 /d/1\nRUN rm -r /d/2\nUSER 5\n"
+            f"ENTRYPOINT {json.dumps(BUSYBOX)}\nENV A=1\n")
+        podman = ("podman", *self.tools.storage, "--tmpdir", self.tools.directory / "tmp", "--cgroup-manager=cgroupfs")
+        self.tools.run_tool(*podman, "build", "--signature-policy", self.tools.policy, "--tag",
+                            f"localhost/{tag}:1", self.context)
+        return self.file(lambda path: self.tools.run_tool(
+            *podman, "save", "--quiet", "--format", "oci-archive", "-o", path, f"localhost/{tag}:1"))
+
+    def umoci(self, tag: str) -> Path:
+        layout, bundle = self.context / "umoci", self.context / "bundle"
+        self.tools.run_tool("umoci", "init", "--layout", layout)
+        self.tools.run_tool("umoci", "new", "--image", f"{layout}:{tag}")
+        for step in (test_tools.populate, test_tools.change):
+            self.tools.run_tool("umoci", "unpack", "--image", f"{layout}:{tag}", bundle)
+            step(bundle / "rootfs")
+            shutil.copy("/bin/busybox", bundle / "rootfs/bin/busybox")
+            self.tools.run_tool("umoci", "repack", "--image", f"{layout}:{tag}", bundle)
+            shutil.rmtree(bundle)
+        words = [word for argument in BUSYBOX for word in ("--config.entrypoint", argument)]
+        self.tools.run_tool("umoci", "config", "--image", f"{layout}:{tag}", *words, "--config.user", "app",
+                            "--config.workingdir", "/srv/app", "--config.env", "A=b c")
+        return self.file(lambda path: subprocess.run(["tar", "-C", layout, "-cf", path, "."], check=True))
+
+    def skopeo(self, tag: str) -> Path:
+        """Docker's own, by way of an OCI layout with layers in zstd."""
+        self.build("stages")
+        self.engine.docker("tag", "stages", tag)
+        docker, layout = self.dockers(tag), self.context / "layout"
+        self.tools.run_tool("skopeo", "--insecure-policy", "copy", "--quiet", "--dest-compress-format", "zstd",
+                            f"docker-archive:{docker}", f"oci:{layout}:{tag}")
+        return self.file(lambda path: subprocess.run(["tar", "-C", layout, "-cf", path, "."], check=True))
+
+    # -- what Docker makes of an image --
+
+    def manifest(self, image: str) -> dict:
+        loader, = {path.name for path in Path("/usr").glob("lib*/ld-linux*")}
+        libraries = [path for path in ("/.host/lib/" + os.uname().machine + "-linux-gnu", "/.host/lib64")]
+        done = self.engine.docker(
+            "run", "--rm", "--network=none", "--user=0", "--volume=/usr:/.host:ro",
+            "--env=PYTHONHOME=/.host", f"--entrypoint={libraries[0]}/{loader}", image,
+            "--library-path", libraries[0], f"/.host/bin/{Path(os.path.realpath('/usr/bin/python3')).name}", "-I", "-S",
+            "-c", MANIFEST)
+        return {path: what for path, what in json.loads(done.stdout).items()
+                if path.split("/")[0] != ".host" and (path == "tmp" or of_the_image({(path,)}))}
+
+    def config(self, image: str) -> dict:
+        config = json.loads(self.engine.docker("image", "inspect", image).stdout)[0]["Config"]
+        return {key: value for key, value in config.items() if value and key not in ("Hostname", "Image")}
+
+    def prints(self, image: str) -> str:
+        done = self.engine.docker("run", "--rm", "--network=none", "--hostname=h", image, check=False,
+                                  errors="surrogateescape")
+        return done.stdout + done.stderr
+
+    def load(self, tag: str, archive: Path) -> None:
+        """Have Docker take the original; of OCI's archives it knows nothing before 25."""
+        with tarfile.open(archive) as tar:
+            names = tar.getnames()
+        if "manifest.json" not in names:
+            docker = self.context / "docker.tar"
+            docker.unlink(missing_ok=True)
+            self.tools.run_tool("skopeo", "--insecure-policy", "copy", "--quiet", f"oci-archive:{archive}",
+                                f"docker-archive:{docker}:{tag}:latest")
+            archive = docker
+        self.engine.docker("load", "-i", archive)
+
+    def check(self, tag: str, make, left_out: set[str]) -> None:
+        archive, made = make(tag), time.time_ns()
+        if make not in (self.build, self.commit, self.import_, self.skopeo):
+            self.load(tag, archive)
+        with archive.open("rb") as file:
+            subprocess.run([*support.FAAS, "--socket", self.daemon.socket, "new", tag, "--contract", "stdio", "--tag", ""],
+                           stdin=file, check=True, capture_output=True)
+        saved = self.file(lambda path: path.write_bytes(subprocess.run(
+            [*support.FAAS, "--socket", self.daemon.socket, "save", tag], stdout=subprocess.PIPE, check=True).stdout))
+        self.daemon.remove(tag)
+        before, config, prints = self.manifest(tag), self.config(tag), self.prints(tag)
+        self.engine.docker("rmi", tag)
+        self.engine.docker("load", "-i", saved)
+        after = self.manifest(tag)
+        self.assertGreater(len(before), 5)
+        self.assertEqual(before.keys() - after.keys(), left_out)
+        for path in before.keys() - left_out:
+            if before[path][TIME] > made:           # Docker's, as it unpacks or starts a container
+                before[path][TIME] = after[path][TIME]
+        different = [path for path in after if before.get(path) != after[path]]
+        self.assertEqual(*({path: tree.get(path) for path in different} for tree in (after, before)))
+        ours = self.config(tag)
+        labels = {key: value for key, value in ours.pop("Labels", {}).items() if not key.startswith("faasd.")}
+        self.assertEqual((labels, ours), (config.pop("Labels", {}), config))
+        self.assertEqual(self.prints(tag), prints)
+        self.assertTrue(prints)
+
+    def test_ten_makers(self):
+        for tag, make, left_out in (
+                ("skopeo", self.skopeo, set()), ("stages", self.build, set()),
+                ("layers", self.build, {"t/fifo"}), ("scratch", self.build, set()),
+                ("commit", self.commit, {"pipe"}), ("import", self.import_, set()), ("odd", self.odd, set()),
+                ("buildah-docker", self.buildah, {"data/fifo"}), ("buildah-oci", self.buildah, {"data/fifo"}),
+                ("podman", self.podman, set()), ("umoci", self.umoci, {"data/fifo"})):
+            with self.subTest(tag):
+                self.check(tag, make, left_out)
 
 
 # A server that tells what it is given.
