@@ -505,7 +505,7 @@ class SavedImages(EngineTest):
         if make not in (self.build, self.commit, self.import_, self.skopeo):
             self.load(tag, archive)
         with archive.open("rb") as file:
-            subprocess.run([*support.FAAS, "--socket", self.daemon.socket, "new", tag, "--contract", "stdio", "--tag", ""],
+            subprocess.run([*support.FAAS, "--socket", self.daemon.socket, "new", tag, "--contract", "stdio"],
                            stdin=file, check=True, capture_output=True)
         saved = self.file(lambda path: path.write_bytes(subprocess.run(
             [*support.FAAS, "--socket", self.daemon.socket, "save", tag], stdout=subprocess.PIPE, check=True).stdout))

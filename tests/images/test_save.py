@@ -90,8 +90,10 @@ class SaveTest(support.SharedDaemonCase):
         before, after = image_tree(self.daemon, "f"), image_tree(self.daemon, "g")
         added = json.loads(self.daemon.rootfs("f").with_name("image.json").read_text())["added"]
         self.assertLessEqual({"/control.sock", "/tmp", "/etc/hosts"}, set(added))
-        with tarfile.open(fileobj=io.BytesIO(archive)) as tar, tarfile.open(fileobj=tar.extractfile("layer.tar")) as tar:
-            self.assertEqual({f"/{name}" for name in tar.getnames()} & set(added), set())
+        with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
+            layer_file = tar.extractfile("layer.tar")
+            with tarfile.open(fileobj=layer_file) as saved:
+                self.assertEqual({f"/{name}" for name in saved.getnames()} & set(added), set())
         ours = {".", *(path[1:] for path in added)}         # made anew, with its directory's time
         self.assertEqual({path for path in before if before[path] != after.get(path) and path not in ours}, set())
         self.assertEqual((before.keys(), before["odd/holes"][2:4]), (after.keys(), (0, 0)))
