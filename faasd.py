@@ -2378,7 +2378,9 @@ class Container:
             if error not in "\n".join(tail):            # crun prints it to its log alone
                 self.write_line(self.id, escape_controls(error))
                 tail.append(escape_controls(error))
-            raise RuntimeFailed(f"{self._host.runtime.name} could not make the container", tail, 502)
+            fault = command_fault(bundle.program, error)
+            why = fault[1] if fault else f"{self._host.runtime.name} could not make the container"
+            raise RuntimeFailed(why, tail, 502)
         if timed_out and not out_of_memory:
             raise StartFailed(f"{who(bundle.contract)} did not {bundle.expected} within {timeout:g} s"
                               f"{self._listened(bundle)}", tail, 504)
@@ -3916,7 +3918,7 @@ class Bundle:
         self._mark = f"@{secrets.token_hex(16)}@"       # stands for the id; nothing a user writes contains it
         self._namespace_mark = f"@{secrets.token_hex(16)}@"
         spec = self._spec(run_dir, cgroups, apparmor, mounts, number)
-        self._template = json.dumps(spec)
+        self._template, self.program = json.dumps(spec), spec["process"]["args"][0]
         check_sizes(spec["process"], len(self._template))
 
     def _spec(self, run_dir: Path, cgroups: Cgroups, apparmor: str, mounts: Iterable[dict], number: int) -> dict:
@@ -8967,7 +8969,7 @@ FAULTS = (                          # what of it means what, and an exit status 
     (r'exec [^:"]*: no such file', 127, "its interpreter (the #! line), or what loads it, is not in the image"),
     ("exec format error", 126, "it is no program for this machine, and has no #! line"),
     ("permission denied|not executable|is a directory|not a regular", 126, "it is not executable, or is a directory"),
-    ("", 127, "it is not in the image, or not in its PATH"))
+    (r"in \$PATH", 127, "it is not in the image's PATH"), ("", 127, "it is not in the image"))
 
 
 def command_fault(command: str, said: str) -> tuple[int, str] | None:
@@ -8975,8 +8977,6 @@ def command_fault(command: str, said: str) -> tuple[int, str] | None:
     if posixpath.basename(command) not in said or not COMPLAINT.fullmatch(said.encode()):
         return None
     status, words = next(fault for pattern, *fault in FAULTS if re.search(pattern, said, re.IGNORECASE))
-    if command == DEFAULT_COMMAND and status == NOT_STARTED:
-        return status, f"the image has no {DEFAULT_COMMAND}: say faas exec NAME -- PROGRAM"
     return status, f"cannot run {command!r}: {words}"
 
 
@@ -9327,6 +9327,7 @@ class ControlHandler(http.server.BaseHTTPRequestHandler):
         said = error or (relay.last.decode(errors="replace") if relay.held else "")
         if fault := status and command_fault(command, said):
             (status, error), relay.held = fault, b""
+            error += ": say faas exec NAME -- PROGRAM" if command == DEFAULT_COMMAND else ""
         elif error[:MAX_REQUEST].encode() in relay.last:        # the runtime has said so itself
             error = ""
         relay.say(END, json.dumps({"status": status, "error": error}).encode())

@@ -307,7 +307,7 @@ class Told(MachineCase):
         self.addCleanup(daemon.close)
         status, answer = self.deploy(daemon, support.small_image(Entrypoint=["/nope"]))
         self.assertEqual(status, 422)
-        self.assertIn("runtime could not make the container", answer["error"])
+        self.assertIn("does not start: cannot run '/nope': it is not in the image", answer["error"])
         self.assertIn("/nope", "".join(answer["output"]))
         liar = """print STDERR qq({"level": "error", "msg": "runc run failed: x"}\\nrunc run failed: x\\n); exit 1"""
         status, answer = self.deploy(daemon, support.small_image(Entrypoint=["/usr/bin/perl", "-e", liar]))
@@ -328,11 +328,12 @@ class Told(MachineCase):
         daemon = self.started()
         address = daemon.deploy("f", support.small_image())
         (daemon.rootfs("f") / "usr/bin/perl").unlink()
-        self.assertEqual(get(address), (502, f"faasd: function f: {RUNTIME} could not make the container\n"))
+        line = "cannot run '/usr/bin/perl': it is not in the image"
+        self.assertEqual(get(address), (502, f"faasd: function f: {line}\n"))
 
         def said() -> bool:
             text = daemon.function_log("f")
-            return re.search(r"\| .*/usr/bin/perl.*o such file", text) and "could not make the container" in text
+            return re.search(r"\| .*/usr/bin/perl.*o such file", text) and line in text
         wait_until(said, "the function's log has what the runtime said")
 
 

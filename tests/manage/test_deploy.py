@@ -315,7 +315,7 @@ class FailedDeploy(DeployCase):
 
     def test_command_that_does_not_exist(self):
         out = self.both_ways(image=support.handler_image(Entrypoint=["/no/such/program"]))
-        self.assertIn("/no/such/program", out)
+        self.assertIn("function bad does not start: cannot run '/no/such/program': it is not in the image\n", out)
 
     def test_no_command(self):
         out = self.both_ways(image=support.handler_image(Entrypoint=None, Cmd=None))

@@ -312,8 +312,7 @@ class Exec(ExecCase):
         self.assertEqual(self.exec("f", "--", "cat", stdin=b"not for it"), (0, "", ""))
         self.assertEqual(self.exec("f", "--", "sh", "-c", "sh -c 'kill -9 $$'")[0], 137)
         for command, expected, words in (
-                ("nonsense", 127, "it is not in the image, or not in its PATH"),
-                ("/bad/none", 127, "it is not in the image, or not in its PATH"),
+                ("nonsense", 127, "it is not in the image's PATH"), ("/bad/none", 127, "it is not in the image"),
                 ("/bad/interpreter", 127, "its interpreter (the #! line), or what loads it, is not in the image"),
                 ("/bad/junk", 126, "it is no program for this machine, and has no #! line"),
                 ("/bad/plain", 126, "it is not executable, or is a directory"), ("/bad", 126, "is a directory")):
@@ -328,7 +327,8 @@ class Exec(ExecCase):
         self.assertEqual(self.exec("f", "--", "sh", "-c", f"echo '{words}'; exit 1"), (1, f"{words}\n", ""))
         self.daemon.deploy("shell-less", support.small_image(), "--warm", "0")
         status, _, error = self.exec("shell-less")
-        self.assertEqual((status, error), (127, "faas: the image has no /bin/sh: say faas exec NAME -- PROGRAM\n"))
+        self.assertEqual((status, error), (127, "faas: cannot run '/bin/sh': it is not in the image: "
+                                                "say faas exec NAME -- PROGRAM\n"))
         self.daemon.remove("shell-less")
         data = os.urandom(2_000_000)
         copy = subprocess.run([*FAAS, "--socket", self.daemon.socket, "exec", "-i", "f", "--", "cat"], input=data,

@@ -124,7 +124,8 @@ class Troubleshooting(unittest.TestCase):
                     (b"",), (b"# A text",), (archives.layer(*map(archives.directory, ("bin", "etc", "usr"))),),
                     (support.docker_archive([], {}),), (archives.podman(one, other),),
                     (archives.podman(dataclasses.replace(one, architecture="s390x")),),
-                    (image, "--", support.PERL, "-e", "exit 3"), (image, "--", support.PERL, "-e", "exit"),
+                    (image, "--", "/nope"), (image, "--", support.PERL, "-e", "exit 3"),
+                    (image, "--", support.PERL, "-e", "exit"),
                     (image, "--start-timeout", "1", "--port", "81", "--", support.PERL, "-e",
                      'socket S, 2, 1, 0; bind S, pack "Sna4x8", 2, 8000, ""; listen S, 1; sleep'),     # AF_INET, TCP
                     (image, "--start-timeout", "1", "--", *SLEEP),
