@@ -35,7 +35,7 @@ wait_for() {
 has_apparmor() { [ "$(cat /sys/module/apparmor/parameters/enabled 2>/dev/null)" = Y ]; }
 is_loaded() { grep '^faasd-default (enforce)' /sys/kernel/security/apparmor/profiles; }
 install() { DEBIAN_FRONTEND=noninteractive apt-get -y -q install "$1"; }
-answers() { curl -fsS --max-time 60 "$(faas url f)/" | grep 'Hello from FaaS handler!'; }
+answers() { curl -fsS --max-time 300 "$(faas url f)/" | grep 'Hello from FaaS handler!'; }
 # All that carries our name, but what this job has brought, and what says that something was installed.
 left() {
     find / -xdev \( -path "$sources" -o -path "$state" -o -path /var/log -o -path /var/lib/dpkg -o -path /var/lib/apt \
@@ -61,13 +61,17 @@ build() {
         sed -i "1i ## $next (2099-01-01)\n" "$state/next/CHANGELOG.md" && "$state/next/packaging/build-deb" "$state"
 }
 
-deploy() { (cd "$sources" && set -o pipefail && faas pack test_handler.py | faas new f); }
+# With times for a machine that may be ten times slower.
+deploy() (
+    cd "$sources" && set -o pipefail &&
+        faas pack test_handler.py | faas new f --start-timeout 5m --queue-timeout 5m --timeout 5m
+)
 
 ask_without_pause() {
     local url
     url=$(faas url f)
     while [ -e "$state/load" ]; do
-        curl -fsS --max-time 60 "$url/" >/dev/null 2>>"$state/errors" || echo "curl: $?" >>"$state/errors"
+        curl -fsS --max-time 300 "$url/" >/dev/null 2>>"$state/errors" || echo "curl: $?" >>"$state/errors"
         echo >>"$state/asked"
     done
 }
