@@ -82,7 +82,7 @@ class Pack(unittest.TestCase):
         result = subprocess.run([PYTHON, support.TOP / "faas", "pack", directory / "tmp"], capture_output=True,
                                 check=True)
         self.assertEqual(result.stderr.decode(), f"faas: warning: {directory}/tmp imports beside, which the image does "
-                                                 "not have: pack takes a single file; join them, or use docker build\n")
+                                                 "not have: pack takes one file; merge them, or use docker build\n")
         with tarfile.open(fileobj=io.BytesIO(result.stdout)) as archive:
             manifest = json.loads(archive.extractfile("manifest.json").read())[0]
             config = json.loads(archive.extractfile(manifest["Config"]).read())

@@ -72,7 +72,7 @@ class Secrets(unittest.TestCase):
         self.daemon.wait_warm("f", 1)
         self.assertEqual(self.daemon.faas("set", "f", "--secret", f"db={self.file('second')}", "--secret",
                                           f"more={self.file('whole')}").stdout,
-                         "✓ Set secrets of f: they count for containers started from now on\n")
+                         "✓ Set secrets of f: they apply to containers started from now on\n")
         self.assertEqual((self.read("db"), len(self.read("more"))), (SECOND, 32768))
         support.wait_until(lambda: len(self.kept()) == 2 and first not in self.kept(), "what was replaced is gone")
         for stop in (lambda: self.daemon.stop(signal.SIGHUP), self.daemon.kill):
