@@ -8228,18 +8228,14 @@ def place_volumes(rootfs: Rootfs, volumes: list[Volume], process: dict) -> list[
 
 
 def place_secrets(rootfs: Rootfs, values: dict[str, bytes], process: dict) -> dict[str, bytes]:
-    """Return secrets by their real paths in an image. Raises ImageError.
-
-    Nothing is put below a volume (see place_volumes), and the volume would hide them, as other mounts would.
-    """
+    """Return secrets by their real paths in an image, where nothing else is mounted. Raises ImageError."""
     if not values:
         return {}
     real = rootfs.trace_directory(SECRETS_DIRECTORY.encode(), "the secrets")
-    volumes = [volume.path for volume in process["volumes"]]
-    if target := in_the_way((real, *rootfs.followed), (*RESERVED_TARGETS, process["resolv_conf"], *volumes)):
-        advice = "choose another path for the volume" if target in volumes else "change the link, or use no secrets"
+    targets = *RESERVED_TARGETS, process["resolv_conf"], *(volume.path for volume in process["volumes"])
+    if target := in_the_way((real, *rootfs.followed), targets):
         raise ImageError(f"the image links {SECRETS_DIRECTORY} to {os.fsdecode(real) or '/'}, which is in the way of "
-                         f"each container's own {target}: {advice}")
+                         f"each container's own {target}: change the link or the volume, or use no secrets")
     return {f"{os.fsdecode(real)}/{name}": value for name, value in values.items()}
 
 
