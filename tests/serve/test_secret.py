@@ -113,8 +113,8 @@ class Secrets(unittest.TestCase):
         self.assertEqual(self.ask("open('/var/run/secrets/db').read()"), f"'{FIRST}'")
         result = self.daemon.faas("new", "f", "--volume", f"{volume}:/data:ro", check=False,
                                   stdin=image(archives.symlink("run", "data")))
-        self.assertIn("links /run/secrets to /data/secrets, which is in the way of each container's own /data: change the "
-                      "link or the volume, or use no secrets", result.stderr)
+        self.assertIn("links /run/secrets to /data/secrets, which is in the way of each container's own /data: change "
+                      "the link or the volume, or use no secrets", result.stderr)
         self.assertFalse(Path("/etc/db").exists())
         result = self.daemon.faas("new", "f", "--reset", "--secret", f"db={self.file('first')}", check=False,
                                   stdin=image(archives.symlink("run", "run")))
