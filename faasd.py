@@ -220,21 +220,22 @@ SIZE_UNITS = {"": 1, "b": 1, "k": KIB, "m": MIB, "g": GIB}
 DURATION_UNITS = {"": 1.0, "ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
 
 
-def reader(what: str, pattern: str, advice: str, value: Callable[[re.Match], Any] = re.Match.group) -> Callable:
-    """Return a function that reads a text of a pattern, and raises BadRequest for any other."""
+def reader(what: str, pattern: str, advice: str, value: Callable[[re.Match], Any] = re.Match.group,
+           most: float = math.inf) -> Callable:
+    """Return a function that reads a text of a pattern, and raises BadRequest for any other, and what is over most."""
     def read(text: str) -> Any:
         match = re.fullmatch(pattern, text)
-        if not match:
+        if not match or most < math.inf and value(match) > most:
             raise BadRequest(f"bad {what} {text!r}: {advice}")
         return value(match)
     return read
 
 
-parse_size = reader("size", r"(?ai)\s*([0-9]{1,15})([bkmg]?)b?\s*", "write 512m, 1g or a number of bytes",
-                    lambda match: int(match[1]) * SIZE_UNITS[match[2].lower()])
+parse_size = reader("size", r"(?ai)\s*([0-9]{1,15})([bkmg]?)b?\s*", "write 512m, 1g or a number of bytes, "
+                    "at most 1048576g", lambda match: int(match[1]) * SIZE_UNITS[match[2].lower()], 1 << 50)
 parse_duration = reader("duration", r"(?ai)\s*([0-9]{1,9}(?:\.[0-9]{1,6})?)(ms|s|m|h|)\s*",
-                        "write 500ms, 30s, 5m or a number of seconds",
-                        lambda match: float(match[1]) * DURATION_UNITS[match[2].lower()])
+                        "write 500ms, 30s, 5m or a number of seconds, at most 8760h",
+                        lambda match: float(match[1]) * DURATION_UNITS[match[2].lower()], 8760 * 3600)
 parse_count = reader("number", r"(?!0+$)[0-9]{1,12}", "write a whole number from 1 on", lambda match: int(match[0]))
 parse_amount = reader("number", r"[0-9]{1,12}", "write a whole number from 0 on", lambda match: int(match[0]))
 check_name = reader("function name", r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?",         # a DNS label (RFC 1123)
@@ -372,21 +373,12 @@ def option(default: Any, read: Callable[[str], Any], fits: Callable[[Any], bool]
     return field(default=default, metadata={"read": read, "fits": fits, "must": must})
 
 
-parse_cpus = reader("number of cpus", r"(?!0+(\.0|\.00[0-9]?)?$)[0-9]{1,4}(\.[0-9]{1,3})?",      # from 0.01 on
-                    "write 0.5, 1 or 2", lambda match: float(match[0]))
-
-
-def at_most(most: float, what: str, advice: str, read: Callable[[str], float]) -> Callable:
-    """Return a reader that takes no more. Only what a user asks for is held against it: a function may have moved."""
-    def bounded(text: str) -> float:
-        if (number := read(text)) > most:
-            raise BadRequest(f"bad {what} {text!r}: {advice}")
-        return number
-    return bounded
-
-
 CPUS = os.cpu_count() or 1
-read_time = at_most(365 * 86400.0, "duration", "write at most 8760h", parse_duration)
+# From 0.01 on. Only what a user asks for is held against this machine: a function may have moved.
+read_cpus = reader("number of cpus", r"(?!0+(\.0|\.00[0-9]?)?$)[0-9]{1,4}(\.[0-9]{1,3})?",
+                   f"write 0.5, 1 or 2; this machine has {CPUS}", lambda match: float(match[0]), CPUS)
+read_pids = reader("number of pids", r"(?!0+$)[0-9]{1,12}", "write a whole number from 1 to 4194304, the kernel's most",
+                   lambda match: int(match[0]), 1 << 22)
 read_switch = reader("switch", "true|false", "write true or false", lambda match: match[0] == "true")
 
 
@@ -397,14 +389,14 @@ class Options:
     A new option is a line here, a row of OPTIONS in faas, and one of the table in README.md: test_units compares them.
     """
     memory: int = option(512 * MIB, parse_size,         # bytes, swap included; runc's own init runs inside the limit
-                         lambda size: 6 * MIB <= size <= 1 << 50, "be from 6m (less starts no container) to 1048576g")
-    cpus: float = option(1.0, at_most(CPUS, "number of cpus", f"this machine has {CPUS}", parse_cpus))
-    pids: int = option(64, at_most(1 << 22, "number of pids", "the kernel knows at most 4194304", parse_count))
-    timeout: float = option(30.0, read_time)            # seconds from hand-over to the end of the handler; 0: none
-    start_timeout: float = option(10.0, read_time, lambda seconds: seconds > 0, "be over 0")   # until the connect
+                         lambda size: 6 * MIB <= size <= 1 << 50, "be at least 6m: less does not start a container")
+    cpus: float = option(1.0, read_cpus)
+    pids: int = option(64, read_pids)                   # processes and threads
+    timeout: float = option(30.0, parse_duration)       # seconds from hand-over to the end of the handler; 0: none
+    start_timeout: float = option(10.0, parse_duration, lambda seconds: seconds > 0, "be over 0")   # until the connect
     concurrency: int = option(64, parse_count)          # invocations at a time
     queue: int = option(1024, parse_amount)             # connections that wait for one of these to end
-    queue_timeout: float = option(10.0, read_time, lambda seconds: seconds > 0, "be over 0")   # until the 503
+    queue_timeout: float = option(10.0, parse_duration, lambda seconds: seconds > 0, "be over 0")   # until the 503
     warm: int | None = option(None, reader("number", r"[0-9]{1,12}|auto", "write auto, or a whole number from 0 on",
                                            lambda match: None if match[0] == "auto" else int(match[0])))
     reuse: int = option(1, parse_amount)                # invocations that one container may serve; 0: no limit
@@ -418,8 +410,7 @@ class Options:
     net: str = option("none", reader("net", "none|egress|host", "write none, egress or host"))
     publish: str = option("", lambda text: read_places(text))           # [ADDRESS:]PORT of this machine, by commas
     read_only: bool = option(False, read_switch)        # the root
-    shm_size: int = option(64 * MIB, at_most(1 << 50, "size", "write at most 1048576g", parse_size),
-                           lambda size: size > 0, "be over 0")          # of /dev/shm
+    shm_size: int = option(64 * MIB, parse_size, lambda size: size > 0, "be over 0")        # of /dev/shm
     hostname: str = option("", reader("hostname", r"[A-Za-z0-9]([A-Za-z0-9.-]{0,62}[A-Za-z0-9])?|",
                                       "use letters, digits, '-' and '.', at most 64"))      # "": the function's name
     user: str = option("", str)                         # as an image's User; "": the image's
@@ -671,27 +662,25 @@ class FunctionRecord:
     def check(self) -> FunctionRecord:
         """Return self. Raises BadRequest, ValueError, TypeError if somebody has edited it into no function of ours."""
         check_name(self.name)
-        if str(ipaddress.IPv4Address(self.address)) != self.address or not self.versions:
-            raise ValueError(f"function {self.name} has the address {self.address!r} and {len(self.versions)} versions")
-        if not isinstance(self.first_id, int) or self.first_id < IDS:
-            raise ValueError(f"function {self.name} has the ids {self.first_id!r}")
-        if not isinstance(self.highest, int):
-            raise ValueError(f"function {self.name} has the highest version {self.highest!r}")
-        for secret, file in self.secrets.items():
-            if not SECRET_NAME.fullmatch(secret) or not CONTAINER_ID.fullmatch(file):
-                raise ValueError(f"function {self.name} has a secret {secret!r} in {file!r}")
+        facts = [(str(ipaddress.IPv4Address(self.address)) == self.address, f"the address {self.address!r}"),
+                 (self.versions, "no version"),
+                 (isinstance(self.highest, int), f"the highest version {self.highest!r}"),
+                 (isinstance(self.first_id, int) and self.first_id >= IDS, f"the ids {self.first_id!r}"),
+                 (isinstance(self.created, str) and isinstance(self.updated, str), "a time that is no text")]
+        facts += [(SECRET_NAME.fullmatch(secret) and CONTAINER_ID.fullmatch(file), f"a secret {secret!r} in {file!r}")
+                  for secret, file in self.secrets.items()]
         for entry in self.versions:
-            if not re.fullmatch(r"[0-9a-f]{12}", entry.image) or not isinstance(entry.number, int) or entry.number < 1:
-                raise ValueError(f"function {self.name} has a version {entry.number!r} of the image {entry.image!r}")
             entry.options.check()
-            if entry.contract not in ("handler", "server", "stdio") or not isinstance(entry.port, int):
-                raise ValueError(f"function {self.name} has the contract {entry.contract!r}")
-            if not {*LABELLED}.issuperset(entry.labelled):
-                raise ValueError(f"function {self.name} has options of labels {entry.labelled!r}")
-            if wrong := [text for text in (entry.created, entry.deployed, *entry.named) if not isinstance(text, str)]:
-                raise TypeError(f"function {self.name} has {wrong[0]!r} for a time or an option")
-        if not isinstance(self.created, str) or not isinstance(self.updated, str):
-            raise TypeError(f"function {self.name} has the times {self.created!r} and {self.updated!r}")
+            facts += [(re.fullmatch(r"[0-9a-f]{12}", entry.image), f"the image {entry.image!r}"),
+                      (isinstance(entry.number, int) and entry.number > 0, f"a version {entry.number!r}"),
+                      (isinstance(entry.port, int), f"the port {entry.port!r}"),
+                      (entry.contract in ("handler", "server", "stdio"), f"the contract {entry.contract!r}"),
+                      ({*LABELLED}.issuperset(entry.labelled), f"options of labels {entry.labelled!r}"),
+                      (all(isinstance(text, str) for text in (entry.created, entry.deployed, *entry.named)),
+                       "a time or an option that is no text")]
+        for fits, what in facts:
+            if not fits:
+                raise ValueError(f"function {self.name} has {what}")
         return self
 
     @property
@@ -9470,7 +9459,7 @@ def parse_since(text: str) -> str:
     except ValueError:
         try:
             moment = datetime.now(timezone.utc) - timedelta(seconds=parse_duration(text))
-        except (BadRequest, OverflowError):
+        except BadRequest:
             raise BadRequest(f"bad time {text!r}: write 10m, or 2026-01-31T12:00:00Z") from None
     try:
         return moment.astimezone(timezone.utc).strftime("%Y-%m-%dT%H:%M:%S.%f")[:-3]
