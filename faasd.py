@@ -10050,7 +10050,7 @@ class Deploys:
             except FaasdError as error:
                 hints = [f"from the image's labels: {', '.join(labelled)}"] * bool(labelled)
                 hints += [f"kept from before: {', '.join(kept)}; `--reset` starts from the defaults"] * bool(kept)
-                if hints and error.status in (400, 409, 422):
+                if hints and (error.status in (400, 422) or str(error).startswith("warm ")):
                     raise FaasdError(f"{error} ({'; '.join(hints).replace('_', '-')})", error.output,
                                      error.status) from error
                 raise

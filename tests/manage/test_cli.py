@@ -54,7 +54,7 @@ class Usage(unittest.TestCase):
             with self.subTest(arguments):
                 result = faas(*arguments, stdin=b"x")
                 self.assertEqual((result.returncode, result.stdout), (2, ""), result.stderr)
-                self.assertRegex(result.stderr, r"\Afaas: [^\n]+\n\Z")
+                self.assertRegex(result.stderr, r"\Afaas: [^\n\\]+\n\Z")     # nor \n as an escape
                 self.assertIn(words, result.stderr)
 
     def test_help_and_version(self):
