@@ -2,19 +2,27 @@
 give away."""
 
 import concurrent.futures
+import http.client
+import io
+import itertools
 import json
 import os
+import re
 import signal
 import stat
 import subprocess
+import tarfile
 import tempfile
+import threading
+import time
 import unittest
 import urllib.parse
 from pathlib import Path
 
 import archives
 import support
-from clients import get
+import test_real_servers
+from clients import get, request
 
 # An ordinary server that keeps notes in SQLite, and runs what a test sends it. It knows nothing of faasd.
 NOTES = b"""
@@ -47,6 +55,34 @@ def attempt(action):
 
 http.server.ThreadingHTTPServer(("", 80), Handler).serve_forever()
 """
+# A Flask application over SQLite like any other, for Debian's gunicorn.
+FLASK = b'''
+import sqlite3
+from flask import Flask, request
+
+app = Flask(__name__)
+
+def database():
+    return sqlite3.connect("/data/notes.db", timeout=60)
+
+@app.post("/")
+def write():
+    with database() as connection:
+        connection.execute("CREATE TABLE IF NOT EXISTS notes (text)")
+        connection.execute("INSERT INTO notes VALUES (?)", [request.get_data(as_text=True)])
+    return "", 201
+
+@app.get("/")
+def read():
+    connection = database()
+    return {"check": connection.execute("PRAGMA integrity_check").fetchall(),
+            "rows": [row for row, in connection.execute("SELECT text FROM notes")]}
+'''
+GUNICORN = ["gunicorn", "--threads", "4", "--bind", "0.0.0.0:8000", "notes:app"]
+# What it needs of the image of servers.
+FLASK_FILES = (r"\./(bin|lib|lib64|sbin|usr/bin/(gunicorn|python3.*)|usr/lib(/[^/]*-linux-gnu)?/(ld-|lib(c|m|z|sqlite3|"
+               r"expat|ssl|crypto|ffi|bz2|lzma|uuid|crypt)[.-]).*|usr/lib64/.*|usr/lib/python3(\.[0-9]+)?(/.*)?)")
+NOT_FLASKS = re.compile(r".*/(django|websockets|uvicorn|test|lib2to3|idlelib|ensurepip)(/.*)?")
 USER, GROUP = 4321, 5432        # of the machine: whose the data is
 NAMED = {"etc/passwd": b"root:x:0:0::/root:\napp:x:1000:1001::/home/app:\n", "file": b"of the image"}
 
@@ -56,6 +92,56 @@ def notes_image(**config) -> bytes:
               archives.layer(archives.symlink("away", "../../../../etc"), archives.symlink("host", "/proc/1/root"))]
     return support.docker_archive(layers, {"Entrypoint": [support.PYTHON, "/notes.py"], "User": "app",
                                            "ExposedPorts": {"80/tcp": {}}, **config})
+
+
+def flask_layer() -> bytes:
+    buffer, wanted = io.BytesIO(), re.compile(FLASK_FILES)
+    with tarfile.open(test_real_servers.LAYER) as servers, tarfile.open(fileobj=buffer, mode="w") as tar:
+        for entry in servers:
+            if wanted.fullmatch(entry.name) and not NOT_FLASKS.fullmatch(entry.name):
+                tar.addfile(entry, servers.extractfile(entry) if entry.isreg() else None)
+    return buffer.getvalue()
+
+
+def post(address: str, body: bytes) -> int:
+    """Return the status. Raises OSError, HTTPException."""
+    with request(address, "/", body) as client:
+        answer = http.client.HTTPResponse(client)
+        answer.begin()
+        return answer.status
+
+
+class Writers:
+    """16 clients that write all the time: what they have tried, and what they were told is written."""
+
+    def __init__(self, address: str):
+        self.tried: list[str] = []
+        self.written: list[str] = []
+        self.failed: list[str] = []
+        self._address, self._over, self._numbers = address, threading.Event(), itertools.count()
+        self._threads = [threading.Thread(target=self._run) for _ in range(16)]
+        for thread in self._threads:
+            thread.start()
+
+    def _run(self) -> None:
+        while not self._over.is_set():
+            note = f"note{next(self._numbers)}"
+            self.tried.append(note)
+            try:
+                status = post(self._address, note.encode())
+            except (OSError, http.client.HTTPException):
+                status = 0
+                time.sleep(0.05)                # there is no daemon
+            (self.written if status == 201 else self.failed).append(note)
+
+    def go_on(self, count: int = 32) -> None:
+        until = len(self.written) + count
+        support.wait_until(lambda: len(self.written) >= until, "notes are written", 6 * support.READY_SECONDS)
+
+    def end(self) -> None:
+        self._over.set()
+        for thread in self._threads:
+            thread.join()
 
 
 class Volumes(unittest.TestCase):
@@ -253,6 +339,53 @@ class Volumes(unittest.TestCase):
         os.chown(self.data, USER, GROUP)
         self.refuse(f"{self.data}:/data", "its file system cannot show files as another user's")
         self.assertEqual(self.ask("1 + 1"), 2)
+
+    def test_rows_of_flask_stay(self):
+        """Debian's Flask and gunicorn, unmodified, while 16 clients write and everything is replaced and killed."""
+        if not test_real_servers.LAYER.exists():
+            self.skipTest(f"no {test_real_servers.LAYER}; tests/ci/servers_image.sh makes it")
+        layers = [flask_layer(), support.layer({"srv/notes.py": FLASK})]
+
+        def image(label: str) -> bytes:
+            return support.docker_archive(layers, {
+                "Entrypoint": GUNICORN, "User": "1000:1001", "WorkingDir": "/srv", "Labels": {"label": label},
+                "Env": ["PATH=/usr/bin:/bin", "PYTHONDONTWRITEBYTECODE=1"]})
+        words = ("--volume", f"{self.data}:/data", "--reuse", "8", "--share", "4", "--queue", "64")
+        address = self.daemon.deploy("flask", image("1"), "--start-timeout", "60", *words)
+        self.addCleanup(self.daemon.remove, "flask")
+        writers = Writers(address)
+        self.addCleanup(writers.end)
+        writers.go_on()
+        self.daemon.faas("new", "flask", stdin=image("2"))
+        writers.go_on()
+        self.assertEqual(writers.failed, [])            # until here
+        self.daemon.stop(signal.SIGHUP)
+        self.daemon.start()
+        writers.go_on()
+        self.daemon.kill()
+        self.daemon.start()
+        writers.go_on()
+        for container in support.list_containers(self.daemon):
+            subprocess.run([support.RUNTIME, "--root", self.daemon.run_dir / "runc", "kill", container, "KILL"],
+                           capture_output=True, check=False)            # it may have ended by itself
+        writers.go_on()
+        writers.end()
+
+        def read(place: str) -> dict:
+            return json.loads(get(place, "/")[1])
+        answer = read(address)
+        self.assertEqual(answer["check"], [["ok"]])
+        self.assertEqual(len(answer["rows"]), len(set(answer["rows"])))
+        self.assertLessEqual(set(writers.written), set(answer["rows"]))
+        self.assertLessEqual(set(answer["rows"]), set(writers.tried))
+        self.daemon.faas("set", "flask", "--volume", f"{self.data}:/data:ro")
+        self.assertEqual([post(address, b"more"), read(address)], [500, answer])
+        self.assertIn("attempt to write a readonly database", self.daemon.function_log("flask"))
+        # Another function, and this one without its volume, see nothing of it.
+        self.daemon.faas("set", "flask", "--volume", "")
+        self.assertEqual(get(address, "/")[0], 500)
+        self.daemon.faas("rollback", "flask")
+        self.assertEqual(read(address), answer)
 
     def test_rows_stay(self):
         """Over containers, redeploys, restarts and kill -9, with 16 writers at a time."""
