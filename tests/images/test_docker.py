@@ -437,8 +437,9 @@ class SavedImages(EngineTest):
             "RUN mkdir -m 2775 /d && echo 1 > /d/1 && ln /d/1 /d/2 && chown 5:6 /d/1\nRUN rm -r /d/2\nUSER 5\n"
             f"ENTRYPOINT {json.dumps(BUSYBOX)}\nENV A=1\n")
         podman = ("podman", *self.tools.storage, "--tmpdir", self.tools.directory / "tmp", "--cgroup-manager=cgroupfs")
-        self.tools.run_tool(*podman, "build", "--signature-policy", self.tools.policy, "--tag",
-                            f"localhost/{tag}:1", self.context)
+        self.tools.run_tool(*podman, "build", "--signature-policy", self.tools.policy, "--tag", f"localhost/{tag}:1",
+                            # Newer ones ask for more than this machine may give.
+                            "--ulimit=nofile=1024:1024", "--ulimit=nproc=1024:1024", self.context)
         return self.file(lambda path: self.tools.run_tool(
             *podman, "save", "--quiet", "--format", "oci-archive", "-o", path, f"localhost/{tag}:1"))
 
