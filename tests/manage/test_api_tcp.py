@@ -424,7 +424,8 @@ class Client(TcpCase):
                     (("--api", "http://127.0.0.1:9002", *token, "list"), 1, "refused (does it run with --api?)"),
                     (("--api", "http://no.such.invalid", *token, "list"), 1, "reach faasd at http://no.such"),
                     (("--api", f"http://{'a' * 70}.b", *token, "list"), 1, "cannot reach faasd"),
-                    (("--api", "http://127.0.0.1:9001", *token, "list"), 1, "something else (status 404)")):
+                    (("--api", "http://127.0.0.1:9001", *token, "list"), 1,
+                     "something other than faasd answers there (status 404)")):
                 with self.subTest(arguments):
                     result = faas(*arguments)
                     self.assertEqual((result.returncode, result.stdout), (status, ""), result.stderr)

@@ -483,7 +483,8 @@ class ExecHostile(ExecCase):
     def test_end_of_the_daemon(self):
         self.deploy()
         for end in (lambda: self.daemon.stop(), lambda: self.daemon.stop(signal.SIGHUP), self.daemon.kill):
-            process = self.begin("-i", "--", "sh", "-c", 'trap "" TERM HUP; cat; while :; do :; done')
+            process = self.begin("-i", "--", "sh", "-c", 'trap "" TERM HUP; echo up; cat; while :; do :; done')
+            self.assertEqual(process.stdout.readline(), "up\n")         # else the runtime may complain of its end
             end()
             _, error = process.communicate()
             self.assertEqual(process.returncode, 1)

@@ -191,8 +191,11 @@ class ProxyTest(unittest.TestCase):
         self.assertEqual([(path.owner(), stat.S_IMODE(path.stat().st_mode)) for path in sockets], [("haproxy", 0o600)])
         self.assertNotIn("abns@", (self.directory / "haproxy.conf").read_text())
 
-    def test_function_that_has_port_80(self):
-        """The proxy must start, and cannot have the port; nothing is kept secret."""
+    def test_a_function_that_has_port_80(self):
+        """The proxy must start, and cannot have the port; nothing is kept secret.
+
+        Comes first by its name: connections to the other tests' proxies linger on that port for a minute.
+        """
         self.daemon.set("kept", "--publish", "80")
         self.addCleanup(self.daemon.set, "kept", "--publish", "")
         checks = {"nginx": ("-t", "-e", "stderr", "-c"), "caddy": ("validate", "--adapter", "caddyfile", "--config"),
