@@ -114,7 +114,7 @@ class Lab:
     """One daemon for all tests: a neighbour, and the hostile image as the container's root and as another user."""
 
     def __init__(self):
-        self.daemon = support.Daemon().start()
+        self.daemon = support.Daemon(constants=support.BRIEF_SURPLUS).start()
         try:
             self.neighbour = self.daemon.deploy("neighbour", support.handler_image(), "--warm", "1")
             image = hostile_image(Volumes={"/volume": {}})

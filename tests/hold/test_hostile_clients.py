@@ -56,7 +56,7 @@ class HostileCase(unittest.TestCase):
 
     @classmethod
     def setUpClass(cls):
-        cls.daemon = support.Daemon(constants=cls.constants, wrapper=cls.wrapper).start()
+        cls.daemon = support.Daemon(constants=support.BRIEF_SURPLUS | cls.constants, wrapper=cls.wrapper).start()
         cls.addClassCleanup(cls.daemon.close)
         cls.address = cls.daemon.deploy("f", support.handler_image(cls.handler, files=cls.files), *cls.options)
         cls.other = cls.daemon.deploy("other", None)
@@ -587,12 +587,10 @@ class LockedSocket(HostileCase):
 
     handler = support.HANDLER.read_text()
     files = {"cold": bytes(4 << 20)}
-    options = ("--cpus", "1", "--pids", "64", "--timeout", "20", "--reuse", "100")
+    options = ("--cpus", "1", "--pids", "64", "--timeout", "8", "--reuse", "100")
 
     def test_as_a_handler_can(self):
         """Its lock is free between two calls of send(2), so how this ends is chance; nobody else notices."""
-        self.daemon.set("f", "--timeout", "8")          # of two CPUs
-        self.addCleanup(self.daemon.set, "f", "--timeout", "20")
         with self.neighbour():
             clients = [self.request("/hold-lock") for _ in range(2)]
             for client in clients:

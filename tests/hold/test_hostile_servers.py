@@ -27,12 +27,12 @@ class Lab:
     """One daemon for all tests: a neighbour, and the hostile server, once with little time."""
 
     def __init__(self):
-        self.daemon = support.Daemon().start()
+        self.daemon = support.Daemon(constants=support.BRIEF_SURPLUS).start()
         try:
             self.neighbour = self.daemon.deploy("neighbour", support.handler_image(), "--warm", "1")
             image = hostile_image(Entrypoint=[support.PYTHON, "-u", "/server.py"])
             options = ("--reuse", "0", "--share", "8", "--pids", "128", "--start-timeout", "1m")
-            self.hostile = self.daemon.deploy("hostile", image, *options, "--timeout", "20s")
+            self.hostile = self.daemon.deploy("hostile", image, *options, "--timeout", f"{10 * support.PATIENCE:g}s")
             self.short = self.daemon.deploy("short", image, *options, "--timeout", "2s")
             self.stdio = self.daemon.deploy("stdio", image, "--contract", "stdio", "--", "executing")
             self.host = self.daemon.deploy("host", image, "--net", "host", "--start-timeout", "1m")
@@ -238,7 +238,7 @@ class Locks(unittest.TestCase):
     """A socket whose lock a container holds for as long as it lives: the loop does not wait for it, nor a restart."""
 
     def setUp(self):
-        self.daemon = self.enterContext(support.Daemon("--subnet", "10.0.3.0/24"))
+        self.daemon = self.enterContext(support.Daemon("--subnet", "10.0.3.0/24", "--drain-timeout", "5s"))
         image = hostile_image(Entrypoint=[support.PYTHON, "-u", "/server.py"])
         self.address = self.daemon.deploy("f", image, "--timeout", "0", "--start-timeout", "1m")
 

@@ -52,6 +52,8 @@ RUN_DIRS: set[Path] = set()                             # of all daemons of this
 HANDLER = TOP / "tests/handlers/handler.py"            # to put something in front of; all else runs handler.pl
 RUNTIME = os.environ.get("FAASD_TEST_RUNTIME", "runc")     # the --runtime of every daemon that does not ask for another
 DEPLOY_SECONDS = 10 * READY_SECONDS
+# For a daemon whose tests end with no container: those that a burst has asked for in vain would wait for 20 s.
+BRIEF_SURPLUS = {"SURPLUS_SECONDS": 2.0}
 
 
 # A network namespace that nobody has set up has no routes; this machine's own has some.

@@ -428,8 +428,8 @@ class OutOfMemory(InvocationCase):
 
     def test_before_it_is_ready(self):
         source = "import os, time\nif os.fork() == 0:\n    bytearray(256 << 20)\nos.wait()\ntime.sleep(3600)\n"
-        result = self.daemon.faas("new", "g", "--memory", "64m", check=False,
-                                  stdin=support.handler_image(source))
+        result = self.daemon.faas("new", "g", "--memory", "64m", "--start-timeout", f"{4 * support.PATIENCE:g}",
+                                  stdin=support.handler_image(source), check=False)
         self.assertIn("the program ran out of memory before it listened", result.stderr)
 
     def test_after_half_an_answer(self):

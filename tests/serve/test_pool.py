@@ -259,6 +259,13 @@ class Slots(support.SharedDaemonCase):
         for client in clients:
             client.close()
 
+        def ended() -> bool:                # to remove the function would take until its starts have timed out
+            for pid in support.container_pids(self.daemon):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            return self.daemon.info("bad")["starting"] == 0
+        wait_until(ended, "its starts have ended")
+
 
 class Reuse(support.SharedDaemonCase):
     def ids(self, address: str, count: int) -> list[str]:

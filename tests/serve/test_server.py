@@ -405,8 +405,8 @@ class LostMessages(support.SharedDaemonCase):
 
 
 class Deploying(support.SharedDaemonCase):
-    def refused(self, image: bytes, *options: str) -> str:
-        result = self.daemon.faas("new", "f", "--start-timeout", str(3 * clients.PATIENCE), *options, stdin=image,
+    def refused(self, image: bytes, *options: str, name: str = "f") -> str:
+        result = self.daemon.faas("new", name, "--start-timeout", str(3 * clients.PATIENCE), *options, stdin=image,
                                   check=False)
         self.assertEqual(result.returncode, 1)
         return result.stderr
@@ -435,20 +435,24 @@ class Deploying(support.SharedDaemonCase):
 
     def test_what_did_not_listen(self):
         patience = f"{3 * clients.PATIENCE:g}"
-        for image, options, said in (
-                (server_image("unix"), (), "listened on a Unix socket"),
-                (server_image("nothing"), (), "listened on nothing"),
-                (server_image("udp"), (), "listened on UDP port 5353"),
-                (server_image("nothing"), ("--contract", "server"), "did not listen on a TCP port within"),
-                (server_image("polling", "0.0.0.0:8081"), ("--port", "80"),
-                 f"the program did not listen on port 80 (--port) or connect to /control.sock within {patience} s; "
-                 "it listened on port 8081: say --port 8081, or --port auto\n"),
-                (server_image("polling", "0.0.0.0:8081", ExposedPorts={"80/tcp": {}}), (),
-                 "; it listened on port 8081: say --port 8081\n"),
-                (server_image("polling", "0.0.0.0:8081"), ("--contract", "handler"),
-                 "did not connect to /control.sock")):
-            with self.subTest(said):
-                self.assertIn(said, self.refused(image, *options))
+        cases = (
+            (server_image("unix"), (), "listened on a Unix socket"),
+            (server_image("nothing"), (), "listened on nothing"),
+            (server_image("udp"), (), "listened on UDP port 5353"),
+            (server_image("nothing"), ("--contract", "server"), "did not listen on a TCP port within"),
+            (server_image("polling", "0.0.0.0:8081"), ("--port", "80"),
+             f"the program did not listen on port 80 (--port) or connect to /control.sock within {patience} s; "
+             "it listened on port 8081: say --port 8081, or --port auto\n"),
+            (server_image("polling", "0.0.0.0:8081", ExposedPorts={"80/tcp": {}}), (),
+             "; it listened on port 8081: say --port 8081\n"),
+            (server_image("polling", "0.0.0.0:8081"), ("--contract", "handler"),
+             "did not connect to /control.sock"))
+        with ThreadPoolExecutor(3) as pool:         # they wait rather than work
+            answers = pool.map(lambda number, case: self.refused(case[0], *case[1], name=f"f{number}"),
+                               range(len(cases)), cases)
+            for (_, _, said), answer in zip(cases, answers, strict=True):
+                with self.subTest(said):
+                    self.assertIn(said, answer)
 
     def test_handlers_are_handlers(self):
         self.assertEqual(self.deployed(support.small_image()), "✓ Deployed f at 10.0.0.10\n")
