@@ -7597,7 +7597,7 @@ class Budget:
                              status=413)
 
 
-HASH_AHEAD = 8                      # of these chunks may wait for the thread that hashes them
+HASH_AHEAD = 4                      # of these chunks may wait for the thread that hashes them
 
 
 class Sha256Thread:

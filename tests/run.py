@@ -31,9 +31,9 @@ from typing import NamedTuple
 
 TESTS = Path(__file__).resolve().parent
 FOLDERS = ("lib", "unit", "images", "serve", "manage", "hold", "cluster")
-LONGEST = ("hostile_clients", "deploy", "crash", "server", "pool", "restart", "invocation", "cluster", "hostile",
-           "hostile_servers", "local_users", "output", "docker", "daemon", "faults", "cut", "archive", "real_servers",
-           "soak", "api_tcp", "pack", "cli", "bench")              # begin first
+LONGEST = ("hostile_clients", "server", "crash", "cluster", "docker", "pool", "restart", "hostile", "invocation",
+           "network", "deploy", "local_users", "hostile_servers", "archive", "real_servers", "faults", "root",
+           "output", "daemon", "soak", "cut", "look", "volume", "api_tcp", "pack", "cli", "bench")     # begin first
 MAX_WORKERS = 4
 PR_SET_PDEATHSIG = 1
 TEST_SECONDS = 600 * int(os.environ.get("FAASD_TEST_PATIENCE", "1"))      # for one test; only a hang takes longer
