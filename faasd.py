@@ -140,7 +140,7 @@ from datetime import datetime, timedelta, timezone
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from tarfile import TarInfo
-from typing import Any, BinaryIO, NoReturn
+from typing import Any, BinaryIO, NamedTuple, NoReturn
 
 __version__ = "0.2.0"               # and in faas; what is new is in CHANGELOG.md
 
@@ -807,8 +807,7 @@ OUT_OF_MEMORY = "out-of-memory", 502, "ran out of memory"
 OVERDUE = "timeout", 504, "did not finish in time"
 
 
-@dataclass(frozen=True)
-class Services:
+class Services(NamedTuple):
     """What all functions share."""
     host: ContainerHost
     starter: Starter
@@ -1599,8 +1598,7 @@ TCP_CONNECTED = (1, 4, 5, 6, 8, 9, 11)      # those states, FIN_WAIT2 and TIME_W
 TCP_INFO_ACKED, TCP_INFO_NOTSENT, TCP_INFO_SENT = 120, 144, 200    # offsets in struct tcp_info (linux/tcp.h)
 
 
-@dataclass(frozen=True)
-class TcpState:
+class TcpState(NamedTuple):
     """What the kernel knows of a client's connection. To ask takes the socket's lock: see Workers."""
     state: int
     received: int       # bytes
@@ -3185,8 +3183,7 @@ class Handover:
     state: TcpState | None = None       # of its connection, when the last descriptor of a server was gone
 
 
-@dataclass(frozen=True)
-class Call:
+class Call(NamedTuple):
     """A system call that waits for our answer."""
     id: int
     thread: int
@@ -6230,8 +6227,7 @@ def unfit_machine(runtime: Runtime, error: str) -> UsageError:
     return UsageError(f"{runtime.name} cannot start a container on this machine: {mend}{error}")
 
 
-@dataclass(frozen=True)
-class Survivor:
+class Survivor(NamedTuple):
     """A container that serves a client since before this daemon was started."""
     container_id: str
     cgroup: str
@@ -7208,16 +7204,14 @@ class Archive:
         return len(self._top & {"bin", "etc", "usr", "lib", "var", "dev", "proc"}) >= 3
 
 
-@dataclass(frozen=True)
-class Layer:
+class Layer(NamedTuple):
     """One layer to apply: which member, and what its bytes must hash to."""
     member: str
     diff_id: str                    # sha256 hex of the uncompressed tar
     blob_digest: str | None         # sha256 hex of the member as it is, where the format names it
 
 
-@dataclass(frozen=True)
-class Image:
+class Image(NamedTuple):
     """What was chosen from an archive."""
     digest: str                     # sha256 hex of the config: the same for every archive format
     tag: str
@@ -8097,8 +8091,7 @@ def modification_time(entry: TarInfo) -> int:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Account:
+class Account(NamedTuple):
     """The user and groups that a process runs as."""
     uid: int
     gid: int
