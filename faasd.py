@@ -8940,9 +8940,9 @@ STDIN, STDOUT, STDERR, RESIZE, END = range(5)   # data, none ends stdin; lines a
 MAX_FRAME = 64 * KIB                # bytes in a frame
 DEFAULT_COMMAND = "/bin/sh"
 # What runc and crun say of a command that they cannot execute; in colours on a terminal, and crun in JSON too.
-COMPLAINT = re.compile(rb"""(?isx) (?:\x1b\[1;31m)? (?:\{\s*"msg":\ ?")? (?:[a-z\ ]+:\ )*
+COMPLAINT = re.compile(rb"""(?ix) (?:\x1b\[1;31m)? (?:\{\s*"msg":\ ?")? (?:(?!exec:)[a-z\ ]++:\ )*+
     (?:exec|executable\ file|the\ path) [\ :] [^\n]*? (?:no\ such\ file\ or\ directory|not\ found\ in\ \$PATH|
-    permission\ denied|not\ permitted|exec\ format\ error|(?:is|not)\ a\ directory) (?:",.*)? (?:\x1b\[0m)? \s*""")
+    permission\ denied|not\ permitted|exec\ format\ error|(?:is|not)\ a\ directory) (?:",[^}]*+}?)?+ (?:\x1b\[0m)?+ \s*+""")
 FAULTS = (                          # what of it means what, and an exit status as in a shell
     (r'exec [^:"]*: no such file', 127, "its interpreter (the #! line), or what loads it, is not in the image"),
     ("exec format error", 126, "it is no program for this machine, and has no #! line"),
@@ -8960,6 +8960,7 @@ def command_fault(command: str, said: str) -> tuple[int, str] | None:
 
 LEFT_SECONDS = 1.0                  # between two looks whether a command's client is still there
 END_SECONDS = 2.0                   # for it to take what a command that was ended has left
+MAX_HOLD_SECONDS = 2.0              # for the runtime to end after what looks like its complaint
 
 
 class Relay(threading.Thread):
@@ -8978,7 +8979,7 @@ class Relay(threading.Thread):
         self._finishing = self._given_up = False
         self._received = self._input = self._output = b""       # frames; the command's input from them; frames
         self.last = b""                 # of the output
-        self.held = b""                 # frames, as long as all of it may be the runtime's complaint of the command
+        self.held: bytes | None = b""   # frames, while all there is may be the runtime's complaint of the command
         self._begun = False
 
     def begin(self) -> None:
@@ -9001,7 +9002,7 @@ class Relay(threading.Thread):
         """Send a last frame, once it is over; a client that takes nothing does not get it."""
         with contextlib.suppress(OSError):
             self._connection.settimeout(END_SECONDS)
-            self._connection.sendall(self._output + self.held + FRAME.pack(kind, len(data)) + data)
+            self._connection.sendall(self._output + (self.held or b"") + FRAME.pack(kind, len(data)) + data)
 
     def run(self) -> None:
         try:
@@ -9030,7 +9031,9 @@ class Relay(threading.Thread):
         for source in sources:
             poll.register(source, select.POLLIN)
         drained = self._finishing and bool(sources or not streams.outputs) and not self._output
-        ready = dict(poll.poll(0 if drained else None))
+        ready = dict(poll.poll(0 if drained else MAX_HOLD_SECONDS * 1000 if self.held else None))
+        if self.held and not ready and not drained:     # the runtime would have ended by now
+            self._output, self.held = self.held, None
         if ready.pop(self._wake.fileno(), None):
             os.eventfd_read(self._wake.fileno())
         if drained and not ready.keys() & sources.keys():
@@ -9058,9 +9061,11 @@ class Relay(threading.Thread):
             pass
         if data:
             self.last = (self.last + data)[-KIB:]
-            self.held += FRAME.pack(self._streams.outputs[source], len(data)) + data
-            if not COMPLAINT.fullmatch(self.last):
-                self._output, self.held = self._output + self.held, b""
+            frame = FRAME.pack(self._streams.outputs[source], len(data)) + data
+            if self.held is not None and len(self.held) < KIB and COMPLAINT.fullmatch(self.last):
+                self.held += frame
+            else:
+                self._output, self.held = self._output + (self.held or b"") + frame, None
         else:
             del self._streams.outputs[source]
             os.close(source)

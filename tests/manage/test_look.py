@@ -325,6 +325,9 @@ class Exec(ExecCase):
                     self.assertRegex(error, f"\\Afaas: cannot run '{command}': [^\\n]*{re.escape(words)}\n\\Z")
         words = "exec: /bad/none: no such file or directory"             # of a program's own
         self.assertEqual(self.exec("f", "--", "sh", "-c", f"echo '{words}'; exit 1"), (1, f"{words}\n", ""))
+        words = "exec /bin/sh: permission denied"       # even if it looks just like the runtime's, and nothing follows
+        waiting = self.begin("-i", "--", "sh", "-c", f"echo '{words}'; cat")
+        self.assertEqual(waiting.stdout.readline(), f"{words}\n")
         self.daemon.deploy("shell-less", support.small_image(), "--warm", "0")
         status, _, error = self.exec("shell-less")
         self.assertEqual((status, error), (127, "faas: cannot run '/bin/sh': it is not in the image: "
