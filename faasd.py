@@ -6531,7 +6531,6 @@ MAX_UNWRITTEN_LINES = 100_000       # of all functions' logs; beyond, lines are 
 
 
 def write_logs(items: list[tuple[FunctionLog, bytes]], dropped: int) -> None:
-    """Append lines to the functions' logs."""
     if dropped:
         log.error("the disk is too slow for the functions' logs: %d lines were dropped", dropped)
     batches: dict[FunctionLog, list[bytes]] = {}
@@ -6717,14 +6716,12 @@ def log_document(function: str, line: bytes) -> dict:
     if "outcome" not in fields:
         return {**document, "event": text}
 
-    def number(key: str, kind: type = int) -> float | None:
+    def number(key: str, kind: Callable = int) -> float | None:
         value = fields.get(key, "").removesuffix("ms")
         return kind(value) if re.fullmatch(r"-?[0-9]+(\.[0-9]+)?", value) else None
-    seconds = {name: milliseconds if milliseconds is None else round(milliseconds / 1000, 4)
-               for name, milliseconds in ((name, number(key, float)) for name, key in
-                                          (("queue", "wait"), ("start", "start"), ("run", "run")))}
-    return {**document, "outcome": fields["outcome"], "status": number("status"), **seconds,
-            "received": number("received"), "sent": number("sent"), "exit": number("exit"),
+    queue, start, run = (number(key, lambda text: round(float(text) / 1000, 4)) for key in ("wait", "start", "run"))
+    return {**document, "outcome": fields["outcome"], "status": number("status"), "queue": queue, "start": start,
+            "run": run, "received": number("received"), "sent": number("sent"), "exit": number("exit"),
             "peer": fields.get("client"), "request": fields.get("request"), "reason": fields.get("reason")}
 
 
@@ -6993,7 +6990,6 @@ class ByteStream:
         return b"".join(parts)
 
     def drain(self) -> None:
-        """Read to the end."""
         while self.take(COPY_CHUNK):
             continue
 
@@ -8172,11 +8168,11 @@ def check_working_directory(rootfs: Rootfs, text: str, what: str) -> str:
     """
     path = config_path(text or "/", what)
     real = rootfs.trace_directory(path, what)
-    for seen in (path, real, *rootfs.followed):             # as it is written, where links lead, and by which
-        for target in RESERVED_TARGETS:
-            if is_within(os.fsdecode(seen), target):
-                raise ImageError(f"{what} {text!r} lies in {target}, where a container has other things than the image "
-                                 "(CVE-2024-21626)")
+    seen = map(os.fsdecode, (path, real, *rootfs.followed))     # as it is written, where links lead, and by which
+    for directory, target in itertools.product(seen, RESERVED_TARGETS):
+        if is_within(directory, target):
+            raise ImageError(f"{what} {text!r} lies in {target}, where a container has other things than the image "
+                             "(CVE-2024-21626)")
     return encode_text(os.fsdecode(real), f"what {what} {text!r} leads to").decode() or "/"
 
 
@@ -8699,30 +8695,6 @@ def watch_directory(path: str) -> int:
     return descriptor
 
 
-def admit_members(path: Path) -> None:
-    """Let the user who ran sudo and the group `faas` open a socket: its members by name too.
-
-    A process has the groups that its user had at login. By an access list a new member need not log in anew.
-    """
-    try:
-        group = grp.getgrnam("faas")
-    except KeyError:
-        group = grp.struct_group(("", "", 0, []))
-    members = []
-    for name in group.gr_mem:
-        with contextlib.suppress(KeyError):     # there is no such user
-            members.append(pwd.getpwnam(name).pw_uid)
-    entries = [(ACL_USER_OBJ, 6, ACL_NO_ID), *((ACL_USER, 6, uid) for uid in sorted({*members})),
-               (ACL_GROUP_OBJ, 6, ACL_NO_ID), (ACL_MASK, 6, ACL_NO_ID), (ACL_OTHER, 0, ACL_NO_ID)]
-    with contextlib.suppress(FileNotFoundError):        # the daemon has ended meanwhile
-        os.chown(path, sudo_user(), group.gr_gid)
-        try:
-            os.setxattr(path, ACL_XATTRS[0], struct.pack("<I", ACL_VERSION) + b"".join(
-                struct.pack("<HHI", *entry) for entry in entries))
-        except OSError:                         # such as a file system without access lists
-            path.chmod(0o660)
-
-
 class Cancelled(FaasdError):
     """What a client asked for was given up."""
     status = 503
@@ -8756,8 +8728,27 @@ class ControlServer:
             threading.Thread(target=self._admit_members, daemon=True).start()
 
     def _admit_members(self) -> None:
-        with self._admitting:
-            admit_members(Path(self._name))
+        """Let the user who ran sudo and the group `faas` open the socket: its members by name too.
+
+        A process has the groups that its user had at login. By an access list a new member need not log in anew.
+        """
+        with self._admitting, contextlib.suppress(FileNotFoundError):       # the daemon has ended meanwhile
+            try:
+                group = grp.getgrnam("faas")
+            except KeyError:
+                group = grp.struct_group(("", "", 0, []))
+            members = set()
+            for name in group.gr_mem:
+                with contextlib.suppress(KeyError):     # there is no such user
+                    members.add(pwd.getpwnam(name).pw_uid)
+            entries = [(ACL_USER_OBJ, 6, ACL_NO_ID), *((ACL_USER, 6, uid) for uid in sorted(members)),
+                       (ACL_GROUP_OBJ, 6, ACL_NO_ID), (ACL_MASK, 6, ACL_NO_ID), (ACL_OTHER, 0, ACL_NO_ID)]
+            os.chown(self._name, sudo_user(), group.gr_gid)
+            try:
+                os.setxattr(self._name, ACL_XATTRS[0], struct.pack("<I", ACL_VERSION) + b"".join(
+                    struct.pack("<HHI", *entry) for entry in entries))
+            except OSError:                     # such as a file system without access lists
+                os.chmod(self._name, 0o660)
 
     def _listen(self, listener: socket.socket, answers: Answers) -> None:
         self.answers, self._listener = answers, listener
@@ -8940,9 +8931,9 @@ STDIN, STDOUT, STDERR, RESIZE, END = range(5)   # data, none ends stdin; lines a
 MAX_FRAME = 64 * KIB                # bytes in a frame
 DEFAULT_COMMAND = "/bin/sh"
 # What runc and crun say of a command that they cannot execute; in colours on a terminal, and crun in JSON too.
-COMPLAINT = re.compile(rb"""(?ix) (?:\x1b\[1;31m)? (?:\{\s*"msg":\ ?")? (?:(?!exec:)[a-z\ ]++:\ )*+
+COMPLAINT = re.compile(rb"""(?isx) (?:\x1b\[1;31m)? (?:\{\s*"msg":\ ?")? (?:(?!exec:)[a-z\ ]+:\ )*
     (?:exec|executable\ file|the\ path) [\ :] [^\n]*? (?:no\ such\ file\ or\ directory|not\ found\ in\ \$PATH|
-    permission\ denied|not\ permitted|exec\ format\ error|(?:is|not)\ a\ directory) (?:",[^}]*+}?)?+ (?:\x1b\[0m)?+ \s*+""")
+    permission\ denied|not\ permitted|exec\ format\ error|(?:is|not)\ a\ directory) (?:",.*)? (?:\x1b\[0m)? \s*""")
 FAULTS = (                          # what of it means what, and an exit status as in a shell
     (r'exec [^:"]*: no such file', 127, "its interpreter (the #! line), or what loads it, is not in the image"),
     ("exec format error", 126, "it is no program for this machine, and has no #! line"),
@@ -8988,14 +8979,11 @@ class Relay(threading.Thread):
         except RuntimeError:            # no more threads
             self._end()
 
-    def finish(self) -> None:
-        """The command is over: end once its client has the rest of its output."""
+    def finish(self, give_up: bool = False) -> None:
+        """The command is over, or is to be: end once its client has the rest of its output, or give that up."""
         self._finishing = True
-        os.eventfd_write(self._wake.fileno(), 1)
-
-    def give_up(self) -> None:
-        """The client has left, or is to be told that the command is ended: carry nothing any more."""
-        self._given_up = True
+        if give_up:
+            self._given_up = True
         os.eventfd_write(self._wake.fileno(), 1)
 
     def say(self, kind: int, data: bytes) -> None:
@@ -9292,13 +9280,13 @@ class ControlHandler(http.server.BaseHTTPRequestHandler):
             self.connection.sendall(f"HTTP/1.1 101 Switching Protocols\r\nUpgrade: {FRAMES}\r\n"
                                     "Connection: Upgrade\r\n\r\n".encode())
         except OSError:                 # it has left
-            relay.give_up()
+            relay.finish(give_up=True)
         self.log_request(101)
         relay.begin()
         result.add_done_callback(lambda _: relay.finish())
         while not (relay.over.wait(timeout=LEFT_SECONDS) and result.done()):
             if relay.over.is_set() or streams.given_up or has_hung_up(self.connection):
-                relay.give_up()
+                relay.finish(give_up=True)
                 cancel()
                 concurrent.futures.wait([result], timeout=LEFT_SECONDS)
                 if result.done() and not relay.over.wait(timeout=LEFT_SECONDS):
