@@ -865,7 +865,6 @@ class Entrance:
         self._function = function
         self._loop = function.loop
         self._listener: socket.socket | None = None
-        self._turns_away = False
         self._silent = Tasks(f"function={function.record.name} waiting for a request")
 
     def open(self, listener: socket.socket) -> None:
@@ -880,7 +879,6 @@ class Entrance:
 
         That is packets that may have come by a router, to a socket that listens: what it accepts inherits the rule.
         """
-        self._turns_away = newcomers
         if self._listener is not None:
             self._listener.setsockopt(socket.IPPROTO_IP, IP_MINTTL, 255 if newcomers else 0)
 
@@ -920,8 +918,7 @@ class Entrance:
                 self._loop.remove_reader(listener)
                 self._loop.call_later(ACCEPT_PAUSE, lambda: self._listener is listener and self.open(listener))
                 return False
-            if self._turns_away:
-                client.setsockopt(socket.IPPROTO_IP, IP_MINTTL, 0)
+            client.setsockopt(socket.IPPROTO_IP, IP_MINTTL, 0)      # a daemon that was killed may have turned away too
             services.lag.probe()
             self._receive(client, f"{host}:{port}")
         return True

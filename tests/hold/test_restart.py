@@ -487,11 +487,19 @@ class ServiceManager:
             os.close(descriptor)
 
 
+def is_held_off(address: str) -> bool:
+    try:
+        socket.create_connection((address, 80), 0.5).close()
+    except TimeoutError:
+        return True
+    return False
+
+
 class Kept(RestartCase):
     """Listening sockets that the service manager keeps."""
 
-    def managed(self, *arguments: str) -> tuple[support.Daemon, ServiceManager]:
-        daemon = support.Daemon(*arguments)
+    def managed(self, *arguments: str, **options) -> tuple[support.Daemon, ServiceManager]:
+        daemon = support.Daemon(*arguments, **options)
         manager = ServiceManager(daemon)
         self.addCleanup(manager.close)
         manager.start()
@@ -535,6 +543,22 @@ class Kept(RestartCase):
         self.release(daemon, "go")
         self.assertTrue(client.rest().endswith("done\n"))
         self.assertEqual(daemon.process.wait(support.READY_SECONDS), 0)
+
+    def test_who_was_connected_to_a_daemon_that_was_killed_as_it_stopped_is_served(self):
+        """The kernel completes the connection while the socket drops what newcomers, and most clients, send."""
+        daemon, manager = self.managed(constants={"ARRIVAL_SECONDS": 600})
+        address = self.deploy(daemon)
+        with socket.create_connection((address, 80), support.READY_SECONDS) as client:
+            daemon.process.send_signal(signal.SIGTERM)
+            wait_until(lambda: is_held_off(address), "nobody else is let in")
+            daemon.kill()
+            client.sendall(b"GET / HTTP/1.1\r\n")
+            daemon.constants = None
+            manager.start()
+            wait_until(lambda: daemon.info("f")["running"] == 1, "it is let in")
+            client.sendall(b"\r\n")
+            with client.makefile("rb") as answer:
+                self.assertIn(b" 200 ", answer.readline())
 
     def test_nobody_s_are_closed(self):
         daemon, manager = self.managed()
