@@ -486,7 +486,7 @@ class Options:
         return {key: "auto" if value is None else value for key, value in asdict(self).items()}
 
     def to_labels(self) -> dict[str, str]:
-        """Return what differs from the defaults as labels of an image, for of_labels."""
+        """Return what differs from the defaults as labels of an image, for labelled."""
         def text(value: Any) -> str:
             if isinstance(value, float):
                 return f"{value:.6f}".rstrip("0").rstrip(".")
@@ -8929,10 +8929,10 @@ MAX_FRAME = 64 * KIB                # bytes in a frame
 DEFAULT_COMMAND = "/bin/sh"
 # What runc and crun say of a command that they cannot execute; in colours on a terminal, and crun in JSON too.
 COMPLAINT = re.compile(rb"""(?isx) (?:\x1b\[1;31m)? (?:\{\s*"msg":\ ?")? (?:(?!exec:)[a-z\ ]+:\ )*
-    (?:exec|executable\ file|the\ path) [\ :] [^\n]*? (?:no\ such\ file\ or\ directory|not\ found\ in\ \$PATH|
+    ((?:exec|executable\ file|the\ path) [\ :] [^\n]*?) (?:no\ such\ file\ or\ directory|not\ found\ in\ \$PATH|
     permission\ denied|not\ permitted|exec\ format\ error|(?:is|not)\ a\ directory) (?:",.*)? (?:\x1b\[0m)? \s*""")
 FAULTS = (                          # what of it means what, and an exit status as in a shell
-    (r'exec [^:"]*: no such file', 127, "its interpreter (the #! line), or what loads it, is not in the image"),
+    (r'\Aexec [^:"]*: no such file', 127, "its interpreter (the #! line), or what loads it, is not in the image"),
     ("exec format error", 126, "it is no program for this machine, and has no #! line"),
     ("permission denied|not executable|is a directory|not a regular", 126, "it is not executable, or is a directory"),
     (r"in \$PATH", 127, "it is not in the image's PATH"), ("", 127, "it is not in the image"))
@@ -8940,8 +8940,11 @@ FAULTS = (                          # what of it means what, and an exit status 
 
 def command_fault(command: str, said: str) -> tuple[int, str] | None:
     """Return the exit status and a line for a command of which a runtime has complained; else None."""
-    if posixpath.basename(command) not in said or not COMPLAINT.fullmatch(said.encode()):
+    complaint = COMPLAINT.fullmatch(said.encode())
+    name = re.escape(posixpath.basename(command).encode())      # a shell says much the same of what it executes
+    if not complaint or not re.search(rb'["`/ ]%b\\?["`:]' % name, complaint[1]):
         return None
+    said = said[complaint.start(1):]        # an image may choose most of it: no search in it may take long
     status, words = next(fault for pattern, *fault in FAULTS if re.search(pattern, said, re.IGNORECASE))
     return status, f"cannot run {command!r}: {words}"
 

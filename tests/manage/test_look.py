@@ -328,6 +328,8 @@ class Exec(ExecCase):
         words = "exec /bin/sh: permission denied"       # even if it looks just like the runtime's, and nothing follows
         waiting = self.begin("-i", "--", "sh", "-c", f"echo '{words}'; cat")
         self.assertEqual(waiting.stdout.readline(), f"{words}\n")
+        words = "sh: exec: line 1: ./none: Permission denied"            # as BusyBox says it
+        self.assertEqual(self.exec("f", "--", "sh", "-c", f"echo '{words}'; exit 126"), (126, f"{words}\n", ""))
         self.daemon.deploy("shell-less", support.small_image(), "--warm", "0")
         status, _, error = self.exec("shell-less")
         self.assertEqual((status, error), (127, "faas: cannot run '/bin/sh': it is not in the image: "

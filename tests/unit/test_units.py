@@ -136,6 +136,13 @@ class Text(unittest.TestCase):
         self.assertEqual(faasd.LogFormatter(False, for_journal=True).format(record), "<4>a\n<4><0>b")
         self.assertTrue(faasd.LogFormatter(True, for_journal=True).format(record).startswith('<4>{"time": '))
 
+    def test_a_long_command_that_cannot_be_executed(self):
+        """An image names it, and the loop looks at what the runtime says: no search may begin again at each word."""
+        command = "exec " * 200_000
+        said = f'runc create failed: exec: "{command}": executable file not found in $PATH'
+        self.assertEqual(faasd.command_fault(command, said),
+                         (127, f"cannot run {command!r}: it is not in the image's PATH"))
+
 
 class Cgroups(unittest.TestCase):
     def test_process_that_is_gone_while_its_session_is_not(self):
