@@ -5005,6 +5005,15 @@ def is_roots_listener(name: bytes) -> bool:
         return UCRED.unpack(probe.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, UCRED.size))[1] == 0
 
 
+@contextlib.contextmanager
+def failure_logged() -> Iterator[None]:
+    """Log the FaasdError that ends the block, if one does, instead of raising it."""
+    try:
+        yield
+    except FaasdError as error:
+        log.error("%s", error)
+
+
 MAX_CLAIMS = 10_000                 # sockets named like a daemon's whose owner is looked up at start
 CLAIM_PAUSE = 0.01                  # seconds between two that ask us
 ADDRESS_LABEL = "lo:faas"           # marks our addresses; at most 15 bytes (IFNAMSIZ)
@@ -5114,31 +5123,21 @@ class Addresses:
 
     def restore(self) -> bool:
         """Put back the addresses that somebody has taken from lo; return whether they are there. Failure is logged."""
-        with self._lock:
-            try:
-                self.missing = self._wanted - {entry["local"] for _, entry in ip_addresses("dev", "lo")}
-            except FaasdError as error:
-                log.error("%s", error)
-                return False
+        with self._lock, failure_logged():
+            self.missing = self._wanted - {entry["local"] for _, entry in ip_addresses("dev", "lo")}
             for address in sorted(self.missing):
                 log.warning("somebody has taken %s from lo: putting it back", address)
-                try:
+                with failure_logged():          # the others may be luckier
                     self._put(address)
-                except FaasdError as error:     # the others may be luckier
-                    log.error("%s", error)
             return not self.missing
+        return False
 
     def remove(self, *addresses: str) -> None:
         """Take addresses from lo that functions had; failure is logged, and the next removal tries again."""
-        with self._lock:
+        with self._lock, failure_logged():
             self._wanted.difference_update(addresses)
             self._unwanted.update(addresses)
-            try:
-                there = self._labelled()
-            except FaasdError as error:
-                log.error("%s", error)
-                return
-            for address in sorted(self._unwanted & there):
+            for address in sorted(self._unwanted & self._labelled()):
                 try_command(f"cannot remove {address} from lo", "ip", "addr", "del", f"{address}/32", "dev", "lo",
                             "label", ADDRESS_LABEL)
 
@@ -5268,13 +5267,11 @@ class ListenerStore:
 
 def listener_of(descriptor: int) -> socket.socket | None:
     """Return the socket of a descriptor, None if it does not listen for IPv4 connections."""
-    try:
+    with contextlib.suppress(OSError):          # no socket
         listener = socket.socket(fileno=descriptor)
-    except OSError:                             # no socket
-        return None
-    if listener.family == socket.AF_INET and listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
-        return listener
-    listener.detach()
+        if listener.family == socket.AF_INET and listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+            return listener
+        listener.detach()
     return None
 
 
@@ -5360,14 +5357,11 @@ def mount_cgroup2() -> int:
         return system_call(SYS_FSOPEN + 2, context, 1, 0)               # fsmount: FSMOUNT_CLOEXEC
 
 
-@contextlib.contextmanager
-def top_cgroup() -> Iterator[int]:
+def top_cgroup() -> contextlib.AbstractContextManager[int]:
     """Open the top of cgroup v2, also where it is mounted nowhere that we see. Raises OSError."""
     tops = [mount for mount, kind in read_mounts() if kind == "cgroup2"]
     with concurrent.futures.ThreadPoolExecutor(1) as executor:
-        descriptor = os.open(tops[0], os.O_RDONLY) if tops else executor.submit(mount_cgroup2).result()
-    with kept_open(descriptor):
-        yield descriptor
+        return kept_open(os.open(tops[0], os.O_RDONLY) if tops else executor.submit(mount_cgroup2).result())
 
 
 def bpf(command: int, layout: str, *values: int | bytes) -> int:
@@ -5533,6 +5527,7 @@ class EgressNetworks:
         self._subnet, self._public, self._port, self._mark = subnet, public, port, packet_mark(run_dir)
         self._gateway = str(subnet[1])
         self._prefix = f"{LINK_PREFIX}{mark}-"
+        self._possible = range(1, min(MAX_LINKS, subnet.num_addresses - 3) + 1)     # less network, gateway, broadcast
         self._numbers: dict[str, int] = {}      # function → number of its link
 
     def has(self, name: str) -> bool:
@@ -5549,8 +5544,8 @@ class EgressNetworks:
             return
         if not self._numbers:
             self._warn_of_firewalls()
-        number = next(n for n in itertools.count(1) if n not in self._numbers.values())
-        if not self._fits(number):
+        number = next((number for number in self._possible if number not in self._numbers.values()), None)
+        if number is None:
             raise Conflict(f"net egress: {self._subnet} has no free address: start faasd with a larger --egress-subnet")
         self._numbers[name] = number
         try:
@@ -5590,7 +5585,7 @@ class EgressNetworks:
         mounted = {mount for mount, kind in read_mounts() if kind == "nsfs"}
         links = self._links()
         for number, name in links.items():
-            if name in wanted and str(namespace_path(self._run_dir, name)) in mounted and self._fits(number):
+            if name in wanted and str(namespace_path(self._run_dir, name)) in mounted and number in self._possible:
                 self._numbers[name] = number
             else:
                 self._delete_link(number)
@@ -5662,7 +5657,7 @@ class EgressNetworks:
 
     def _settle(self) -> None:
         """Make what they share fit those there are; failure is logged."""
-        try:
+        with failure_logged():
             if self._numbers:
                 self._load_rules()
                 return
@@ -5674,16 +5669,11 @@ class EgressNetworks:
                 if not os.listdir(self._directory):
                     libc.umount2(os.fsencode(self._directory), MNT_DETACH)
                 self._directory.rmdir()         # last: the daemon that finds it after a crash does this again
-        except FaasdError as error:
-            log.error("%s", error)
 
     # -- one of them --
 
     def _address(self, number: int) -> str:
         return str(self._subnet[1 + number])
-
-    def _fits(self, number: int) -> bool:
-        return 1 <= number <= min(MAX_LINKS, self._subnet.num_addresses - 3)     # less network, gateway, broadcast
 
     def _make(self, name: str, number: int) -> None:
         def run(*argv: str, stdin: Iterable[str] = ()) -> None:
@@ -5792,7 +5782,7 @@ class PublishedPorts:
         self._published: dict[str, tuple[str, list[tuple[str, int]]]] = {}     # by function: its address, and places
         self._held: dict[tuple[str, int], tuple[str, socket.socket]] = {}      # by address and port, for a function
         self._loaded: list[str] | None = None       # the rules that the kernel has of us; None: those we found, if any
-        self._before: list[tuple[str, str, str]] = []           # the latter: address, port, and address of the function
+        self._before: list[tuple[str, int, str]] = []           # the latter: address, port, and address of the function
 
     @property
     def any(self) -> bool:
@@ -5867,7 +5857,7 @@ class PublishedPorts:
         rules = self._rules()
         if rules == there:
             return
-        self._load(self._text(rules) if rules else f"add table ip {self.table}\ndelete table ip {self.table}\n")
+        self._load(rules or None)
         self._loaded = rules
 
     def _rules(self) -> list[str]:
@@ -5876,44 +5866,39 @@ class PublishedPorts:
         Whoever has taken one of the latter while no daemon ran gets nothing of what comes there.
         """
         leads = {(own, port): address for name, (address, _) in self._published.items()
-                 for own, port in ((own, int(port)) for own, port, to in self._before if to == address)
-                 if self._publishes(name, own, port)}
+                 for own, port, to in self._before if to == address and self._publishes(name, own, port)}
         leads |= {place: self._published[holder][0] for place, (holder, _) in self._held.items()
                   if self._publishes(holder, *place)}
         return [f"ip daddr {own} tcp dport {port} dnat to {address}:{self._port}"
                 for (own, port), address in sorted(leads.items())]
 
-    def _left_rules(self) -> list[tuple[str, str, str]]:
+    def _left_rules(self) -> list[tuple[str, int, str]]:
         """Return the address and the port of each rule that another daemon has left, and the function's address."""
         try:
             text = run_command("there are no rules", "nft", "list", "table", "ip", self.table)
         except FaasdError:
             return []
-        return re.findall(r"ip daddr ([0-9.]+) tcp dport ([0-9]+) dnat to ([0-9.]+):", text)
+        return [(own, int(port), address) for own, port, address in
+                re.findall(r"ip daddr ([0-9.]+) tcp dport ([0-9]+) dnat to ([0-9.]+):", text)]
 
-    def _text(self, rules: list[str]) -> str:
-        return PUBLISH_RULES.format(table=self.table, rules="\n        ".join(rules), subnet=self._subnet,
-                                    port=self._port, mark=self._mark)
-
-    @staticmethod
-    def _load(text: str) -> None:
-        run_command("nft cannot load the rules of --publish", "nft", "-f", "-", stdin=text)
+    def _load(self, rules: list[str] | None) -> None:
+        """Replace our table by one with these rules, None: by none. In one transaction, so they are never absent."""
+        text = PUBLISH_RULES.format(table=self.table, rules="\n        ".join(rules), subnet=self._subnet,
+                                    port=self._port, mark=self._mark) if rules is not None else ""
+        run_command("nft cannot load the rules of --publish", "nft", "-f", "-",
+                    stdin=f"add table ip {self.table}\ndelete table ip {self.table}\n{text}")
 
     def turn_away(self) -> None:
         """Refuse newcomers from now on; failure is logged. The chains stay: they translate for those who are here."""
-        try:
-            self._load(self._text([]))
-        except FaasdError as error:
-            log.error("%s", error)
+        with failure_logged():
+            self._load([])
 
     def restore_rules(self) -> None:
         """Load the rules again if somebody has flushed them; failure is logged."""
         if self._rules() and not try_command(f"somebody deleted nftables table ip {self.table}: loading the rules of "
                                              "--publish again", "nft", "list", "table", "ip", self.table):
-            try:
+            with failure_logged():
                 self.load_rules()
-            except FaasdError as error:
-                log.error("%s", error)
 
     def remove_stale(self) -> None:
         """Remove the rules of the daemon before, if nothing is published any more; failure is logged."""
@@ -5923,10 +5908,8 @@ class PublishedPorts:
     def remove_all(self) -> None:
         """Remove the rules; failure is logged."""
         self._published.clear()
-        try:
+        with failure_logged():
             self.load_rules()
-        except FaasdError as error:
-            log.error("%s", error)
 
 
 def bind_port(address: str, port: int) -> socket.socket:
@@ -5945,8 +5928,6 @@ def bind_port(address: str, port: int) -> socket.socket:
 # A rule for each address and port that we hold: what other programs listen on stays theirs. The kernel asks the first
 # three chains for the first packet of a connection only. The last marks what they led here, for listener_filter.
 PUBLISH_RULES = """\
-add table ip {table}
-delete table ip {table}
 table ip {table} {{
     chain published {{
         {rules}
@@ -5988,17 +5969,15 @@ def fit_resolv_conf(texts: Iterable[str]) -> tuple[str, list[str]]:
 
 def is_reachable(resolver: str) -> bool:
     """Return whether text is an IPv4 address that means the same in every network namespace."""
-    try:
+    with contextlib.suppress(ValueError):
         address = ipaddress.IPv4Address(resolver)
-    except ValueError:
-        return False
-    return not (address.is_loopback or address.is_unspecified or address.is_multicast)
+        return not (address.is_loopback or address.is_unspecified or address.is_multicast)
+    return False
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Where containers live: what they share, what the machine can do, and what the daemon before has left
 # ---------------------------------------------------------------------------------------------------------------------
-
 
 MAX_SPAWNING = 64                   # threads that mount the root of one function's containers, and its volumes
 
@@ -6085,9 +6064,8 @@ class ContainerHost:
 
     def count_ended(self, function: str) -> None:
         """Count a container that is gone, and reclaim memory once too many have left some."""
-        if function not in self._dying:
-            self._dying[function] = DyingCgroups(self.cgroups, self.cgroups.group(function), self.workers)
-        self._dying[function].count()
+        first = DyingCgroups(self.cgroups, self.cgroups.group(function), self.workers)
+        self._dying.setdefault(function, first).count()
 
     def forget(self, function: str) -> None:
         """Remove what all containers of a function had in common, once none is left. Blocks."""
@@ -6236,15 +6214,7 @@ class Survivor(NamedTuple):
     output: int                 # the reading end of its output
     notify: int                 # reports a server's calls; -1 for a handler
     clients: list[tuple[socket.socket, str]]    # our duplicates, and the clients' addresses
-
-    def close(self) -> None:
-        """Let go of it. Blocks."""
-        os.close(self.pidfd)
-        os.close(self.output)
-        if self.notify >= 0:
-            os.close(self.notify)
-        for client, _ in self.clients:
-            client.close()
+    held: contextlib.ExitStack  # closes all these descriptors, if nobody adopts it
 
 
 MAX_SURVIVING_CLIENTS = 1024        # of one container: with --net host it may have connected to its own address
@@ -6270,7 +6240,7 @@ class Leftovers:
         for future, container_id in looking.items():
             if future not in finished:
                 log.warning("container=%s cannot be taken over, because it keeps its output locked", container_id)
-                future.add_done_callback(lambda late: late.exception() or host.workers.run(late.result().close))
+                future.add_done_callback(lambda late: late.exception() or host.workers.run(late.result().held.close))
             elif future.exception():
                 log.debug("container=%s does not go on: %r", container_id, future.exception())
             else:
@@ -6287,29 +6257,31 @@ class Leftovers:
         The process's file does not matter: pid and start time name the process, and the runtime may have been upgraded.
         Blocks: to open a pipe takes its lock, and to duplicate a descriptor may wait for the end of an execve(2).
         """
-        with contextlib.ExitStack() as stack:
-            directory = self._host.containers_dir / container_id
-            directory = stack.enter_context(opened(directory, os.O_PATH | os.O_DIRECTORY))
+        with (opened(self._host.containers_dir / container_id, os.O_PATH | os.O_DIRECTORY) as directory,
+              contextlib.ExitStack() as held):
             number, started, name, image, *contract = os.readlink("note", dir_fd=directory).split(" ")
             pid = int(number)
-            pidfd = stack.enter_context(kept_open(os.pidfd_open(pid)))
+            pidfd = os.pidfd_open(pid)
+            held.callback(os.close, pidfd)
             if not is_roots(pid) or start_time(pid) != started:
                 raise ProcessLookupError(errno.ESRCH, "its runtime has ended")
             signal.pidfd_send_signal(pidfd, 0)          # it is there still, so what was read was read of it
-            pipe = stack.enter_context(opened("output", os.O_PATH, directory))          # so far nothing is opened
-            if not stat.S_ISFIFO(os.fstat(pipe).st_mode):
-                raise ValueError("its output is no pipe of ours")
-            output = os.open(f"/proc/self/fd/{pipe}", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-            stack.callback(os.close, output)
+            with opened("output", os.O_PATH, directory) as pipe:        # so far nothing is opened
+                if not stat.S_ISFIFO(os.fstat(pipe).st_mode):
+                    raise ValueError("its output is no pipe of ours")
+                output = os.open(f"/proc/self/fd/{pipe}", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+            held.callback(os.close, output)
             notify = -1
             if contract and contract != ["handler"]:
-                notify = stack.enter_context(kept_open(take_deposit(pidfd)))
+                notify = take_deposit(pidfd)
+                held.callback(os.close, notify)
             found = self._clients_of(cgroups[container_id], addresses[name], connections)
-            clients = list(itertools.islice(found, MAX_SURVIVING_CLIENTS if notify >= 0 else 1))
+            clients = [(held.enter_context(client), peer) for client, peer in
+                       itertools.islice(found, MAX_SURVIVING_CLIENTS if notify >= 0 else 1)]
             if not clients:
                 raise KeyError(addresses[name])
             return Survivor(container_id, cgroups[container_id], name, image, *(contract or ["handler"]), pid,
-                            os.dup(pidfd), os.dup(output), os.dup(notify) if notify >= 0 else -1, clients)
+                            pidfd, output, notify, clients, held.pop_all())
 
     def _clients_of(self, cgroup: str, address: str,
                     connections: dict[int, tuple[str, str]]) -> Iterator[tuple[socket.socket, str]]:
@@ -6398,7 +6370,7 @@ class Leftovers:
         self._host.remove_remains(survivor.container_id, survivor.cgroup)
         for client, _ in survivor.clients:
             reset_connection(client)            # half an answer must not look whole
-        survivor.close()
+        survivor.held.close()
 
 
 def is_roots(pid: int) -> bool:
@@ -6435,8 +6407,7 @@ def duplicate_socket(pidfd: int, number: int) -> socket.socket:
 def take_deposit(pidfd: int) -> int:
     """Return the descriptor that a runtime keeps for us: see Supervisor. It keeps it. Raises OSError, ValueError."""
     with kept_open(system_call(SYS_PIDFD_GETFD, pidfd, DEPOSIT, 0)) as descriptor:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as deposit:
-            os.dup2(descriptor, deposit.fileno(), inheritable=False)
+        with as_socket(descriptor, socket.AF_UNIX) as deposit:
             return receive_descriptor(deposit, socket.MSG_PEEK | socket.MSG_DONTWAIT)
 
 
@@ -10829,12 +10800,7 @@ def parse_subnet(text: str, least: int = 16, advice: str = f"addresses start at 
 # With room for a gateway and a function.
 parse_egress_subnet = functools.partial(parse_subnet, least=4, advice="use /30 or larger")
 
-
-def parse_port(text: str) -> int:
-    """Return a TCP port. Raises BadRequest."""
-    if not re.fullmatch(r"[0-9]{1,5}", text) or not 1 <= int(text) <= 65535:
-        raise BadRequest(f"bad port {text!r}: write a number from 1 to 65535")
-    return int(text)
+parse_port = reader("port", r"(?!0+$)[0-9]{1,5}", "write a number from 1 to 65535", lambda match: int(match[0]), 65535)
 
 
 def parse_endpoint(text: str) -> tuple[str, int]:
