@@ -5229,8 +5229,7 @@ class ListenerStore:
             log.warning("taking no sockets of the service manager, because LISTEN_FDS is %r: %s", count, error)
             return
         for descriptor, name in zip(descriptors, itertools.chain(names.split(":"), itertools.repeat("unknown"))):
-            listener = listener_of(descriptor)
-            if listener is not None:
+            if listener := listener_of(descriptor):
                 self._kept[listener.getsockname()] = listener
             else:
                 log.warning("a descriptor %r of the service manager is no listening socket", name)
@@ -5239,8 +5238,7 @@ class ListenerStore:
 
     def open(self, address: str, port: int) -> socket.socket:
         """Return a listening socket: the one that was kept, or a new one. Raises as open_listener does."""
-        listener = self._kept.pop((address, port), None)
-        if listener is not None:
+        if listener := self._kept.pop((address, port), None):
             if filter_of(listener) == listener_filter(address, port, self._mark):
                 listener.setblocking(False)
                 return listener
@@ -5485,8 +5483,6 @@ class NetlinkWatch:
     def _on_message(self) -> None:
         try:
             data = self._socket.recv(COPY_CHUNK)
-        except BlockingIOError:
-            return
         except OSError as error:                # ENOBUFS: there were more messages than the kernel keeps for us
             log.info("missed messages of the kernel: %s", error.strerror)
             self._on_change()
@@ -5784,10 +5780,6 @@ class PublishedPorts:
         self._loaded: list[str] | None = None       # the rules that the kernel has of us; None: those we found, if any
         self._before: list[tuple[str, int, str]] = []           # the latter: address, port, and address of the function
 
-    @property
-    def any(self) -> bool:
-        return bool(self._published)
-
     def recover(self, published: dict[str, tuple[str, list[tuple[str, int]]]]) -> None:
         """Keep rules for functions, their addresses and places, that come back one after the other."""
         self._published.update(published)
@@ -5890,8 +5882,9 @@ class PublishedPorts:
 
     def turn_away(self) -> None:
         """Refuse newcomers from now on; failure is logged. The chains stay: they translate for those who are here."""
-        with failure_logged():
-            self._load([])
+        if self._published:
+            with failure_logged():
+                self._load([])
 
     def restore_rules(self) -> None:
         """Load the rules again if somebody has flushed them; failure is logged."""
@@ -5903,13 +5896,15 @@ class PublishedPorts:
     def remove_stale(self) -> None:
         """Remove the rules of the daemon before, if nothing is published any more; failure is logged."""
         if not self._published and self._left_rules():
-            self.remove_all()
+            with failure_logged():
+                self.load_rules()
 
     def remove_all(self) -> None:
         """Remove the rules; failure is logged."""
-        self._published.clear()
-        with failure_logged():
-            self.load_rules()
+        if self._published:
+            self._published.clear()
+            with failure_logged():
+                self.load_rules()
 
 
 def bind_port(address: str, port: int) -> socket.socket:
@@ -5985,8 +5980,7 @@ MAX_SPAWNING = 64                   # threads that mount the root of one functio
 class ContainerHost:
     """What all containers of this daemon share: directories, runtime, cgroups, ids, and threads that wait for them."""
 
-    def __init__(self, run_dir: Path, runtime: Runtime, ids: IdRanges, subnet: ipaddress.IPv4Network,
-                 volumes: Volumes):
+    def __init__(self, run_dir: Path, runtime: Runtime, ids: IdRanges, subnet: ipaddress.IPv4Network, volumes: Volumes):
         self.run_dir = run_dir
         self.volumes = volumes
         self.containers_dir = run_dir / "containers"
@@ -6121,16 +6115,15 @@ async def probe_machine(host: ContainerHost) -> None:
 
 def may_duplicate() -> bool:
     """Return whether the kernel gives us descriptors of other processes, as by Yama's ptrace_scope 3 it does not."""
-    child = subprocess.Popen(["sleep", "10"], stdin=subprocess.DEVNULL)
-    try:
-        with kept_open(os.pidfd_open(child.pid)) as pidfd:
+    with (subprocess.Popen(["sleep", "10"], stdin=subprocess.DEVNULL) as child,
+          kept_open(os.pidfd_open(child.pid)) as pidfd):
+        try:
             os.close(system_call(SYS_PIDFD_GETFD, pidfd, 0, 0))
-        return True
-    except PermissionError:
-        return False
-    finally:
-        child.kill()
-        child.wait()
+            return True
+        except PermissionError:
+            return False
+        finally:
+            child.kill()
 
 
 async def try_container(host: ContainerHost) -> str:
@@ -9828,8 +9821,7 @@ class Attachments:
 
     async def turn_away(self) -> None:
         """Refuse newcomers at published ports from now on."""
-        if self.published.any:
-            await self._run(self.published.turn_away)
+        await self._run(self.published.turn_away)
 
     async def remove_all(self) -> None:
         try:
@@ -9838,8 +9830,7 @@ class Attachments:
             log.info("cannot remove the guard of the addresses: %s", error.strerror)
         self.addresses.remove_all()
         await self._run(self.egress.remove_all)
-        if self.published.any:
-            await self._run(self.published.remove_all)
+        await self._run(self.published.remove_all)
         for path in self._settings.run_dir.glob("resolv.conf.*"):
             path.unlink()
         (self._settings.run_dir / NAMES).unlink(missing_ok=True)
@@ -10997,9 +10988,8 @@ def lock_holder(path: Path) -> int:
 
 def is_dead_with_lock(path: Path) -> bool:
     """Return whether a process was killed, and still has a file locked because not all of its threads have ended."""
-    with contextlib.suppress(OSError):          # there is no such file, or no such process any more
-        pid = lock_holder(path)
-        return bool(pid) and Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[0] == b"Z"
+    with contextlib.suppress(OSError):          # there is no such file, or no such process (of pid 0 there never is)
+        return Path(f"/proc/{lock_holder(path)}/stat").read_bytes().rpartition(b")")[2].split()[0] == b"Z"
     return False
 
 
