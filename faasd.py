@@ -5191,14 +5191,12 @@ def open_listener(address: str, port: int, mark: int | None) -> socket.socket:
 
 def notify_service_manager(state: str, *descriptors: int) -> None:
     """Tell systemd of a change, such as "READY=1" (sd_notify(3)); without systemd there is nobody to tell."""
-    address = os.environ.get("NOTIFY_SOCKET")
-    if address:
-        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack(f"{len(descriptors)}i", *descriptors))]
+    if address := os.environ.get("NOTIFY_SOCKET"):
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
             sock.settimeout(FLUSH_SECONDS)      # it may be stuck, and we serve
             try:
                 sock.connect(address.replace("@", "\0", 1) if address[0] == "@" else address)
-                sock.sendmsg([state.encode()], rights if descriptors else [])
+                socket.send_fds(sock, [state.encode()], descriptors)
             except OSError as error:
                 log.warning("cannot notify the service manager: %s", error)
 
@@ -5847,10 +5845,9 @@ class PublishedPorts:
         if self._loaded is None:
             self._before = self._left_rules()
         rules = self._rules()
-        if rules == there:
-            return
-        self._load(rules or None)
-        self._loaded = rules
+        if rules != there:
+            self._load(rules or None)
+            self._loaded = rules
 
     def _rules(self) -> list[str]:
         """Return a rule for each place that we hold, and for each that was led to the same function all along.
