@@ -6112,10 +6112,10 @@ async def probe_machine(host: ContainerHost) -> None:
 
 def may_duplicate() -> bool:
     """Return whether the kernel gives us descriptors of other processes, as by Yama's ptrace_scope 3 it does not."""
-    with (subprocess.Popen(["sleep", "10"], stdin=subprocess.DEVNULL) as child,
-          kept_open(os.pidfd_open(child.pid)) as pidfd):
+    with subprocess.Popen(["sleep", "10"], stdin=subprocess.DEVNULL) as child:
         try:
-            os.close(system_call(SYS_PIDFD_GETFD, pidfd, 0, 0))
+            with kept_open(os.pidfd_open(child.pid)) as pidfd:
+                os.close(system_call(SYS_PIDFD_GETFD, pidfd, 0, 0))
             return True
         except PermissionError:
             return False
@@ -6247,8 +6247,8 @@ class Leftovers:
         The process's file does not matter: pid and start time name the process, and the runtime may have been upgraded.
         Blocks: to open a pipe takes its lock, and to duplicate a descriptor may wait for the end of an execve(2).
         """
-        with (opened(self._host.containers_dir / container_id, os.O_PATH | os.O_DIRECTORY) as directory,
-              contextlib.ExitStack() as held):
+        place = self._host.containers_dir / container_id
+        with opened(place, os.O_PATH | os.O_DIRECTORY) as directory, contextlib.ExitStack() as held:
             number, started, name, image, *contract = os.readlink("note", dir_fd=directory).split(" ")
             pid = int(number)
             pidfd = os.pidfd_open(pid)
