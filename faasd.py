@@ -946,6 +946,7 @@ class Entrance:
 
 
 MAX_TRIES = 2                       # hand-overs of a client whose container dies before it has taken it
+OFFER_SECONDS = 3.0                 # for a server to accept a client, when a daemon leaves: all newcomers wait for that
 SCARCE_QUEUE = 16                   # connections that wait for one function while few descriptors are left
 
 
@@ -1175,9 +1176,11 @@ class Function:
     async def pass_on(self, timeout: float) -> None:
         """Leave invocations to the next daemon, once each client has its program, or a 503 after timeout."""
         await asyncio.sleep(0)                  # those that were accepted last are about to wait
-        until = self.loop.time() + timeout
-        while self.loop.time() < until and (self.waiting or any(map(Invocation.is_offered, self.in_flight))):
+        begin = now = self.loop.time()
+        while now < begin + timeout and (self.waiting or any(
+                one.is_offered() and now < max(begin, one.handed) + OFFER_SECONDS for one in self.in_flight)):
             await asyncio.sleep(0.01)
+            now = self.loop.time()
         await self._end(Release.LEFT)
 
     async def _end(self, why: Release) -> None:

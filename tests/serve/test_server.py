@@ -489,7 +489,7 @@ class Restarting(unittest.TestCase):
 
     def test_who_has_not_been_accepted_yet_is_before_the_daemon_leaves(self):
         """Its server serves one client after the other, and still has the first."""
-        with support.Daemon() as daemon:
+        with support.Daemon(constants={"OFFER_SECONDS": support.READY_SECONDS}) as daemon:
             address = daemon.deploy("f", server_image("alone", "0.0.0.0:8080"), "--reuse", "0", "--share", "2")
             with request(address, "/wait") as first:
                 self.assertEqual(first.recv(100), b"waiting\n")
@@ -504,6 +504,17 @@ class Restarting(unittest.TestCase):
                     daemon.start()
                     second.sendall(b"x")
                     self.assertIn(b"hello", read_until_cut(second))
+
+    def test_who_is_never_accepted_does_not_keep_the_daemon(self):
+        """Clients of all functions wait for the next one meanwhile."""
+        with support.Daemon("--drain-timeout", "1h") as daemon:
+            address = daemon.deploy("f", server_image("deaf", "0.0.0.0:8080"), "--timeout", "0")
+            with request(address) as client:
+                wait_until(lambda: daemon.info("f")["running"] == 1, "it is handed over")
+                daemon.process.send_signal(signal.SIGHUP)
+                self.assertEqual(daemon.process.wait(support.READY_SECONDS), 0)
+                self.assertIn(b" 503 ", read_all(client))
+            daemon.start()
 
     def test_standard_input_and_output(self):
         with support.Daemon() as daemon:
