@@ -7085,7 +7085,6 @@ class Archive:
         self._links: dict[str, str] = {}        # docker before 25 writes repeated layers as symbolic links (F.1)
         self._top: set[str] = set()             # first components, to recognise what is not an image
         reader = TarReader(stream, budget, "this is not an image archive: make one with `docker save` or `faas pack`")
-        count = 0
         for count, entry in enumerate(reader, 1):
             if count > MAX_ARCHIVE_MEMBERS:
                 raise FaasdError(f"the archive has over {MAX_ARCHIVE_MEMBERS} members (MAX_ARCHIVE_MEMBERS)",
@@ -7099,7 +7098,7 @@ class Archive:
             elif entry.issym() or entry.islnk():
                 base = posixpath.dirname(name) if entry.issym() else ""
                 self._links[name] = self._normalise(posixpath.join(base, entry.linkname))
-        if count == 0:
+        if not self._top:
             raise ImageError("the archive is empty: did the command before the pipe fail?")
         if not reader.ended:
             raise ImageError(CUT_SHORT)
@@ -8408,8 +8407,7 @@ def unpack_main(daemon: str, directory: str, tag: str, *numbers: str) -> NoRetur
     except FaasdError as error:
         document = {"error": str(error), "status": error.status}
     except MemoryError:
-        document = {"error": "the image's archive needs too much memory to read (CHILD_ADDRESS_SPACE)",
-                    "status": 413}
+        document = {"error": "the image's archive needs too much memory to read (CHILD_ADDRESS_SPACE)", "status": 413}
     end_child(document)
 
 
@@ -8593,13 +8591,12 @@ def send_archive(client: socket.socket, pieces: Iterator[bytes]) -> None:
     """Answer with an archive in chunks (RFC 9112, section 7) of a bearable size. Raises OSError."""
     client.settimeout(MAX_WRITE_SECONDS)
     client.sendall(SAVE_HEAD)
-    waiting, size = [], 0
+    waiting = bytearray()
     for piece in itertools.chain(pieces, [b""]):
-        waiting.append(piece)
-        size += len(piece)
-        if size >= COPY_CHUNK or not piece and size:
-            client.sendall(b"%x\r\n%s\r\n" % (size, b"".join(waiting)))
-            waiting, size = [], 0
+        waiting += piece
+        if len(waiting) >= COPY_CHUNK or waiting and not piece:
+            client.sendall(b"%x\r\n%s\r\n" % (len(waiting), waiting))
+            waiting.clear()
     client.sendall(b"0\r\n\r\n")
 
 
@@ -8645,17 +8642,6 @@ class Refused(FaasdError):
         self.headers = {name.replace("_", "-"): value for name, value in headers.items()}
 
 
-def watch_directory(path: str) -> int:
-    """Return a descriptor that reports files of a directory as they are written or replaced (inotify(7)), or -1."""
-    try:
-        descriptor = succeeded(libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC))
-        succeeded(libc.inotify_add_watch(descriptor, path.encode(), 0x88))      # IN_CLOSE_WRITE, IN_MOVED_TO
-    except OSError as error:
-        log.warning("users who join the group faas from now on must log in again to use the socket: %s", error)
-        return -1
-    return descriptor
-
-
 class Cancelled(FaasdError):
     """What a client asked for was given up."""
     status = 503
@@ -8676,7 +8662,12 @@ class ControlServer:
         path.unlink(missing_ok=True)    # of a killed daemon; faasd.lock says that none runs
         listener = socket.socket(socket.AF_UNIX)
         listener.bind(self._name)
-        self._watch = watch_directory("/etc")   # first: no change of the group is missed
+        self._watch = -1                # reports files of /etc as they are written or replaced (inotify(7))
+        try:                            # first: no change of the group is missed
+            self._watch = succeeded(libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC))
+            succeeded(libc.inotify_add_watch(self._watch, b"/etc", 0x88))       # IN_CLOSE_WRITE, IN_MOVED_TO
+        except OSError as error:
+            log.warning("users who join the group faas from now on must log in again to use the socket: %s", error)
         self._admitting = threading.Lock()      # of two access lists, the newer must be the one that stays
         self._admit_members()
         self._listen(listener, answers)         # last: nobody can connect to what does not listen yet
@@ -8807,19 +8798,14 @@ class TcpControlServer(ControlServer):
         host, port = address
         self._name = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
         self._token, self._names = token, names
-        listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
-        try:
-            if listener.family == socket.AF_INET6:      # else clients of IPv4 would come from ::ffff:127.0.0.1
-                listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)      # its connections inherit this
-            notice_vanished_clients(listener)           # such as those that follow a log
-            listener.bind(address)
-            self._listen(listener, answers)
+        try:                            # of one family alone: clients of IPv4 do not come from ::ffff:127.0.0.1
+            listener = socket.create_server(address, family=socket.AF_INET6 if ":" in host else socket.AF_INET)
         except OSError as error:
-            listener.close()
             raise UsageError(f"cannot listen on {self}: {os.strerror(error.errno)}; "
                              "choose another --api HOST:PORT") from error
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)          # its connections inherit this
+        notice_vanished_clients(listener)               # such as those that follow a log
+        self._listen(listener, answers)
 
     def name_client(self, client: str) -> str:
         return f"token@{client.removeprefix('peer=')}"
@@ -8845,13 +8831,12 @@ class TcpControlServer(ControlServer):
         if not match:
             return False
         name, own = match[1].strip("[]"), ipaddress.ip_address(local_end.partition("%")[0])
-        if name in self._names or name == "localhost" and own.is_loopback:
+        if name in self._names:
             return True
-        try:
-            address = ipaddress.ip_address(name)
-        except ValueError:
-            return False
-        return address == own or address.is_loopback and own.is_loopback
+        with contextlib.suppress(ValueError):
+            address = ipaddress.ip_address("127.0.0.1" if name == "localhost" else name)
+            return address == own or address.is_loopback and own.is_loopback
+        return False
 
 
 MAX_HEADER_SECONDS = 20.0           # from the end of one answer to the end of the next request's headers
@@ -9220,8 +9205,7 @@ class ControlHandler(http.server.BaseHTTPRequestHandler):
         command = query.get("cmd") or [DEFAULT_COMMAND]
         started = concurrent.futures.Future()           # with the command's streams
         result, cancel = self._begin(self.server.answers.deploys.execute(
-            name, command, env, is_set(query, "tty"), is_set(query, "stdin"), size,
-            started.set_result))
+            name, command, env, is_set(query, "tty"), is_set(query, "stdin"), size, started.set_result))
         while not concurrent.futures.wait([started, result], LEFT_SECONDS, concurrent.futures.FIRST_COMPLETED).done:
             if has_hung_up(self.connection):
                 cancel()
@@ -9552,9 +9536,7 @@ class Secrets:
         """Remove all files of a function but these. Failure is logged: the next start tries again."""
         directory = self._directory / function
         try:
-            for path in directory.glob("*"):
-                if path.name not in files:
-                    path.unlink()
+            self.remove(function, {path.name for path in directory.glob("*")} - {*files})
             if not files and directory.exists():
                 directory.rmdir()
         except OSError as error:
@@ -9960,8 +9942,7 @@ class Deploys:
 
     def make_function(self, record: FunctionRecord) -> Function:
         path = self._settings.state_dir / "logs" / f"{record.name}.log"
-        return Function(record, self._services, FunctionLog(path, self._services.logs),
-                        self.attachments.addresses)
+        return Function(record, self._services, FunctionLog(path, self._services.logs), self.attachments.addresses)
 
     def describe(self, function: Function) -> dict:
         port = self._settings.port
