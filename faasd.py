@@ -7176,8 +7176,7 @@ class Image(NamedTuple):
     layers: list[Layer]
 
 
-@dataclass(frozen=True)
-class Candidate:
+class Candidate(NamedTuple):
     """One image that the archive offers."""
     tags: tuple[str, ...]
     config: str                     # member name
@@ -7270,7 +7269,7 @@ class OciIndex:
             annotations = json_field(descriptor, "annotations", dict, "a descriptor")
             tags = tuple(annotations[key] for key in ("io.containerd.image.name", "org.opencontainers.image.ref.name")
                          if isinstance(annotations.get(key), str))
-            found += [replace(candidate, tags=tags) for candidate in self._resolve(blob_name(descriptor), 1)]
+            found += [candidate._replace(tags=tags) for candidate in self._resolve(blob_name(descriptor), 1)]
         if not found and self._others:
             raise ImageError(f"the image is for {', '.join(dict.fromkeys(self._others))}; "
                              f"this machine is linux/{self._architecture}")
@@ -8547,14 +8546,10 @@ def saved_settings(settings: dict, options: Options) -> dict:
     chosen: dict = {}
     if options.entrypoint != "auto":
         chosen.update(Entrypoint=list(filter(None, [options.entrypoint])), Cmd=[])
-    if options.cmd:
-        chosen["Cmd"] = list(options.cmd)
-    if options.user:
-        chosen["User"] = options.user
-    if options.workdir:
-        chosen["WorkingDir"] = options.workdir
     if options.env:
         chosen["Env"] = merge_env(settings.get("Env") or [], options.env)
+    named = {"Cmd": list(options.cmd), "User": options.user, "WorkingDir": options.workdir}
+    chosen |= {key: value for key, value in named.items() if value}
     labels = {key: text for key, text in (settings.get("Labels") or {}).items() if not key.startswith(LABEL)}
     return {**settings, **chosen, "Labels": {**labels, **options.to_labels()}}
 
@@ -8583,14 +8578,11 @@ def save_image(directory: Path, first_id: int, tag: str, options: Options) -> It
     yield TAR_END
 
 
-SAVE_HEAD = (b"HTTP/1.1 200 OK\r\nContent-Type: application/x-tar\r\nTransfer-Encoding: chunked\r\n"
-             b"Connection: close\r\n\r\n")
-
-
 def send_archive(client: socket.socket, pieces: Iterator[bytes]) -> None:
     """Answer with an archive in chunks (RFC 9112, section 7) of a bearable size. Raises OSError."""
     client.settimeout(MAX_WRITE_SECONDS)
-    client.sendall(SAVE_HEAD)
+    client.sendall(b"HTTP/1.1 200 OK\r\nContent-Type: application/x-tar\r\nTransfer-Encoding: chunked\r\n"
+                   b"Connection: close\r\n\r\n")
     waiting = bytearray()
     for piece in itertools.chain(pieces, [b""]):
         waiting += piece
@@ -9457,10 +9449,7 @@ class Answers:
         """Return the versions of a function, the one that runs first."""
         documents = []
         for number, entry in enumerate(self.deploys.get(name).record.versions):
-            try:
-                image = self.deploys.images.load(name, entry.image)
-            except FaasdError:
-                image = {"digest": "", "tag": "", "size": 0}
+            image = self.deploys.images.look(name, entry.image)
             documents.append({"version": entry.number, "digest": image["digest"], "size": image["size"],
                               "image": image["tag"] or entry.image, "deployed": entry.deployed,
                               "created": entry.created or entry.deployed,
@@ -9600,9 +9589,9 @@ class ImageStore:
 
         connection and length are as unpack_main takes them. Raises FaasdError with what the child said.
         """
-        return await self._run_child("unpack", "unpacking the image", connection, str(directory), tag,
-                                     str(self._settings.max_image_size), str(self._settings.max_image_entries),
-                                     str(first_id), length)
+        limits = self._settings.max_image_size, self._settings.max_image_entries
+        return await self._run_child("unpack", "unpacking the image", connection, directory, tag, *limits, first_id,
+                                     length)
 
     async def save(self, name: str, entry: VersionRecord, connection: socket.socket, with_env: bool) -> dict:
         """Have a child send the archive of a version, as save_main does; return what it said. Raises FaasdError."""
@@ -9612,15 +9601,15 @@ class ImageStore:
             write_all(file, memoryview(json.dumps(options.to_json()).encode()))
             os.lseek(file, 0, os.SEEK_SET)
             return await self._run_child(
-                "save", "saving the image", connection, str(self._images / name / entry.image), str(first_id),
-                f"{name}:latest", str(file), pass_fds=[file])
+                "save", "saving the image", connection, self._images / name / entry.image, first_id, f"{name}:latest",
+                file, pass_fds=[file])
 
-    async def _run_child(self, of: str, doing: str, connection: socket.socket, *arguments: str,
+    async def _run_child(self, of: str, doing: str, connection: socket.socket, *arguments: Path | str | int,
                          pass_fds: Collection[int] = ()) -> dict:
         """Run a child of that main function on a client's connection; return what it prints. Raises FaasdError."""
         try:
             child = await asyncio.create_subprocess_exec(
-                sys.executable, "-I", "-S", "-c", CHILD, of, str(self._program), str(os.getpid()), *arguments,
+                sys.executable, "-I", "-S", "-c", CHILD, of, *map(str, (self._program, os.getpid(), *arguments)),
                 stdin=connection, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
                 pass_fds=pass_fds)
         except OSError as error:        # out of processes, memory, descriptors
@@ -9650,10 +9639,7 @@ class ImageStore:
         A root that is there already stays: same digest, same content, and invocations may be running on it.
         """
         directory = self._images / name / image["version"]
-        try:
-            digest = self.load(name, image["version"])["digest"]
-        except FaasdError:
-            digest = ""                         # there is none, or it is damaged
+        digest = self.look(name, image["version"])["digest"]
         if digest not in ("", image["digest"]):         # somebody has looked for a pair of them
             raise Conflict(f"function {name} has an image with another digest that begins like this one's: {digest}")
         if digest:                      # of a version that may be running: whole at any time, and as it was on an error
@@ -9720,16 +9706,18 @@ class ImageStore:
             entry["logs"] + sum(image["size"] for image in entry["images"]) for entry in functions)}
 
     def _images_of(self, record: FunctionRecord) -> list[dict]:
-        images = []
         there = (path.name for path in (self._images / record.name).glob("*"))    # also what a container still runs on
-        for name in dict.fromkeys([*(entry.image for entry in record.versions), *there]):
-            try:
-                size = self.load(record.name, name)["size"]
-            except FaasdError:
-                size = 0
-            images.append({"image": name, "size": size, "current": name == record.versions[0].image,
-                           "versions": [entry.number for entry in record.versions if entry.image == name]})
-        return images
+        return [{"image": name, "size": self.look(record.name, name)["size"],
+                 "current": name == record.versions[0].image,
+                 "versions": [entry.number for entry in record.versions if entry.image == name]}
+                for name in dict.fromkeys([*(entry.image for entry in record.versions), *there])]
+
+    def look(self, name: str, version: str) -> dict:
+        """Return what load does; of an image that is damaged or gone, that nothing is known."""
+        try:
+            return self.load(name, version)
+        except FaasdError:
+            return {"digest": "", "tag": "", "size": 0}
 
     def load(self, name: str, version: str) -> dict:
         """Return the image.json of a version. Raises FaasdError if the image is not what it was."""
