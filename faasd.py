@@ -7894,12 +7894,11 @@ class LayerApplier:
             real = self._rootfs.find_directory(directory)
         except NotADirectoryError:
             return
-        if opaque:
-            self._hide_lower_children(real)
-        elif real + b"/" + hidden in self._own:         # same layer has it too: only what lies below is hidden (B.2)
-            self._hide_lower_children(real + b"/" + hidden)
+        target = real if opaque else real + b"/" + hidden
+        if opaque or target in self._own:               # same layer has it too: only what lies below is hidden (B.2)
+            self._hide_lower_children(target)
         else:
-            self._rootfs.remove(real + b"/" + hidden)
+            self._rootfs.remove(target)
 
     def _hide_lower_children(self, path: bytes) -> None:
         if self._rootfs.kind(path) != stat.S_IFDIR:
@@ -8241,10 +8240,9 @@ def resolve_process(config: dict, rootfs: Rootfs) -> dict:
     cwd = check_working_directory(rootfs, json_field(settings, "WorkingDir", str, what), "the image's WorkingDir")
     rootfs.make_directory(cwd.encode())
     env = [entry for entry in json_strings(settings, "Env", what) if "=" in entry]     # runc refuses one without
-    has_home = any(entry.startswith("HOME=") for entry in env)          # which stays, whoever its user is
-    for key, value in ("PATH", DEFAULT_PATH), ("HOME", account.home):
-        if not any(entry.startswith(key + "=") for entry in env):       # G.2
-            env.append(f"{key}={value}")
+    named = {entry.partition("=")[0] for entry in env}      # of these HOME stays, whoever its user is
+    defaults = {"PATH": DEFAULT_PATH, "HOME": account.home}             # G.2
+    env += [f"{key}={value}" for key, value in defaults.items() if key not in named]
     for text in json_field(settings, "Volumes", dict, what):        # which it may write as it may all of its root (G.4)
         path = config_path("/" + text, "the image's volume")
         rootfs.trace_directory(path, "the image's volume")
@@ -8254,7 +8252,7 @@ def resolve_process(config: dict, rootfs: Rootfs) -> dict:
         raise ImageError(f"{what} has a label that is no text")
     return {
         "entrypoint": json_strings(settings, "Entrypoint", what), "cmd": json_strings(settings, "Cmd", what),
-        "env": env, "has_home": has_home, "cwd": cwd, "uid": account.uid, "gid": account.gid,
+        "env": env, "has_home": "HOME" in named, "cwd": cwd, "uid": account.uid, "gid": account.gid,
         "groups": account.groups, "labels": labels, "stop_signal": json_field(settings, "StopSignal", str, what),
         "exposed_ports": sorted(json_field(settings, "ExposedPorts", dict, what)),
     }
@@ -9180,13 +9178,13 @@ class ControlHandler(http.server.BaseHTTPRequestHandler):
 
     def logs(self, name: str, query: dict) -> None:
         choose = Failures() if is_set(query, "failed") else iter
-        log_ = self._call(self.server.answers.function_log(name))
-        self._send_lines(log_, functools.partial(log_document, name), query, choose)
+        source = self._call(self.server.answers.log_of(name))
+        self._send_lines(source, functools.partial(log_document, name), query, choose)
 
     def events(self, query: dict) -> None:
         wanted = query.get("function")
         choose = functools.partial(filter, lambda line: split_line(line)[1] in wanted) if wanted else iter
-        self._send_lines(self._call(self.server.answers.event_log()), event_document, query, choose)
+        self._send_lines(self._call(self.server.answers.log_of()), event_document, query, choose)
 
     def execute(self, name: str, query: dict) -> None:
         """Run a command; what it reads and writes goes over this connection, which becomes one of frames: see Relay."""
@@ -9332,9 +9330,7 @@ class ControlHandler(http.server.BaseHTTPRequestHandler):
         kind = "text/plain; version=0.0.4; charset=utf-8" if isinstance(document, str) else "application/json"
         body = (document if isinstance(document, str) else json.dumps(document) + "\n").encode()
         self.send_response(status)
-        self.send_header("Content-Type", kind)
-        self.send_header("Content-Length", str(len(body)))
-        for name, value in (headers or {}).items():
+        for name, value in {"Content-Type": kind, "Content-Length": str(len(body)), **(headers or {})}.items():
             self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":
@@ -9435,15 +9431,11 @@ class Answers:
     async def function(self, name: str, query: dict) -> dict:
         return self.deploys.describe(self.deploys.get(name))
 
-    async def function_log(self, name: str) -> FunctionLog:
-        """Return a function's log, once all that has happened so far is in it."""
-        function = self.deploys.get(name)
+    async def log_of(self, name: str = "") -> FunctionLog:
+        """Return a function's log, or that of events, once all that has happened so far is in it."""
+        source = self.deploys.get(name).log if name else self._services.events
         await self._services.logs.flush()
-        return function.log
-
-    async def event_log(self) -> Events:
-        await self._services.logs.flush()
-        return self._services.events
+        return source
 
     async def versions(self, name: str, query: dict) -> dict:
         """Return the versions of a function, the one that runs first."""
@@ -9955,7 +9947,9 @@ class Deploys:
             self._check_warm(name, options)
             unpacked = self.images.unused_path()
             undo.push_async_callback(self.images.discard, unpacked)
-            first_id = before.first_id if before else self._take_ids(name, undo)
+            first_id = before.first_id if before else self._host.ids.take()
+            if not before:
+                undo.push_async_callback(self._forget, name, first_id)
             image = await self.images.unpack(connection, length, unpacked, tag, first_id)
             options = options.labelled(image["process"]["labels"], named)
             labelled = {key: value for key, value in options.chosen().items() if key in {*LABELLED} - {*named}}
@@ -10011,12 +10005,6 @@ class Deploys:
         if before and (before.versions[0].image, before.versions[0].options) == (image, options):
             return replace(before.versions[0], **choices)
         return VersionRecord(1 + before.highest if before else 1, image, "", options, **choices)
-
-    def _take_ids(self, name: str, undo: Undo) -> int:
-        """Return the first host id of a new function's range. Raises Conflict if none is free."""
-        first_id = self._host.ids.take()
-        undo.push_async_callback(self._forget, name, first_id)
-        return first_id
 
     async def _forget(self, name: str, first_id: int) -> None:
         """Let go of what all containers of a function had in common."""
