@@ -8901,9 +8901,9 @@ class Relay(threading.Thread):
     the client's first frame: until then it may not have read the head of our answer.
     """
 
-    def __init__(self, connection: socket.socket, streams: Streams):
+    def __init__(self, connection: socket.socket, streams: Streams, command: str):
         super().__init__(name="relay", daemon=True)
-        self.over = threading.Event()
+        self.command, self.over = command, threading.Event()
         self._connection, self._streams = connection, streams
         self._wake = io.FileIO(os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK), "r+")   # told to by other threads
         self._finishing = self._given_up = False
@@ -8989,7 +8989,8 @@ class Relay(threading.Thread):
         if data:
             self.last = (self.last + data)[-KIB:]
             frame = FRAME.pack(self._streams.outputs[source], len(data)) + data
-            if self.held is not None and len(self.held) < KIB and COMPLAINT.fullmatch(self.last):
+            text = self.last.decode(errors="replace")
+            if self.held is not None and len(self.held) < KIB and command_fault(self.command, text):
                 self.held += frame
             else:
                 self._output, self.held = self._output + (self.held or b"") + frame, None
@@ -9204,15 +9205,15 @@ class ControlHandler(http.server.BaseHTTPRequestHandler):
             self._result_of(result)     # raises
         streams = started.result()
         try:
-            relay = Relay(self.connection, streams)
+            relay = Relay(self.connection, streams, command[0])
         except OSError as error:        # out of descriptors
             streams.close()
             cancel()
             raise FaasdError(f"cannot carry what the command prints: {error.strerror}", status=503) from error
-        self._relay(command[0], relay, streams, result, cancel)
+        self._relay(relay, streams, result, cancel)
 
-    def _relay(self, command: str, relay: Relay, streams: Streams, result: concurrent.futures.Future,
-               cancel: Callable[[], None]) -> None:
+    def _relay(self, relay: Relay, streams: Streams, result: concurrent.futures.Future, cancel: Callable[[], None]
+               ) -> None:
         """End a command when its client leaves, and tell the client how it ended."""
         try:
             self.connection.sendall(f"HTTP/1.1 101 Switching Protocols\r\nUpgrade: {FRAMES}\r\n"
@@ -9234,9 +9235,9 @@ class ControlHandler(http.server.BaseHTTPRequestHandler):
         except FaasdError:
             status, error = None, f"the command was ended: {Release.STOPPED.value}"
         said = error or (relay.last.decode(errors="replace") if relay.held else "")
-        if fault := status and command_fault(command, said):
+        if fault := status and command_fault(relay.command, said):
             (status, error), relay.held = fault, b""
-            error += ": say faas exec NAME -- PROGRAM" if command == DEFAULT_COMMAND else ""
+            error += ": say faas exec NAME -- PROGRAM" if relay.command == DEFAULT_COMMAND else ""
         elif error[:MAX_REQUEST].encode() in relay.last:        # the runtime has said so itself
             error = ""
         relay.say(END, json.dumps({"status": status, "error": error}).encode())
