@@ -476,9 +476,7 @@ class Options:
     @classmethod
     def from_json(cls, document: dict) -> Options:
         """Return what to_json wrote. Raises TypeError, KeyError, and FaasdError for what a newer faasd wrote."""
-        if unknown := document.keys() - {entry.name for entry in fields(cls)}:
-            raise FaasdError(f"the registry has options that this faasd does not know ({', '.join(sorted(unknown))}): "
-                             "use the faasd that wrote it")
+        check_known(document, cls)
         chosen = {key: None if value == "auto" else value for key, value in document.items() if key in ("warm", "port")}
         return cls(**{**document, "env": tuple(document["env"]), "cmd": tuple(document["cmd"]), **chosen})
 
@@ -509,6 +507,13 @@ class Options:
             except BadRequest as error:
                 raise ImageError(f"the image's label {label}: {error}") from None
         return options
+
+
+def check_known(part: dict, kind: type) -> None:
+    """Raise FaasdError for what a newer faasd wrote: it is neither damaged nor to be lost."""
+    if unknown := part.keys() - {entry.name for entry in fields(kind)}:
+        raise FaasdError(f"the registry has options that this faasd does not know ({', '.join(sorted(unknown))}): "
+                         "use the faasd that wrote it")
 
 
 LABEL = "faasd."                    # how labels begin that carry options of a function: faasd.memory
@@ -650,6 +655,8 @@ class FunctionRecord:
     @classmethod
     def from_json(cls, document: dict) -> FunctionRecord:
         """Return what to_json wrote. Raises KeyError, TypeError, FaasdError."""
+        for part, kind in ((document, cls), *((entry, VersionRecord) for entry in document["versions"])):
+            check_known(part, kind)
         versions = [VersionRecord(**{**entry, "options": Options.from_json(entry["options"])})
                     for entry in document["versions"]]
         document = {"secrets": {}, "highest": 0, **document}        # an older faasd had none

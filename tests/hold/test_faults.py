@@ -523,9 +523,12 @@ class Registry(unittest.TestCase):
                 line = self.refuse(json.dumps({**self.good, **change}).encode())
                 self.assertIn(words, line)
                 self.assertIn("use the faasd that wrote it", line)
-        self.good["functions"][0]["versions"][0]["options"]["gpus"] = 1
-        self.assertIn("options that this faasd does not know (gpus): use the faasd that wrote it",
-                      self.refuse(json.dumps(self.good).encode()))
+        function, = self.good["functions"]
+        for part in (function, function["versions"][0], function["versions"][0]["options"]):
+            part["gpus"] = 1
+            self.assertIn("options that this faasd does not know (gpus): use the faasd that wrote it",
+                          self.refuse(json.dumps(self.good).encode()))
+            del part["gpus"]
 
     def test_daemon_that_refuses_leaves_all_as_it_was(self):
         daemon = support.Daemon()
