@@ -8911,7 +8911,7 @@ class Relay(threading.Thread):
     def __init__(self, connection: socket.socket, streams: Streams, command: str):
         super().__init__(name="relay", daemon=True)
         self.command, self.over = command, threading.Event()
-        self._connection, self._streams = connection, streams
+        self._connection, self.streams = connection, streams
         self._wake = io.FileIO(os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK), "r+")   # told to by other threads
         self._finishing = self._given_up = False
         self._received = self._input = self._output = b""       # frames; the command's input from them; frames
@@ -8949,12 +8949,12 @@ class Relay(threading.Thread):
             self._end()
 
     def _end(self) -> None:
-        self._streams.close()
+        self.streams.close()
         self.over.set()
 
     def _carry(self) -> bool:
         """Wait until something can be carried, and do it; return False when all is done."""
-        poll, streams, connection = select.poll(), self._streams, self._connection.fileno()
+        poll, streams, connection = select.poll(), self.streams, self._connection.fileno()
         poll.register(self._wake, select.POLLIN)
         wanted = (0 if self._input else select.POLLIN) | (select.POLLOUT if self._output else 0)
         if wanted:                      # nothing is said of a connection on which we wait for nothing
@@ -8995,25 +8995,25 @@ class Relay(threading.Thread):
             pass
         if data:
             self.last = (self.last + data)[-KIB:]
-            frame = FRAME.pack(self._streams.outputs[source], len(data)) + data
+            frame = FRAME.pack(self.streams.outputs[source], len(data)) + data
             text = self.last.decode(errors="replace")
             if self.held is not None and len(self.held) < KIB and command_fault(self.command, text):
                 self.held += frame
             else:
                 self._output, self.held = self._output + (self.held or b"") + frame, None
         else:
-            del self._streams.outputs[source]
+            del self.streams.outputs[source]
             os.close(source)
 
     def _write(self) -> None:
         """Give the command what it takes of its input; one that has closed it misses the rest."""
         try:
-            self._input = self._input[os.write(self._streams.input, self._input):]
+            self._input = self._input[os.write(self.streams.input, self._input):]
         except BlockingIOError:
             pass
         except OSError:
             self._input = b""
-            self._streams.close_input()
+            self.streams.close_input()
 
     def _take_frames(self) -> None:
         """Do what whole frames say, one after the other. Raises ValueError."""
@@ -9026,10 +9026,10 @@ class Relay(threading.Thread):
             data = self._received[FRAME.size:FRAME.size + size]
             self._received, self._begun = self._received[FRAME.size + size:], True
             if kind == RESIZE:
-                self._streams.resize(*struct.unpack(">2H", data))
-            elif not data and not self._streams.terminal:
-                self._streams.close_input()
-            elif self._streams.input >= 0:
+                self.streams.resize(*struct.unpack(">2H", data))
+            elif not data and not self.streams.terminal:
+                self.streams.close_input()
+            elif self.streams.input >= 0:
                 self._input = data
 
 
@@ -9107,9 +9107,8 @@ class ControlHandler(http.server.BaseHTTPRequestHandler):
     def _admit(self) -> None:
         """Raise FaasdError unless we may answer this request, and know where it ends."""
         self.server.check(self.headers, self.connection)
-        for name in ("Origin", "Sec-Fetch-Site"):       # sent by browsers alone
-            if name in self.headers:
-                raise Refused(403, "this API is not for web pages")
+        if "Origin" in self.headers or "Sec-Fetch-Site" in self.headers:       # sent by browsers alone
+            raise Refused(403, "this API is not for web pages")
         if "Content-Type" in self.headers and self.headers.get_content_type() in FORM_TYPES:
             raise Refused(415, "a web form's Content-Type is refused: for an archive say application/x-tar")
         if not self.path.startswith("/"):
@@ -9217,10 +9216,9 @@ class ControlHandler(http.server.BaseHTTPRequestHandler):
             streams.close()
             cancel()
             raise FaasdError(f"cannot carry what the command prints: {error.strerror}", status=503) from error
-        self._relay(relay, streams, result, cancel)
+        self._relay(relay, result, cancel)
 
-    def _relay(self, relay: Relay, streams: Streams, result: concurrent.futures.Future, cancel: Callable[[], None]
-               ) -> None:
+    def _relay(self, relay: Relay, result: concurrent.futures.Future, cancel: Callable[[], None]) -> None:
         """End a command when its client leaves, and tell the client how it ended."""
         try:
             self.connection.sendall(f"HTTP/1.1 101 Switching Protocols\r\nUpgrade: {FRAMES}\r\n"
@@ -9231,7 +9229,7 @@ class ControlHandler(http.server.BaseHTTPRequestHandler):
         relay.begin()
         result.add_done_callback(lambda _: relay.finish())
         while not (relay.over.wait(timeout=LEFT_SECONDS) and result.done()):
-            if relay.over.is_set() or streams.given_up or has_hung_up(self.connection):
+            if relay.over.is_set() or relay.streams.given_up or has_hung_up(self.connection):
                 relay.finish(give_up=True)
                 cancel()
                 concurrent.futures.wait([result], timeout=LEFT_SECONDS)
@@ -10075,17 +10073,13 @@ class Deploys:
                 busy.append(entry["name"])      # a change may need what it has
         if not self._changes:                   # else it is theirs
             await self.images.empty_tmp()
-        holding = await self._holding({image["function"] for image in removed})
+        changed = [self.functions[name] for name in {image["function"] for image in removed} & {*self.functions}]
+        if tasks := [task for function in changed for task in function.retirements]:
+            await asyncio.wait(tasks, timeout=DISCARD_SECONDS)
+        holding = {function.record.name for function in changed if function.retirements}   # an image that is removed
         held = sum(image["size"] for image in removed if image["function"] in holding)
         return {"removed": removed, "busy": busy, "held": held,
                 "freed": sum(image["size"] for image in removed) - held + (0 if self._changes else usage["tmp"])}
-
-    async def _holding(self, names: Collection[str]) -> set[str]:
-        """Return which functions still have containers, and so the image, of a replaced version after a while."""
-        functions = [self.functions[name] for name in names if name in self.functions]
-        if tasks := [task for function in functions for task in function.retirements]:
-            await asyncio.wait(tasks, timeout=DISCARD_SECONDS)
-        return {function.record.name for function in functions if function.retirements}
 
     async def _forget_versions(self, name: str, images: Collection[str]) -> bool:
         """Forget a function's versions with these images, which are then removed. Raises FaasdError."""
