@@ -1233,7 +1233,7 @@ class Function:
             return {"state": "removing"}
         if self.pool is None:
             return {"state": "broken", "error": self.error}
-        failing = self.pool.failure and not (self.pool.idle or self.pool.shared)
+        failing = self.pool.failure and not (self.pool.idle or self.in_flight)
         return {"state": "failing", "error": self.pool.failure} if failing else {"state": "ready"}
 
     def counts(self) -> dict:
@@ -3231,9 +3231,8 @@ class Supervisor:
         self._ports: dict[int, int] = {}        # of listeners, as the program knows them, by inode
         self._addresses: dict[int, tuple] = {}  # of listeners, by inode
         self._bells: dict[int, socket.socket] = {}      # connections of ours to a listener, by their port
-        self._answered: list[int] = []          # ports of those that the program has accepted
+        self._answered: list[socket.socket] = []        # those that the program has accepted
         self._silent: dict[int, socket.socket] = {}     # one that was such, to be so again, by address family
-        self._defers = True                     # the listener may want data before it shows a connection (tcp(7))
         self._held: dict[int, HeldAccepts] = {}         # by the listener's inode
         self._beginning: Call | None = None             # the execve of a program that begins with its client
         self._began = not path                          # that has come
@@ -3363,7 +3362,7 @@ class Supervisor:
                 self._resume(inode)
         for port in [port for port, bell in self._bells.items() if bell.fileno() in events]:
             self._useless += 1
-            self._silence(port)                 # nobody took it: its listener is closed
+            self._silence(self._bells.pop(port))        # nobody took it: its listener is closed
         if events.get(self._notify, 0) & select.POLLIN:
             self._answer()
         elif self._notify in events:            # POLLHUP
@@ -3526,7 +3525,6 @@ class Supervisor:
             if os.get_blocking(listener) or is_readable(listener, 0):
                 self._useless -= 1 - INTERNAL   # somebody is served, or will be
             return functools.partial(self._respond, call, flags=CONTINUE)
-        self._defers = get_option(listener, socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT) > 0
         while len(self._clients) <= 1 and is_readable(listener, 0):
             with kept_open(self._take_from_queue(listener, address := bytearray(SOCKADDR_SIZE))) as connection:
                 port, = struct.unpack_from(">H", address, 2)
@@ -3534,7 +3532,7 @@ class Supervisor:
                     self._inject(call, connection, bytes(address))
                     self._useless -= 1 - INTERNAL
                     return lambda: None
-            self._answered.append(port)
+            self._answered.append(self._bells.pop(port))
             if self._clients:
                 break
         if self._clients:
@@ -3664,18 +3662,16 @@ class Supervisor:
             try:
                 with contextlib.suppress(BlockingIOError):      # it is connected all the same
                     bell.connect((host, *address[1:]))
-                if self._defers:
-                    with contextlib.suppress(OSError):  # the queue is full; or this one of several listeners is closed
-                        bell.send(b"\0")
+                with contextlib.suppress(OSError):      # the queue is full; or this one of several listeners is closed
+                    bell.send(b"\0")            # TCP_DEFER_ACCEPT, where the program has set it, waits for that
                 self._bells[bell.getsockname()[1]] = bell
                 self._poll.register(bell, 0)    # tells when it is reset
             except OSError:                     # the listener is closed
                 bell.close()
                 self._forget(inode)
 
-    def _silence(self, port: int) -> None:
+    def _silence(self, bell: socket.socket) -> None:
         """End a doorbell, and keep it if there is no other: that is cheaper than a new one."""
-        bell = self._bells.pop(port)
         self._poll.unregister(bell)
         reset_connection(bell)
         if self._silent.setdefault(bell.family, bell) is not bell:
@@ -7146,7 +7142,7 @@ class Archive:
             count = min(end - at, WINDOW, SEGMENT - offset)
             begin = offset % mmap.ALLOCATIONGRANULARITY
             # The file's own pages spare a copy. It stays, without a name, for as long as anybody has the last of them.
-            yield memoryview(mmap.mmap(segment.fileno(), begin + count, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE,
+            yield memoryview(mmap.mmap(segment.fileno(), begin + count, flags=mmap.MAP_PRIVATE | mmap.MAP_POPULATE,
                                        prot=mmap.PROT_READ, offset=offset - begin))[begin:]
             at += count
             if forget and at % SEGMENT == 0 and at - SEGMENT >= place[0]:       # else another member is in it too

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import contextlib
 import json
 import os
 import pty
@@ -37,6 +38,13 @@ def read_until(terminal: int, shown: str, wanted: str) -> str:
             raise AssertionError(f"{wanted!r} does not come: {shown!r}")
         shown += os.read(terminal, 65536).decode()
     return shown
+
+
+def command_of(pid: int) -> str:
+    """Return the name of a process's program; none if it has ended."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/comm").read_text().strip()
+    return ""
 
 
 class LookCase(support.SharedDaemonCase):
@@ -355,8 +363,8 @@ class Exec(ExecCase):
         wait_until(lambda: not support.container_pids(self.daemon), "the container that was looked at is gone")
         process = self.begin("-i", "--", "cat")
         container = self.daemon.container().name
-        pid, = wait_until(lambda: [pid for pid in support.container_pids(self.daemon)
-                                   if Path(f"/proc/{pid}/comm").read_text() == "cat\n"], "it is executed")
+        pid, = wait_until(lambda: [pid for pid in support.container_pids(self.daemon) if command_of(pid) == "cat"],
+                          "it is executed")
         seen = faasd.inspect_process(pid)
         seen["limits"] = faasd.Cgroups(self.daemon.run_dir).limits(f"{faasd.Cgroups(self.daemon.run_dir).group('f')}/"
                                                                    f"{container}")
