@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import math
 
-ROW, LEFT, WIDTH, MARGIN = 26, 400, 480, 40     # pixels
+ROW, LEFT, WIDTH, MARGIN = 26, 470, 480, 40     # pixels
 STYLE = """<style>
   text { font: 13px sans-serif; fill: #1b1f24 }
   .page { fill: #fff } .grid { stroke: #d0d7de } .one { stroke: #57606a }

@@ -691,6 +691,14 @@ class Published(unittest.TestCase):
             with socket.create_server(("0.0.0.0", port)):
                 pass
 
+    @staticmethod
+    def take_port() -> socket.socket:
+        """Listen on the port that a daemon had published: a child that it was just starting may have it for a moment."""
+        def listener() -> socket.socket | None:
+            with contextlib.suppress(OSError):
+                return socket.create_server(("127.0.0.1", 8000))
+        return wait_until(listener, "the port is free")
+
     def test_rules_are_loaded_when_they_change_and_are_there_before_a_removal(self):
         """Ports that lead to a function that is gone would lead to the next one of its address."""
         programs, broken, calls = world.directory / "programs", world.directory / "broken", world.directory / "calls"
@@ -715,7 +723,7 @@ class Published(unittest.TestCase):
         daemon.kill()
         loads.unlink()
         daemon.constants = {**daemon.constants, "PORT_RETRY_SECONDS": "0.01"}
-        with socket.create_server(("127.0.0.1", 8000)):
+        with self.take_port():
             daemon.start()
             daemon.wait_log("trying again")
             before = calls.read_text().split()
@@ -743,7 +751,7 @@ class Published(unittest.TestCase):
         daemon = self.start()
         address = daemon.deploy("f", world.image, "--publish", "8000")
         daemon.kill()
-        with socket.create_server(("127.0.0.1", 8000)):
+        with self.take_port():
             daemon.start()
             place = f"tcp:{address}:80"
             self.assertEqual(attempt(place), {place: f"f saw {address}"})
@@ -757,7 +765,7 @@ class Published(unittest.TestCase):
         daemon.deploy("f", world.image, "--publish", "127.0.0.1:8000")
         for end in (daemon.kill, lambda: daemon.stop(signal.SIGHUP)):
             end()
-            with socket.create_server(("127.0.0.1", 8000)):
+            with self.take_port():
                 daemon.start()
                 self.assertEqual(attempt(self.HERE), {self.HERE: "f saw 127.0.0.1"})
         daemon.stop()
