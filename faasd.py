@@ -3309,7 +3309,7 @@ class Supervisor:
         for held in self._held.values():
             os.close(held.listener)
         self._close_receiver()
-        for bell in (*self._bells.values(), *self._silent.values()):
+        for bell in (*self._bells.values(), *self._answered, *self._silent.values()):
             bell.close()
         if self._notify >= 0:
             os.close(self._notify)

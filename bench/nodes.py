@@ -24,7 +24,7 @@ CPU_V1, CPU_V2 = Path("/sys/fs/cgroup/cpu"), Path("/sys/fs/cgroup")
 
 @contextlib.contextmanager
 def limited(name: str, cpus: float):
-    """Make a CPU cgroup, with v1 or v2; yield the file that takes processes."""
+    """Make a CPU cgroup; yield the file that takes processes. Tried with v1 only."""
     top = CPU_V1 if (CPU_V1 / "cgroup.procs").exists() else CPU_V2
     group = top / name
     group.mkdir()
