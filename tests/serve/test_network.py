@@ -693,7 +693,7 @@ class Published(unittest.TestCase):
 
     @staticmethod
     def take_port() -> socket.socket:
-        """Listen on the port that a daemon had published: a child that it was just starting may have it for a moment."""
+        """Listen on a port that a daemon had published: a child that it was just starting may have it for a moment."""
         def listener() -> socket.socket | None:
             with contextlib.suppress(OSError):
                 return socket.create_server(("127.0.0.1", 8000))
