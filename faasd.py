@@ -6839,13 +6839,12 @@ def function_metrics(functions: list[Function]) -> Iterator[str]:
     for key, name, text in (("warm", "faasd_warm_containers", "Containers that wait for a client"),
                             ("starting", "faasd_starting_containers", "Containers being started"),
                             ("running", "faasd_running_invocations", "Invocations of which something is left"),
-                            ("queued", "faasd_queued_connections", "Connections that wait for a container")):
+                            ("queued", "faasd_queued_connections", "Connections that wait for a container"),
+                            ("ready", "faasd_function_ready", "0 for a function that is broken, failing or leaving")):
         yield from metric_header(name, "gauge", text)
         for function in functions:
-            yield f'{name}{{function="{function.record.name}"}} {function.counts()[key]}'
-    yield from metric_header("faasd_function_ready", "gauge", "0 for a function that is broken, failing or leaving")
-    for function in functions:
-        yield f'faasd_function_ready{{function="{function.record.name}"}} {int(function.state["state"] == "ready")}'
+            values = {**function.counts(), "ready": int(function.state["state"] == "ready")}
+            yield f'{name}{{function="{function.record.name}"}} {values[key]}'
 
 
 PRIORITIES = {logging.DEBUG: 7, logging.INFO: 6, logging.WARNING: 4, logging.ERROR: 3, logging.CRITICAL: 2}
@@ -9776,16 +9775,12 @@ class Attachments:
 
     def _restore_rules(self) -> None:
         """Put back the rules that somebody has deleted. We do that too, whenever we replace them."""
-        self._run(self.egress.restore_rules)
-        self._run(self.published.restore_rules)
+        self.run(self.egress.restore_rules)
+        self.run(self.published.restore_rules)
 
     async def finish(self) -> None:
         """Return once nothing of egress networks is being changed: what comes now is the next daemon's."""
         await asyncio.to_thread(self._egress_thread.shutdown)
-
-    async def turn_away(self) -> None:
-        """Refuse newcomers at published ports from now on."""
-        await self._run(self.published.turn_away)
 
     async def remove_all(self) -> None:
         try:
@@ -9793,8 +9788,8 @@ class Attachments:
         except OSError as error:
             log.info("cannot remove the guard of the addresses: %s", error.strerror)
         self.addresses.remove_all()
-        await self._run(self.egress.remove_all)
-        await self._run(self.published.remove_all)
+        await self.run(self.egress.remove_all)
+        await self.run(self.published.remove_all)
         for path in self._settings.run_dir.glob("resolv.conf.*"):
             path.unlink()
         (self._settings.run_dir / NAMES).unlink(missing_ok=True)
@@ -9846,7 +9841,7 @@ class Attachments:
         """Make what a function's containers need of the network. Raises FaasdError."""
         if options.net == "egress":
             self._rules_watch.open()
-            await self._run(self.egress.provide, name)
+            await self.run(self.egress.provide, name)
         elif options.net == "host":
             path = resolv_conf_path(self._settings.run_dir, "host")
             try:
@@ -9858,7 +9853,7 @@ class Attachments:
         """Hold the ports that a function is to publish. Raises FaasdError; then it has those that it had."""
         if options.publish:
             self._rules_watch.open()
-            await self._run(self.published.hold, name, places_of(options))
+            await self.run(self.published.hold, name, places_of(options))
 
     async def republish(self, record: FunctionRecord) -> list[str]:
         """Publish those ports of a function that are free; return what is wrong with the others."""
@@ -9866,29 +9861,23 @@ class Attachments:
             return []
         try:
             self._rules_watch.open()
-            errors = await self._run(self.published.hold_free, record.name, places_of(record.options))
+            errors = await self.run(self.published.hold_free, record.name, places_of(record.options))
             await self.publish(record.name, record)
         except FaasdError as error:
             return [str(error)]
         return [str(error) for error in errors]
 
-    async def give_back(self, name: str) -> None:
-        """Let go of ports that were held for a function and are not published."""
-        await self._run(self.published.give_back, name)
-
-    async def remove_stale_rules(self) -> None:
-        await self._run(self.published.remove_stale)
-
     async def publish(self, name: str, record: FunctionRecord | None) -> None:
         """Have the ports that a function (None: it is gone) publishes lead to it, and no others. Raises FaasdError."""
         places = places_of(record.options) if record else []
-        await self._run(self.published.publish, name, record.address if record else "", places)
+        await self.run(self.published.publish, name, record.address if record else "", places)
 
     def withdraw(self, name: str) -> asyncio.Future:
         """Remove a function's egress network, if it has one, before any other is made."""
-        return self._run(self.egress.remove, name)
+        return self.run(self.egress.remove, name)
 
-    def _run(self, function: Callable, *arguments) -> asyncio.Future:
+    def run(self, function: Callable, *arguments) -> asyncio.Future:
+        """Do something with egress networks or published ports, in their thread."""
         return self._loop.run_in_executor(self._egress_thread, function, *arguments)
 
 
@@ -10189,7 +10178,7 @@ class Deploys:
         entry = replace(entry, contract=contract, port=entry.options.port or 0 if contract in ("auto", "server") else 0)
         if not self.attachments.egress.has(name):
             undo.push_async_callback(self.attachments.withdraw, name)
-        undo.push_async_callback(self.attachments.give_back, name)
+        undo.push_async_callback(self.attachments.run, self.attachments.published.give_back, name)
         await self.attachments.hold(name, entry.options)
         await self.attachments.provide(name, entry.options)
         version, container, output = await self._prove(name, entry, secrets)
@@ -10422,7 +10411,7 @@ class Restart:
         if self._deploys.promised() > self._settings.max_warm:
             log.warning("functions were promised %d warm containers, and --max-warm is %d: some get fewer",
                         self._deploys.promised(), self._settings.max_warm)
-        await self._deploys.attachments.remove_stale_rules()
+        await self._deploys.attachments.run(self._deploys.attachments.published.remove_stale)
         await self._deploys.write_names(self._records)
         self._deploys.attachments.listeners.forget_unclaimed()
         self._deploys.attachments.addresses.remove_stale(known)
@@ -10549,7 +10538,7 @@ class Daemon:
     async def _drain(self) -> None:
         """Stop: let all invocations finish, and leave nothing behind."""
         changes = await self._deploys.stop()
-        await self._deploys.attachments.turn_away()
+        await self._deploys.attachments.run(self._deploys.attachments.published.turn_away)
         asked_again = await self._turn_away()
         await self._end("stopping", changes, set())
         await asyncio.sleep(asked_again - self._loop.time())
