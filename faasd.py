@@ -6543,7 +6543,12 @@ class FunctionLog:
                     log.error("cannot write %s: %s; lines are lost until it can be", self.path, error.strerror)
                 self._failing = True
             if self._to_remove:
-                self._remove()
+                self._to_remove = False         # once: the next are another's
+                for path in (self.path, self._previous):
+                    try:
+                        path.unlink(missing_ok=True)
+                    except OSError as error:    # the next start tries again
+                        log.error("cannot remove %s: %s", path, error.strerror)
             self._grown.notify_all()
 
     def _append_part(self, lines: list[bytes]) -> None:
@@ -6566,27 +6571,14 @@ class FunctionLog:
                     os.ftruncate(file.fileno(), size)       # no half line, to which the next would be added
                 raise
 
-    def end(self) -> None:
+    def end(self, remove: bool = False) -> None:
         """End followers; lines that are still on their way are dropped.
 
-        The writer's thread wakes them: it may hold the lock for as long as a disk hangs.
+        The writer's thread wakes them: it may hold the lock for as long as a disk hangs. It removes the files before it
+        writes anything of a function that gets the name anew.
         """
-        self._ended = True
+        self._ended, self._to_remove = True, remove or self._to_remove      # in this order: nothing is written then
         self._writer.add((self, b""))
-
-    def remove(self) -> None:
-        """End it, and have its files removed before anything is written of a function that gets the name anew."""
-        self._ended = self._to_remove = True    # in this order: nothing is written once they are gone
-        self.end()
-
-    def _remove(self) -> None:
-        """Remove the files; failure is logged, and the next start tries again. On the writer's thread."""
-        self._to_remove = False                 # once: the next are another's
-        for path in (self.path, self._previous):
-            try:
-                path.unlink(missing_ok=True)
-            except OSError as error:
-                log.error("cannot remove %s: %s", path, error.strerror)
 
     def read(self, tail: int | None, since: str, choose: Callable[[Iterable[bytes]], Iterable[bytes]] = iter
              ) -> tuple[list[bytes], BinaryIO | None]:
@@ -8922,9 +8914,7 @@ class Relay(threading.Thread):
 
     def finish(self, give_up: bool = False) -> None:
         """The command is over, or is to be: end once its client has the rest of its output, or give that up."""
-        self._finishing = True
-        if give_up:
-            self._given_up = True
+        self._finishing, self._given_up = True, self._given_up or give_up
         os.eventfd_write(self._wake.fileno(), 1)
 
     def say(self, kind: int, data: bytes) -> None:
@@ -10112,7 +10102,7 @@ class Deploys:
         await self.images.keep(name, ())
         await self._host.workers.run(self.images.secrets.keep, name, ())
         await self._forget(name, record.first_id)
-        function.log.remove()
+        function.log.end(remove=True)
         await self._services.logs.flush()
         log.info("function=%s removed", name)
         self.events.add(name, "removed")
@@ -10673,8 +10663,9 @@ def build_parser() -> argparse.ArgumentParser:
 def parse_arguments(argv: list[str]) -> Settings:
     """Return the settings of a command line; exits with status 2 and a line on bad usage, as argparse does."""
     parser = build_parser()
-    settings = parser.parse_args(
-        argv, Settings(api=None, api_token_file=None, api_host=[], max_warm=default_max_warm()))
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    settings = parser.parse_args(argv, Settings(
+        api=None, api_token_file=None, api_host=[], max_warm=max(1, min(16 * CPUS, memory // (64 * MIB)))))
     if settings.api and not settings.api_token_file:
         parser.error(f"--api needs --api-token-file FILE; {MAKE_TOKEN}")
     if settings.api_token_file and not settings.api:
@@ -10684,12 +10675,6 @@ def parse_arguments(argv: list[str]) -> Settings:
 
 parse_domain = reader("domain", r"[a-z0-9]([a-z0-9-]*[a-z0-9])?(\.[a-z0-9]([a-z0-9-]*[a-z0-9])?)*",
                       "write names of a-z, 0-9 and '-', with dots between")
-
-
-def default_max_warm() -> int:
-    """Return 16 warm containers for each CPU, but no more than one for each 64 MiB of memory."""
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return max(1, min(16 * CPUS, memory // (64 * MIB)))
 
 
 def resolved_path(text: str) -> Path:
