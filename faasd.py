@@ -6257,20 +6257,18 @@ class Leftovers:
         with opened(place, os.O_PATH | os.O_DIRECTORY) as directory, contextlib.ExitStack() as held:
             number, started, name, image, *contract = os.readlink("note", dir_fd=directory).split(" ")
             pid = int(number)
-            pidfd = os.pidfd_open(pid)
-            held.callback(os.close, pidfd)
+            pidfd = held.enter_context(kept_open(os.pidfd_open(pid)))
             if not is_roots(pid) or start_time(pid) != started:
                 raise ProcessLookupError(errno.ESRCH, "its runtime has ended")
             signal.pidfd_send_signal(pidfd, 0)          # it is there still, so what was read was read of it
             with opened("output", os.O_PATH, directory) as pipe:        # so far nothing is opened
                 if not stat.S_ISFIFO(os.fstat(pipe).st_mode):
                     raise ValueError("its output is no pipe of ours")
-                output = os.open(f"/proc/self/fd/{pipe}", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-            held.callback(os.close, output)
+                output = held.enter_context(kept_open(
+                    os.open(f"/proc/self/fd/{pipe}", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)))
             notify = -1
             if contract and contract != ["handler"]:
-                notify = take_deposit(pidfd)
-                held.callback(os.close, notify)
+                notify = held.enter_context(kept_open(take_deposit(pidfd)))
             found = self._clients_of(cgroups[container_id], addresses[name], connections)
             clients = [(held.enter_context(client), peer) for client, peer in
                        itertools.islice(found, MAX_SURVIVING_CLIENTS if notify >= 0 else 1)]
@@ -8971,13 +8969,12 @@ class Relay(threading.Thread):
         return True
 
     def _read(self, source: int) -> None:
-        data = b""
         try:
             data = os.read(source, MAX_FRAME // 2)
         except BlockingIOError:
             return
         except OSError:                 # EIO: nobody has the terminal any more
-            pass
+            data = b""
         if data:
             self.last = (self.last + data)[-KIB:]
             frame = FRAME.pack(self.streams.outputs[source], len(data)) + data
