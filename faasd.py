@@ -258,14 +258,11 @@ def write_anew(path: Path, text: str, beside: Path | None = None) -> None:
     new.rename(path)                    # containers that have the one before keep it
 
 
-COMMAND_TIMEOUT = 30.0              # seconds for ip, mount and runc delete
-
-
 def run_command(what: str, *argv: str, stdin: str = "") -> str:
     """Run a short-lived tool to its end and return what it prints. Raises FaasdError, which says what failed."""
     try:
-        result = subprocess.run(argv, input=stdin, capture_output=True, text=True, errors="replace",
-                                timeout=COMMAND_TIMEOUT, check=False)
+        result = subprocess.run(argv, input=stdin, capture_output=True, text=True, errors="replace", timeout=30,
+                                check=False)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise FaasdError(f"{what}: cannot run {argv[0]}: {error}") from error
     if result.returncode != 0:
@@ -274,14 +271,21 @@ def run_command(what: str, *argv: str, stdin: str = "") -> str:
     return result.stdout
 
 
+@contextlib.contextmanager
+def failure_logged(level: int = logging.ERROR) -> Iterator[None]:
+    """Log the FaasdError that ends the block, if one does, instead of raising it."""
+    try:
+        yield
+    except FaasdError as error:
+        log.log(level, "%s", error)
+
+
 def try_command(what: str, *argv: str) -> bool:
     """Run a tool and log its failure; return whether it succeeded."""
-    try:
+    with failure_logged(logging.WARNING):
         run_command(what, *argv)
-    except FaasdError as error:
-        log.warning("%s", error)
-        return False
-    return True
+        return True
+    return False
 
 
 def system_call(number: int, *arguments: int | bytes) -> int:
@@ -449,10 +453,6 @@ class Options:
         env = [entry for entry in self.env if entry.partition("=")[0] not in named]
         kept = {key: value for key, value in self.chosen().items() if key not in query and key != "env"}
         return kept | ({"env": env} if env else {})
-
-    @property
-    def reuses(self) -> bool:
-        return self.reuse != 1
 
     def check(self) -> Options:
         """Return self. Raises BadRequest for values that do not fit, TypeError for those of another type."""
@@ -998,7 +998,7 @@ class Function:
     @property
     def patient_until(self) -> float:
         """The loop time until which clients wait for a container to come back; -inf if none does."""
-        if not self.waiting or not self.record.options.reuses:
+        if not self.waiting or self.record.options.reuse == 1:
             return -math.inf
         return next(iter(self.waiting)).accepted + self.demand.patience
 
@@ -1290,8 +1290,7 @@ class Invocation:
     reason: str = ""
     failed: str = ""                    # the container that did not start for it
     exit_status: int | None = None
-    received: int | None = None         # bytes on the client's connection, as far as that is known
-    sent: int | None = None
+    state: TcpState | None = None       # of the client's connection, as it was last known
 
     async def serve(self) -> None:
         """Wait for a container, let its handler work, and see to it that the client has an answer."""
@@ -1341,7 +1340,10 @@ class Invocation:
             return False
         self.container.handovers.discard(self.handover)
         if not self.container.handovers:        # else the last of them does it
-            await self.pool.pass_on(self.container)
+            await self.container.leave()
+            self.pool.remove(self.container)
+            log.info("function=%s container=%s serves a client and is left running", self.function.record.name,
+                     self.container.id)
         return True
 
     def _call(self, call: Callable, *arguments) -> asyncio.Future:
@@ -1391,8 +1393,7 @@ class Invocation:
         if self.handover.taken and self.handover.state is None:
             self.exit_status = await pool.end(container, container.finish)
             raise Refusal("closed", 0, "the kernel's report of how it ended was lost")
-        state = self.handover.state or await self._answered(gone=said is not Release.READY)
-        self.received, self.sent = state.received, state.sent
+        state = self.state = self.handover.state or await self._answered(gone=said is not Release.READY)
         if self.handover.taken and not state.sent and await container.exits():  # the kernel has told the client
             self.exit_status = await pool.end(container, container.finish)
             if container.out_of_memory:
@@ -1466,8 +1467,7 @@ class Invocation:
         self.outcome, self.reason = refusal.outcome, refusal.reason
         if not refusal.status or self.client.fileno() < 0:
             return
-        state = await self._ask()
-        self.received, self.sent = state.received, state.sent           # a reset makes the kernel forget them
+        state = self.state = await self._ask()  # now: a reset makes the kernel forget it
         if state.can_answer:
             self.status = refusal.status
             container = f" (container {self.container.id})" if self.container else ""
@@ -1475,8 +1475,7 @@ class Invocation:
             with contextlib.suppress(OSError):          # the client has left
                 await self._call(self.client.send, answer(refusal.status, line), socket.MSG_DONTWAIT)
                 await self._linger()
-            state = await self._ask()
-            self.received, self.sent = state.received, state.sent
+            self.state = await self._ask()
         elif state.is_open:                     # we have cut its answer, which must not look whole
             await self._call(reset_connection, self.client)
         elif state.unacknowledged:              # the handler has ended its answer, and did not let go
@@ -1535,8 +1534,8 @@ class Invocation:
         parts = [f"outcome={self.outcome} client={self.peer} request={quote(first_line, MAX_REQUEST)}"]
         for key, name in (("wait", "queue"), ("start", "start"), ("run", "run")):
             parts.append(f"{key}={durations[name] * 1000:.1f}ms" if name in durations else f"{key}=-")
-        known = ("-" if number is None else number for number in (self.received, self.sent, self.exit_status))
-        parts.append("received={} sent={} exit={}".format(*known))
+        received, sent = (self.state.received, self.state.sent) if self.state else ("-", "-")
+        parts.append(f"received={received} sent={sent} exit={'-' if self.exit_status is None else self.exit_status}")
         if self.status:
             parts.append(f"status={self.status}")
         if self.reason:
@@ -1552,28 +1551,24 @@ def answer(status: int, line: str) -> bytes:
     return head + body
 
 
-PEEK_BYTES = 256                    # of the request, for the log line
 PEEK = socket.MSG_PEEK | socket.MSG_DONTWAIT
 
 
 def peek(client: socket.socket) -> bytes | None:
     """Return the first bytes of a request without taking them, or b"" if the client has left; None: nothing yet."""
     try:
-        return client.recv(PEEK_BYTES, PEEK)
+        return client.recv(256, PEEK)           # of which the log shows the first line
     except BlockingIOError:
         return None
     except OSError:                             # reset
         return b""
 
 
-MAX_REQUEST_PEEK = MIB              # bytes of a request that are looked at to see whether it is whole
-
-
 def is_whole(client: socket.socket) -> bool:
     """Return whether a client that closed its direction has sent a whole HTTP/1 request, or no HTTP/1 at all."""
     try:
         there, = struct.unpack("i", fcntl.ioctl(client, termios.FIONREAD, bytes(4)))
-        data = client.recv(min(there, MAX_REQUEST_PEEK) or 1, PEEK)
+        data = client.recv(min(there, MIB) or 1, PEEK)          # the rest of a long one is not looked at
     except OSError:                             # reset
         return False
     if not re.match(rb"[A-Z]+ [^ \r\n]+ HTTP/1\.[01]\r?\n", data):
@@ -1620,15 +1615,15 @@ class TcpState(NamedTuple):
         # Not client.getsockopt, which keeps all threads waiting with its own.
         succeeded(libc.getsockopt(client.fileno(), socket.IPPROTO_TCP, socket.TCP_INFO, buffer, ctypes.byref(size)))
         known = cls.from_info(buffer.raw)
-        state, received, sent = known.state, known.received, known.sent
-        if state not in TCP_CONNECTED:                  # what it says of unsent data means nothing then
+        if known.state not in TCP_CONNECTED:            # what it says of unsent data means nothing then
             return known
         waiting, = struct.unpack_from("I", buffer, TCP_INFO_NOTSENT)
-        if waiting and state in TCP_FIN_STATES:
+        if waiting and known.state in TCP_FIN_STATES:
             waiting -= 1                                # the FIN takes a sequence number, and goes last
-        unacknowledged = max(0, sent + waiting - known.acknowledged)
+        sent = known.sent + waiting
+        unacknowledged = max(0, sent - known.acknowledged)
         unread = unacknowledged and struct.unpack("i", fcntl.ioctl(client.fileno(), termios.FIONREAD, bytes(4)))[0]
-        return cls(state, received, sent + waiting, unacknowledged, unread, known.acknowledged)
+        return known._replace(sent=sent, unacknowledged=unacknowledged, unread=unread)
 
     @classmethod
     def from_info(cls, info: bytes) -> TcpState:
@@ -1802,7 +1797,7 @@ class Pool:
         self.failure = ""                       # why the last start failed, if it did
         self._failures = 0                      # in a row, of containers that nobody waited for
         self._retry_at = -math.inf              # loop time; until then none are made ahead
-        self._services.limit.add(self)
+        self._services.limit.pools.add(self)
 
     # -- what should be --
 
@@ -1819,7 +1814,7 @@ class Pool:
         """Return how many should be there for clients that have not come yet, and until when if nobody comes."""
         if self._function.draining:
             return 0, math.inf
-        wanted, until, reused = self.options.warm, math.inf, self.options.reuses
+        wanted, until, reused = self.options.warm, math.inf, self.options.reuse != 1
         if wanted is None:
             wanted, until = self.demand.target(now, reused)
         returning = len(self._function.in_flight) if reused else 0      # to serve others afterwards
@@ -1867,7 +1862,7 @@ class Pool:
 
     def _end_surplus(self, now: float, target: int) -> None:
         """End containers that nobody asks for any more, after a while in which somebody might."""
-        lasting = (self.options.warm is None or self.options.reuses) and not self._function.draining
+        lasting = (self.options.warm is None or self.options.reuse != 1) and not self._function.draining
         keep = SURPLUS_SECONDS if lasting else 0.0
         before = len(self.idle)
         while len(self.idle) > target:
@@ -1995,13 +1990,6 @@ class Pool:
         finally:
             self.remove(container)
 
-    async def pass_on(self, container: Container) -> None:
-        """Leave a container that serves somebody to the next daemon."""
-        await container.leave()
-        self.remove(container)
-        log.info("function=%s container=%s serves a client and is left running", self._function.record.name,
-                 container.id)
-
     def remove(self, container: Container) -> None:
         """Nothing is left of a container."""
         self.containers.discard(container)
@@ -2013,7 +2001,7 @@ class Pool:
         if self._closed:
             return
         self._closed = True
-        self._services.limit.remove(self)
+        self._services.limit.pools.discard(self)
         if self._timer:
             self._timer.cancel()
         self._starts.cancel()
@@ -2138,15 +2126,8 @@ class WarmLimit:
 
     def __init__(self, most: int):
         self.most = most
-        self._pools: set[Pool] = set()
+        self.pools: set[Pool] = set()
         self._refused: set[Pool] = set()
-
-    def add(self, pool: Pool) -> None:
-        self._pools.add(pool)
-
-    def remove(self, pool: Pool) -> None:
-        self._pools.discard(pool)
-        self._refused.discard(pool)
 
     def make_room(self, pool: Pool) -> bool:
         """Return whether pool may have one more. Where all places are taken, another pool may have to give one up.
@@ -2154,9 +2135,9 @@ class WarmLimit:
         The coldest of those over their share gives, then the coldest of all; none gives to a pool colder than itself,
         and what a user asked for with a number is not taken away.
         """
-        if sum(other.ahead for other in self._pools) < self.most:
+        if sum(other.ahead for other in self.pools) < self.most:
             return True
-        share = max(1, self.most // sum(1 for other in self._pools if other.ahead or other is pool))
+        share = max(1, self.most // sum(1 for other in self.pools if other.ahead or other is pool))
         giver = self._giver(share, pool)
         entitled = pool.options.warm is not None or pool.ahead < share
         if giver and entitled and (giver.ahead > share or giver.demand.last_used <= pool.demand.last_used):
@@ -2166,13 +2147,13 @@ class WarmLimit:
         return False
 
     def _giver(self, share: int, but: Pool | None = None) -> Pool | None:
-        return min((pool for pool in self._pools if pool is not but and pool.idle and pool.options.warm is None),
+        return min((pool for pool in self.pools if pool is not but and pool.idle and pool.options.warm is None),
                    key=lambda pool: (pool.ahead <= share, pool.demand.last_used), default=None)
 
     def trim(self) -> None:
         """Enforce the limit: reused containers return to a pool and may exceed it."""
-        while (sum(len(pool.idle) for pool in self._pools) > self.most
-               and (giver := self._giver(self.most // len(self._pools)))):
+        while (sum(len(pool.idle) for pool in self.pools) > self.most
+               and (giver := self._giver(self.most // len(self.pools)))):
             giver.give_up_one()
 
     def freed(self) -> None:
@@ -2286,8 +2267,7 @@ class Container:
         self._listener: socket.socket | None = None     # until the handler connects: it may connect once
         self._control: socket.socket | None = None      # from then on
         self._output: OutputReader | None = None
-        self._adopted = False                           # runc run is no child of ours, so its exit status stays unknown
-        self._spawning: asyncio.Future[int] | None = None       # of runc run, in a thread
+        self._spawning: asyncio.Future[int] | None = None       # of runc run, in a thread; None: it is adopted
         self._pid = 0                                   # of runc run
         self._pidfd = -1
         self._hit_pids = ""                             # what to say of --pids, as far as was seen …
@@ -2316,8 +2296,7 @@ class Container:
         release that comes is GONE, at the end of runc.
         """
         container = cls(host, survivor.function, write_line, survivor.container_id, survivor.cgroup)
-        container._adopted, container._pid = True, survivor.pid
-        container.contract = survivor.contract
+        container._pid, container.contract = survivor.pid, survivor.contract
         if survivor.notify >= 0:                # first: where no thread is to be had, all of the survivor is closed
             container._supervisor = Supervisor(container, host.loop, survivor.notify)
         container._watch_exit(survivor.pidfd)
@@ -2460,7 +2439,7 @@ class Container:
 
     def on_listen(self, port: int) -> None:
         """The program listens; on a port that is not the one we would like best, it may yet do so on a better one."""
-        if not self.contract and self._bundle.may_serve(port):
+        if not self.contract and (port in self._bundle.ports or not self._bundle.only_port):
             self._ports.append(port)
             self._host.loop.call_later(0.0 if port == self._bundle.ports[0] else PORT_GRACE, self._settle)
 
@@ -2646,7 +2625,8 @@ class Container:
         self._host.loop.add_reader(pidfd, self._on_exit)
 
     def _on_exit(self) -> None:
-        status = None if self._adopted else os.waitstatus_to_exitcode(os.waitpid(self._pid, 0)[1])
+        # That of an adopted container is unknown: runc run is no child of ours.
+        status = os.waitstatus_to_exitcode(os.waitpid(self._pid, 0)[1]) if self._spawning else None
         if not self.look_for_memory() and not self.killed:
             # Nobody but us and the kernel sends SIGKILL to a container's first process, and its cgroup may be gone.
             self.out_of_memory = self._counted_kills if status is None else (
@@ -2907,10 +2887,7 @@ def describe_exit(status: int | None) -> str:
         return f"vanished with runc, killed by signal {-status}"
     if status <= 128:
         return f"exited with status {status}"
-    try:
-        name = signal.Signals(status - 128).name
-    except ValueError:
-        name = f"signal {status - 128}"
+    name = next((known.name for known in signal.Signals if known == status - 128), f"signal {status - 128}")
     return f"was killed by {name}" + (" (out of memory?)" if name == "SIGKILL" else "")
 
 
@@ -3896,7 +3873,7 @@ class Bundle:
                                                         self.process.get("exposed_ports", [])) if match)
         default = int(env["PORT"]) if re.fullmatch("[0-9]{1,5}", env.get("PORT", "")) else DEFAULT_PORT
         self.ports = [port] if port else exposed or [default]       # that a server should listen on, the best first
-        self._only = bool(port) or len(exposed) == 1    # it is of no use on any other
+        self.only_port = bool(port) or len(exposed) == 1        # the best: it is of no use on any other
         self.why_port = " (--port)" if options.port else " (EXPOSE)" if len(exposed) == 1 else ""   # … as somebody said
         self.own_network = options.net == "none"
         self.volumes: list[Volume] = self.process.get("volumes", [])        # by their real paths in the image
@@ -3968,9 +3945,9 @@ class Bundle:
         """
         mounts = [
             mount("/proc", "proc", "noexec", "nodev"),
-            mount("/dev", "tmpfs", "noexec", "strictatime", "mode=755", f"size={DEV_SIZE}"),
-            mount("/dev/pts", "devpts", "noexec", "newinstance", "ptmxmode=0666", "mode=0620", "gid=5",
-                  f"max={MAX_TERMINALS}"),
+            mount("/dev", "tmpfs", "noexec", "strictatime", "mode=755", "size=1m"),
+            # All containers of a machine share some 3,000 terminals (kernel.pty.max).
+            mount("/dev/pts", "devpts", "noexec", "newinstance", "ptmxmode=0666", "mode=0620", "gid=5", "max=16"),
             mount("/dev/shm", "tmpfs", "nodev", f"size={self.options.shm_size}", "noexec", "mode=1777"),
             mount("/dev/mqueue", "mqueue", "noexec", "nodev"),
         ]
@@ -3986,12 +3963,9 @@ class Bundle:
     @property
     def expected(self) -> str:
         """What a container has not done that did not become ready, in words that follow "did not"."""
-        wanted = f"listen on port {self.ports[0]}{self.why_port}" if self._only else "listen on a TCP port"
+        wanted = f"listen on port {self.ports[0]}{self.why_port}" if self.only_port else "listen on a TCP port"
         connect = f"connect to {CONTROL_SOCKET}"
         return {"server": wanted, "stdio": "begin", "auto": f"{wanted} or {connect}"}.get(self.contract, connect)
-
-    def may_serve(self, port: int) -> bool:
-        return port in self.ports or not self._only
 
     def for_command(self, command: list[str], env: Iterable[str], terminal: bool, size: tuple[int, int]) -> Bundle:
         """Return the bundle of a container that runs a command instead, and takes no client; all else is the same.
@@ -4026,7 +4000,6 @@ GIVES_AWAY = ("/bin", "/boot", "/dev", "/etc", "/lib", "/lib32", "/lib64", "/lib
               "/sys", "/usr", "/var", "/var/lib", "/var/lib/containerd", "/var/lib/containers", "/var/lib/docker",
               "/var/run")
 NOTHING_OF = ("/dev", "/proc", "/run", "/sys")     # … nor in one of these; the daemon's own directories are of both
-MAX_ANCESTORS = 4096                # directories above one (PATH_MAX)
 # The same on every architecture: mount_setattr(2), Linux 5.12, the others older.
 SYS_OPEN_TREE, SYS_MOVE_MOUNT, SYS_OPENAT2, SYS_MOUNT_SETATTR = 428, 429, 437, 442
 RESOLVE_NO_SYMLINKS, OPEN_TREE_CLONE, AT_EMPTY_PATH, AT_FDCWD, MS_PRIVATE = 4, 1, 0x1000, -100, 1 << 18
@@ -4093,9 +4066,8 @@ class Volumes:
             with contextlib.suppress(FileNotFoundError, NotADirectoryError), \
                     kept_open(os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)) as directory:
                 itself, *above = identities(directory)
-                if (status.st_dev, status.st_ino) in (itself, *above):
-                    return True
-                if itself in ancestors and path in (*NOTHING_OF, *self._private):
+                if ((status.st_dev, status.st_ino) in (itself, *above)
+                        or itself in ancestors and path in (*NOTHING_OF, *self._private)):
                     return True
         return False
 
@@ -4158,7 +4130,7 @@ def make_mount_point(rootfs: Rootfs, path: bytes, mode: int) -> None:
 def identities(directory: int) -> Iterator[tuple[int, int]]:
     """Yield device and inode of an open directory, and of those above it. Raises OSError."""
     with contextlib.ExitStack() as stack:
-        for _ in range(MAX_ANCESTORS):
+        for _ in range(4096):           # as many as a path can have (PATH_MAX)
             status = os.fstat(directory)
             yield status.st_dev, status.st_ino
             directory = stack.enter_context(kept_open(os.open("..", os.O_PATH | os.O_CLOEXEC, dir_fd=directory)))
@@ -4182,8 +4154,6 @@ CPU_PERIOD = 100_000                # microseconds (cgroup cpu controller)
 DEFAULT_PORT = 8080                 # what PORT says, where neither the image nor the user does, as on Cloud Run
 MAX_OPEN_FILES = (1024, 4096)       # RLIMIT_NOFILE inside, soft and hard: a container serves one client at a time, and
                                     # much that hangs on a descriptor is the kernel's memory, and nobody's in particular
-
-
 # What servers that begin as root need to become somebody else, and to listen.
 SERVER_CAPABILITIES = "CHOWN DAC_OVERRIDE FOWNER FSETID KILL SETGID SETUID NET_BIND_SERVICE".split()
 
@@ -4226,18 +4196,11 @@ def command_line(process: dict, options: Options) -> list[str]:
     return arguments
 
 
-CAP_SYS_RESOURCE = 24               # linux/capability.h
-
-
 def can_set_limits() -> bool:
     """Return whether the runtime may set limits in a function's user namespace (capabilities(7)). Raises OSError."""
     status = Path("/proc/self/status").read_text()      # or an error: it must not leave the limits out
     capabilities = re.search(r"^CapEff:\t(\w+)", status, re.MULTILINE)[1]
-    return bool(int(capabilities, 16) >> CAP_SYS_RESOURCE & 1)
-
-
-DEV_SIZE = "1m"                     # tmpfs(5) size=
-MAX_TERMINALS = 16                  # ptys of one container; all containers of a machine share some 3,000 (pty.max)
+    return bool(int(capabilities, 16) >> 24 & 1)        # CAP_SYS_RESOURCE (linux/capability.h)
 
 
 def mount(destination: str, kind: str, *options: str, source: str = "") -> dict:
@@ -4536,9 +4499,6 @@ def runc_warning(version: str, changelog: str = "") -> str | None:
             "a distribution may have fixed an older number)") if holes else None
 
 
-MAX_CHANGELOG = MIB                 # bytes of a package's changelog that are read
-
-
 def package_changelog(program: str) -> str:
     """Return the changelog of the Debian or RPM package that a program is from, as far as this machine has it."""
     def ask(*argv: str) -> str:
@@ -4553,7 +4513,7 @@ def package_changelog(program: str) -> str:
         return ask("rpm", "--query", "--changelog", "--file", program)
     with contextlib.suppress(OSError, zlib.error):              # minimal images leave it out
         packed = Path(f"/usr/share/doc/{package}/changelog.Debian.gz").read_bytes()
-        return zlib.decompressobj(wbits=31).decompress(packed, MAX_CHANGELOG).decode(errors="replace")
+        return zlib.decompressobj(wbits=31).decompress(packed, MIB).decode(errors="replace")
     return ""
 
 
@@ -4622,10 +4582,10 @@ class Cgroups:
         return bool(self._traces(path))
 
     def containers(self) -> dict[str, str]:
-        """Return the paths of all containers that have a cgroup, by their ids. An older daemon has made PARENT/ID."""
+        """Return the paths of all containers that have a cgroup, by their ids."""
         return {directory.name: f"{self.parent}/{directory.relative_to(parent)}"
-                for parent in self._traces(self.parent) for pattern in ("*/", "function-*/*/")
-                for directory in parent.glob(pattern) if CONTAINER_ID.fullmatch(directory.name)}
+                for parent in self._traces(self.parent) for directory in parent.glob("function-*/*/")
+                if CONTAINER_ID.fullmatch(directory.name)}
 
     def remove_groups(self, but: Collection[str] = ()) -> None:
         """Remove the cgroups of functions, which have no container any more, but for some functions'."""
@@ -4833,9 +4793,6 @@ class DyingCgroups:
         return True
 
 
-MAX_REPORTED = 256                  # descriptors of one container that the isolation report names
-
-
 def inspect_process(pid: int) -> dict:
     """Return how a process is isolated: what the kernel says in /proc (proc(5)). Raises OSError if it is gone."""
     process = Path(f"/proc/{pid}")
@@ -4856,7 +4813,7 @@ def inspect_process(pid: int) -> dict:
         "rlimits": {line[:25].strip(): line[26:].split()[0] for line in
                     (process / "limits").read_text().splitlines()[1:]},
         "descriptors": sorted(os.readlink(entry)[:MAX_NAME_LENGTH] for entry in
-                              itertools.islice((process / "fd").iterdir(), MAX_REPORTED)),
+                              itertools.islice((process / "fd").iterdir(), 256)),
     }
 
 
@@ -4900,7 +4857,7 @@ class IdRanges:
     def __init__(self, ids: range):
         self._ids = ids
         self.first = ids.start
-        self._taken: set[int] = set()
+        self.taken: set[int] = set()            # by the first of each
         self._namespaces: dict[int, int] = {}   # user namespaces with the ids of a range: first id → descriptor
         self._making = asyncio.Lock()
         self.can_make = True                    # and the runtime joins what we make: see probe_machine
@@ -4908,18 +4865,14 @@ class IdRanges:
     def take(self) -> int:
         """Return the first id of a free range, which is taken from now on. Raises Conflict when there is none."""
         for first in range(self._ids.start, self._ids.stop - IDS + 1, IDS):
-            if all(abs(first - other) >= IDS for other in self._taken):
-                self._taken.add(first)
+            if all(abs(first - other) >= IDS for other in self.taken):
+                self.taken.add(first)
                 return first
         raise Conflict(f"all {len(self._ids) // IDS} ranges of user ids are taken: remove a function, or give "
                        f"{SUBORDINATE_USER} more in /etc/subuid and /etc/subgid")
 
-    def claim(self, first: int) -> None:
-        """Take a range that a function has had all along."""
-        self._taken.add(first)
-
     def release(self, first: int) -> None:
-        self._taken.discard(first)
+        self.taken.discard(first)
         if first in self._namespaces:
             os.close(self._namespaces.pop(first))
 
@@ -5009,15 +4962,6 @@ def is_roots_listener(name: bytes) -> bool:
         except OSError:
             return False
         return UCRED.unpack(probe.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, UCRED.size))[1] == 0
-
-
-@contextlib.contextmanager
-def failure_logged() -> Iterator[None]:
-    """Log the FaasdError that ends the block, if one does, instead of raising it."""
-    try:
-        yield
-    except FaasdError as error:
-        log.error("%s", error)
 
 
 MAX_CLAIMS = 10_000                 # sockets named like a daemon's whose owner is looked up at start
@@ -5207,9 +5151,6 @@ def notify_service_manager(state: str, *descriptors: int) -> None:
                 log.warning("cannot notify the service manager: %s", error)
 
 
-LISTEN_FDS_START = 3                # the first descriptor that a service manager passes (sd_listen_fds(3))
-
-
 class ListenerStore:
     """Opens listening sockets, which the service manager keeps while no daemon runs: nobody is refused meanwhile.
 
@@ -5226,7 +5167,7 @@ class ListenerStore:
         if pid != str(os.getpid()):             # they were meant for somebody else
             return
         try:
-            descriptors = range(LISTEN_FDS_START, LISTEN_FDS_START + int(count))
+            descriptors = range(3, 3 + int(count))
             for descriptor in descriptors:
                 os.set_inheritable(descriptor, False)
         except (ValueError, OSError) as error:
@@ -5344,7 +5285,6 @@ def filter_of(sock: socket.socket) -> list[tuple[int, int, int, int]]:
 
 
 SYS_FSOPEN = 430                    # the same on every architecture; then come fsconfig and fsmount (Linux 5.2)
-SYS_BPF, SYS_UNSHARE = {"x86_64": 321}, {"x86_64": 272}        # 280 and 97 elsewhere
 
 
 def mount_cgroup2() -> int:
@@ -5353,7 +5293,7 @@ def mount_cgroup2() -> int:
     To be called in a thread of its own: a mount made from the machine's own cgroup namespace would set the options of
     all mounts of cgroup v2 anew (nsdelegate, memory_recursiveprot).
     """
-    system_call(SYS_UNSHARE.get(platform.machine(), 97), CLONE_NEWCGROUP)
+    succeeded(libc.unshare(CLONE_NEWCGROUP))
     with kept_open(system_call(SYS_FSOPEN, b"cgroup2", 1)) as context:    # FSOPEN_CLOEXEC
         system_call(SYS_FSOPEN + 1, context, 6, 0, 0, 0)                # fsconfig: FSCONFIG_CMD_CREATE
         return system_call(SYS_FSOPEN + 2, context, 1, 0)               # fsmount: FSMOUNT_CLOEXEC
@@ -5370,7 +5310,8 @@ def bpf(command: int, layout: str, *values: int | bytes) -> int:
     """Make a call of bpf(2), its union bpf_attr laid out as in linux/bpf.h. Raises OSError."""
     size = struct.calcsize(layout)
     attributes = ctypes.create_string_buffer(struct.pack(layout, *values), size)
-    return system_call(SYS_BPF.get(platform.machine(), 280), command, ctypes.addressof(attributes), size)
+    number = 321 if platform.machine() == "x86_64" else 280             # asm-generic/unistd.h
+    return system_call(number, command, ctypes.addressof(attributes), size)
 
 
 SO_NETNS_COOKIE = 71                # Linux 5.14: the number of a socket's network namespace
@@ -10368,8 +10309,7 @@ class Restart:
         """Find what goes on, and remove what was left half done: containers, images, uploads. Raises FaasdError."""
         self._records = self._deploys.registry.load()
         names = {record.name for record in self._records}
-        for record in self._records:
-            self._host.ids.claim(record.first_id)
+        self._host.ids.taken.update(record.first_id for record in self._records)
         try:
             self._host.prepare()
             self.survivors = await self.leftovers.survivors({record.name: record.address for record in self._records})
