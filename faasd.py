@@ -250,6 +250,15 @@ def read_text(path: str | Path) -> str:
         return ""
 
 
+def try_remove(path: str | Path, remove: Callable[[str | Path], None] = os.unlink) -> None:
+    """Remove a file, or with os.rmdir a directory, if it is there; failure is logged. Takes no descriptor."""
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            remove(path)
+    except OSError as error:
+        log.warning("cannot remove %s: %s", path, error.strerror)
+
+
 def write_anew(path: Path, text: str, beside: Path | None = None) -> None:
     """Put a file at path as a whole, made in its directory, or in beside where somebody may read all of that."""
     new = (beside or path.parent) / (path.name + ".new")
@@ -2308,9 +2317,7 @@ class Container:
         """Return the handover of a client of address that an adopted container has; we close our end of a server's."""
         if self.contract == "handler":
             return Handover(client, peer, self.said)
-        handover = Handover(client, peer, self._host.loop.create_future(), os.fstat(client.fileno()).st_ino, True)
-        self.handovers.add(handover)
-        self._host.closed.watch(handover, address, functools.partial(self._on_closed, handover))
+        handover = self._await_close(client, peer, address, taken=True)
         self._host.workers.run(os.close, client.detach())
         return handover
 
@@ -2318,7 +2325,9 @@ class Container:
 
     async def start(self, bundle: Bundle, timeout: float) -> None:
         """Start the container, and return once it is ready. Raises StartFailed; then nothing of it is left."""
-        user_namespace = await self._host.ids.user_namespace(bundle.first_id) if bundle.joins_user_namespace else ""
+        # runc joins a user namespace first, and from there no network that the host has made.
+        joins = bundle.options.net != "egress"
+        user_namespace = await self._host.ids.user_namespace(bundle.first_id) if joins else ""
         begin = self._host.loop.time()
         try:
             self._host.descriptors.check_start()
@@ -2458,8 +2467,7 @@ class Container:
 
     def _become_ready(self) -> None:
         self._watch_memory()
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(f"{self._directory}/config.json")         # the room is for those that start
+        try_remove(f"{self._directory}/config.json")    # the room is for those that start
         settle(self._connected, None)
 
     def _on_connect(self) -> None:
@@ -2485,32 +2493,29 @@ class Container:
 
     def hand_over(self, client: socket.socket, peer: str) -> Handover | None:
         """Give a client to the program; return None if nobody is there to take it."""
-        if self.contract != "handler":
-            return self._offer(client, peer)
-        if self._control is None:       # it connected and let go at once
+        handler = self.contract == "handler"
+        if handler and self._control is None or not self.is_connected:          # it connected and let go at once
             return None
         try:
-            self._control.sendmsg([b"\0"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("i", client.fileno()))])
+            if handler:
+                rights = socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("i", client.fileno())
+                self._control.sendmsg([b"\0"], [rights])
+                handover = Handover(client, peer, self.listen())
+            else:
+                handover = self._await_close(client, peer, client.getsockname()[0])
         except OSError as error:        # EPIPE, ECONNRESET: it is gone; ETOOMANYREFS: the kernel takes no more
             log.info("container=%s cannot be handed a client: %s", self.id, error.strerror)
             return None
         self.served += 1
-        self.said = self._host.loop.create_future()
-        return Handover(client, peer, self.said)
+        if not handler:
+            self._supervisor.offer(handover)
+        return handover
 
-    def _offer(self, client: socket.socket, peer: str) -> Handover | None:
-        """Have a server accept a client. Its connection's end is what it says."""
-        if not self.is_connected:
-            return None
-        handover = Handover(client, peer, self._host.loop.create_future(), os.fstat(client.fileno()).st_ino)
-        try:
-            self._host.closed.watch(handover, client.getsockname()[0], functools.partial(self._on_closed, handover))
-        except OSError as error:
-            log.error("container=%s cannot be handed a client: %s", self.id, error.strerror)
-            return None
-        self.served += 1
+    def _await_close(self, client: socket.socket, peer: str, address: str, taken: bool = False) -> Handover:
+        """Return a server's handover of a client, whose connection's end is what the server says. Raises OSError."""
+        handover = Handover(client, peer, self._host.loop.create_future(), os.fstat(client.fileno()).st_ino, taken)
+        self._host.closed.watch(handover, address, functools.partial(self._on_closed, handover))
         self.handovers.add(handover)
-        self._supervisor.offer(handover)
         return handover
 
     def _on_closed(self, handover: Handover, state: TcpState | None) -> None:
@@ -2530,7 +2535,7 @@ class Container:
             self._supervisor is not None and not self.killed and not self._exited.done())
 
     def listen(self) -> asyncio.Future[Release]:
-        """Return the future of what it says while it has no client."""
+        """Return the future of what it says next."""
         self.said = self._host.loop.create_future()
         return self.said
 
@@ -2607,9 +2612,8 @@ class Container:
     @property
     def may_have_run_out_of_memory(self) -> bool:
         """Whether it, or a container of its function, has run out of memory since it was started."""
-        return self._memory_told or self._counted_kills
+        return self._memory_told or self._counted_kills()
 
-    @property
     def _counted_kills(self) -> bool:
         """Whether the kernel has killed a process of its function for that. Only v2 knows it of those that are gone."""
         return self._host.cgroups.memory_kills(posixpath.dirname(self.cgroup)) > self._killed_before
@@ -2629,7 +2633,7 @@ class Container:
         status = os.waitstatus_to_exitcode(os.waitpid(self._pid, 0)[1]) if self._spawning else None
         if not self.look_for_memory() and not self.killed:
             # Nobody but us and the kernel sends SIGKILL to a container's first process, and its cgroup may be gone.
-            self.out_of_memory = self._counted_kills if status is None else (
+            self.out_of_memory = self._counted_kills() if status is None else (
                 status == 128 + signal.SIGKILL and self.may_have_run_out_of_memory)
         self._unwatch()
         self._exited.set_result(status)
@@ -2709,7 +2713,9 @@ class Container:
             await self._host.workers.run(self._host.remove_remains, self.id, self.cgroup)
         if self._output is not None:
             await self._output.finish()
-        self._remove_directory()
+        for name in ("config.json", "control.sock", NOTIFY_SOCKET, "output", "note", "runtime.log"):
+            try_remove(f"{self._directory}/{name}")     # not shutil.rmtree: there may be no descriptor left
+        try_remove(self._directory, os.rmdir)
         self._host.count_ended(self._function)
         return self._exited.result() if self._exited.done() else -signal.SIGKILL
 
@@ -2742,17 +2748,6 @@ class Container:
             if self._pidfd >= 0:                # else it was left to the next daemon
                 signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
                 await self._exited
-
-    def _remove_directory(self) -> None:
-        """Remove what is there of it, without a descriptor: there may be none left."""
-        try:
-            for name in ("config.json", "control.sock", NOTIFY_SOCKET, "output", "note", "runtime.log"):
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(f"{self._directory}/{name}")
-            with contextlib.suppress(FileNotFoundError):
-                os.rmdir(self._directory)
-        except OSError as error:
-            log.warning("container=%s cannot remove %s: %s", self.id, self._directory, error.strerror)
 
 
 class Streams:
@@ -3820,10 +3815,13 @@ def mount_root(place: str, bundle: Bundle) -> None:
                            for path in (bundle.rootfs, f"{place}/upper", f"{place}/work"))
     mount_here("overlay", "faasd", f"{place}/root", MS_NOSUID | MS_NODEV,
                f"lowerdir={lower},upperdir={upper},workdir={work}")
-    for path, text in own_files(bundle).items():
+    functions = "" if bundle.own_network else read_text(bundle.names)       # as they are named now
+    for name, text in (("hosts", f"{HOSTS}127.0.0.1\t{bundle.hostname}\n{functions}"),      # as docker does
+                       ("hostname", f"{bundle.hostname}\n")):
+        path = f"{place}/root{bundle.etc}/{name}"
         with contextlib.suppress(FileNotFoundError):
-            os.unlink(f"{place}/root{path}")        # whatever it is: nothing there is followed, or opened
-        with open(f"{place}/root{path}", "x") as file:
+            os.unlink(path)             # whatever it is: nothing there is followed, or opened
+        with open(path, "x") as file:
             os.fchmod(file.fileno(), 0o644)
             os.fchown(file.fileno(), bundle.first_id, bundle.first_id)
             file.write(text)
@@ -3832,13 +3830,6 @@ def mount_root(place: str, bundle: Bundle) -> None:
 NAMES = "hosts/functions"           # in RUN_DIR, in a directory where dnsmasq's hostsdir finds nothing else
 ROOT = "rootfs"                     # in RUN_DIR: where containers' roots are mounted, each in a namespace of its own
 HOSTS = "127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n"
-
-
-def own_files(bundle: Bundle) -> dict[str, str]:
-    """Return what a container gets in the place of its image's files, as docker does, by their real paths."""
-    functions = "" if bundle.own_network else read_text(bundle.names)       # as they are named now
-    return {f"{bundle.etc}/hosts": f"{HOSTS}127.0.0.1\t{bundle.hostname}\n{functions}",
-            f"{bundle.etc}/hostname": f"{bundle.hostname}\n"}
 
 
 def mount_secrets(root: str, bundle: Bundle) -> None:
@@ -3879,8 +3870,6 @@ class Bundle:
         self.volumes: list[Volume] = self.process.get("volumes", [])        # by their real paths in the image
         self.user = self.process["uid"], self.process["gid"]
         self.secrets: dict[str, bytes] = self.process.get("secrets", {})    # by their real paths in the image
-        # runc joins a user namespace first, and from there no network that the host has made.
-        self.joins_user_namespace = options.net != "egress"
         self._mark = f"@{secrets.token_hex(16)}@"       # stands for the id; nothing a user writes contains it
         self._namespace_mark = f"@{secrets.token_hex(16)}@"
         spec = self._spec(run_dir, cgroups, apparmor, mounts, number)
@@ -4582,10 +4571,10 @@ class Cgroups:
         return bool(self._traces(path))
 
     def containers(self) -> dict[str, str]:
-        """Return the paths of all containers that have a cgroup, by their ids."""
+        """Return the paths of all containers that have a cgroup, by their ids. An older daemon has made PARENT/ID."""
         return {directory.name: f"{self.parent}/{directory.relative_to(parent)}"
-                for parent in self._traces(self.parent) for directory in parent.glob("function-*/*/")
-                if CONTAINER_ID.fullmatch(directory.name)}
+                for parent in self._traces(self.parent) for pattern in ("*/", "function-*/*/")
+                for directory in parent.glob(pattern) if CONTAINER_ID.fullmatch(directory.name)}
 
     def remove_groups(self, but: Collection[str] = ()) -> None:
         """Remove the cgroups of functions, which have no container any more, but for some functions'."""
@@ -4694,11 +4683,7 @@ class Cgroups:
         for place in self._litter:
             shutil.rmtree(f"{place}{path}", ignore_errors=True)
         for directory in self._directories(path):
-            try:
-                directory.rmdir()
-            except OSError as error:
-                if error.errno != errno.ENOENT:
-                    log.warning("cannot remove cgroup %s: %s", directory, error.strerror)
+            try_remove(directory, os.rmdir)
 
     def dying(self, group: str) -> int:
         """Return how many memory cgroups below one, on v1 of the machine, were removed. Raises OSError, LookupError."""
@@ -5645,12 +5630,8 @@ class EgressNetworks:
     @staticmethod
     def _delete_namespace(path: Path) -> None:
         """Take away what keeps a namespace; it ends with the last process in it, which has no link to anybody."""
-        if (str(path), "nsfs") in read_mounts():
-            try_command(f"cannot unmount {path}", "umount", "--lazy", str(path))    # a starting runc may have it open
-        try:
-            path.unlink(missing_ok=True)
-        except OSError as error:
-            log.warning("cannot remove %s: %s", path, error.strerror)
+        libc.umount2(os.fsencode(path), MNT_DETACH)     # lazily: a starting runc may have it open
+        try_remove(path)
 
 
 # What egress means. Our own table, and only packets of our own links: others' rules are not ours to touch. Replaced as
@@ -6020,11 +6001,7 @@ class ContainerHost:
             if str(directory) in mounts:
                 # Lazily: a start that waits for a volume may have files open there for as long as we live.
                 try_command(f"cannot unmount {directory}", "umount", "-l", str(directory))
-            try:
-                directory.rmdir()
-            except OSError as error:
-                if error.errno != errno.ENOENT:
-                    log.warning("cannot remove %s: %s", directory, error.strerror)
+            try_remove(directory, os.rmdir)
 
 
 PROBE_SECONDS = 10.0                # for the container that shows at start whether any can run here
