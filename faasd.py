@@ -2241,14 +2241,11 @@ MAX_LOOKS = 100                     # at a container's pids.events: it prints wh
 CONTROL_SOCKET = "/control.sock"
 NOTIFY_SOCKET = "notify.sock"       # beside config.json: where the runtime sends what a server's calls are answered by
 PORT_GRACE = 0.5                    # seconds for a server to listen on a better port than the first
-MAX_REPORTED_LISTENERS = 8          # that are named when a server does not start
 SO_PASSRIGHTS = 83                  # Linux 6.16: whether a Unix socket takes descriptors
 KILL_RETRY = 0.02                   # seconds between two rounds of killing one container, and …
 MEMORY_LOOKS = 10                   # … between so many looks whether the kernel has, after it said that memory ran out
 KILL_TIMEOUT = 10.0                 # seconds before runc itself is killed and its remains are deleted
 EXIT_GRACE = 1.0                    # seconds a handler has between letting go of its client and being killed
-NOT_STARTED = 127                   # the exit status of a command that could not be started, as in a shell
-MAX_RUNTIME_LOG = 64 * KIB          # bytes read of what the runtime has to say about one container
 
 
 class Container:
@@ -2299,10 +2296,9 @@ class Container:
 
     @classmethod
     def adopt(cls, host: ContainerHost, survivor: Survivor, write_line: Callable[[str, str], None]) -> Container:
-        """Return a container that the daemon before has started, and that serves a client.
+        """Return a container that the daemon before has started, whose one release is GONE, at the end of runc.
 
-        Its control connection ended with that daemon, and the handler meets the end of file when it is done. So the one
-        release that comes is GONE, at the end of runc.
+        Its control connection ended with that daemon, and the handler meets the end of file when it is done.
         """
         container = cls(host, survivor.function, write_line, survivor.container_id, survivor.cgroup)
         container._pid, container.contract = survivor.pid, survivor.contract
@@ -2380,15 +2376,15 @@ class Container:
         elif bundle.why_port and (others := [kind for kind in self.kinds if kind.startswith("port ")
                                              and kind != f"port {bundle.ports[0]}"]):
             advice = f": say --{others[0]}" + (", or --port auto" if bundle.options.port else "")
-        kinds = list(dict.fromkeys(self.kinds))[:MAX_REPORTED_LISTENERS]
-        return f"; it listened on {', '.join(kinds) or 'nothing'}{advice}"
+        kinds = ", ".join([*dict.fromkeys(self.kinds)][:8])         # as many as a line can do with
+        return f"; it listened on {kinds or 'nothing'}{advice}"
 
     def _runtime_error(self) -> str:
         """Return why the runtime made no container, "" if it did: from its log, to which no handler can write."""
         error = ""
         with contextlib.suppress(OSError, ValueError, LookupError, TypeError):      # it did not get so far
             with open(f"{self._directory}/runtime.log", encoding="utf-8", errors="replace") as file:
-                rest = file.read(MAX_RUNTIME_LOG).lstrip()
+                rest = file.read(64 * KIB).lstrip()
             while rest:
                 entry, end = json.JSONDecoder().raw_decode(rest)        # crun's take several lines
                 rest = rest[end:].lstrip()
@@ -2846,7 +2842,7 @@ class Execution(Container):
             self._streams.given_up = not self._exited.done()    # or the runtime waits for room for the rest
             status = await to_the_end(self.kill())
         if error:
-            return NOT_STARTED, error
+            return 127, error                   # as in a shell: it could not be started
         return status, "the command ran out of memory (--memory)" if self.out_of_memory else ""
 
     def _open_files(self, bundle: Bundle, given: contextlib.ExitStack) -> list[tuple]:
@@ -3783,7 +3779,6 @@ MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_REMOUNT = 1, 2, 4, 8, 32        # 
 MS_BIND, MS_REC, MS_SLAVE, MS_SHARED = 1 << 12, 1 << 14, 1 << 19, 1 << 20
 MNT_DETACH = 2                      # umount2(2)
 CLONE_NEWNS = 0x2_0000              # unshare(2)
-BYTES_PER_FILE = 4 * KIB            # of a container's memory limit, for each file that it may make in its root
 
 
 def mount_here(kind: str, source: str, target: str, flags: int, options: str = "") -> None:
@@ -3804,8 +3799,8 @@ def mount_root(place: str, bundle: Bundle) -> None:
     """
     succeeded(libc.unshare(CLONE_NEWNS))
     mount_here("", "", "/", MS_REC | MS_SLAVE)
-    mount_here("tmpfs", "faasd", place, MS_NOSUID | MS_NODEV,
-               f"mode=0711,size={bundle.options.memory},nr_inodes={bundle.options.memory // BYTES_PER_FILE}")
+    memory = bundle.options.memory      # a file costs some too, so there may be one for each 4 KiB
+    mount_here("tmpfs", "faasd", place, MS_NOSUID | MS_NODEV, f"mode=0711,size={memory},nr_inodes={memory // 4096}")
     for name in ("upper", "work", "root"):
         os.mkdir(f"{place}/{name}")
     top = os.stat(bundle.rootfs)        # that of the upper directory is what shows
@@ -3956,14 +3951,11 @@ class Bundle:
         connect = f"connect to {CONTROL_SOCKET}"
         return {"server": wanted, "stdio": "begin", "auto": f"{wanted} or {connect}"}.get(self.contract, connect)
 
-    def for_command(self, command: list[str], env: Iterable[str], terminal: bool, size: tuple[int, int]) -> Bundle:
-        """Return the bundle of a container that runs a command instead, and takes no client; all else is the same.
-
-        env are more variables.
-        """
+    def for_command(self, command: list[str], more_env: Iterable[str], terminal: bool, size: tuple[int, int]) -> Bundle:
+        """Return the bundle of a container that runs a command instead, and takes no client; all else is the same."""
         spec, filter_ = json.loads(self._template), container_filter(self.volumes)
         process, linux = spec["process"], spec["linux"]
-        process.update(args=command, terminal=terminal, env=merge_env(process["env"], env))
+        process.update(args=command, terminal=terminal, env=merge_env(process["env"], more_env))
         if terminal:                    # crun takes its lines and columns from here, runc from its own terminal
             process["consoleSize"] = dict(zip(("height", "width"), size, strict=True))
         if terminal and not any(entry.startswith("TERM=") for entry in process["env"]):
@@ -4510,12 +4502,6 @@ def package_changelog(program: str) -> str:
 LIMIT_FILES = ("memory.limit_in_bytes", "memory.memsw.limit_in_bytes", "memory.max", "memory.swap.max",
                "cpu.cfs_quota_us", "cpu.cfs_period_us", "cpu.max", "pids.max", "devices.list")
 
-# What is said of a pid whose process was reaped; EINVAL by pidfd_open of older kernels, such as 6.1, where the pid is
-# still that of a process group or a session.
-PROCESS_GONE = {errno.ESRCH, errno.ENOENT, errno.EINVAL}
-MAX_SEARCHED = 10_000               # descriptors of one container among which a socket is looked for
-RECLAIM_SECONDS = 1.0               # on our account, for which a container can read what we reclaim
-
 
 class Cgroups:
     """The cgroups of this daemon's containers: PARENT/function-NAME/ID in every hierarchy, of v1 and v2.
@@ -4594,7 +4580,7 @@ class Cgroups:
             with contextlib.suppress(FileNotFoundError, ProcessLookupError):    # closed, or its process is gone
                 for number in os.listdir(f"/proc/{pid}/fd"):
                     searched += 1
-                    if searched > MAX_SEARCHED:
+                    if searched > 10_000:       # a container may have millions
                         return
                     target = re.fullmatch(r"socket:\[([0-9]+)\]", os.readlink(f"/proc/{pid}/fd/{number}"))
                     if target:
@@ -4675,7 +4661,9 @@ class Cgroups:
 
     @staticmethod
     def _complain(path: str, pid: int, error: OSError) -> None:
-        if error.errno not in PROCESS_GONE:
+        # Of a process that was reaped; EINVAL by pidfd_open of older kernels, such as 6.1, where the pid is still that
+        # of a process group or a session.
+        if error.errno not in (errno.ESRCH, errno.ENOENT, errno.EINVAL):
             log.warning("container=%s cannot kill its process %d: %s", path.rpartition("/")[2], pid, error.strerror)
 
     def remove(self, path: str) -> None:
@@ -4694,16 +4682,16 @@ class Cgroups:
     def reclaim(self, group: str) -> None:
         """Have the kernel drop what is cached for containers of a cgroup, also for those that are gone.
 
-        In a child that can be killed: on v1 the kernel goes on for as long as a container reads as fast. On v2 it takes
-        the bytes to drop, since Linux 5.19, and drops as many as it can. Blocks. Raises OSError.
+        In a child that is killed after a second: on v1 the kernel goes on for as long as a container reads as fast. On
+        v2 it takes the bytes to drop, since Linux 5.19, and drops as many as it can. Blocks. Raises OSError.
         """
         directory = f"{self._memory}{group}"
         file, value = "memory.force_empty", b"0"
         if self.kills_whole:
             file, value = "memory.reclaim", Path(f"{directory}/memory.current").read_bytes()
         with contextlib.suppress(subprocess.TimeoutExpired):
-            subprocess.run(["tee", f"{directory}/{file}"], input=value, timeout=RECLAIM_SECONDS,
-                           stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False)
+            subprocess.run(["tee", f"{directory}/{file}"], input=value, timeout=1, stdout=subprocess.DEVNULL,
+                           stderr=subprocess.DEVNULL, check=False)
 
 
 def read_fields(path: str | Path) -> dict[str, str]:
@@ -4883,11 +4871,10 @@ class IdRanges:
 def make_user_namespace(first: int, *maps: str) -> int:
     """Return a descriptor of a user namespace with the ids from first on, made by the first of them. Blocks.
 
-    maps are the users' and the groups', if they are not just these ids.
-
-    The kernel charges what it counts by user, such as inotify instances, message queues and timers, to a container's
-    user, and once more to the user who made the namespace. runc would make it as root: then one function could take all
-    that is there for every function and for root's own programs. Raises OSError, FaasdError.
+    maps are the users' and the groups', if they are not just these ids. The kernel charges what it counts by user,
+    such as inotify instances, message queues and timers, to a container's user, and once more to the user who made the
+    namespace. runc would make it as root: then one function could take all that is there for every function and for
+    root's own programs. Raises OSError, FaasdError.
     """
     with subprocess.Popen(["unshare", "--user", "cat"], cwd="/", bufsize=0, user=first, group=first, extra_groups=[],
                           stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
