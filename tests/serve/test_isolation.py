@@ -53,7 +53,7 @@ class HostIds(unittest.TestCase):
 class Ranges(unittest.TestCase):
     def test_lowest_free_one_that_touches_no_other(self):
         ranges = faasd.IdRanges(range(100_000, 100_000 + 3 * 65_536))
-        ranges.claim(100_000 + 65_536 + 1)              # given under other ids, so it overlaps two of these
+        ranges.taken.add(100_000 + 65_536 + 1)          # given under other ids, so it overlaps two of these
         self.assertEqual(ranges.take(), 100_000)
         self.assertRaisesRegex(faasd.Conflict, "all 3 ranges", ranges.take)
         ranges.release(100_000 + 65_536 + 1)
