@@ -2708,7 +2708,7 @@ class Container:
         if self._host.runtime.has_state(self.id) or self._host.cgroups.exists(self.cgroup):     # runc was killed
             await self._host.workers.run(self._host.remove_remains, self.id, self.cgroup)
         if self._output is not None:
-            await self._output.finish()
+            await self._output.close(takes_rest=True)
         for name in ("config.json", "control.sock", NOTIFY_SOCKET, "output", "note", "runtime.log"):
             try_remove(f"{self._directory}/{name}")     # not shutil.rmtree: there may be no descriptor left
         try_remove(self._directory, os.rmdir)
@@ -2917,9 +2917,12 @@ class OutputReader:
         while not over and not self._stopping:
             failed = False
             try:
-                await self._wait()
+                self._workers.loop.add_reader(self._descriptor, self._wake.set)
+                await self._wake.wait()
+                self._workers.loop.remove_reader(self._descriptor)
                 if self._stopping:
                     break
+                self._wake.clear()
                 over = await self._workers.run(self._read)
             except (OSError, MemoryError):      # out of descriptors, or of memory: the handler must not wait for long
                 failed = True
@@ -2932,14 +2935,6 @@ class OutputReader:
                 await self._workers.run(self._read)
         self._emit_partial()
         await self._workers.run(os.close, self._descriptor)
-
-    async def _wait(self) -> None:
-        """Return when there is something to read, or we are stopped."""
-        self._workers.loop.add_reader(self._descriptor, self._wake.set)
-        await self._wake.wait()
-        self._workers.loop.remove_reader(self._descriptor)
-        if not self._stopping:
-            self._wake.clear()
 
     def _read(self) -> bool:
         """Take what is there; return whether that was the last.
@@ -2986,14 +2981,12 @@ class OutputReader:
             self._emit(self._partial)
             self._partial = b""
 
-    async def finish(self) -> None:
-        """Take what is left once the container is gone, unless another, to which it sent its end, holds the lock."""
-        self._takes_rest = True
-        await self.close()
+    async def close(self, takes_rest: bool = False) -> bool:
+        """Read no more: what is still in the pipe is for the next reader, or is taken if the container is gone.
 
-    async def close(self) -> bool:
-        """Read no more: what is still in the pipe is for the next reader. Return whether it is closed soon."""
-        self._stopping = True
+        Return whether it is closed soon: another, to which the container sent its end, may hold the lock.
+        """
+        self._stopping, self._takes_rest = True, takes_rest
         self._wake.set()
         await asyncio.wait([self._task], timeout=EXIT_GRACE)
         return self._task.done()
