@@ -708,9 +708,6 @@ class FunctionRecord:
         return self.versions[0].options
 
 
-REGISTRY_FORMAT = 4
-
-
 def upgraded(function: dict) -> dict:
     """Return a function of format 3, that of faasd 0.1.0, in ours: there a version was an image, and had no number."""
     versions = [{"number": number, "image": entry["version"], **{key: entry[key] for key in entry if key != "version"}}
@@ -720,6 +717,7 @@ def upgraded(function: dict) -> dict:
 
 class Registry:
     """STATE_DIR/registry.json: every change replaces the file as a whole, so that it is never half written."""
+    FORMAT = 4
 
     def __init__(self, path: Path):
         self._path, self._new = path, path.with_name(f".{path.name}.new")
@@ -729,9 +727,9 @@ class Registry:
         try:
             document = json.loads(self._path.read_text())
             written = document["format"]
-            if written not in (3, REGISTRY_FORMAT):
-                raise FaasdError(f"{self._path} has format {written!r}, this faasd knows 3 and {REGISTRY_FORMAT}: use "
-                                 "the faasd that wrote it")
+            if written not in (3, self.FORMAT):
+                raise FaasdError(f"{self._path} has format {written!r}, this faasd knows 3 and {self.FORMAT}: use the "
+                                 "faasd that wrote it")
             functions = map(upgraded, document["functions"]) if written == 3 else document["functions"]
             records = [FunctionRecord.from_json(entry).check() for entry in functions]
             for what in ("name", "address", "first_id"):
@@ -750,7 +748,7 @@ class Registry:
 
     def save(self, records: Iterable[FunctionRecord]) -> None:
         """Write the functions to disk, for good. Raises FaasdError; the file is then as it was."""
-        document = {"format": REGISTRY_FORMAT, "functions": [record.to_json() for record in records]}
+        document = {"format": self.FORMAT, "functions": [record.to_json() for record in records]}
         try:
             # Only for root: options have environment variables, which may be secrets.
             with open(os.open(self._new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
@@ -3975,7 +3973,8 @@ GIVES_AWAY = ("/bin", "/boot", "/dev", "/etc", "/lib", "/lib32", "/lib64", "/lib
               "/var/run")
 NOTHING_OF = ("/dev", "/proc", "/run", "/sys")     # … nor in one of these; the daemon's own directories are of both
 # The same on every architecture: mount_setattr(2), Linux 5.12, the others older.
-SYS_OPEN_TREE, SYS_MOVE_MOUNT, SYS_OPENAT2, SYS_MOUNT_SETATTR = 428, 429, 437, 442
+SYS_OPEN_TREE, SYS_MOVE_MOUNT, SYS_FSOPEN, SYS_FSCONFIG, SYS_FSMOUNT = range(428, 433)
+SYS_OPENAT2, SYS_MOUNT_SETATTR = 437, 442
 RESOLVE_NO_SYMLINKS, OPEN_TREE_CLONE, AT_EMPTY_PATH, AT_FDCWD, MS_PRIVATE = 4, 1, 0x1000, -100, 1 << 18
 MOVE_MOUNT_EMPTY_PATHS = 0x44       # MOVE_MOUNT_F_EMPTY_PATH | MOVE_MOUNT_T_EMPTY_PATH
 MOUNT_ATTR_RDONLY, MOUNT_ATTR_NOSUID, MOUNT_ATTR_NODEV, MOUNT_ATTR_IDMAP = 1, 2, 4, 1 << 20
@@ -4125,6 +4124,7 @@ def owner_map(first_id: int, user: int, owner: int) -> str:
 
 
 CPU_PERIOD = 100_000                # microseconds (cgroup cpu controller)
+DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 DEFAULT_PORT = 8080                 # what PORT says, where neither the image nor the user does, as on Cloud Run
 MAX_OPEN_FILES = (1024, 4096)       # RLIMIT_NOFILE inside, soft and hard: a container serves one client at a time, and
                                     # much that hangs on a descriptor is the kernel's memory, and nobody's in particular
@@ -4414,9 +4414,6 @@ def option_rules() -> Iterator[dict]:
     yield from (allow("prctl", compare(0, number)) for number in (PR_SET_VMA, PR_SET_PTRACER))
     yield allow("sched_setscheduler", compare(1, os.SCHED_OTHER, 7))
     yield from (refuse("sched_setscheduler", compare(1, bit, bit)) for bit in (1, 2, 4))
-
-
-DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
 class Runtime:
@@ -5249,9 +5246,6 @@ def filter_of(sock: socket.socket) -> list[tuple[int, int, int, int]]:
     return list(struct.iter_unpack("HBBI", code.raw[:8 * count.value]))
 
 
-SYS_FSOPEN = 430                    # the same on every architecture; then come fsconfig and fsmount (Linux 5.2)
-
-
 def mount_cgroup2() -> int:
     """Return a descriptor of the part of cgroup v2 that we are in, mounted nowhere. Raises OSError.
 
@@ -5260,8 +5254,8 @@ def mount_cgroup2() -> int:
     """
     succeeded(libc.unshare(CLONE_NEWCGROUP))
     with kept_open(system_call(SYS_FSOPEN, b"cgroup2", 1)) as context:    # FSOPEN_CLOEXEC
-        system_call(SYS_FSOPEN + 1, context, 6, 0, 0, 0)                # fsconfig: FSCONFIG_CMD_CREATE
-        return system_call(SYS_FSOPEN + 2, context, 1, 0)               # fsmount: FSMOUNT_CLOEXEC
+        system_call(SYS_FSCONFIG, context, 6, 0, 0, 0)                  # FSCONFIG_CMD_CREATE
+        return system_call(SYS_FSMOUNT, context, 1, 0)                  # FSMOUNT_CLOEXEC
 
 
 def top_cgroup() -> contextlib.AbstractContextManager[int]:
