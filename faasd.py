@@ -6149,18 +6149,21 @@ class Leftovers:
         with opened(place, os.O_PATH | os.O_DIRECTORY) as directory, contextlib.ExitStack() as held:
             number, started, name, image, *contract = os.readlink("note", dir_fd=directory).split(" ")
             pid = int(number)
-            pidfd = held.enter_context(kept_open(os.pidfd_open(pid)))
+            # Not kept_open(): whoever adopts it drops `held`, and a generator closes what it has when it is dropped.
+            pidfd = os.pidfd_open(pid)
+            held.callback(os.close, pidfd)
             if not is_roots(pid) or start_time(pid) != started:
                 raise ProcessLookupError(errno.ESRCH, "its runtime has ended")
             signal.pidfd_send_signal(pidfd, 0)          # it is there still, so what was read was read of it
             with opened("output", os.O_PATH, directory) as pipe:        # so far nothing is opened
                 if not stat.S_ISFIFO(os.fstat(pipe).st_mode):
                     raise ValueError("its output is no pipe of ours")
-                output = held.enter_context(kept_open(
-                    os.open(f"/proc/self/fd/{pipe}", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)))
+                output = os.open(f"/proc/self/fd/{pipe}", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+            held.callback(os.close, output)
             notify = -1
             if contract and contract != ["handler"]:
-                notify = held.enter_context(kept_open(take_deposit(pidfd)))
+                notify = take_deposit(pidfd)
+                held.callback(os.close, notify)
             found = self._clients_of(cgroups[container_id], addresses[name], connections)
             clients = [(held.enter_context(client), peer) for client, peer in
                        itertools.islice(found, MAX_SURVIVING_CLIENTS if notify >= 0 else 1)]
