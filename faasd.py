@@ -6754,14 +6754,6 @@ class LogFormatter(logging.Formatter):
         return "\n".join(head + escape_controls(line) for line in message.split("\n"))
 
 
-def is_journal(descriptor: int) -> bool:
-    """Return whether what we write there goes to systemd's journal (systemd.exec(5), JOURNAL_STREAM)."""
-    with contextlib.suppress(OSError):
-        status = os.fstat(descriptor)
-        return os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
-    return False
-
-
 MAX_UNWRITTEN_MESSAGES = 10_000     # of our own log, on their way to stderr
 
 
@@ -6770,7 +6762,8 @@ class StderrHandler(logging.Handler):
 
     def __init__(self, as_json: bool):
         super().__init__()
-        self._for_journal = is_journal(2)
+        status = os.fstat(2)            # systemd.exec(5)
+        self._for_journal = os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
         self.setFormatter(LogFormatter(as_json, self._for_journal))
         self.writer = Writer(self._write, MAX_UNWRITTEN_MESSAGES)
 
@@ -9422,10 +9415,9 @@ def check_fields(document: dict, kinds: dict[str, type]) -> None:
 
 def size_of(path: Path) -> int:
     """Return a file's size, 0 if there is none."""
-    try:
+    with contextlib.suppress(FileNotFoundError):
         return path.lstat().st_size
-    except FileNotFoundError:
-        return 0
+    return 0
 
 
 class ImageStore:
