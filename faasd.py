@@ -577,7 +577,6 @@ class Volume:
 
 
 def volumes_of(text: str) -> list[Volume]:
-    """Return the volumes that --volume names. Raises BadRequest."""
     volumes = []
     for entry in filter(None, text.split(",")):
         match = re.fullmatch(r"(/[^:\0]*):(/[^:\0]*?)(:ro|:rw)?", entry)
@@ -1466,7 +1465,6 @@ class Invocation:
         return f"the client reset the connection before {program} had answered"
 
     def _blame(self, outcome: str, status: int, did: str) -> Refusal:
-        """Return the refusal for what its program did."""
         return Refusal(outcome, status, f"{who(self.container.contract)} {did}")
 
     async def _refuse(self, refusal: Refusal) -> None:
@@ -1633,8 +1631,7 @@ class TcpState(NamedTuple):
         return known._replace(sent=sent, unacknowledged=unacknowledged, unread=unread)
 
     @classmethod
-    def from_info(cls, info: bytes) -> TcpState:
-        """Return what a struct tcp_info says."""
+    def from_info(cls, info: bytes) -> TcpState:            # struct tcp_info
         acknowledged, received = struct.unpack_from("QQ", info, TCP_INFO_ACKED)
         sent, sent_again = struct.unpack_from("QQ", info, TCP_INFO_SENT)
         return cls(info[0], received, sent - sent_again, acknowledged=acknowledged)
@@ -4446,7 +4443,6 @@ class Runtime:
             setsigdef=signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}, file_actions=files)
 
     def containers(self) -> set[str]:
-        """Return the ids that the runtime keeps state for."""
         return {path.name for path in self.root.glob("[!.]*")}      # crun has its .cache there
 
     def has_state(self, container_id: str) -> bool:
@@ -4623,10 +4619,8 @@ class Cgroups:
                    for directory in self._directories(path))
 
     def limits(self, path: str) -> dict[str, str]:
-        """Return the limits that a container has, by the names of the files that hold them."""
-        directories = self._directories(path)
         return {name: " ".join((directory / name).read_text().split())
-                for name in LIMIT_FILES for directory in directories if (directory / name).exists()}
+                for name in LIMIT_FILES for directory in self._directories(path) if (directory / name).exists()}
 
     def members(self, path: str) -> Iterator[tuple[int, int]]:
         """Yield a pid, which may be another's by now, and a pidfd of each process of a container. Failure is logged."""
@@ -5239,7 +5233,6 @@ def attach_filter(sock: socket.socket, instructions: Iterable[tuple[int, int, in
 
 
 def filter_of(sock: socket.socket) -> list[tuple[int, int, int, int]]:
-    """Return the filter of a socket. Raises OSError."""
     most = 4096                         # instructions (BPF_MAXINSNS): the kernel counts these, not bytes
     code, count = ctypes.create_string_buffer(8 * most), ctypes.c_uint32(most)
     succeeded(libc.getsockopt(sock.fileno(), socket.SOL_SOCKET, SO_ATTACH_FILTER, code, ctypes.byref(count)))
