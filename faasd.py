@@ -4375,8 +4375,8 @@ SO_BIND_TO = (25, 62)               # SO_BINDTODEVICE, SO_BINDTOIFINDEX
 IP_ELSEWHERE = (4, 39, 42, 46)      # IP_OPTIONS, IP_ADD_SOURCE_MEMBERSHIP, MCAST_JOIN_GROUP, MCAST_JOIN_SOURCE_GROUP:
                                     # those that a TCP socket may set as well (linux/in.h)
 TCP_OF_MODULES = (31, 38, 39, 40, 41)       # TCP_ULP, TCP_AO_… (linux/tcp.h): the kernel loads what they name
-TIOCSETD, INT = 0x5423, 0xFFFF_FFFF         # ioctl_tty(2); musl's ioctl extends the sign of what it is asked for
-IOCTLS_OF_MODULES = ((TIOCSETD, 1), (0x8940, 2), (0x8980, 64))    # first and how many (linux/sockios.h): SIOC…BR, …VLAN
+INT = 0xFFFF_FFFF                   # musl's ioctl extends the sign of what it is asked for
+IOCTLS_OF_MODULES = ((termios.TIOCSETD, 1), (0x8940, 2), (0x8980, 64))      # first, how many: SIOC…BR, SIOC…VLAN
 PR_SET_SECCOMP, PR_SET_VMA, PR_SET_PTRACER = 22, 0x53564D41, 0x59616D61     # prctl(2)
 
 
@@ -5613,14 +5613,8 @@ EGRESS_RULES = """\
 add table inet {table}
 delete table inet {table}
 table inet {table} {{
-    set functions {{
-        type ifname . ipv4_addr
-        {functions}
-    }}
-    set resolvers {{
-        type ipv4_addr
-        {resolvers}
-    }}
+    set functions {{ type ifname . ipv4_addr; {functions} }}
+    set resolvers {{ type ipv4_addr; {resolvers} }}
     chain prerouting {{
         type filter hook prerouting priority raw; policy accept;
         iifname "{prefix}*" meta nfproto ipv6 drop
@@ -5648,10 +5642,7 @@ table inet {table} {{
         type nat hook postrouting priority srcnat; policy accept;
         ip saddr {subnet} oifname != "{prefix}*" masquerade
     }}
-    chain refuse {{
-        meta l4proto tcp reject with tcp reset
-        reject with icmpx type admin-prohibited
-    }}
+    chain refuse {{ meta l4proto tcp reject with tcp reset; reject with icmpx type admin-prohibited; }}
 }}
 """
 
@@ -5819,14 +5810,8 @@ table ip {table} {{
     chain published {{
         {rules}
     }}
-    chain prerouting {{
-        type nat hook prerouting priority -100; policy accept;
-        goto published
-    }}
-    chain output {{
-        type nat hook output priority -100; policy accept;
-        goto published
-    }}
+    chain prerouting {{ type nat hook prerouting priority -100; policy accept; goto published; }}
+    chain output {{ type nat hook output priority -100; policy accept; goto published; }}
     chain input {{
         type filter hook input priority 300; policy accept;
         ip daddr {subnet} tcp dport {port} ct status dnat meta mark set {mark}
