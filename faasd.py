@@ -3713,12 +3713,6 @@ class ClosedConnections:
         self._socket.bind((0, 1 << SKNLGRP_INET_TCP_DESTROY - 1))
         self._loop.add_reader(self._socket, self._on_messages)
 
-    def close(self) -> None:
-        if self._socket is not None:
-            self._loop.remove_reader(self._socket)
-            self._socket.close()
-            self._socket = None
-
     def _on_messages(self) -> None:
         for _ in range(ACCEPT_BATCH):
             try:
