@@ -5845,8 +5845,6 @@ def is_reachable(resolver: str) -> bool:
 # Where containers live: what they share, what the machine can do, and what the daemon before has left
 # ---------------------------------------------------------------------------------------------------------------------
 
-MAX_SPAWNING = 64                   # threads that mount the root of one function's containers, and its volumes
-
 
 class ContainerHost:
     """What all containers of this daemon share: directories, runtime, cgroups, ids, and threads that wait for them."""
@@ -5881,7 +5879,7 @@ class ContainerHost:
 
     def begin_spawn(self, bundle: Bundle, directory: str, container_id: str, files: list[tuple]) -> asyncio.Future:
         """Have a thread spawn a container. Raises OSError, also if a function's volume holds up too many already."""
-        if self._spawning[bundle.name] >= MAX_SPAWNING:
+        if self._spawning[bundle.name] >= 64:           # threads
             raise OSError(errno.EAGAIN, "earlier starts of it wait for its files: does a volume hang?")
         future = in_thread(self.loop, self._spawn, bundle, directory, container_id, files)
         self._spawning[bundle.name] += 1
@@ -5954,7 +5952,6 @@ PROBE_SECONDS = 10.0                # for the container that shows at start whet
 # What it runs instead of a handler: it opens its stdout as a program may that logs to a file.
 PROBE = {"version": "", "process": {"env": [f"PATH={DEFAULT_PATH}"], "entrypoint": ["sh"], "cmd": ["-c", "echo works "
          ">/dev/stdout"], "cwd": "/", "uid": 0, "gid": 0, "groups": [], "resolv_conf": "/etc/resolv.conf"}}
-PROBE_DIRECTORIES = re.compile(r"bin|lib.*|usr|nix|gnu")            # of this machine, which programs need
 
 
 async def probe_machine(host: ContainerHost) -> None:
@@ -6022,7 +6019,7 @@ def lay_out_probe(rootfs: Path) -> list[dict]:
     for name in ("dev", "etc", "proc", "sys", "tmp"):
         (rootfs / name).mkdir(parents=True)
     (rootfs / CONTROL_SOCKET[1:]).touch()
-    for entry in filter(lambda entry: PROBE_DIRECTORIES.fullmatch(entry.name), Path("/").iterdir()):
+    for entry in (entry for entry in Path("/").iterdir() if re.fullmatch(r"bin|lib.*|usr|nix|gnu", entry.name)):
         if entry.is_symlink():
             (rootfs / entry.name).symlink_to(os.readlink(entry))
         elif entry.is_dir():
@@ -6075,9 +6072,6 @@ class Survivor(NamedTuple):
     notify: int                 # reports a server's calls; -1 for a handler
     clients: list[tuple[socket.socket, str]]    # our duplicates, and the clients' addresses
     held: contextlib.ExitStack  # closes all these descriptors, if nobody adopts it
-
-
-MAX_SURVIVING_CLIENTS = 1024        # of one container: with --net host it may have connected to its own address
 
 
 class Leftovers:
@@ -6137,8 +6131,8 @@ class Leftovers:
                 notify = take_deposit(pidfd)
                 held.callback(os.close, notify)
             found = self._clients_of(cgroups[container_id], addresses[name], connections)
-            clients = [(held.enter_context(client), peer) for client, peer in
-                       itertools.islice(found, MAX_SURVIVING_CLIENTS if notify >= 0 else 1)]
+            most = 1024 if notify >= 0 else 1           # with --net host it may have connected to its own address
+            clients = [(held.enter_context(client), peer) for client, peer in itertools.islice(found, most)]
             if not clients:
                 raise KeyError(addresses[name])
             return Survivor(container_id, cgroups[container_id], name, image, *(contract or ["handler"]), pid,
@@ -6356,7 +6350,6 @@ class Writer:
 
 
 FLUSH_SECONDS = 5.0                 # to wait for lines on their way, when they are wanted or when we end
-MAX_UNWRITTEN_LINES = 100_000       # of all functions' logs; beyond, lines are dropped rather than memory filled
 
 
 def write_logs(items: list[tuple[FunctionLog, bytes]], dropped: int) -> None:
@@ -6369,7 +6362,6 @@ def write_logs(items: list[tuple[FunctionLog, bytes]], dropped: int) -> None:
         function_log.append(batch)
 
 
-LOG_FILE_SIZE = 8 * MIB             # NAME.log is renamed to NAME.log.1 above this, so a function keeps at most twice it
 FOLLOW_SECONDS = 15.0               # how often `logs --follow` looks whether its client is still there
 
 
@@ -6423,7 +6415,7 @@ class FunctionLog:
         with open(self.path, "ab", buffering=0, opener=functools.partial(os.open, mode=0o600)) as file:
             size = file.tell()
             ends = itertools.accumulate(map(len, lines), initial=size)
-            count = sum(end <= LOG_FILE_SIZE for end in ends) - 1
+            count = sum(end <= 8 * MIB for end in ends) - 1     # so a function keeps at most twice as much
             if size and count < 1:
                 self.path.replace(self._previous)
                 return
@@ -6503,18 +6495,16 @@ class Events(FunctionLog):
 
 # Who asked for what a task does, for the event that is written at its end.
 REQUESTER = contextvars.ContextVar("requester", default="faasd")
-PLAIN = re.compile(r"[\w.:@+\[\]-]+", re.ASCII)      # values that need no quotes
-FIELD = re.compile(r'(\w+)=("(?:[^"\\]|\\.)*"|\S*)')      # as `quote` writes them: a client chooses some
 
 
 def plain(value: str) -> str:
-    return value if PLAIN.fullmatch(value) else quote(value, MAX_MESSAGE)
+    return value if re.fullmatch(r"[\w.:@+\[\]-]+", value, re.ASCII) else quote(value, MAX_MESSAGE)
 
 
 def parse_fields(text: str) -> dict[str, str]:
     """Return the fields key=value of a line; control characters in them stay escaped."""
     return {key: re.sub(r'\\(["\\])', r"\1", value[1:-1]) if value.startswith('"') else value
-            for key, value in FIELD.findall(text)}
+            for key, value in re.findall(r'(\w+)=("(?:[^"\\]|\\.)*"|\S*)', text)}       # as `quote` writes them
 
 
 def split_line(line: bytes) -> tuple[str, str, str, str]:
@@ -6554,9 +6544,6 @@ def event_document(line: bytes) -> dict:
     return {"time": moment, "function": function, "event": text.partition(" ")[0], **fields}
 
 
-MAX_PRINTING = 128                  # containers of which output is held until it is known how their invocation ends
-
-
 class Failures:
     """Chooses failed invocations from a function's log, each after what its container printed.
 
@@ -6571,7 +6558,7 @@ class Failures:
             _, container, mark, text = split_line(line)
             if mark == "|":
                 self._printed.setdefault(container, collections.deque(maxlen=TAIL_LINES)).append(line)
-                if len(self._printed) > MAX_PRINTING:
+                if len(self._printed) > 128:            # invocations of which the end is not known yet
                     self._printed.popitem(last=False)
             elif text.startswith("outcome="):
                 printed, fields = self._printed.pop(container, ()), parse_fields(text)
@@ -6587,7 +6574,6 @@ class Failures:
 
 
 BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)   # seconds
-RECENT_SAMPLES = 1000               # of which percentiles are made
 
 
 class Histogram:
@@ -6596,7 +6582,7 @@ class Histogram:
     def __init__(self) -> None:
         self.counts = [0] * (len(BUCKETS) + 1)
         self.sum = 0.0                          # seconds
-        self._recent: collections.deque[float] = collections.deque(maxlen=RECENT_SAMPLES)
+        self._recent: collections.deque[float] = collections.deque(maxlen=1000)
 
     def add(self, seconds: float) -> None:
         self.counts[bisect.bisect_left(BUCKETS, seconds)] += 1
@@ -6639,9 +6625,6 @@ class Statistics:
             self.durations[name].add(seconds)
 
 
-LAG_PROBE_SECONDS = 0.1
-
-
 class LoopLag:
     """How late the loop runs its timers, because something else in it takes its time.
 
@@ -6655,7 +6638,7 @@ class LoopLag:
 
     def probe(self) -> None:
         if self._timer is None:
-            self._timer = self._loop.call_later(LAG_PROBE_SECONDS, self._measure)
+            self._timer = self._loop.call_later(0.1, self._measure)
 
     def _measure(self) -> None:
         self.histogram.add(max(0.0, self._loop.time() - self._timer.when()))
@@ -8266,7 +8249,6 @@ def unpack_main(daemon: str, directory: str, tag: str, *numbers: str) -> NoRetur
 
 TAR_TYPES = {stat.S_IFREG: tarfile.REGTYPE, stat.S_IFDIR: tarfile.DIRTYPE, stat.S_IFLNK: tarfile.SYMTYPE,
              stat.S_IFCHR: tarfile.CHRTYPE, stat.S_IFBLK: tarfile.BLKTYPE}
-MAX_EXTENTS = 1000                  # of a sparse file's map, which others bound too; beyond that its holes are filled
 TAR_END = bytes(2 * tarfile.BLOCKSIZE)
 
 
@@ -8349,7 +8331,7 @@ class SavedLayer:
             extents = [(0, entry.size)] if entry.size else []
             if status.st_blocks * 512 < entry.size:     # whatever the file system's blocks are (stat(2))
                 found = data_extents(path, entry.size)
-                if found != extents and len(found) < MAX_EXTENTS:
+                if found != extents and len(found) < 1000:      # more than that others do not read
                     yield self._sparse_header(entry, found), path, found
                     continue
             yield make_header(entry), path, extents
@@ -8707,7 +8689,6 @@ class ConnectionReader(io.RawIOBase):
 MAX_HEADERS_SIZE = 64 * KIB         # bytes of a request's headers; http.server allows as many for its first line
 MAX_HEADERS = 100                   # lines of them; http.server's own limit
 MAX_WRITE_SECONDS = 60.0            # for a client to take a piece of its answer
-RETRY_SECONDS = 5                   # Retry-After of our 503s
 SECRETS_HEADER = "Faasd-Secrets"    # NAME=BASE64,…; an address would show in logs of proxies
 ARCHIVE_TYPES = ("application/x-tar", "application/octet-stream")
 FORM_TYPES = ("application/x-www-form-urlencoded", "multipart/form-data", "text/plain")     # CORS-safelisted (Fetch)
@@ -8741,8 +8722,6 @@ def command_fault(command: str, said: str) -> tuple[int, str] | None:
 
 
 LEFT_SECONDS = 1.0                  # between two looks whether a command's client is still there
-END_SECONDS = 2.0                   # for it to take what a command that was ended has left
-MAX_HOLD_SECONDS = 2.0              # for the runtime to end after what looks like its complaint
 
 
 class Relay(threading.Thread):
@@ -8778,7 +8757,7 @@ class Relay(threading.Thread):
     def say(self, kind: int, data: bytes) -> None:
         """Send a last frame, once it is over; a client that takes nothing does not get it."""
         with contextlib.suppress(OSError):
-            self._connection.settimeout(END_SECONDS)
+            self._connection.settimeout(2)
             self._connection.sendall(self._output + (self.held or b"") + FRAME.pack(kind, len(data)) + data)
 
     def run(self) -> None:
@@ -8808,8 +8787,8 @@ class Relay(threading.Thread):
         for source in sources:
             poll.register(source, select.POLLIN)
         drained = self._finishing and bool(sources or not streams.outputs) and not self._output
-        ready = dict(poll.poll(0 if drained else MAX_HOLD_SECONDS * 1000 if self.held else None))
-        if self.held and not ready and not drained:     # the runtime would have ended by now
+        ready = dict(poll.poll(0 if drained else 2_000 if self.held else None))
+        if self.held and not ready and not drained:     # after a complaint the runtime would have ended by now
             self._output, self.held = self.held, None
         if ready.pop(self._wake.fileno(), None):
             os.eventfd_read(self._wake.fileno())
@@ -9196,7 +9175,7 @@ class ControlHandler(http.server.BaseHTTPRequestHandler):
             log.error("control API: %s", error, exc_info=error.__cause__ if error.status == 500 else None)
         headers = error.headers if isinstance(error, Refused) else {}
         if error.status == 503:
-            headers["Retry-After"] = str(RETRY_SECONDS)
+            headers["Retry-After"] = "5"
         self._reply(error.status, {"error": str(error), **({"output": error.output} if error.output else {})}, headers)
 
     def send_error(self, code, message=None, explain=None) -> None:
@@ -9586,7 +9565,6 @@ class ImageStore:
 
 
 PORT_RETRY_SECONDS = 5.0            # between attempts to publish a port that somebody else has at a start
-ADDRESS_RETRY_SECONDS = 1.0         # between attempts to put an address back on lo
 
 
 class Attachments:
@@ -9681,7 +9659,7 @@ class Attachments:
                 log.error("cannot look for our addresses: %s", error)
                 restored = False
             if not restored:
-                self._loop.call_later(ADDRESS_RETRY_SECONDS, self._address_lost.set)
+                self._loop.call_later(1, self._address_lost.set)
 
     async def provide(self, name: str, options: Options) -> None:
         """Make what a function's containers need of the network. Raises FaasdError."""
@@ -10317,7 +10295,6 @@ class Restart:
 
 
 STOP_SECONDS = 20.0                 # until a stop goes on without what should long have ended, and with it each wait
-UPLOAD_END_SECONDS = 5.0            # how long a stop waits until everybody has their answer
 
 
 class Daemon:
@@ -10330,7 +10307,7 @@ class Daemon:
         self._runtime = Runtime(shutil.which(settings.runtime) or settings.runtime, settings.run_dir / "runc")
         self._host = ContainerHost(settings.run_dir, self._runtime, ids, settings.subnet,
                                    Volumes((settings.state_dir, settings.run_dir)))
-        eighth, logs = self._host.descriptors.limit // 8, Writer(write_logs, MAX_UNWRITTEN_LINES, LOG_DELAY)
+        eighth, logs = self._host.descriptors.limit // 8, Writer(write_logs, 100_000, LOG_DELAY)
         self._services = Services(
             self._host, Starter(CPUS, self._loop), WarmLimit(settings.max_warm),
             HangupWatch(self._loop), Crowd(min(MAX_SILENT, eighth)), Crowd(min(MAX_ANSWERING, eighth)),
@@ -10431,7 +10408,7 @@ class Daemon:
         await self._services.logs.flush()
         for one in (*(function.log for function in functions.values()), self._services.events):
             one.end()
-        deadline = self._loop.time() + UPLOAD_END_SECONDS
+        deadline = self._loop.time() + 5        # by which everybody has their answer
         while any(one.busy for one in (self._deploys, *self._servers)) and self._loop.time() < deadline:
             await asyncio.sleep(0.01)
         self._deploys.attachments.close()
@@ -10591,7 +10568,6 @@ def parse_endpoint(text: str) -> tuple[str, int]:
 
 MAKE_TOKEN = "make one with: (umask 077; head -c 24 /dev/urandom | base64 > FILE)"
 MIN_TOKEN_LENGTH = 16               # characters
-MAX_TOKEN_FILE = 4 * KIB            # bytes
 
 
 def read_token(path: Path) -> bytes:
@@ -10605,7 +10581,7 @@ def read_token(path: Path) -> bytes:
                     *([f"chmod 600 {path}"] if status.st_mode & 0o077 else [])]
             if mend:
                 raise UsageError(f"--api-token-file {path} is open to others: {' && '.join(mend)}")
-            token = file.read(MAX_TOKEN_FILE).strip()
+            token = file.read(4 * KIB).strip()
     except OSError as error:
         raise UsageError(f"cannot read --api-token-file {path}: {error.strerror}; {MAKE_TOKEN}") from error
     if not re.fullmatch(rb"[!-~]+", token) or len(token) < MIN_TOKEN_LENGTH:
@@ -10635,9 +10611,6 @@ def check_machine(settings: Settings) -> None:
         raise UsageError(f"--run-dir {settings.run_dir} is too long for the name of a Unix socket")
 
 
-LOW_DESCRIPTORS = 4096              # a limit below is worth a warning: a function may need 4 * 64 + 1024 (its defaults)
-
-
 def machine_warnings() -> Iterator[str]:
     """Yield a line for each thing of this machine that faasd has to do without."""
     if read_text("/proc/sys/kernel/yama/ptrace_scope").strip() == "3":
@@ -10647,7 +10620,7 @@ def machine_warnings() -> Iterator[str]:
         yield ("SYN cookies are off, so clients that say nothing can keep others from connecting: "
                "sysctl net.ipv4.tcp_syncookies=1")
     descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if descriptors < LOW_DESCRIPTORS:
+    if descriptors < 4096:              # a function may need 4 * 64 + 1024 (its defaults)
         yield (f"only {descriptors} file descriptors are allowed, too few for many clients: raise the hard limit "
                "(ulimit -Hn, LimitNOFILE)")
 
@@ -10825,13 +10798,10 @@ def leave_behind_the_shell() -> None:
     set_limits()
 
 
-MAX_DESCRIPTORS = 65_536            # RLIMIT_NOFILE of ours
-
-
 def set_limits() -> None:
     """Set the limits of CONTAINER_LIMITS, as far as we may, and of descriptors and processes the most that we may."""
     hard = {kind: resource.getrlimit(kind)[1] for kind in (resource.RLIMIT_NOFILE, resource.RLIMIT_NPROC)}
-    hard[resource.RLIMIT_NOFILE] = min(MAX_DESCRIPTORS, hard[resource.RLIMIT_NOFILE])
+    hard[resource.RLIMIT_NOFILE] = min(65_536, hard[resource.RLIMIT_NOFILE])
     for kind, limits in {**CONTAINER_LIMITS, **{kind: (most, most) for kind, most in hard.items()}}.items():
         try:
             resource.setrlimit(kind, limits)
