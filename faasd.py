@@ -5991,10 +5991,7 @@ def may_duplicate() -> bool:
 
 
 async def try_container(host: ContainerHost) -> str:
-    """Start a container as functions have them, made of this machine's programs; return why none works, "" if one does.
-
-    If we are killed meanwhile, the next daemon removes it like any container.
-    """
+    """Start a container as functions have them, of this machine's programs; return why none works, "" if one does."""
     rootfs = host.containers_dir / secrets.token_hex(6)
     try:
         bundle = Bundle("probe", {**PROBE, "first_id": host.ids.first}, Options(), rootfs, host.run_dir, host.cgroups,
@@ -6140,17 +6137,14 @@ class Leftovers:
 
     def _clients_of(self, cgroup: str, address: str,
                     connections: dict[int, tuple[str, str]]) -> Iterator[tuple[socket.socket, str]]:
-        """Yield duplicates of a container's sockets that are connected to clients of address, and those clients.
-
-        If the kernel gives us none, a socket without a connection stands for it.
-        """
+        """Yield duplicates of a container's sockets that are connected to clients of address, and those clients."""
         seen = set()
         for pidfd, number, inode in self._host.cgroups.sockets(cgroup):
             host, peer = connections.get(inode, ("", ""))
             if host == address and inode not in seen:
                 try:
                     duplicate = duplicate_socket(pidfd, number)
-                except PermissionError:         # see machine_warnings
+                except PermissionError:         # see machine_warnings: one without a connection stands for it
                     duplicate, inode = socket.socket(), 0
                 except OSError:                 # it is gone
                     continue
@@ -6229,13 +6223,10 @@ class Leftovers:
 
 
 def is_roots(pid: int) -> bool:
-    """Return whether a process is root's, in our user and pid namespaces. Raises OSError if it is gone.
-
-    Its real user counts: a setuid program has the real user of whoever runs it.
-    """
+    """Return whether a process's real user is root, in our user and pid namespaces. Raises OSError if it is gone."""
     with open(f"/proc/{pid}/status", "rb", buffering=0) as file:        # not by Path: users may have many thousands
         status = file.read(KIB)
-    return b"\nUid:\t0\t" in status and all(
+    return b"\nUid:\t0\t" in status and all(            # the real one: a setuid program has that of whoever runs it
         os.readlink(f"/proc/{pid}/ns/{kind}") == os.readlink(f"/proc/self/ns/{kind}") for kind in ("user", "pid"))
 
 
@@ -6439,10 +6430,7 @@ class FunctionLog:
 
     def read(self, tail: int | None, since: str, choose: Callable[[Iterable[bytes]], Iterable[bytes]] = iter
              ) -> tuple[list[bytes], BinaryIO | None]:
-        """Return the last `tail` lines (None: all) since a time (RFC 3339 UTC) that choose yields, and the open file.
-
-        The file, None if there is no log yet, is for follow(), or for the caller to close.
-        """
+        """Return the last `tail` lines (None: all) since a time that choose yields; the file, if any, for follow()."""
         lines: collections.deque[bytes] = collections.deque(maxlen=tail)
         with contextlib.suppress(FileNotFoundError), self._previous.open("rb") as previous:
             lines.extend(line for line in choose(previous) if line >= since.encode())
@@ -6515,10 +6503,7 @@ def split_line(line: bytes) -> tuple[str, str, str, str]:
 
 
 def log_document(function: str, line: bytes) -> dict:
-    """Return a line of a function's log for programs: output has a text, an invocation its fields, a change an event.
-
-    What is not known of an invocation is null. Durations are in seconds.
-    """
+    """Return a line of a function's log for programs: output has text, an invocation its fields, a change an event."""
     moment, container, mark, text = split_line(line)
     document = {"time": moment, "function": function, "container": None if container == "-" else container}
     if mark == "|":
@@ -6545,10 +6530,7 @@ def event_document(line: bytes) -> dict:
 
 
 class Failures:
-    """Chooses failed invocations from a function's log, each after what its container printed.
-
-    Failed is what `errors` counts: no answer from the program, or a bad exit.
-    """
+    """Chooses the invocations that `errors` counts from a function's log, each after what its container printed."""
 
     def __init__(self) -> None:
         self._printed: collections.OrderedDict[str, collections.deque[bytes]] = collections.OrderedDict()
@@ -6626,10 +6608,7 @@ class Statistics:
 
 
 class LoopLag:
-    """How late the loop runs its timers, because something else in it takes its time.
-
-    Probed by a timer that only a client sets, so that an idle daemon does not wake up.
-    """
+    """How late the loop runs timers. The one that shows it is set by clients alone: an idle daemon does not wake up."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop):
         self.histogram = Histogram()
@@ -8667,13 +8646,10 @@ MAX_HEADER_SECONDS = 20.0           # from the end of one answer to the end of t
 
 
 class ConnectionReader(io.RawIOBase):
-    """Reads from a connection, but no further than to the end of a line: what follows a head is for somebody else.
-
-    A deadline holds for all reads together, so that drops of bytes do not extend it.
-    """
+    """Reads from a connection, but no further than to the end of a line: what follows a head is for somebody else."""
 
     def __init__(self, connection: socket.socket):
-        self.deadline: float | None = None      # by time.monotonic; None: the socket's own timeout counts
+        self.deadline: float | None = None      # for all reads together; None: the socket's own timeout, for each
         self._connection = connection
 
     def readable(self) -> bool:
@@ -9403,10 +9379,7 @@ class ImageStore:
         return self._tmp / secrets.token_hex(8)
 
     async def unpack(self, connection: socket.socket, length: str, directory: Path, tag: str, first_id: int) -> dict:
-        """Have a child receive an archive and unpack it to a directory; return image.json.
-
-        connection and length are as unpack_main takes them. Raises FaasdError with what the child said.
-        """
+        """Have a child unpack an archive to a directory (see unpack_main); return image.json. Raises FaasdError."""
         limits = self._settings.max_image_size, self._settings.max_image_entries
         return await self._run_child("unpack", "unpacking the image", connection, directory, tag, *limits, first_id,
                                      length)
@@ -9452,15 +9425,12 @@ class ImageStore:
         return document
 
     async def put(self, name: str, unpacked: Path, image: dict, undo: Undo) -> None:
-        """Move an unpacked image to where it belongs; return once it is on the disk. Raises FaasdError, OSError.
-
-        A root that is there already stays: same digest, same content, and invocations may be running on it.
-        """
+        """Move an unpacked image to where it belongs; return once it is on the disk. Raises FaasdError, OSError."""
         directory = self._images / name / image["version"]
         digest = self.look(name, image["version"])["digest"]
         if digest not in ("", image["digest"]):         # somebody has looked for a pair of them
             raise Conflict(f"function {name} has an image with another digest that begins like this one's: {digest}")
-        if digest:                      # of a version that may be running: whole at any time, and as it was on an error
+        if digest:      # it may be running, so its root stays, the rest is whole at any time, and as before on an error
             undo.callback(write_anew, directory / "image.json", (directory / "image.json").read_text())
             await asyncio.to_thread(sync_file_system, unpacked)
             (unpacked / "config.json").rename(directory / "config.json")        # an older faasd kept none
@@ -9495,10 +9465,7 @@ class ImageStore:
         await self.remove(name, [path.name for path in (self._images / name).glob("*") if path.name not in versions])
 
     async def discard(self, *paths: Path) -> None:
-        """Remove what is in STATE_DIR/tmp, for DISCARD_SECONDS; what takes longer goes on in a thread.
-
-        An image may have a million files, for which nobody should wait. If we end first, the next start removes them.
-        """
+        """Remove what is in STATE_DIR/tmp; what takes over DISCARD_SECONDS goes on in a thread, or at a start."""
         def discard() -> None:
             for path in paths:
                 if path.is_dir() and not path.is_symlink():
@@ -9847,10 +9814,7 @@ class Deploys:
             return await self._install(name, entry, files, "set", undo)
 
     async def roll_back(self, name: str, query: dict[str, list[str]]) -> dict:
-        """Go back to an earlier version. Raises FaasdError.
-
-        The query's `version` is its number, or its image's first 12 digits; without it, to the one before.
-        """
+        """Go back to the version that a query names by number or image, or to the one before. Raises FaasdError."""
         wanted = query.get("version", [""])[-1]
         function = self.get(name)
         async with self._changing(name, "rollback") as undo:
@@ -10108,10 +10072,7 @@ class Deploys:
         await self.write_names(kept)
 
     async def republish(self, function: Function) -> None:
-        """Publish a function's ports after a start; while some cannot be had, go on trying.
-
-        Anybody can take a port while no daemon runs, and an address may come later than we do.
-        """
+        """Publish a function's ports after a start. Some may be taken, or an address not be there yet: go on trying."""
         name, errors = function.record.name, await self.attachments.republish(function.record)
         if errors:
             log.warning("function=%s %s; trying again", name, "; ".join(errors))
@@ -10318,10 +10279,7 @@ class Daemon:
         self._stop_signals: asyncio.Queue[int] = asyncio.Queue()
 
     async def run(self) -> None:
-        """Serve until SIGTERM or SIGINT, then drain, or until SIGHUP, then leave invocations to the next daemon.
-
-        A second signal ends the waiting. Raises FaasdError.
-        """
+        """Serve until SIGTERM or SIGINT, then drain, or until SIGHUP, then pass invocations on. Raises FaasdError."""
         token = read_token(self._settings.api_token_file) if self._settings.api else b""
         ignored = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else set()      # by nohup(1)
         for number in {signal.SIGTERM, signal.SIGINT, signal.SIGHUP} - ignored:
@@ -10751,10 +10709,7 @@ def is_dead_with_lock(path: Path) -> bool:
 
 
 def outlive_containers(run_dir: Path) -> None:
-    """End the containers of a killed daemon, if they keep a thread of it waiting in the kernel (see Workers).
-
-    As long as they do, it has its locks and sockets.
-    """
+    """End the containers of a killed daemon that keep a thread of it, and so its locks, in the kernel (see Workers)."""
     begin, cgroups = time.monotonic(), Cgroups(run_dir)
     while is_dead_with_lock(run_dir / "faasd.lock") and (passed := time.monotonic() - begin) < STOP_SECONDS:
         if passed > EXIT_GRACE:                 # else it is about to end
