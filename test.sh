@@ -33,8 +33,9 @@ if [ ${#missing[@]} -gt 0 ]; then
     apt-get install -qq -y --no-install-recommends "${missing[@]}" </dev/null >/dev/null
 fi
 
+# The one that the package runs too. Others on PATH, such as that of pyenv, may take three times as long to start.
 python=
-for candidate in python3 /usr/bin/python3 python3.{11..19}; do
+for candidate in /usr/bin/python3 python3 python3.{11..19}; do
     if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
         python=$candidate
         break

@@ -2,7 +2,7 @@
 """Run faasd's tests with nothing but unittest: `python3 tests/run.py [-v] [--workers N] [tests/FOLDER/test_x.py…]`.
 
 Each file runs in a process and a network namespace of its own, and ends with a look for what it has left: processes,
-mounts, cgroups, addresses, directories. One more than there are CPUs run at a time, those that take long first. What a
+mounts, cgroups, addresses, directories. Two more than there are CPUs run at a time, those that take long first. What a
 file prints comes in one piece when it has ended; with one at a time, as it goes.
 
 One line per file, tracebacks of what failed, then what was skipped, a line `skipped: N: reason` for each reason, and
@@ -31,9 +31,11 @@ from typing import NamedTuple
 
 TESTS = Path(__file__).resolve().parent
 FOLDERS = ("lib", "unit", "images", "serve", "manage", "hold", "cluster")
-LONGEST = ("hostile_clients", "server", "crash", "cluster", "docker", "pool", "restart", "hostile", "invocation",
-           "network", "deploy", "local_users", "hostile_servers", "archive", "real_servers", "faults", "root",
-           "output", "daemon", "soak", "cut", "look", "volume", "api_tcp", "pack", "cli", "bench")     # begin first
+# Of all files, those that begin first.
+LONGEST = ("hostile_clients", "server", "docker", "crash", "cluster", "invocation", "restart", "hostile_servers",
+           "pool", "local_users", "network", "daemon", "faults", "deploy", "hostile", "pack", "real_servers",
+           "volume", "cut", "output", "readme", "cli", "look", "api_tcp", "archive", "nodes", "root", "machine",
+           "soak", "bench", "troubleshooting", "examples", "packaging", "secret", "save", "quickstart")
 MAX_WORKERS = 4
 PR_SET_PDEATHSIG = 1
 TEST_SECONDS = 600 * int(os.environ.get("FAASD_TEST_PATIENCE", "1"))      # for one test; only a hang takes longer
@@ -277,8 +279,8 @@ def main() -> int:
     parser.add_argument("-v", "--verbose", action="store_true", help="print every test and its seconds")
     parser.add_argument("--soak", metavar="SECONDS", help="how long each of those tests takes that may take any time")
     parser.add_argument("--workers", type=int, metavar="N",
-                        default=min(len(os.sched_getaffinity(0)) + 1, MAX_WORKERS),         # tests also wait
-                        help="how many files run at a time (default: one more than CPUs, at most %d)" % MAX_WORKERS)
+                        default=min(len(os.sched_getaffinity(0)) + 2, MAX_WORKERS),     # half of the time, tests wait
+                        help="how many files run at a time (default: two more than CPUs, at most %d)" % MAX_WORKERS)
     parser.add_argument("--report", type=Path, help=argparse.SUPPRESS)      # in the process of one file
     parser.add_argument("files", nargs="*", type=Path, metavar="FILE", help="tests/*/test_*.py by default")
     arguments = parser.parse_args()

@@ -292,10 +292,14 @@ class Crash(unittest.TestCase):
 class PowerLoss(unittest.TestCase):
     """What the registry names is on the disk before, and what it does not name any more goes after: by strace."""
 
+    @classmethod
+    def setUpClass(cls):
+        cls.daemon = support.Daemon().start()
+        cls.addClassCleanup(cls.daemon.close)
+        cls.state = str(cls.daemon.state_dir)
+
     def setUp(self):
-        self.daemon = support.Daemon().start()
-        self.addCleanup(self.daemon.close)
-        self.state = str(self.daemon.state_dir)
+        self.addCleanup(self.daemon.remove_all)
 
     def trace(self, method: str, path: str, body: bytes = b"") -> list[str]:
         """Return the daemon's calls during a request: `+call(...)` when it begins, `-call(...)` when it is done."""

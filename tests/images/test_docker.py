@@ -13,13 +13,13 @@ import re
 import shutil
 import stat
 import subprocess
-import sys
 import tarfile
 import tempfile
 import time
 import unittest
 from pathlib import Path
 
+import archives
 import faasd
 import support
 import test_quickstart
@@ -103,8 +103,8 @@ class Engine:
         (context / "Dockerfile").write_text(LAYERED)
         self.build("layered", context / "Dockerfile", context)
 
-    def build(self, tag: str, dockerfile: Path | str, context: Path) -> None:
-        self.docker("build", "--network=none", "--build-arg", "BASE=faasd-base", "-f", dockerfile, "-t", tag, context)
+    def build(self, tag: str, dockerfile: Path | str, context: Path, base: str = "faasd-base") -> None:
+        self.docker("build", "--network=none", "--build-arg", f"BASE={base}", "-f", dockerfile, "-t", tag, context)
 
     def close(self) -> None:
         self.process.stdin.close()
@@ -189,14 +189,15 @@ class DockerPath(EngineTest):
     def setUpClass(cls):
         super().setUpClass()
         cls.engine.build_images()
+        cls.daemon = support.Daemon().start()
+        cls.addClassCleanup(cls.daemon.close)
 
     def setUp(self):
-        """Start a daemon with nothing in it, so that the first function is always at .10."""
-        self.daemon = support.Daemon().start()
-        self.addCleanup(self.daemon.close)
+        """Leave nothing, so that the first function is always at .10."""
+        self.addCleanup(self.daemon.remove_all)
 
     def faas(self, *arguments, stdin) -> subprocess.CompletedProcess:
-        return subprocess.run([sys.executable, support.TOP / "faas", "--socket", self.daemon.socket, *arguments],
+        return subprocess.run([*support.FAAS, "--socket", self.daemon.socket, *arguments],
                               stdin=stdin, capture_output=True, text=True, timeout=120)
 
     def save_into_faas(self, images: list[str], *arguments) -> subprocess.CompletedProcess:
@@ -243,8 +244,7 @@ class DockerPath(EngineTest):
         self.assert_deployed(done, "saved", "10.0.0.10")
         archive = self.daemon.directory / "saved.tar"
         with archive.open("wb") as file:
-            subprocess.run([support.TOP / "faas", "--socket", self.daemon.socket, "save", "saved"], stdout=file,
-                           check=True)
+            subprocess.run([*support.FAAS, "--socket", self.daemon.socket, "save", "saved"], stdout=file, check=True)
         self.engine.docker("load", "-i", archive)
         trees = {}
         for image in ("layered", "saved"):
@@ -363,6 +363,20 @@ USER nobody:staff
 }
 
 
+def small_base() -> bytes:
+    """Return a root file system on which Dockerfiles can run ordinary commands, for `docker import`.
+
+    Debian's has two thousand files, which Docker and faasd take a dozen times for each image; three makers use it.
+    """
+    programs = subprocess.run(["busybox", "--list"], capture_output=True, text=True, check=True).stdout.split()
+    users = "root:x:0:0::/root:/bin/sh\nnobody:x:65534:65534::/:/bin/false\n"
+    return archives.layer(
+        archives.file("bin/busybox", Path("/bin/busybox").read_bytes(), mode=0o755),
+        *(archives.symlink(f"bin/{name}", "busybox") for name in programs if name != "busybox"),
+        archives.file("etc/passwd", users), archives.file("etc/passwd-", users),
+        archives.file("etc/group", "root:x:0:\nstaff:x:50:\n"))
+
+
 class SavedImages(EngineTest):
     """`faas save | docker load`: for images of other makers, a container of what comes back is one of the original."""
 
@@ -380,6 +394,8 @@ class SavedImages(EngineTest):
         shutil.copy(support.TOP / "test_handler.py", cls.context)
         with tarfile.open(cls.context / "added.tar.gz", "w:gz") as tar:
             tar.add(support.TOP / "test_handler.py", "deep/er/file")
+        (cls.context / "base.tar").write_bytes(small_base())
+        cls.engine.docker("import", cls.context / "base.tar", "small-base")
         cls.daemon = support.Daemon().start()
         cls.addClassCleanup(cls.daemon.close)
 
@@ -397,7 +413,7 @@ class SavedImages(EngineTest):
     def build(self, tag: str) -> Path:
         entrypoint = "" if tag == "layers" else f"ENTRYPOINT {json.dumps(BUSYBOX)}\nCMD [\"said\", \"a b\"]\n"
         (self.context / "Dockerfile").write_text(DOCKERFILES[tag] + entrypoint)
-        self.engine.build(tag, self.context / "Dockerfile", self.context)
+        self.engine.build(tag, self.context / "Dockerfile", self.context, "small-base" if entrypoint else "faasd-base")
         return self.dockers(tag)
 
     def commit(self, tag: str) -> Path:
@@ -585,8 +601,7 @@ class ComposePath(EngineTest):
             expected = json.loads(support.curl(f"http://{address}/"))
             (directory / "compose.yaml").write_text(daemon.faas("export", "compose", "web").stdout)
             with (directory / "image.tar").open("wb") as file:
-                subprocess.run([support.TOP / "faas", "--socket", daemon.socket, "save", "web"], stdout=file,
-                               check=True)
+                subprocess.run([*support.FAAS, "--socket", daemon.socket, "save", "web"], stdout=file, check=True)
         self.engine.docker("load", "-i", directory / "image.tar")
 
         def compose(*arguments: str) -> str:

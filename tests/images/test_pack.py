@@ -90,7 +90,10 @@ class Pack(unittest.TestCase):
 
     def test_other_pythons_of_this_machine(self):
         """The handler answers from an image of each: what `faas` runs with is what it packs."""
-        pythons = {os.path.realpath(path) for path in ("/usr/bin/python3", PYTHON) if os.path.exists(path)}
+        found = {os.path.realpath(path) for path in ("/usr/bin/python3", shutil.which("python3"), PYTHON)
+                 if path and os.path.exists(path)}
+        pythons = {path for path in found if subprocess.run(
+            [path, "-c", "import sys; sys.exit(sys.version_info < (3, 11))"], check=False).returncode == 0}
         with support.Daemon() as daemon:
             for number, python in enumerate(sorted(pythons)):
                 image = pack(HANDLER, python=python)

@@ -45,9 +45,10 @@ with contextlib.suppress(FileExistsError):
     (CACHE / "faas.py").symlink_to(TOP / "faas")
 # Python compiles a program anew each time, but keeps the byte code of what is imported. Tests write none into the tree.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
-IMPORTING = (sys.executable, "-X", f"pycache_prefix={CACHE}/byte-code", "-c")
-FAAS = (*IMPORTING, f"import os, sys; sys.path.insert(0, {str(CACHE)!r}); sys.argv[0] = 'faas'; import faas; "
-                    "os._exit(faas.main())")            # as ./faas does
+# Without what faasd does not need of Python, nor a search for garbage in what is imported: 10 ms, 2,500 times.
+IMPORTING = (sys.executable, "-S", "-X", f"pycache_prefix={CACHE}/byte-code", "-c")
+FAAS = (*IMPORTING, f"import gc, os, sys; sys.path.insert(0, {str(CACHE)!r}); sys.argv[0] = 'faas'; gc.disable(); "
+                    "import faas; gc.enable(); os._exit(faas.main())")          # as ./faas does
 RUN_DIRS: set[Path] = set()                             # of all daemons of this run
 HANDLER = TOP / "tests/handlers/handler.py"            # to put something in front of; all else runs handler.pl
 RUNTIME = os.environ.get("FAASD_TEST_RUNTIME", "runc")     # the --runtime of every daemon that does not ask for another
@@ -233,8 +234,8 @@ class Daemon:
 
     def command(self) -> list[str]:
         settings = "".join(f"faasd.{name} = {value}; " for name, value in (self.constants or {}).items())
-        program = (f"import sys; sys.path.insert(0, {str(TOP)!r}); sys.argv[0] = 'faasd.py'; import faasd; {settings}"
-                   "sys.exit(faasd.main(sys.argv[1:]))")
+        program = (f"import gc, sys; sys.path.insert(0, {str(TOP)!r}); sys.argv[0] = 'faasd.py'; gc.disable(); "
+                   f"import faasd; gc.enable(); {settings}sys.exit(faasd.main(sys.argv[1:]))")
         return [*self.wrapper, *IMPORTING, program, "--state-dir", str(self.state_dir), "--run-dir", str(self.run_dir),
                 "--runtime", RUNTIME, *self.arguments]
 
