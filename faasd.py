@@ -84,6 +84,7 @@ if (needs_python_3_11_or_newer := sys.version_info) < (3, 11):
     print("faasd: needs Python 3.11 or newer, and this is", sys.version.split()[0], file=sys.stderr)
     sys.exit(2)
 
+import _thread
 import argparse
 import asyncio
 import base64
@@ -2088,7 +2089,7 @@ class Starter:
         # For each line, by the test whether a pool still needs a start: its pools. Whose turn is next comes first.
         self._lines: dict[Callable[[Pool], bool], dict[Pool, None]] = {Pool.lacks_now: {}, Pool.lacks_ahead: {}}
         self._timer: asyncio.TimerHandle | None = None
-        self._slots = Tasks("a slot for a start")
+        self._slots: dict[asyncio.Task, asyncio.TimerHandle] = {}      # starts that are under way, and hold a slot
 
     def need_now(self, pool: Pool) -> None:
         self._lines[Pool.lacks_now].setdefault(pool)
@@ -2104,7 +2105,9 @@ class Starter:
         self._timer = None
         while self._free > 0 and (pool := self._next()):
             self._free -= 1
-            self._slots.start(self._hold_slot(pool.start()))
+            start = pool.start()        # one that takes long sleeps more than it computes, and frees its slot
+            self._slots[start] = self._loop.call_later(START_SLOT_SECONDS, self._release, start)
+            start.add_done_callback(self._release)
 
     def _next(self) -> Pool | None:
         for lacks, line in list(self._lines.items()):
@@ -2118,11 +2121,11 @@ class Starter:
                     return pool
         return None
 
-    async def _hold_slot(self, start: asyncio.Task) -> None:
-        """Keep a slot taken while a container starts. One that takes long sleeps more than it computes."""
-        await asyncio.wait([start], timeout=START_SLOT_SECONDS)
-        self._free += 1
-        self._fill()
+    def _release(self, start: asyncio.Task) -> None:
+        if timer := self._slots.pop(start, None):
+            timer.cancel()
+            self._free += 1
+            self._fill()
 
 
 class WarmLimit:
@@ -2167,7 +2170,7 @@ class WarmLimit:
             pool.reconcile()
 
 
-CONTAINER_DESCRIPTORS = 9           # while one starts: a socket, a pipe's two ends, a pidfd or eventfd, a server's five
+CONTAINER_DESCRIPTORS = 9           # while one starts: a file or two, a socket, a pipe, a pidfd, a server's five
 SPARE_DESCRIPTORS = 64              # left for ending what runs, and as many more for starting it
 
 
@@ -2192,14 +2195,9 @@ class Descriptors:
         self._check(CONTAINER_DESCRIPTORS, self._spare)
 
     def _check(self, needed: int, spare: int) -> None:
-        taken = []
-        try:
-            while len(taken) < needed:
-                taken.append(os.dup(self._probe))
-        finally:
-            for descriptor in taken:
-                os.close(descriptor)
-        if taken[-1] >= self.limit - spare:
+        lowest = os.dup(self._probe)
+        os.close(lowest)
+        if lowest + needed > self.limit - spare:
             raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 
 
@@ -2275,8 +2273,7 @@ class Container:
         self._looks = MAX_LOOKS                         # … in so many looks, which are left
         self._memory = -1                               # tells when it may have run out of memory
         self._memory_told = False                       # that it may have
-        # Of its function's processes, for want of memory.
-        self._killed_before = host.cgroups.memory_kills(posixpath.dirname(self.cgroup))
+        self._killed_before = host.cgroups.memory_kills(posixpath.dirname(self.cgroup))     # of its function's
         self._killing: asyncio.Task | None = None       # held, for the loop does not
         self.contract = ""                              # handler or server, once it is known
         self.port = 0                                   # a server's
@@ -2391,12 +2388,11 @@ class Container:
         os.chown(self._directory, 0, bundle.first_id)   # runc mounts control.sock as the container's root
         with open(f"{self._directory}/config.json", "xb") as file:
             file.write(bundle.render(self.id, user_namespace))
-        with contextlib.ExitStack() as stack:
-            files = self._open_files(bundle, stack)
-            self._spawning = self._host.begin_spawn(bundle, self._directory, self.id, files)
-            given = stack.pop_all()
-        # In a thread: if we were stopped meanwhile, it may have ended, and another of its network hold the pipe's lock.
-        self._spawning.add_done_callback(lambda _: self._host.workers.run(given.close))
+        with contextlib.ExitStack() as undo:
+            given = undo.enter_context(contextlib.ExitStack())
+            files = self._open_files(bundle, given)
+            self._spawning = self._host.begin_spawn(bundle, self._directory, self.id, files, given)
+            undo.pop_all()
         return self._spawning
 
     def _open_files(self, bundle: Bundle, given: contextlib.ExitStack) -> list[tuple]:
@@ -2412,9 +2408,8 @@ class Container:
         self._output = OutputReader(self._host.workers, os.open(output, os.O_RDONLY | os.O_NONBLOCK), self._on_output)
         # Open for reading as well: should we die, what the handler prints still has a reader, itself. It waits when
         # the pipe is full, until the next daemon reads on, rather than die of SIGPIPE.
-        writing = given.enter_context(kept_open(os.open(output, os.O_RDWR)))
-        files = [(os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0), (os.POSIX_SPAWN_DUP2, writing, 1),
-                 (os.POSIX_SPAWN_DUP2, writing, 2)]
+        files = [(os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0), (os.POSIX_SPAWN_OPEN, 1, output, os.O_RDWR, 0),
+                 (os.POSIX_SPAWN_DUP2, 1, 2)]
         if self._supervisor:            # the runtime keeps its deposit for us until it ends
             deposit = given.enter_context(self._supervisor.deposit.dup())
             files.append((os.POSIX_SPAWN_DUP2, deposit.fileno(), DEPOSIT))
@@ -2588,7 +2583,7 @@ class Container:
             return
         if self.look_for_memory():
             self.kill_soon()
-        elif looks:
+        elif looks and self._host.cgroups.counts_memory(self.cgroup):
             self._host.loop.call_later(KILL_RETRY, self._on_memory, looks - 1)
 
     def look_for_memory(self) -> bool:
@@ -2827,7 +2822,7 @@ class Execution(Container):
             await self.start(bundle, timeout)
         except BaseException:
             if self._streams:
-                self._host.workers.run(self._streams.close)     # see Container._spawn
+                self._host.workers.run(self._streams.close)     # see ContainerHost.begin_spawn
             raise
         started(self._streams)
         try:
@@ -2925,14 +2920,22 @@ class OutputReader:
                 pause_at = self._room - OUTPUT_CHUNK
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._wake.wait(), LOG_DELAY)
-        if self._takes_rest and not over:       # what was read last may be from before the last was written
-            with contextlib.suppress(OSError, MemoryError):
-                await self._workers.run(self._read)
+        if not over:
+            await self._workers.run(self._end)
         self._emit_partial()
-        await self._workers.run(os.close, self._descriptor)
+
+    def _close(self) -> bool:
+        os.close(self._descriptor)
+        return True
+
+    def _end(self) -> None:
+        with contextlib.suppress(OSError, MemoryError):
+            if self._takes_rest and self._read():       # what was read last may be from before the last was written
+                return
+        self._close()
 
     def _read(self) -> bool:
-        """Take what is there; return whether that was the last.
+        """Take what is there; return whether that was the last, and our end is closed.
 
         A handler may write without end, and need not even copy what it writes (vmsplice(2)): it must not wait for a
         full pipe, nor fill the log, nor cost us a copy, or much at all, where the log takes no more.
@@ -2942,13 +2945,13 @@ class OutputReader:
             while rest > 0 and self._room > 0:
                 data = os.read(self._descriptor, OUTPUT_CHUNK)
                 if not data:
-                    return True
+                    return self._close()
                 self._log(data)
                 rest -= len(data)
             while self._room <= 0 and not self._stopping:
                 with open(os.devnull, "wb") as null:
                     if not os.splice(self._descriptor, null.fileno(), PIPE_SIZE, flags=os.SPLICE_F_NONBLOCK):
-                        return True
+                        return self._close()
                 time.sleep(LOG_DELAY)
         return False
 
@@ -3054,6 +3057,8 @@ class Workers:
             self.pending.discard(future)
             self._limits.pop(future, None)
             settle(future, outcome)
+        if not self.pending and self._timer:            # most calls come back before the look
+            self._timer = self._timer.cancel()
         spare = self._threads - len(self.pending) - 1
         if spare > 0 and self._calls.empty():
             self._threads -= spare
@@ -3085,24 +3090,6 @@ class Workers:
                 break
             done |= came
         return done
-
-
-def in_thread(loop: asyncio.AbstractEventLoop, function: Callable, *arguments) -> asyncio.Future:
-    """Call function in a thread of its own, which may change what other threads have in common. Raises OSError."""
-    future = loop.create_future()
-
-    def work() -> None:
-        try:
-            outcome = function(*arguments)
-        except Exception as error:                  # for the caller
-            outcome = error
-        with contextlib.suppress(RuntimeError):     # the loop is closed
-            loop.call_soon_threadsafe(settle, future, outcome)
-    try:
-        threading.Thread(target=work, name="spawner", daemon=True).start()
-    except RuntimeError as error:
-        raise OSError(errno.EAGAIN, "no thread is to be had") from error
-    return future
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -3783,25 +3770,23 @@ def mount_root(place: str, bundle: Bundle) -> None:
     mount_here("", "", "/", MS_REC | MS_SLAVE)
     memory = bundle.options.memory      # a file costs some too, so there may be one for each 4 KiB
     mount_here("tmpfs", "faasd", place, MS_NOSUID | MS_NODEV, f"mode=0711,size={memory},nr_inodes={memory // 4096}")
-    for name in ("upper", "work", "root"):
-        os.mkdir(f"{place}/{name}")
-    top = os.stat(bundle.rootfs)        # that of the upper directory is what shows
-    os.chown(f"{place}/upper", top.st_uid, top.st_gid)
-    os.chmod(f"{place}/upper", stat.S_IMODE(top.st_mode))
+    for name in ("work", "root", f"upper{bundle.etc}"):
+        os.makedirs(f"{place}/{name}")
+    functions = "" if bundle.own_network else read_text(bundle.names)       # as they are named now
+    hosts = f"{HOSTS}127.0.0.1\t{bundle.hostname}\n{functions}"
+    for name, text in (("hosts", hosts), ("hostname", f"{bundle.hostname}\n")):
+        with open(f"{place}/upper{bundle.etc}/{name}", "xb", 0) as file:
+            os.fchown(file.fileno(), bundle.first_id, bundle.first_id)
+            file.write(text.encode())
+    # What is the container's own is there before the overlay, which would have to copy /etc and note what is replaced.
+    for path in itertools.accumulate(bundle.etc.rstrip("/").split("/"), "{}/{}".format):
+        image = os.stat(f"{bundle.rootfs}{path}")       # what the upper directory has is what shows
+        os.chown(f"{place}/upper{path}", image.st_uid, image.st_gid)
+        shutil.copystat(f"{bundle.rootfs}{path}", f"{place}/upper{path}")
     lower, upper, work = (re.sub(r"[\\,:]", r"\\\g<0>", path)
                            for path in (bundle.rootfs, f"{place}/upper", f"{place}/work"))
     mount_here("overlay", "faasd", f"{place}/root", MS_NOSUID | MS_NODEV,
                f"lowerdir={lower},upperdir={upper},workdir={work}")
-    functions = "" if bundle.own_network else read_text(bundle.names)       # as they are named now
-    for name, text in (("hosts", f"{HOSTS}127.0.0.1\t{bundle.hostname}\n{functions}"),      # as docker does
-                       ("hostname", f"{bundle.hostname}\n")):
-        path = f"{place}/root{bundle.etc}/{name}"
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(path)             # whatever it is: nothing there is followed, or opened
-        with open(path, "x") as file:
-            os.fchmod(file.fileno(), 0o644)
-            os.fchown(file.fileno(), bundle.first_id, bundle.first_id)
-            file.write(text)
 
 
 NAMES = "hosts/functions"           # in RUN_DIR, in a directory where dnsmasq's hostsdir finds nothing else
@@ -4410,6 +4395,8 @@ def option_rules() -> Iterator[dict]:
 class Runtime:
     """The OCI runtime program and its state directory."""
 
+    SIGNALS = signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}     # those that a program can handle
+
     def __init__(self, program: str, root: Path):
         self.program, self.root = program, root
         self.name = Path(program).name
@@ -4432,15 +4419,14 @@ class Runtime:
         posix_spawn takes half the time of subprocess.Popen, and the loop stands still for it. A session of its own:
         a Ctrl-C on our terminal is not for handlers. Python ignores SIGPIPE, nohup SIGHUP: no program expects that.
         """
-        return os.posix_spawn(
-            self.program, self.run_argv(bundle, container_id), {"PATH": DEFAULT_PATH}, setsid=True,
-            setsigdef=signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}, file_actions=files)
+        return os.posix_spawn(self.program, self.run_argv(bundle, container_id), {"PATH": DEFAULT_PATH}, setsid=True,
+                              setsigdef=self.SIGNALS, file_actions=files)
 
     def containers(self) -> set[str]:
         return {path.name for path in self.root.glob("[!.]*")}      # crun has its .cache there
 
     def has_state(self, container_id: str) -> bool:
-        return (self.root / container_id).exists()
+        return os.path.exists(f"{self.root}/{container_id}")
 
     def delete(self, container_id: str) -> None:
         """Remove a container by force. Blocks; failure is logged, for the caller removes what is left by hand."""
@@ -4526,7 +4512,7 @@ class Cgroups:
 
     def _directories(self, path: str) -> list[Path]:
         # Asked at the end of every container, and a machine may have a dozen of v1: so not by Path.is_dir().
-        return [Path(f"{h}{path}") for h in self._hierarchies if os.path.isdir(f"{h}{path}")]
+        return [Path(h + path) for h in map(str, self._hierarchies) if os.access(h + path, os.F_OK)]
 
     def _traces(self, path: str) -> list[Path]:
         """Return the directories of a cgroup, and what crun has left of it, which may be all that there is."""
@@ -4592,8 +4578,9 @@ class Cgroups:
         directory = f"{self._memory}{path}"
         event = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         try:
-            with open(f"{directory}/memory.oom_control", "rb") as file:
-                Path(f"{directory}/cgroup.event_control").write_text(f"{event} {file.fileno()}")
+            with open(f"{directory}/memory.oom_control", "rb", 0) as file:
+                with open(f"{directory}/cgroup.event_control", "wb", 0) as control:
+                    control.write(b"%d %d" % (event, file.fileno()))
         except OSError:
             os.close(event)
             raise
@@ -4606,7 +4593,9 @@ class Cgroups:
     def memory_kills(self, path: str) -> int:
         """Return how many processes of a cgroup, on v2 of all below it, were killed for memory; 0 once it is gone."""
         file = "memory.events" if self.kills_whole else "memory.oom_control"
-        return int(read_fields(f"{self._memory}{path}/{file}").get("oom_kill", 0))
+        with contextlib.suppress(OSError), open(f"{self._memory}{path}/{file}", "rb", 0) as fields:
+            return int(re.search(rb"^oom_kill (\d+)|\Z", fields.read(), re.MULTILINE)[1] or 0)
+        return 0
 
     def refused_processes(self, path: str) -> bool:
         return any(read_fields(directory / "pids.events").get("max", "0") != "0"
@@ -5877,11 +5866,25 @@ class ContainerHost:
         self.containers_dir.chmod(0o711)
         (self.run_dir / ROOT).mkdir(exist_ok=True)
 
-    def begin_spawn(self, bundle: Bundle, directory: str, container_id: str, files: list[tuple]) -> asyncio.Future:
+    def begin_spawn(self, bundle: Bundle, directory: str, container_id: str, files: list[tuple],
+                    given: contextlib.ExitStack) -> asyncio.Future:
         """Have a thread spawn a container. Raises OSError, also if a function's volume holds up too many already."""
         if self._spawning[bundle.name] >= 64:           # threads
             raise OSError(errno.EAGAIN, "earlier starts of it wait for its files: does a volume hang?")
-        future = in_thread(self.loop, self._spawn, bundle, directory, container_id, files)
+        future = self.loop.create_future()
+
+        def work() -> None:
+            try:
+                outcome = self._spawn(bundle, directory, container_id, files)
+            except Exception as error:                  # for the caller
+                outcome = error
+            with contextlib.suppress(RuntimeError):     # the loop is closed
+                self.loop.call_soon_threadsafe(settle, future, outcome)
+            given.close()       # last: if we were stopped, others of its network may hold the lock of a pipe by now
+        try:
+            _thread.start_new_thread(work, ())          # who starts a threading.Thread waits until it runs
+        except RuntimeError as error:
+            raise OSError(errno.EAGAIN, "no thread is to be had") from error
         self._spawning[bundle.name] += 1
         future.add_done_callback(lambda _: self._spawning.subtract([bundle.name]))
         return future
@@ -6232,7 +6235,8 @@ def is_roots(pid: int) -> bool:
 
 def start_time(pid: int) -> str:
     """Return when a process started, as proc_pid_stat(5) has it: with its pid it names one process since the boot."""
-    return Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[19].decode()
+    with open(f"/proc/{pid}/stat", "rb", 0) as file:
+        return file.read().rpartition(b")")[2].split()[19].decode()
 
 
 SYS_PIDFD_GETFD = 438               # the same on every architecture (pidfd_getfd(2), Linux 5.6)
