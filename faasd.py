@@ -4395,11 +4395,10 @@ def option_rules() -> Iterator[dict]:
 class Runtime:
     """The OCI runtime program and its state directory."""
 
-    SIGNALS = signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}     # those that a program can handle
-
     def __init__(self, program: str, root: Path):
         self.program, self.root = program, root
         self.name = Path(program).name
+        self._signals = signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}       # that a program can handle
 
     def version(self) -> str:
         """Return the first line of `runc --version`. Raises FaasdError if it does not run."""
@@ -4420,7 +4419,7 @@ class Runtime:
         a Ctrl-C on our terminal is not for handlers. Python ignores SIGPIPE, nohup SIGHUP: no program expects that.
         """
         return os.posix_spawn(self.program, self.run_argv(bundle, container_id), {"PATH": DEFAULT_PATH}, setsid=True,
-                              setsigdef=self.SIGNALS, file_actions=files)
+                              setsigdef=self._signals, file_actions=files)
 
     def containers(self) -> set[str]:
         return {path.name for path in self.root.glob("[!.]*")}      # crun has its .cache there
@@ -4578,9 +4577,8 @@ class Cgroups:
         directory = f"{self._memory}{path}"
         event = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         try:
-            with open(f"{directory}/memory.oom_control", "rb", 0) as file:
-                with open(f"{directory}/cgroup.event_control", "wb", 0) as control:
-                    control.write(b"%d %d" % (event, file.fileno()))
+            with open(f"{directory}/memory.oom_control", "rb") as file:
+                Path(f"{directory}/cgroup.event_control").write_text(f"{event} {file.fileno()}")
         except OSError:
             os.close(event)
             raise
@@ -5890,10 +5888,7 @@ class ContainerHost:
         return future
 
     def _spawn(self, bundle: Bundle, directory: str, container_id: str, files: list[tuple]) -> int:
-        """Start `runc run` for a bundle that lies in directory; return its pid. Raises OSError.
-
-        In a thread of its own, which gets the container's root, and nothing else to do afterwards.
-        """
+        """Start `runc run` in a thread of its own, which gets the container's root. Return its pid. Raises OSError."""
         place = str(self.run_dir / ROOT)
         mount_root(place, bundle)
         if bundle.secrets:
