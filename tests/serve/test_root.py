@@ -268,6 +268,7 @@ print("expected", json.dumps({
     "written": [refusal(lambda: open(path, "r+").close()) for path in FILES if os.stat(path).st_mode & 0o222],
     "made": [refusal(lambda: os.mkdir(f"{top}/new")) for top, _, _ in TREE],
     "etc": {name: [status.st_uid, oct(status.st_mode)] for name, status in ETC.items()},
+    "directory": [os.stat("/etc").st_uid, oct(os.stat("/etc").st_mode)],
     "hostname": read("/etc/hostname"),
     "resolved": {name: socket.gethostbyname(name) for name in ("localhost", socket.gethostname())},
 }), flush=True)
@@ -285,7 +286,8 @@ class Expected(unittest.TestCase):
     def expect(self, *options: str, **files: bytes) -> dict:
         self.addCleanup(self.daemon.faas, "rm", "f", check=False)
         image = support.handler_image(EXPECTS.encode(), files={
-            "etc/nsswitch.conf": b"hosts: files\n", **{f"etc/{name}": content for name, content in files.items()}})
+            "etc/nsswitch.conf": b"hosts: files\n", **{f"etc/{name}": content for name, content in files.items()}},
+            layers=[archives.layer(archives.directory("etc", uid=7, mode=0o2751))])
         self.daemon.faas("new", "f", "--warm", "0", *options, stdin=image)
         return json.loads(support.wait_until(lambda: re.findall("expected ({.*})", self.daemon.function_log("f")),
                                              "the container has said what it finds")[-1])
@@ -298,6 +300,7 @@ class Expected(unittest.TestCase):
                 self.assertEqual((found["hostname"], found["resolved"]),
                                  (f"{hostname}\n", {"localhost": "127.0.0.1", hostname: "127.0.0.1"}))
                 self.assertEqual(found["etc"], dict.fromkeys(("hosts", "hostname"), [0, "0o100644"]))
+                self.assertEqual(found["directory"], [7, "0o42751"])        # the image's
                 self.daemon.faas("rm", "f")
 
     def test_its_limits(self):
