@@ -6796,7 +6796,6 @@ def parse_plain_header(block: bytes) -> TarInfo | None:
 
 
 MAX_RECORD_SIZE = MIB               # all headers of one tar entry: PAX records, long names, sparse maps
-MAX_DIGITS = 1024                   # longest run of digits in such headers; no real name or number comes close
 
 
 class TarReader:
@@ -6834,10 +6833,11 @@ class TarReader:
         self._budget -= count
         data = self._stream.read(count)
         numbers = re.findall(rb"[0-9]+", data)          # each record and each hole has one, which takes time to parse
-        self._image.spend_numbers(len(numbers) + count // BYTES_PER_NUMBER)
-        # Until Python 3.12.6 the parser's time is quadratic in the length of a run of digits (CVE-2024-6232).
-        if count > tarfile.BLOCKSIZE and max(map(len, numbers), default=0) > MAX_DIGITS:
-            raise ImageError(f"bad tar header: a run of over {MAX_DIGITS} digits")
+        # Until Python 3.12.6 the parser's time is quadratic in the length of a run of digits (CVE-2024-6232), and each
+        # record's name goes on to the next "=", be it over thousands of other records.
+        slow = sum(len(number) ** 2 for number in numbers) // 4
+        slow += len(re.findall(rb"[0-9] ", data)) * max(map(len, data.split(b"=")))
+        self._image.spend_numbers(len(numbers) + count // BYTES_PER_NUMBER + slow // KIB)
         return data
 
     def tell(self) -> int:
@@ -6874,6 +6874,7 @@ class TarReader:
 
 
 MAX_ARCHIVE_MEMBERS = 100_000       # members of the outer archive
+MAX_LAYERS = 1000                   # of an image: docker makes 127 at most, and an empty one may cost a process
 MAX_JSON_SIZE = 4 * MIB             # one manifest, index or config; the OCI distribution spec asks for 4 MiB
 SEGMENT = 64 * MIB                  # bytes of an archive in one file
 WINDOW = MIB                        # … and of such a file in our memory
@@ -6896,14 +6897,14 @@ class Archive:
         self._size = 0                  # bytes of all of them
         self._members: dict[str, tuple[int, int]] = {}      # name → offset in the segments, size
         self._links: dict[str, str] = {}        # docker before 25 writes repeated layers as symbolic links (F.1)
-        self._top: set[str] = set()             # first components, to recognise what is not an image
+        self.top: set[str] = set()             # first components, to recognise what is not an image
         reader = TarReader(stream, budget, "this is not an image archive: make one with `docker save` or `faas pack`")
         for count, entry in enumerate(reader, 1):
             if count > MAX_ARCHIVE_MEMBERS:
                 raise FaasdError(f"the archive has over {MAX_ARCHIVE_MEMBERS} members (MAX_ARCHIVE_MEMBERS)",
                                  status=413)
             name = self._normalise(entry.name)
-            self._top.add(name.split("/")[0])
+            self.top.add(name.split("/")[0])
             if entry.isreg() and entry.sparse is None:
                 self._members[name] = self._size, entry.size
                 for piece in stream.take_all(entry.size):
@@ -6911,7 +6912,7 @@ class Archive:
             elif entry.issym() or entry.islnk():
                 base = posixpath.dirname(name) if entry.issym() else ""
                 self._links[name] = self._normalise(posixpath.join(base, entry.linkname))
-        if not self._top:
+        if not self.top:
             raise ImageError("the archive is empty: did the command before the pipe fail?")
         if not reader.ended:
             raise ImageError(CUT_SHORT)
@@ -6968,9 +6969,6 @@ class Archive:
         if match and hashlib.sha256(data).hexdigest() != match[1]:
             raise ImageError(f"{name!r} is damaged: its content does not match its digest")
         return data
-
-    def looks_like_root_filesystem(self) -> bool:
-        return len(self._top & {"bin", "etc", "usr", "lib", "var", "dev", "proc"}) >= 3
 
 
 class Layer(NamedTuple):
@@ -7166,7 +7164,7 @@ def choose_image(archive: Archive, tag: str) -> Image:
         candidates = docker_candidates(archive)
     elif archive.find("index.json"):
         candidates = OciIndex(archive, architecture).candidates()
-    elif archive.looks_like_root_filesystem():
+    elif len(archive.top & {"bin", "etc", "usr", "lib", "var", "dev", "proc"}) >= 3:
         raise ImageError("this is a bare file system, not an image: use `docker save`, not `docker export`")
     else:
         raise ImageError("this tar holds no image: neither manifest.json nor index.json; use `docker save`")
@@ -7185,6 +7183,8 @@ def choose_image(archive: Archive, tag: str) -> Image:
 
 def pair_layers(chosen: Candidate, config: dict) -> list[Layer]:
     """Return the layers with the digests that the config promises for them (E.3)."""
+    if len(chosen.layers) > MAX_LAYERS:
+        raise FaasdError(f"the image has over {MAX_LAYERS} layers (MAX_LAYERS)", status=413)
     diff_ids = json_strings(json_field(config, "rootfs", dict, "the image config"), "diff_ids", "the image config")
     if len(diff_ids) != len(chosen.layers):
         raise ImageError(f"the image lists {len(chosen.layers)} layers but {len(diff_ids)} diff_ids; "
@@ -7206,6 +7206,7 @@ def pair_layers(chosen: Candidate, config: dict) -> list[Layer]:
 # How compressed streams begin (RFC 1952, 8878). A zstd stream may begin with frames that are to be skipped.
 GZIP_MAGIC = re.compile(rb"\x1f\x8b")
 ZSTD_MAGIC = re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18")
+ZSTD_BEGINNINGS = b"\x28\xb5\x2f\xfd", b"\x2a\x4d\x18"
 OTHER_MAGIC = re.compile(rb"(?P<xz>\xfd7zXZ\0)|(?P<bzip2>BZh[1-9](?:1AY&SY|\x17rE8P\x90))|(?P<lzip>LZIP\x01)|"
                          rb"(?P<lz4>[\x02\x04][\x21\x22][\x4c\x4d]\x18)|(?P<lzma>\x5d\0\0(?:[^\0]\0|\0[^\0]))")
 MAGIC_SIZE = 16                         # bytes in which all of these are
@@ -7232,7 +7233,7 @@ def decompress(pieces: Iterator[bytes], budget: Budget, refusal: str) -> Iterato
         try:
             from compression import zstd
         except ImportError:                 # before Python 3.14
-            yield from unzstd_by_program(whole)
+            yield from unzstd_by_program(whole, budget)
         else:
             yield from decompress_frames(whole, "zstd", zstd.ZstdDecompressor, zstd.ZstdError, budget)
 
@@ -7274,16 +7275,16 @@ def decompress_frames(compressed: Iterator[bytes], what: str, begin: Callable, f
         raise ImageError(f"{what} data in the archive is cut short")
 
 
-def unzstd_by_program(compressed: Iterator[bytes]) -> Iterator[bytes]:
-    """Decompress zstd with the `zstd` program, fed by a thread."""
-    program = shutil.which("zstd")
-    if program is None:
+def unzstd_by_program(compressed: Iterator[bytes], budget: Budget) -> Iterator[bytes]:
+    """Decompress zstd with the `zstd` program, fed by a thread, which counts frames by what all of them begin with."""
+    if not (program := shutil.which("zstd")):
         raise ImageError("a layer is compressed with zstd and this machine has no zstd program: "
                          "install it (apt install zstd), or save the image with gzip layers")
 
     def feed(pipe) -> None:
         with pipe:
-            for data in compressed:
+            for data in map(bytes, compressed):
+                budget.spend_frame(sum(map(data.count, ZSTD_BEGINNINGS)))
                 pipe.write(data)
 
     with subprocess.Popen([program, "-dcq"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
@@ -7298,7 +7299,7 @@ def unzstd_by_program(compressed: Iterator[bytes]) -> Iterator[bytes]:
     if isinstance(fed.exception(), FaasdError):         # the data ends
         raise fed.exception()
     if child.returncode != 0 or fed.exception():        # zstd went away, or says so
-        raise ImageError("zstd data in the archive is damaged or cut short")
+        raise ImageError("zstd data in the archive is damaged, is cut short, or was made with --long over 27")
 
 
 FREE_STEPS = 100_000                # components of paths looked at, for an image; a new directory counts as …
@@ -7327,22 +7328,19 @@ class Budget:
         if self.bytes[of] > self._max_size:
             raise FaasdError(f"the unpacked image is over {self._max_size} bytes (--max-image-size)", status=413)
 
-    def spend_entry(self) -> None:
-        self.entries += 1
-        self._check_files()
+    def spend_entry(self, count: int = 1) -> None:
+        self.entries += count
+        if max(self.entries, self.entries + self._directories - FREE_DIRECTORIES) > self._max_entries:
+            raise FaasdError(f"the image has over {self._max_entries} files (--max-image-entries)", status=413)
 
     def spend_directory(self) -> None:
         """Count a directory that an entry only implies: a disk may run out of inodes before it is full."""
         self._directories += 1
         self.spend_steps(STEPS_PER_DIRECTORY)
-        self._check_files()
+        self.spend_entry(0)
 
-    def _check_files(self) -> None:
-        if max(self.entries, self.entries + self._directories - FREE_DIRECTORIES) > self._max_entries:
-            raise FaasdError(f"the image has over {self._max_entries} files (--max-image-entries)", status=413)
-
-    def spend_frame(self) -> None:
-        self._frames += 1
+    def spend_frame(self, count: int = 1) -> None:
+        self._frames += count
         if self._frames > FRAMES_PER_ENTRY * self._max_entries:
             raise FaasdError(f"the image is compressed in over {FRAMES_PER_ENTRY * self._max_entries} pieces "
                              "(FRAMES_PER_ENTRY × --max-image-entries)", status=413)
@@ -7469,10 +7467,9 @@ class Rootfs:
 
     def make_directory(self, path: bytes) -> bytes:
         """Return the real path of a directory, made 0755 root:root with its parents where it is missing (A.6)."""
-        real = self._resolved.get(path)
-        if real is None:
-            real = self._resolved[path] = self._walk(path, self._imply_directory)
-        return real
+        if path not in self._resolved:
+            self._resolved[path] = self._walk(path, self._imply_directory)
+        return self._resolved[path]
 
     def _imply_directory(self, path: bytes) -> None:
         self._budget.spend_directory()
@@ -7829,6 +7826,8 @@ class LayerApplier:
             data = value.encode("utf-8", "surrogateescape")
             if name in ACL_XATTRS:
                 data = shift_acl(data, lambda number: host_id(number, self._rootfs.first_id))
+            if name == "security.capability" and not data:   # which the kernel takes, and lets nobody read
+                raise ValueError("its capabilities are empty")
             try:
                 os.setxattr(host, name, data, follow_symlinks=follow)
             except OSError as error:
@@ -8052,7 +8051,7 @@ def resolve_process(config: dict, rootfs: Rootfs) -> dict:
     account = find_user(rootfs, json_field(settings, "User", str, what))
     cwd = check_working_directory(rootfs, json_field(settings, "WorkingDir", str, what), "the image's WorkingDir")
     rootfs.make_directory(cwd.encode())
-    env = [entry for entry in json_strings(settings, "Env", what) if "=" in entry]     # runc refuses one without
+    env = [entry for entry in json_strings(settings, "Env", what) if entry.find("=") > 0]      # runc refuses others
     named = {entry.partition("=")[0] for entry in env}      # of these HOME stays, whoever its user is
     defaults = {"PATH": DEFAULT_PATH, "HOME": account.home}             # G.2
     env += [f"{key}={value}" for key, value in defaults.items() if key not in named]
@@ -8216,7 +8215,7 @@ def unpack_main(daemon: str, directory: str, tag: str, *numbers: str) -> NoRetur
         document = unpack_image(archive, Path(directory), tag, *map(int, limits))
     except FaasdError as error:
         document = {"error": str(error), "status": error.status}
-    except MemoryError:
+    except (MemoryError, RuntimeError):     # of a thread that cannot start
         document = {"error": "the image's archive needs too much memory to read (CHILD_ADDRESS_SPACE)", "status": 413}
     end_child(document)
 
@@ -8422,7 +8421,7 @@ def save_main(daemon: str, directory: str, first_id: str, tag: str, options: str
     except FileNotFoundError:
         document = {failure: "its image is gone, or an older faasd has unpacked it: deploy it again", "status": 409}
     except (OSError, ValueError, TypeError, AttributeError, RecursionError, MemoryError) as error:
-        document = {failure: f"saving the image: {error!r}", "status": 500}
+        document = {failure: f"saving the image: {str(error) or repr(error)}", "status": 500}
     end_child(document)
 
 
@@ -9339,10 +9338,14 @@ def check_fields(document: dict, kinds: dict[str, type]) -> None:
             raise ImageError(f"image.json has no valid {key!r}")
 
 
-def size_of(path: Path) -> int:
-    """Return a file's size, 0 if there is none."""
+def size_of(name: str | Path, directory: int | None = None) -> int:
+    """Return the size of a file, or of all below a directory, where an image's layers may make links at any time."""
     with contextlib.suppress(FileNotFoundError):
-        return path.lstat().st_size
+        try:
+            with opened(name, os.O_RDONLY | os.O_DIRECTORY, directory) as below:
+                return sum(size_of(entry, below) for entry in os.listdir(below))
+        except OSError:                 # no directory, or not any more
+            return os.stat(name, dir_fd=directory, follow_symlinks=False).st_size
     return 0
 
 
@@ -9484,8 +9487,7 @@ class ImageStore:
         functions = [{"name": record.name, "images": self._images_of(record), "logs": sum(
             size_of(self._settings.state_dir / "logs" / f"{record.name}.log{end}") for end in ("", ".1"))}
             for record in records]
-        tmp = sum(size_of(Path(top, name)) for top, _, names in os.walk(self._tmp) for name in names)
-        room = os.statvfs(self._tmp)
+        tmp, room = size_of(self._tmp), os.statvfs(self._tmp)
         return {"functions": functions, "tmp": tmp, "free": room.f_bavail * room.f_frsize, "total": tmp + sum(
             entry["logs"] + sum(image["size"] for image in entry["images"]) for entry in functions)}
 
@@ -9508,8 +9510,7 @@ class ImageStore:
         directory = self._images / name / version
         try:
             image = parse_json((directory / "image.json").read_bytes(), dict, "image.json")
-            if not (directory / "rootfs").is_dir():
-                raise FileNotFoundError(errno.ENOENT, "No such file or directory", "rootfs")
+            os.scandir(directory / "rootfs").close()
             check_fields(image, IMAGE_FIELDS)
             check_fields(image["process"], PROCESS_FIELDS)
             return image

@@ -765,6 +765,13 @@ class Metadata(Sandbox):
             with self.subTest(name[:20]), self.refused(400, "cannot unpack /?f"):
                 self.apply(layer(file("f", records={"SCHILY.xattr." + name: "v"})))
 
+    def test_D3_capabilities_that_nobody_could_read(self):
+        """The kernel takes empty ones, and then lets nobody read them: neither faas save nor overlayfs."""
+        for made in (file, directory, symlink):
+            what = ("f", "t") if made is symlink else ("f",)
+            with self.subTest(made.__name__), self.refused(400, "cannot unpack f: its capabilities are empty"):
+                self.apply(layer(made(*what, records={"SCHILY.xattr.security.capability": ""})))
+
     def test_D3_xattrs_that_do_not_fit_are_not_a_full_disk(self):
         """ext4 says ENOSPC where an attribute does not fit beside the others; others take it, or have another word."""
         for name, records in (("one", {"SCHILY.xattr.user.a": "v" * 20_000}), ("too large for any", {

@@ -175,6 +175,10 @@ class Processes(Sandbox):
         env = ["Z=1", "A=", "PATH=/x", "B=a=b", "A=again", "S= two  spaces ", "N=line\nline", "HOME=/h", "ü=ö"]
         self.assertEqual(self.process(Env=env)["env"], env)
 
+    def test_G2_env_that_no_runtime_takes_is_left_out(self):
+        self.assertEqual(self.process(Env=["=x", "A=1", "B", "", "=", "HOME=/h", "PATH=/p"])["env"],
+                         ["A=1", "HOME=/h", "PATH=/p"])
+
     def test_G2_path_and_home_only_if_absent(self):
         passwd = file("etc/passwd", PASSWD)
         self.assertEqual(self.process(passwd, Env=["A=1"], User="app")["env"],

@@ -3,10 +3,23 @@
 import json
 import os
 import pty
+import shutil
 import subprocess
+import sys
 import unittest
 
 import support
+
+SHAPING = """
+import os, sys, time
+os.chdir(sys.argv[1])
+while True:
+    for name in ("link", "file"):
+        for old, new in (("a", "directory"), (name, "a"), ("a", name), ("directory", "a")):
+            os.rename(old, new)
+            if new == "a":
+                time.sleep(0.001)
+"""
 
 
 class PruneTest(support.SharedDaemonCase):
@@ -85,6 +98,25 @@ class PruneTest(support.SharedDaemonCase):
                          [([2], size), ([], size)])
         command.kill()
         support.wait_until(lambda: len(self.usage()["functions"][0]["images"]) == 1, "the image is removed")
+
+    def test_what_an_image_makes_meanwhile_leads_nowhere(self):
+        """Its layers may make a link or a file of any directory, while df and prune look at what is under way."""
+        outside, unpacked = self.daemon.directory / "outside", self.daemon.state_dir / "tmp/unpacked"
+        for number in range(50):
+            (unpacked / f"a/{number}").mkdir(parents=True)
+            (outside / f"{number}").mkdir(parents=True)
+            with (outside / f"{number}/large").open("wb") as file:
+                file.truncate(1 << 40)
+        (unpacked / "link").symlink_to(outside)
+        (unpacked / "file").touch()
+        shaping = subprocess.Popen([sys.executable, "-c", SHAPING, unpacked])
+        self.addCleanup(shutil.rmtree, unpacked)
+        self.addCleanup(shaping.wait)
+        self.addCleanup(shaping.kill)
+        for _ in range(100):
+            status, body = self.daemon.api("GET", "/usage")
+            self.assertEqual(status, 200, body)
+            self.assertLess(json.loads(body)["tmp"], 1 << 40)
 
     def test_what_is_being_changed_keeps_its_images(self):
         for label in ("1", "2"):
