@@ -6835,7 +6835,7 @@ class TarReader:
         numbers = re.findall(rb"[0-9]+", data)          # each record and each hole has one, which takes time to parse
         # Until Python 3.12.6 the parser's time is quadratic in the length of a run of digits (CVE-2024-6232), and each
         # record's name goes on to the next "=", be it over thousands of other records.
-        slow = sum(len(number) ** 2 for number in numbers) // 4
+        slow = 4 * sum(len(number) ** 2 for number in numbers)
         slow += len(re.findall(rb"[0-9] ", data)) * max(map(len, data.split(b"=")))
         self._image.spend_numbers(len(numbers) + count // BYTES_PER_NUMBER + slow // KIB)
         return data
