@@ -95,6 +95,7 @@ import contextlib
 import contextvars
 import copy
 import ctypes
+import decimal
 import enum
 import errno
 import fcntl
@@ -138,7 +139,6 @@ import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Generator, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime, timedelta, timezone
-from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from tarfile import TarInfo
 from typing import Any, BinaryIO, NamedTuple, NoReturn
@@ -6897,7 +6897,7 @@ class Archive:
         self._size = 0                  # bytes of all of them
         self._members: dict[str, tuple[int, int]] = {}      # name → offset in the segments, size
         self._links: dict[str, str] = {}        # docker before 25 writes repeated layers as symbolic links (F.1)
-        self.top: set[str] = set()             # first components, to recognise what is not an image
+        self.top: set[str] = set()              # first components, to recognise what is not an image
         reader = TarReader(stream, budget, "this is not an image archive: make one with `docker save` or `faas pack`")
         for count, entry in enumerate(reader, 1):
             if count > MAX_ARCHIVE_MEMBERS:
@@ -7826,7 +7826,7 @@ class LayerApplier:
             data = value.encode("utf-8", "surrogateescape")
             if name in ACL_XATTRS:
                 data = shift_acl(data, lambda number: host_id(number, self._rootfs.first_id))
-            if name == "security.capability" and not data:   # which the kernel takes, and lets nobody read
+            if name == "security.capability" and not data:     # which the kernel takes, and lets nobody read
                 raise ValueError("its capabilities are empty")
             try:
                 os.setxattr(host, name, data, follow_symlinks=follow)
@@ -7844,10 +7844,7 @@ def modification_time(entry: TarInfo) -> int:
     """Return an entry's mtime in nanoseconds, exact where a PAX record has it, within what a file system can hold."""
     seconds = entry.mtime
     if text := entry.pax_headers.get("mtime"):
-        try:
-            exact = Decimal(text)
-        except InvalidOperation:
-            exact = Decimal("nan")
+        exact = decimal.Context(traps=[]).create_decimal(text)      # NaN for what is no number
         seconds = exact if exact.is_finite() else 0
     return int(min(max(seconds, EARLIEST_TIME), LATEST_TIME) * 1_000_000_000)
 
@@ -8320,7 +8317,7 @@ class SavedLayer:
         entry.devmajor, entry.devminor = os.major(status.st_rdev), os.minor(status.st_rdev)
         entry.mtime = status.st_mtime_ns // 10**9
         if entry.mtime * 10**9 != status.st_mtime_ns:
-            entry.pax_headers["mtime"] = f"{Decimal(status.st_mtime_ns).scaleb(-9):f}"
+            entry.pax_headers["mtime"] = f"{decimal.Decimal(status.st_mtime_ns).scaleb(-9):f}"
         if entry.isreg():
             entry.size = status.st_size
         elif entry.issym():
