@@ -8684,10 +8684,12 @@ FAULTS = (                          # what of it means what, and an exit status 
 def command_fault(command: str, said: str) -> tuple[int, str] | None:
     """Return the exit status and a line for a command of which a runtime has complained; else None."""
     complaint = COMPLAINT.fullmatch(said.encode())
-    name = re.escape(posixpath.basename(command).encode())      # a shell says much the same of what it executes
-    if not complaint or not re.search(rb'["`/ ]%b\\?["`:]' % name, complaint[1]):
+    name = posixpath.basename(command).encode()     # a shell says much the same of what it executes
+    # An image chooses it, and most of what was said: no search may take long, nor hold up the loop.
+    end = b"" if len(name) > MAX_NAME_LENGTH else rb'\\?["`:]'
+    if not complaint or not re.search(rb'["`/ ]%b%b' % (re.escape(name[:MAX_NAME_LENGTH]), end), complaint[1]):
         return None
-    said = said[complaint.start(1):]        # an image may choose most of it: no search in it may take long
+    said = said[complaint.start(1):]
     status, words = next(fault for pattern, *fault in FAULTS if re.search(pattern, said, re.IGNORECASE))
     return status, f"cannot run {command!r}: {words}"
 

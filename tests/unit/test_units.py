@@ -14,6 +14,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import threading
 import unittest
@@ -142,6 +143,14 @@ class Text(unittest.TestCase):
         said = f'runc create failed: exec: "{command}": executable file not found in $PATH'
         self.assertEqual(faasd.command_fault(command, said),
                          (127, f"cannot run {command!r}: it is not in the image's PATH"))
+
+
+    def test_a_long_command_that_is_nearly_what_was_said(self):
+        """The runtime quotes what an image names: no search may compare all of it at each of its letters."""
+        program = ("import faasd; name = ' ' * 200_000; "
+                   "faasd.command_fault(name + chr(1), f'exec: \"{name}\\\\x01\": stat: no such file or directory')")
+        limited = subprocess.run(["prlimit", "--cpu=6", sys.executable, "-Bc", program], cwd=TOP, check=False)
+        self.assertEqual(limited.returncode, 0)
 
 
 class Cgroups(unittest.TestCase):
