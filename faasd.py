@@ -1208,7 +1208,8 @@ class Function:
             await asyncio.wait(self._invocations, timeout=1)
         if self.pool:
             self._retire(self.pool)
-        await self.retirements.finish()
+        patience = OFFER_SECONDS if why is Release.LEFT else None       # what takes longer, the next daemon ends
+        await asyncio.wait([asyncio.ensure_future(self.retirements.finish())], timeout=patience)
 
     # -- versions --
 
@@ -6096,7 +6097,7 @@ class Leftovers:
                 survivors.append(future.result())
                 log.info("function=%s container=%s serves a client and goes on", survivors[-1].function, container_id)
         self._kill_runtimes({survivor.pid for survivor in survivors})
-        await host.workers.run(self.remove, survivors)
+        await self.remove(EXIT_GRACE, survivors)
         return survivors
 
     def _survivor(self, container_id: str, cgroups: dict[str, str], addresses: dict[str, str],
@@ -6198,15 +6199,20 @@ class Leftovers:
         await finished([run(self._host.kill_all, cgroup) for _, cgroup in holders])
         return bool(holders)
 
-    def remove(self, survivors: Collection[Survivor] = ()) -> None:
-        """Remove the remains of all containers except survivors. Blocks."""
-        host = self._host
+    async def remove(self, seconds: float, survivors: Collection[Survivor] = ()) -> None:
+        """Remove the remains of all containers except survivors, or return after so long, while threads go on.
+
+        All at once: a container may take seconds to end, for which nobody should wait, to close its million files.
+        """
+        host, removing = self._host, []
         cgroups = host.cgroups.containers()
         left = {*os.listdir(host.containers_dir), *host.runtime.containers(), *cgroups}
         for container_id in set(filter(CONTAINER_ID.fullmatch, left)) - {entry.container_id for entry in survivors}:
             log.warning("container=%s removing what the daemon before left of it", container_id)
-            host.remove_remains(container_id, cgroups.get(container_id, host.cgroups.path("", container_id)))
-        host.cgroups.remove_groups({survivor.function for survivor in survivors})
+            cgroup = cgroups.get(container_id, host.cgroups.path("", container_id))
+            removing.append(host.workers.run(host.remove_remains, container_id, cgroup))
+        if not removing or not (await asyncio.wait(removing, timeout=seconds))[1]:
+            host.cgroups.remove_groups({survivor.function for survivor in survivors})
 
     def end(self, survivor: Survivor) -> None:
         """End a container that nobody adopts. Blocks."""
@@ -10321,7 +10327,7 @@ class Daemon:
         asked_again = await self._turn_away()
         await self._end("stopping", changes, set())
         await asyncio.sleep(asked_again - self._loop.time())
-        await self._host.workers.run(self._restart.leftovers.remove)       # there should be none
+        await self._restart.leftovers.remove(STOP_SECONDS)      # there should be none
         await self._deploys.attachments.remove_all()
         await self._deploys.attachments.finish()
         self._host.dismantle()

@@ -120,6 +120,26 @@ class Handlers(OutputCase):
             self.assertEqual(hostile.recv(65536), b"")
             self.assertNotIn(container, support.list_containers(daemon))
 
+    def test_who_does_not_end_holds_up_no_restart(self):
+        """A process that waits for a lock outlives SIGKILL, as one does, for seconds, that has a million open files."""
+        daemon = self.start(constants={"KILL_TIMEOUT": 3600.0, "STOP_SECONDS": 3600.0})
+        address = daemon.deploy("f", support.small_image(), "--warm", "1")
+        container, = daemon.wait_warm("f", 1)
+        fifo = daemon.directory / "fifo"
+        os.mkfifo(fifo)
+        self.addCleanup(os.close, os.open(fifo, os.O_RDWR))
+        with support.lock_held(fifo):
+            waiting = subprocess.Popen(["tee", fifo], stdin=subprocess.DEVNULL)
+            self.addCleanup(waiting.wait)
+            wait_until(lambda: "fifo_open" in support.waits(waiting.pid), "it waits")
+            for cgroup in [path for path in support.container_cgroups(daemon) if path.endswith(container)]:
+                Path(cgroup, "cgroup.procs").write_text(str(waiting.pid))
+            self.assertEqual(daemon.stop(signal.SIGHUP), 0)
+            daemon.start()
+            self.assertEqual(get(address), (200, "1"))
+            self.assertIsNone(waiting.poll())
+        wait_until(lambda: container not in support.list_containers(daemon), "it is removed once it has ended")
+
     def test_who_holds_the_lock_of_its_pipe_keeps_no_dead_daemon(self):
         """A thread that waits for it outlives kill -9, and the process keeps its lock of the run-dir."""
         daemon = self.start()
