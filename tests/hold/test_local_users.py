@@ -859,7 +859,7 @@ class Promises(LocalUserCase):
         daemon = self.start("--max-warm", "4")
         for name in "ab":
             daemon.deploy(name, support.small_image())
-        faas = [sys.executable, support.TOP / "faas", "--socket", daemon.socket]
+        faas = [*support.FAAS, "--socket", daemon.socket]
         asking = [subprocess.Popen([*faas, "set", name, "--warm", "4"], stdout=subprocess.DEVNULL,
                                    stderr=subprocess.DEVNULL) for name in "ab"]
         self.assertEqual(sorted(process.wait(support.READY_SECONDS) for process in asking), [0, 1])

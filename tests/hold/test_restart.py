@@ -306,8 +306,7 @@ class Adopted(RestartCase):
     def test_drained_by_rm(self):
         daemon, client = self.adopt("/work?go")
         self.restart(daemon)
-        remove = subprocess.Popen([sys.executable, support.TOP / "faas", "--socket", daemon.socket, "rm", "f"],
-                                  stdout=subprocess.DEVNULL)
+        remove = subprocess.Popen([*support.FAAS, "--socket", daemon.socket, "rm", "f"], stdout=subprocess.DEVNULL)
         self.addCleanup(remove.wait)
         wait_until(lambda: daemon.info("f")["state"] == "removing", "it is being removed")
         client.read_number()

@@ -397,7 +397,7 @@ class Client(TcpCase):
         self.assertIn("f", self.run_faas("top", "-n", "1", "-d", "0.1"))
         self.assertIn("deployed", self.run_faas("logs", "f"))
         self.assertIn("faasd", self.run_faas("version"))
-        command = [sys.executable, support.TOP / "faas", "logs", "-f", "f", "--token-file", self.token_file]
+        command = [*support.FAAS, "logs", "-f", "f", "--token-file", self.token_file]
         with subprocess.Popen(command, stdout=subprocess.PIPE, env={**os.environ, "FAAS_API": f"{URL}/"}) as follow:
             self.assertIn(b"deployed", follow.stdout.readline())
             support.get("10.0.0.10", "/marked")

@@ -16,7 +16,8 @@ import unittest
 
 import support
 
-FAAS = [sys.executable, str(support.TOP / "faas")]
+FAAS = support.FAAS
+FILE = [sys.executable, str(support.TOP / "faas")]      # for what may depend on how Python runs a file
 
 
 def faas(*arguments: str, stdin: bytes | None = b"", env: dict | None = None) -> subprocess.CompletedProcess:
@@ -59,7 +60,8 @@ class Usage(unittest.TestCase):
 
     def test_help_and_version(self):
         """As a newcomer asks for them; and a command in a help text can be copied, however narrow the terminal is."""
-        self.assertEqual(faas("--version").stdout, f"faas {runpy.run_path(str(support.TOP / 'faas'))['__version__']}\n")
+        version = subprocess.run([*FILE, "--version"], capture_output=True, text=True, check=True)
+        self.assertEqual(version.stdout, f"faas {runpy.run_path(str(support.TOP / 'faas'))['__version__']}\n")
         self.assertEqual([faas(*words).stdout for words in ((), ("help",))], [faas("--help").stdout] * 2)
         self.assertEqual(faas("help", "new").stdout, faas("new", "--help").stdout)
         self.assertEqual(faas("--json", "help").stdout, faas("--help").stdout)
@@ -126,34 +128,34 @@ class Usage(unittest.TestCase):
             for streams in ("<&-", ">&-", "2>&-", "<&- >&- 2>&-", ">/dev/full", "2>/dev/full", "2>&1 | true"):
                 with self.subTest(command, streams=streams):
                     result = subprocess.run(
-                        ["bash", "-c", f'"$@" {streams}', "bash", *FAAS, *command], stdin=subprocess.DEVNULL, text=True,
+                        ["bash", "-c", f'"$@" {streams}', "bash", *FILE, *command], stdin=subprocess.DEVNULL, text=True,
                         env={**os.environ, "FAAS_SOCKET": "/nonexistent"}, capture_output=True, check=False)
                     self.assertLessEqual(result.stderr.count("\n"), 2, result.stderr)
                     self.assertNotRegex(result.stderr + result.stdout, "Traceback|Exception")
 
     def test_stdout_is_closed(self):
         for command in ("list", f"pack {support.HANDLER}"):
-            result = subprocess.run(f"'{FAAS[0]}' '{FAAS[1]}' {command} >&-", shell=True, capture_output=True,
+            result = subprocess.run(f"'{FILE[0]}' '{FILE[1]}' {command} >&-", shell=True, capture_output=True,
                                     text=True, check=False)
             self.assertEqual((result.returncode, result.stderr), (2, "faas: stdout is closed: use >/dev/null\n"))
 
     def test_stdin_is_closed(self):
         for command in ("new f", "new f -f -"):
-            result = subprocess.run(f"'{FAAS[0]}' '{FAAS[1]}' {command} <&-", shell=True, capture_output=True,
+            result = subprocess.run(f"'{FILE[0]}' '{FILE[1]}' {command} <&-", shell=True, capture_output=True,
                                     text=True, check=False)
             self.assertEqual((result.returncode, result.stdout), (2, ""))
             self.assertRegex(result.stderr, r"\Afaas: an image archive is needed: [^\n]+\n\Z")
 
     def test_full_disk_for_the_output(self):
         for command in ("version", f"pack {support.HANDLER}"):
-            result = subprocess.run(f"'{FAAS[0]}' '{FAAS[1]}' {command} >/dev/full", shell=True, capture_output=True,
+            result = subprocess.run(f"'{FILE[0]}' '{FILE[1]}' {command} >/dev/full", shell=True, capture_output=True,
                                     env={**os.environ, "FAAS_SOCKET": "/nonexistent"}, text=True, check=False)
             self.assertEqual(result.returncode, 1)
             self.assertTrue(result.stderr.endswith("faas: cannot write the output: No space left on device\n"),
                             result.stderr)
 
     def test_broken_output_pipe_is_quiet(self):
-        out = subprocess.run(f"'{FAAS[0]}' '{FAAS[1]}' new --help | true", shell=True, capture_output=True, text=True,
+        out = subprocess.run(f"'{FILE[0]}' '{FILE[1]}' new --help | true", shell=True, capture_output=True, text=True,
                              check=False)
         self.assertEqual(out.stderr, "")
 

@@ -6,7 +6,6 @@ import re
 import signal
 import socket
 import subprocess
-import sys
 import time
 import unittest
 
@@ -25,8 +24,8 @@ class CutCase(unittest.TestCase):
 
     def client(self, daemon: support.Daemon, *arguments: str, image: bytes | None = None) -> subprocess.Popen:
         """Start `faas`; its output is to be had with communicate()."""
-        process = subprocess.Popen([sys.executable, support.TOP / "faas", "--socket", daemon.socket, *arguments],
-                                   stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        process = subprocess.Popen([*support.FAAS, "--socket", daemon.socket, *arguments], stdin=subprocess.PIPE,
+                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         if image:
             process.stdin.write(image)
         process.stdin.close()

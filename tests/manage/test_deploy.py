@@ -242,8 +242,8 @@ class Deploy(DeployCase):
         self.assertEqual(re.findall(r"GET /(\d)", self.daemon.faas("logs", "f", "-n", "2").stdout), ["1", "2"])
         self.assertEqual(self.daemon.faas("logs", "f", "--since", "2030-01-01T00:00:00Z").stdout, "")
         self.assertEqual(self.daemon.faas("logs", "f", "--since", "1h").stdout.count("outcome="), 3)
-        follower = subprocess.Popen([sys.executable, support.TOP / "faas", "--socket", self.daemon.socket, "logs", "f",
-                                     "-f", "-n", "1"], stdout=subprocess.PIPE, text=True)
+        follower = subprocess.Popen([*support.FAAS, "--socket", self.daemon.socket, "logs", "f", "-f", "-n", "1"],
+                                    stdout=subprocess.PIPE, text=True)
         try:
             self.assertIn("GET /2", follower.stdout.readline())
             get(address, "/followed")
@@ -348,8 +348,8 @@ class FailedDeploy(DeployCase):
 
     def test_client_leaves_during_the_proof(self):
         """Ctrl-C at `faas new` while the handler starts: what was begun is undone."""
-        process = subprocess.Popen([sys.executable, support.TOP / "faas", "--socket", self.daemon.socket, "new", "bad",
-                                    "--start-timeout", "1h"], stdin=subprocess.PIPE, stderr=subprocess.PIPE)
+        process = subprocess.Popen([*support.FAAS, "--socket", self.daemon.socket, "new", "bad", "--start-timeout",
+                                    "1h"], stdin=subprocess.PIPE, stderr=subprocess.PIPE)
         process.stdin.write(support.handler_image(SLEEPS))
         process.stdin.close()
         wait_until(lambda: support.footprint(self.daemon)["containers"], "the proof runs")

@@ -7,7 +7,6 @@ import os
 import signal
 import stat
 import subprocess
-import sys
 import unittest
 import urllib.parse
 from pathlib import Path
@@ -170,8 +169,8 @@ class HangingDisk(unittest.TestCase):
         path, = (daemon.state_dir / "secrets/f").iterdir()
         path.unlink()
         os.mkfifo(path)
-        change = subprocess.Popen([sys.executable, support.TOP / "faas", "--socket", daemon.socket, "set", "f",
-                                   "--timeout", "5"], stdout=subprocess.DEVNULL)
+        change = subprocess.Popen([*support.FAAS, "--socket", daemon.socket, "set", "f", "--timeout", "5"],
+                                  stdout=subprocess.DEVNULL)
         try:
             support.wait_until(lambda: any("fifo" in text or "wait_for_partner" in text
                                            for text in support.waits(daemon.process.pid)), "its reader waits")
