@@ -9431,8 +9431,8 @@ class ImageStore:
             raise FaasdError(document["error"], status=document["status"])
         return document
 
-    async def put(self, name: str, unpacked: Path, image: dict, undo: Undo) -> None:
-        """Move an unpacked image to where it belongs; return once it is on the disk. Raises FaasdError, OSError."""
+    async def put(self, name: str, unpacked: Path, image: dict, undo: Undo) -> asyncio.Future:
+        """Move an unpacked image to where it belongs; return what ends once it is on disk. Raises FaasdError, OSError."""
         directory = self._images / name / image["version"]
         digest = self.look(name, image["version"])["digest"]
         if digest not in ("", image["digest"]):         # somebody has looked for a pair of them
@@ -9449,8 +9449,9 @@ class ImageStore:
             admit_containers(directory.parent, image["first_id"])
             unpacked.rename(directory)
             undo.push_async_callback(self.remove, name, [image["version"]])
-        # Before the registry names it: a disk that loses its power keeps things in whatever order it likes.
-        await asyncio.to_thread(sync_file_system, directory)
+        written = asyncio.ensure_future(asyncio.to_thread(sync_file_system, directory))
+        written.add_done_callback(lambda done: done.cancelled() or done.exception())    # where nobody waits for it
+        return written
 
     async def remove(self, name: str, versions: Iterable[str]) -> None:
         """Remove images of a function, and its directory if it has no other. Failure is logged."""
@@ -9740,11 +9741,11 @@ class Deploys:
             image = await self.images.unpack(connection, length, unpacked, tag, first_id)
             options = options.labelled(image["process"]["labels"], named)
             labelled = {key: value for key, value in options.chosen().items() if key in {*LABELLED} - {*named}}
-            await self.images.put(name, unpacked, image, undo)
+            written = await self.images.put(name, unpacked, image, undo)
             files = await self._write_secrets(name, before.secrets if before else {}, secrets, undo)
             entry = self._next_version(before, image["version"], options, labelled=[*labelled], named=named)
             try:
-                document = await self._install(name, entry, files, "replaced" if before else "deployed", undo)
+                document = await self._install(name, entry, files, "replaced" if before else "deployed", undo, written)
             except FaasdError as error:
                 hints = [f"from the image's labels: {', '.join(labelled)}"] * bool(labelled)
                 hints += [f"kept from before: {', '.join(kept)}; `--reset` starts from the defaults"] * bool(kept)
@@ -9959,8 +9960,9 @@ class Deploys:
 
     # -- the one way to run a version --
 
-    async def _install(self, name: str, entry: VersionRecord, secrets: dict[str, str], what: str, undo: Undo) -> dict:
-        """Prove a version, whose image is there, and make it the function's; describe that. Raises FaasdError."""
+    async def _install(self, name: str, entry: VersionRecord, secrets: dict[str, str], what: str, undo: Undo,
+                       written: asyncio.Future | None = None) -> dict:
+        """Prove a version, while its image is written, and make it the function's; describe that. Raises FaasdError."""
         self._check_warm(name, entry.options)
         contract = entry.options.contract
         if not self._host.supervises:
@@ -9976,6 +9978,8 @@ class Deploys:
         await self.attachments.provide(name, entry.options)
         version, container, output = await self._prove(name, entry, secrets)
         undo.push_async_callback(container.kill)        # once more does no harm where its pool was closed
+        if written:                     # a disk that loses its power keeps things in whatever order it likes
+            await written
         function = await to_the_end(self._make_current(name, version, container, undo))
         for line in output:
             function.log.write_output(container.id, line)
