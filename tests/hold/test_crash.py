@@ -306,6 +306,7 @@ class PowerLoss(unittest.TestCase):
         output = self.daemon.directory / "strace"
         strace = subprocess.Popen(["strace", "-f", "--detach-on=execve", "-y", "-qq", "-s", "4096", "-o", output,
                                    "-e", "trace=/^(syncfs|f.*sync|openat|rename.*|mkdir.*|rmdir|unlink.*)$",
+                                   "-e", "inject=syncfs:delay_enter=2s",
                                    "-p", str(self.daemon.process.pid)], stdin=subprocess.DEVNULL)
         try:
             wait_until(lambda: re.search(r"TracerPid:\t[1-9]", self.status()), "strace is there")
@@ -344,10 +345,14 @@ class PowerLoss(unittest.TestCase):
                 rf"-fsync\(\d+<{re.escape(self.state)}>"]
 
     def test_image_is_on_disk_before_the_registry_names_it(self):
+        """Its proof begins meanwhile."""
         for label in LABELS:                # a new function, and a new version
             events = self.trace("POST", "/functions/f?warm=0", support.small_image(label=label))
             self.assert_order(events, r"-rename.*/images/f/[0-9a-f]{12}\"", r"-syncfs\(\d+<.*/images/f/[0-9a-f]{12}>",
                               *self.registry_is_replaced())
+            written, container = (next(index for index, event in enumerate(events) if re.search(pattern, event))
+                                  for pattern in (r"-syncfs", r"\+mkdir.*/containers/"))
+            self.assertLess(container, written, events)
 
     def test_registry_forgets_a_function_before_its_files_go(self):
         self.daemon.deploy("f", support.small_image())
