@@ -6763,10 +6763,9 @@ class ByteStream:
 
     def read(self, count: int) -> bytes:
         """Return count bytes, fewer only at the end."""
-        parts = []
-        while count and (piece := bytes(self.take(count))):
-            parts.append(piece)
-            count -= len(piece)
+        parts = [bytes(self.take(count))]
+        while parts[-1] and (count := count - len(parts[-1])):
+            parts.append(bytes(self.take(count)))
         return b"".join(parts)
 
     def drain(self) -> None:
@@ -8205,13 +8204,12 @@ def end_child(document: dict) -> NoReturn:
     os._exit("error" in document)       # to take the interpreter apart takes 30 ms
 
 
-def unpack_main(daemon: str, directory: str, tag: str, *numbers: str) -> NoReturn:
+def unpack_main(daemon: str, directory: str, tag: str, length: str, *limits: str) -> NoReturn:
     """Be the child of a daemon, of that pid: unpack what comes on standard input, print JSON, exit with status 0 or 1.
 
-    Standard input is the client's connection, behind the head of a request whose body is the archive. numbers are the
-    largest size and number of entries, the first id, and the body's length (see request_body).
+    Standard input is the client's connection, behind the head of a request whose body is the archive, of that length
+    (see request_body). limits are the largest size and number of entries, and the first id.
     """
-    *limits, length = numbers
     begin_child(daemon)
     try:
         archive = request_body(ByteStream(receive(0)), length, int(limits[0]))
@@ -9387,9 +9385,8 @@ class ImageStore:
 
     async def unpack(self, connection: socket.socket, length: str, directory: Path, tag: str, first_id: int) -> dict:
         """Have a child unpack an archive to a directory (see unpack_main); return image.json. Raises FaasdError."""
-        limits = self._settings.max_image_size, self._settings.max_image_entries
-        return await self._run_child("unpack", "unpacking the image", connection, directory, tag, *limits, first_id,
-                                     length)
+        return await self._run_child("unpack", "unpacking the image", connection, directory, tag, length,
+                                     self._settings.max_image_size, self._settings.max_image_entries, first_id)
 
     async def save(self, name: str, entry: VersionRecord, connection: socket.socket, with_env: bool) -> dict:
         """Have a child send the archive of a version, as save_main does; return what it said. Raises FaasdError."""
@@ -9432,7 +9429,7 @@ class ImageStore:
         return document
 
     async def put(self, name: str, unpacked: Path, image: dict, undo: Undo) -> asyncio.Future:
-        """Move an unpacked image to where it belongs; return what ends once it is on disk. Raises FaasdError, OSError."""
+        """Move an unpacked image to where it belongs; return what ends once it is on disk. FaasdError, OSError."""
         directory = self._images / name / image["version"]
         digest = self.look(name, image["version"])["digest"]
         if digest not in ("", image["digest"]):         # somebody has looked for a pair of them
@@ -9450,7 +9447,7 @@ class ImageStore:
             unpacked.rename(directory)
             undo.push_async_callback(self.remove, name, [image["version"]])
         written = asyncio.ensure_future(asyncio.to_thread(sync_file_system, directory))
-        written.add_done_callback(lambda done: done.cancelled() or done.exception())    # where nobody waits for it
+        written.add_done_callback(lambda done: done.cancelled() or done.exception())    # nobody may wait for it
         return written
 
     async def remove(self, name: str, versions: Iterable[str]) -> None:
@@ -9961,7 +9958,7 @@ class Deploys:
     # -- the one way to run a version --
 
     async def _install(self, name: str, entry: VersionRecord, secrets: dict[str, str], what: str, undo: Undo,
-                       written: asyncio.Future | None = None) -> dict:
+                       *written: asyncio.Future) -> dict:
         """Prove a version, while its image is written, and make it the function's; describe that. Raises FaasdError."""
         self._check_warm(name, entry.options)
         contract = entry.options.contract
@@ -9978,8 +9975,7 @@ class Deploys:
         await self.attachments.provide(name, entry.options)
         version, container, output = await self._prove(name, entry, secrets)
         undo.push_async_callback(container.kill)        # once more does no harm where its pool was closed
-        if written:                     # a disk that loses its power keeps things in whatever order it likes
-            await written
+        await asyncio.gather(*written)  # a disk that loses its power keeps things in whatever order it likes
         function = await to_the_end(self._make_current(name, version, container, undo))
         for line in output:
             function.log.write_output(container.id, line)

@@ -533,8 +533,8 @@ class Sandbox(unittest.TestCase):
         with tempfile.TemporaryFile("w+") as stdout, tempfile.TemporaryFile("w+") as stderr, \
                 tempfile.NamedTemporaryFile("r") as peak, path.open("rb") as source:
             command = [sys.executable, "-c", WATCH, peak.name, *before, sys.executable, "-I", "-S", "-c", faasd.CHILD,
-                       "unpack", support.program(), parent, image, tag, str(max_size), str(max_entries), "0",
-                       str(path.stat().st_size)]
+                       "unpack", support.program(), parent, image, tag, str(path.stat().st_size), str(max_size),
+                       str(max_entries), "0"]
             child = subprocess.Popen(command, stdin=source, stdout=stdout, stderr=stderr, env=env,
                                      start_new_session=True)
             try:
