@@ -4903,6 +4903,7 @@ def is_roots_listener(name: bytes) -> bool:
 
 
 MAX_CLAIMS = 10_000                 # sockets named like a daemon's whose owner is looked up at start
+CLAIM_SECONDS = 1.0                 # to find them: names of one hash make the kernel's list of all sockets slow to read
 CLAIM_PAUSE = 0.01                  # seconds between two that ask us
 ADDRESS_LABEL = "lo:faas"           # marks our addresses; at most 15 bytes (IFNAMSIZ)
 FIRST_HOST = 10                     # the first function's address is .10
@@ -4941,11 +4942,14 @@ class Addresses:
         self._claim = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         self._claim.bind(b"\0" + name)
         self._claim.listen()            # before looking for others: of two that start together, one sees the other
-        sockets = Path("/proc/net/unix").read_bytes()
+        sockets, late = bytearray(), time.monotonic() + CLAIM_SECONDS
+        with open("/proc/net/unix", "rb", buffering=0) as file:
+            while (more := file.read(MIB)) and time.monotonic() < late:
+                sockets += more
         claims = re.findall(rb"@(faasd/([0-9./]{1,18})/[0-9a-f]{16})$", sockets, re.MULTILINE)
-        if len(claims) > MAX_CLAIMS:
-            log.warning("%d sockets look like another faasd's, too many to ask who listens: if there is another on %s, "
-                        "it may stay unseen", len(claims), self.subnet)
+        if more or len(claims) > MAX_CLAIMS:
+            log.warning("there are too many Unix sockets to look at, or to ask whether another faasd listens: if there "
+                        "is another on %s, it may stay unseen", self.subnet)
         for other, subnet in claims[:MAX_CLAIMS]:
             with contextlib.suppress(ValueError):
                 theirs = ipaddress.IPv4Network(subnet.decode())
@@ -5058,7 +5062,7 @@ def notice_vanished_clients(listener: socket.socket) -> None:
 
 
 def open_listener(address: str, port: int, mark: int | None) -> socket.socket:
-    """Return a non-blocking listening socket with our filter. Raises Conflict if the port is taken, FaasdError."""
+    """Return a listening socket with our filter. Raises Conflict if the port is taken, FaasdError."""
     listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -5073,7 +5077,6 @@ def open_listener(address: str, port: int, mark: int | None) -> socket.socket:
             raise Conflict(f"port {port} on {address} is taken by another program, perhaps one that listens on every "
                            "address: stop it, or start faasd with another --port") from None
         raise FaasdError(f"cannot listen on {address}:{port}: {error.strerror}") from None
-    listener.setblocking(False)
     return listener
 
 
@@ -5113,44 +5116,56 @@ class ListenerStore:
             return
         for descriptor, name in zip(descriptors, itertools.chain(names.split(":"), itertools.repeat("unknown"))):
             if listener := listener_of(descriptor):
-                self._kept[listener.getsockname()] = listener
+                self._kept[listener.getsockname()[:2]] = listener
             else:
                 log.warning("a descriptor %r of the service manager is no listening socket", name)
                 os.close(descriptor)
                 notify_service_manager(f"FDSTOREREMOVE=1\nFDNAME={name}")
 
     def open(self, address: str, port: int) -> socket.socket:
-        """Return a listening socket: the one that was kept, or a new one. Raises as open_listener does."""
-        if listener := self._kept.pop((address, port), None):
-            if filter_of(listener) == listener_filter(address, port, self._mark):
-                listener.setblocking(False)
-                return listener
-            log.warning("opening %s:%d anew, because its filter is that of another --lan, or of an older faasd",
-                        address, port)
-            refuse_connections(listener)        # its filter is locked
-            self.forget(address, port)
-        listener = open_listener(address, port, self._mark)
-        notify_service_manager(f"FDSTORE=1\nFDNAME={address}-{port}", listener.fileno())
+        """Return a listening socket with our filter. Raises as open_listener does."""
+        def make() -> socket.socket:
+            return open_listener(address, port, self._mark)
+        listener = self.take(address, port, make)
+        if filter_of(listener) == listener_filter(address, port, self._mark):
+            return listener
+        log.warning("opening %s:%d anew, because its filter is that of another --lan, or of an older faasd", address,
+                    port)
+        refuse_connections(listener)            # its filter is locked
+        self.forget(address, port)
+        return self.take(address, port, make)
+
+    def take(self, address: str, port: int, make: Callable[[], socket.socket]) -> socket.socket:
+        """Return the listening socket that was kept, or what make returns, which is kept from now on."""
+        if not (listener := self._kept.pop((address, port), None)):
+            listener = make()
+            self._tell("FDSTORE", address, port, listener.fileno())
+        listener.setblocking(False)
         return listener
 
     def forget(self, address: str, port: int) -> None:
         """Tell the service manager to keep a socket no longer."""
-        notify_service_manager(f"FDSTOREREMOVE=1\nFDNAME={address}-{port}")
+        self._tell("FDSTOREREMOVE", address, port)
+
+    @staticmethod
+    def _tell(what: str, address: str, port: int, *descriptors: int) -> None:
+        notify_service_manager(f"{what}=1\nFDNAME={address.replace(':', '.')}-{port}", *descriptors)
 
     def forget_unclaimed(self) -> None:
         """Close the sockets that were kept, but have not been opened."""
         while self._kept:
             (address, port), listener = self._kept.popitem()
-            log.warning("closing the listening socket of %s:%d, which no function has any more", address, port)
+            log.warning("closing the listening socket of %s:%d, which nobody here needs any more", address, port)
             refuse_connections(listener)
             self.forget(address, port)
 
 
 def listener_of(descriptor: int) -> socket.socket | None:
-    """Return the socket of a descriptor, None if it does not listen for IPv4 connections."""
+    """Return the socket of a descriptor, None if it does not listen for connections by IP."""
     with contextlib.suppress(OSError):          # no socket
         listener = socket.socket(fileno=descriptor)
-        if listener.family == socket.AF_INET and listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+        listens = listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+        if listens and listener.family in (socket.AF_INET, socket.AF_INET6):
             return listener
         listener.detach()
     return None
@@ -6227,11 +6242,14 @@ class Leftovers:
 
 
 def is_roots(pid: int) -> bool:
-    """Return whether a process's real user is root, in our user and pid namespaces. Raises OSError if it is gone."""
+    """Return whether a process's real user is root, in our user and pid namespaces. Raises OSError if it is gone.
+
+    In a user namespace of its own a process can have 65,536 groups: to read its status, even a part, lists them all.
+    """
+    if any(os.readlink(f"/proc/{pid}/ns/{kind}") != os.readlink(f"/proc/self/ns/{kind}") for kind in ("user", "pid")):
+        return False
     with open(f"/proc/{pid}/status", "rb", buffering=0) as file:        # not by Path: users may have many thousands
-        status = file.read(KIB)
-    return b"\nUid:\t0\t" in status and all(            # the real one: a setuid program has that of whoever runs it
-        os.readlink(f"/proc/{pid}/ns/{kind}") == os.readlink(f"/proc/self/ns/{kind}") for kind in ("user", "pid"))
+        return b"\nUid:\t0\t" in file.read(KIB)       # the real one: a setuid program has that of whoever runs it
 
 
 def start_time(pid: int) -> str:
@@ -8497,7 +8515,7 @@ class ControlServer:
                     members.add(pwd.getpwnam(name).pw_uid)
             entries = [(ACL_USER_OBJ, 6, ACL_NO_ID), *((ACL_USER, 6, uid) for uid in sorted(members)),
                        (ACL_GROUP_OBJ, 6, ACL_NO_ID), (ACL_MASK, 6, ACL_NO_ID), (ACL_OTHER, 0, ACL_NO_ID)]
-            os.chown(self._name, sudo_user(), group.gr_gid)
+            os.chown(self._name, sudo_id("UID"), group.gr_gid)
             try:
                 os.setxattr(self._name, ACL_XATTRS[0], struct.pack("<I", ACL_VERSION) + b"".join(
                     struct.pack("<HHI", *entry) for entry in entries))
@@ -8575,7 +8593,7 @@ class ControlServer:
     def busy(self) -> bool:
         return bool(self._connections)
 
-    def close(self) -> None:
+    def close(self, end: Callable[[socket.socket], None]) -> None:
         """Accept no more. Threads that read from a client meet the end of file, so that they clean up before we go."""
         self.answers.loop.remove_reader(self._listener)
         if self._listener.family == socket.AF_UNIX:
@@ -8583,7 +8601,7 @@ class ControlServer:
             if self._watch >= 0:
                 self.answers.loop.remove_reader(self._watch)
                 os.close(self._watch)
-        self._listener.close()
+        end(self._listener)
         for connection in list(self._connections):
             with contextlib.suppress(OSError):          # the client was faster
                 connection.shutdown(socket.SHUT_RD)
@@ -8596,12 +8614,15 @@ class TcpControlServer(ControlServer):
     give its own name our address to become of one origin with us (DNS rebinding): the Host header still says that name.
     """
 
-    def __init__(self, address: tuple[str, int], token: bytes, names: Iterable[str], answers: Answers):
+    def __init__(self, address: tuple[str, int], token: bytes, names: Iterable[str], answers: Answers,
+                 listeners: ListenerStore):
+        """listeners keeps the port over a restart: whoever had it in between would be sent the token."""
         host, port = address
         self._name = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
         self._token, self._names = token, names
         try:                            # of one family alone: clients of IPv4 do not come from ::ffff:127.0.0.1
-            listener = socket.create_server(address, family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+            listener = listeners.take(*address, lambda: socket.create_server(
+                address, family=socket.AF_INET6 if ":" in host else socket.AF_INET))
         except OSError as error:
             raise UsageError(f"cannot listen on {self}: {os.strerror(error.errno)}; "
                              "choose another --api HOST:PORT") from error
@@ -10309,7 +10330,8 @@ class Daemon:
     async def _serve(self, answers: Answers, token: bytes) -> None:
         """Bring the functions back, and let clients in."""
         async def open_api() -> TcpControlServer:
-            return TcpControlServer(self._settings.api, token, self._settings.api_host, answers)
+            return TcpControlServer(self._settings.api, token, self._settings.api_host, answers,
+                                    self._deploys.attachments.listeners)
         if self._settings.api:          # clients wait until we are ready
             self._servers.append(await self._restart.bind(open_api, self._settings.api[1]))
         await self._restart.restore()
@@ -10361,7 +10383,7 @@ class Daemon:
         """Let nobody in any more; end everything except the invocations of functions that are left."""
         functions = self._deploys.functions
         for server in self._servers:
-            server.close()
+            server.close(socket.socket.close if what == "leaving" else refuse_connections)
         for function in functions.values():
             function.stop_accepting(socket.socket.close if function in left else refuse_connections)
         running = sum(function.running for function in functions.values())
@@ -10485,7 +10507,7 @@ def resolved_path(text: str) -> Path:
             status = os.fstat(component)
             if stat.S_ISLNK(status.st_mode):
                 links += 1
-                if links > MAX_LINK_HOPS or status.st_uid not in (0, sudo_user()):
+                if links > MAX_LINK_HOPS or status.st_uid not in (0, sudo_id("UID")):
                     raise BadRequest(f"{path} is a link that leads nowhere, or another user's: name the directory "
                                      "itself")
                 target = Path(os.readlink("", dir_fd=component))
@@ -10494,10 +10516,10 @@ def resolved_path(text: str) -> Path:
     return path
 
 
-def sudo_user() -> int:
-    """Return the user who ran sudo to start us, 0 if nobody did."""
-    user = os.environ.get("SUDO_UID", "0")
-    return int(user) if user.isdigit() else 0
+def sudo_id(kind: str) -> int:
+    """Return the UID or GID of the user who ran sudo to start us, 0 if nobody did."""
+    number = os.environ.get(f"SUDO_{kind}", "0")
+    return int(number) if number.isdecimal() else 0
 
 
 def parse_subnet(text: str, least: int = 16, advice: str = f"addresses start at .{FIRST_HOST}, so use /28 or larger"
@@ -10540,7 +10562,7 @@ def read_token(path: Path) -> bytes:
             status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode):
                 raise UsageError(f"--api-token-file {path} is no regular file; {MAKE_TOKEN}")
-            mend = [*([f"chown root {path}"] if status.st_uid not in (0, sudo_user()) else []),
+            mend = [*([f"chown root {path}"] if status.st_uid not in (0, sudo_id("UID")) else []),
                     *([f"chmod 600 {path}"] if status.st_mode & 0o077 else [])]
             if mend:
                 raise UsageError(f"--api-token-file {path} is open to others: {' && '.join(mend)}")
@@ -10639,6 +10661,7 @@ def check_directory(option: str, directory: Path) -> None:
     """Raise UsageError if another user could replace a directory of ours, or put files of their own in it.
 
     The path has no links: if there is one now, somebody has just made it. Nobody else can change a path that passes.
+    An access list shows as a right of the group (acl(5)).
     """
     status = directory.lstat()
     if not stat.S_ISDIR(status.st_mode) or status.st_uid != 0 or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
@@ -10647,10 +10670,13 @@ def check_directory(option: str, directory: Path) -> None:
     for parent in directory.parents:
         status = parent.lstat()
         mode = status.st_mode
-        if mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
-            raise UsageError(f"{option} {directory}: anybody can rename what is in {parent}: chmod o-w {parent}, or "
-                             "choose another directory")
-        if not stat.S_ISDIR(mode) or status.st_uid not in (0, sudo_user()):
+        writers = stat.S_IWOTH if status.st_gid in (0, sudo_id("GID")) else stat.S_IWOTH | stat.S_IWGRP
+        with contextlib.suppress(OSError):      # there is none
+            writers |= stat.S_IWGRP if os.getxattr(parent, ACL_XATTRS[0]) else 0
+        if mode & writers and not mode & stat.S_ISVTX:
+            raise UsageError(f"{option} {directory}: others than root can rename what is in {parent}: chmod go-w "
+                             f"{parent}, or choose another directory")
+        if not stat.S_ISDIR(mode) or status.st_uid not in (0, sudo_id("UID")):
             raise UsageError(f"{option} {directory}: {parent} belongs to another user (uid {status.st_uid}), who can "
                              f"rename what is in it: chown root {parent}, or choose another directory")
         if not mode & stat.S_IXOTH:
@@ -10682,7 +10708,7 @@ def lock_directory(directory: Path) -> BinaryIO:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                holder = lock_holder(path)
+                holder = noted_holder(path) if private else lock_holder(path)
                 if private or holder and is_roots(holder):
                     ours = "/faasd.service\n" in read_text(f"/proc/{holder}/cgroup")
                     service = " as a service (systemctl status faasd)" if ours else ""
@@ -10690,6 +10716,7 @@ def lock_directory(directory: Path) -> BinaryIO:
                                      "--state-dir and --run-dir") from None
             with contextlib.suppress(FileNotFoundError):
                 if private and os.path.samestat(status, path.lstat()):      # else somebody has replaced it meanwhile
+                    os.pwrite(file.fileno(), b"%-10d" % os.getpid(), 0)
                     return file
             file.close()
             if not private:
@@ -10698,8 +10725,16 @@ def lock_directory(directory: Path) -> BinaryIO:
         raise UsageError(f"cannot write to {directory}: {error.strerror}") from error
 
 
+def noted_holder(path: Path) -> int:
+    """Return the pid that whoever locked a file last has written there; 0 if there is none. Raises OSError."""
+    return int(path.read_text() or 0)
+
+
 def lock_holder(path: Path) -> int:
-    """Return the pid of the process that has locked a file; 0 if none has. Raises OSError."""
+    """Return the pid of the process that has locked a file, 0 if none has: for locks of faasd 0.1.0. Raises OSError.
+
+    /proc/locks has everybody's. A user who makes 200,000 has whoever reads it wait for half a minute.
+    """
     status = path.stat()
     file = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}:{status.st_ino}"
     holder = re.search(rf"FLOCK .* ([0-9]+) {file} ", Path("/proc/locks").read_text())
@@ -10708,8 +10743,11 @@ def lock_holder(path: Path) -> int:
 
 def is_dead_with_lock(path: Path) -> bool:
     """Return whether a process was killed, and still has a file locked because not all of its threads have ended."""
-    with contextlib.suppress(OSError):          # there is no such file, or no such process (of pid 0 there never is)
-        return Path(f"/proc/{lock_holder(path)}/stat").read_bytes().rpartition(b")")[2].split()[0] == b"Z"
+    with contextlib.suppress(OSError), path.open() as file:         # there is no such file, or no such process
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return Path(f"/proc/{noted_holder(path)}/stat").read_bytes().rpartition(b")")[2].split()[0] == b"Z"
     return False
 
 

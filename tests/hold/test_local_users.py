@@ -6,6 +6,7 @@ One test for each row of the table in SECURITY.md. The user is 65534, who may do
 import contextlib
 import ctypes
 import fcntl
+import ipaddress
 import json
 import os
 import platform
@@ -18,6 +19,7 @@ import subprocess
 import sys
 import threading
 import unittest
+import unittest.mock
 from pathlib import Path
 
 import support
@@ -475,7 +477,34 @@ while True:
         wait_until(lambda: "userfault" in Waits.waits(), "it holds the lock")
 
 
+class Lists(LocalUserCase):
+    """The kernel's lists of what everybody has, which a user can make so long that nobody reads them to the end."""
+
+    def test_locks_and_groups(self):
+        """A pipe that nobody writes to stands for 200,000 locks, and for 65,536 groups of each of 1,500 processes."""
+        pipe = self.scratch() / "pipe"
+        os.mkfifo(pipe)
+        process = subprocess.Popen(["unshare", "--user", "sleep", "1000"])
+        self.addCleanup(process.wait)
+        self.addCleanup(process.kill)
+        namespace = os.readlink("/proc/self/ns/user")
+        wait_until(lambda: os.readlink(f"/proc/{process.pid}/ns/user") != namespace, "it has a namespace")
+        whole = self.scratch()                  # without one, the kernel would give containers no /proc
+        hide = f"mount -t proc proc {whole} && mount --bind {pipe} /proc/locks && " \
+               f'mount --bind {pipe} /proc/{process.pid}/status && exec "$@"'
+        daemon = self.start(wrapper=("unshare", "--mount", "sh", "-c", hide, "sh"))
+        address = self.deploy(daemon)
+        daemon.kill()
+        daemon.start()
+        self.assertEqual(get(address), (200, "1"))
+        second = support.Daemon(directory=daemon.directory, wrapper=daemon.wrapper)
+        self.assertIn("faasd is already running on", self.refused(second).stderr)
+        self.check_stops(daemon)
+
+
 class Names(LocalUserCase):
+    TOO_MANY = "there are too many Unix sockets to look at, or to ask whether another faasd listens"
+
     def test_abstract_sockets_of_a_user(self):
         names = [b"faasd/0.0.0.0/0", b"faasd/10.0.0.0/24", b"faasd/9", b"faasd/1.2.3", b"faasd/\xff\xfe",
                  b"faasd/\n@faasd/9", b"faasd/10.0.0.0/24/0123456789abcdef", b"faasd/0.0.0.0/0/0123456789abcdef",
@@ -498,7 +527,15 @@ for n, s in enumerate(sockets):
 """)
         daemon = support.Daemon(constants={"MAX_CLAIMS": 10}).start()
         self.addCleanup(daemon.close)
-        self.assertIn("sockets look like another faasd's, too many to ask who listens", daemon.log())
+        self.assertIn(self.TOO_MANY, daemon.log())
+
+    def test_sockets_that_take_long_to_look_through(self):
+        """The kernel walks a list of sockets with one hash anew for each page: with 60,000 it takes seconds."""
+        addresses = faasd.Addresses(ipaddress.ip_network("10.0.0.0/24"))
+        with unittest.mock.patch.object(faasd, "CLAIM_SECONDS", 0), self.assertLogs("faasd", "WARNING") as logged:
+            addresses.claim()
+        addresses._claim.close()
+        self.assertIn(self.TOO_MANY, logged.output[0])
 
     def test_connections_of_others(self):
         """What anybody can leave in /proc/net/tcp by the hundred thousand is passed over."""
@@ -692,13 +729,25 @@ class Files(LocalUserCase):
         self.assertEqual(result.returncode, 2, result.stderr)
         self.assertIn(f"--api-token-file {token} is open to others: chown root {token}\n", result.stderr)
 
-    def test_parent_of_everybody_s_is_refused(self):
+    def test_parent_in_which_others_may_write_is_refused(self):
         directory = self.scratch()
-        directory.chmod(0o777)
         daemon = support.Daemon(directory=directory)
-        result = self.refused(daemon)
-        self.assertEqual(result.returncode, 2, result.stderr)
-        self.assertIn(f"anybody can rename what is in {directory}", result.stderr)
+        entries = ((faasd.ACL_USER_OBJ, 7, faasd.ACL_NO_ID), (faasd.ACL_USER, 7, 65534),
+                   (faasd.ACL_GROUP_OBJ, 5, faasd.ACL_NO_ID), (faasd.ACL_MASK, 7, faasd.ACL_NO_ID),
+                   (faasd.ACL_OTHER, 5, faasd.ACL_NO_ID))
+        access = struct.pack("<I", faasd.ACL_VERSION) + b"".join(struct.pack("<HHI", *entry) for entry in entries)
+        for mode, group, change in ((0o777, 0, None), (0o775, 65534, None), (0o755, 0, access)):
+            directory.chmod(mode)
+            os.chown(directory, 0, group)
+            if change:
+                os.setxattr(directory, faasd.ACL_XATTRS[0], change)
+            result = self.refused(daemon)
+            self.assertEqual(result.returncode, 2, result.stderr)
+            self.assertIn(f"others than root can rename what is in {directory}: chmod go-w {directory}", result.stderr)
+        os.removexattr(directory, faasd.ACL_XATTRS[0])
+        os.chown(directory, 0, 65534)
+        daemon.env = {"SUDO_GID": "65534"}              # the own group of the user who starts us
+        self.assertEqual(daemon.start().stop(), 0)
 
     def test_image_json_with_what_it_should_not_have_breaks_its_function_alone(self):
         daemon = self.start()

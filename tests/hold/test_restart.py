@@ -543,6 +543,30 @@ class Kept(RestartCase):
         self.assertTrue(client.rest().endswith("done\n"))
         self.assertEqual(daemon.process.wait(support.READY_SECONDS), 0)
 
+    def test_port_of_the_api(self):
+        """Whoever had it while no daemon runs would be sent the token, and keep the next daemon from starting."""
+        directory = support.temporary_directory()
+        (directory / "token").write_text("0123456789abcdef")
+        (directory / "token").chmod(0o600)
+        daemon, manager = self.managed("--api", "127.0.0.1:8000", "--api-token-file", str(directory / "token"),
+                                       directory=directory)
+        for end in (self.leave, support.Daemon.kill):
+            end(daemon)
+            with self.assertRaises(OSError):
+                socket.create_server(("127.0.0.1", 8000)).close()
+            with socket.create_connection(("127.0.0.1", 8000)) as client:
+                client.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer 0123456789abcdef\r\n"
+                               b"Connection: close\r\n\r\n")
+                manager.start()
+                self.assertIn(b" 200 ", read_all(client))
+        self.leave(daemon)
+        daemon.arguments = ("--api", "[::1]:8000", *daemon.arguments[2:])
+        manager.start()
+        wait_until(lambda: manager.names() == ["..1-8000"], "the other one is closed")
+        self.assertEqual(daemon.stop(), 0)
+        with self.assertRaises(ConnectionRefusedError):
+            socket.create_connection(("::1", 8000)).close()
+
     def test_who_was_connected_to_a_daemon_that_was_killed_as_it_stopped_is_served(self):
         """The kernel completes the connection while the socket drops what newcomers, and most clients, send."""
         daemon, manager = self.managed(constants={"ARRIVAL_SECONDS": 600})

@@ -122,6 +122,14 @@ class Pack(unittest.TestCase):
                                     text=True, check=False)
             self.assertEqual((result.returncode, result.stdout), (status, ""))
             self.assertRegex(result.stderr, rf"\Afaas: [^\n]*{re.escape(words)}\n\Z")
+        deep = support.temporary_directory()
+        self.addCleanup(shutil.rmtree, deep)
+        for text in (f"x = {'-' * 200_000}1\n", f"x = {'1 + ' * 100_000}1\n"):
+            (deep / "deep.py").write_text(text)
+            result = subprocess.run([sys.executable, support.TOP / "faas", "pack", deep / "deep.py"],
+                                    capture_output=True, text=True, check=False)
+            self.assertEqual((result.returncode, result.stdout), (1, ""))
+            self.assertRegex(result.stderr, r"\Afaas: cannot pack [^\n]+\n\Z")
         master, slave = pty.openpty()
         result = subprocess.run([sys.executable, support.TOP / "faas", "pack", HANDLER], stdout=slave,
                                 stderr=subprocess.PIPE, text=True, check=False)
@@ -215,6 +223,20 @@ class Script(unittest.TestCase):
                 self.assertRegex(received, rb"(?s)\A%b\Z" % answer)
                 self.assertFalse(list(daemon.rootfs(name).glob("usr/bin/perl*")) if name == "f0" else [])
 
+    def test_nothing_is_written_above_the_image(self):
+        """A script may name a program by a path that leads out of the directory in which the image is put together."""
+        place, elsewhere = self.directory / "place", self.directory / "elsewhere"
+        place.mkdir()
+        elsewhere.mkdir()
+        (elsewhere / "program").write_text(f"#!/bin/sh\n/../..{elsewhere}/program\n")
+        (elsewhere / "program").chmod(0o755)
+        (place / str(elsewhere)[1:]).mkdir(parents=True)
+        (self.directory / "bad.sh").write_text(f"#!/bin/sh\n/../..{elsewhere}/program\n")
+        packed = subprocess.run([PYTHON, support.TOP / "faas", "pack", self.directory / "bad.sh"], capture_output=True,
+                                check=False, env={**os.environ, "TMPDIR": str(place)})
+        self.assertEqual((packed.returncode, packed.stderr), (0, b""))
+        self.assertEqual([path for path in place.rglob("*") if path.is_file()], [])
+
     def test_same_bytes(self):
         self.assertEqual(self.pack("one.sh", SHELL_SCRIPT).stdout, self.pack("one.sh", SHELL_SCRIPT).stdout)
 
@@ -256,11 +278,11 @@ class Requirements(unittest.TestCase):
         self.addCleanup(shutil.rmtree, self.directory)
         (self.directory / "app.py").write_text(APP)
 
-    def pack(self, requirements: str, file: str = "app.py") -> subprocess.CompletedProcess:
+    def pack(self, requirements: str, file: str = "app.py", **more) -> subprocess.CompletedProcess:
         (self.directory / "requirements.txt").write_text(requirements)
         return subprocess.run([PYTHON, support.TOP / "faas", "pack", self.directory / file, "--requirements",
                                self.directory / "requirements.txt"], capture_output=True, check=False,
-                              env={**os.environ, "PIP_NO_INDEX": "1"})
+                              env={**os.environ, "PIP_NO_INDEX": "1"}, **more)
 
     def test_server_with_a_package(self):
         wheel = self.directory / "greeting-1.0-py3-none-any.whl"
@@ -271,7 +293,9 @@ class Requirements(unittest.TestCase):
             archive.writestr("greeting-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\n"
                                                              "Tag: py3-none-any\n")
             archive.writestr("greeting-1.0.dist-info/RECORD", "")
-        packed = self.pack(f"{wheel}\n")
+        (self.directory / "another's").mkdir()      # of another user, to whom root has gone
+        (self.directory / "another's/pip.py").write_text("raise SystemExit('it ran')\n")
+        packed = self.pack(f"{wheel}\n", cwd=self.directory / "another's")
         self.assertEqual((packed.returncode, packed.stderr.decode()), (0, (
             f"faas: warning: {self.directory}/app.py imports missing, which the image does not have: list what pip "
             "should install in a file, and give it with --requirements FILE\n")))
