@@ -4778,12 +4778,9 @@ def find_host_ids(directory: Path = Path("/etc")) -> range:
     users, groups = subordinate_ids(directory / "subuid"), subordinate_ids(directory / "subgid")
     if users is None and groups is None:
         return range(FIRST_ID, LAST_ID + 1)
-    if users != groups:
-        raise UsageError(f"{directory}/subuid and subgid differ for {SUBORDINATE_USER}: make them the same, or remove "
-                         "both")
-    if len(users) < IDS or users.start < IDS or users.stop > 1 << 32:
-        raise UsageError(f"{directory}/subuid gives {SUBORDINATE_USER} {len(users)} ids from {users.start}: each "
-                         f"function needs {IDS}, so give a multiple of that, from {IDS} on")
+    if users != groups or len(users) < IDS or users.start < IDS or users.stop > 1 << 32:
+        raise UsageError(f"{directory}/subuid and subgid must give {SUBORDINATE_USER} the same ids, {IDS} for each "
+                         f"function and from {IDS} on: change its line in both, or remove it from both")
     return users
 
 
@@ -5124,32 +5121,26 @@ class ListenerStore:
 
     def open(self, address: str, port: int) -> socket.socket:
         """Return a listening socket with our filter. Raises as open_listener does."""
-        def make() -> socket.socket:
-            return open_listener(address, port, self._mark)
-        listener = self.take(address, port, make)
+        listener = self.take(address, port, functools.partial(open_listener, address, port, self._mark))
         if filter_of(listener) == listener_filter(address, port, self._mark):
             return listener
         log.warning("opening %s:%d anew, because its filter is that of another --lan, or of an older faasd", address,
                     port)
         refuse_connections(listener)            # its filter is locked
         self.forget(address, port)
-        return self.take(address, port, make)
+        return self.open(address, port)
 
     def take(self, address: str, port: int, make: Callable[[], socket.socket]) -> socket.socket:
         """Return the listening socket that was kept, or what make returns, which is kept from now on."""
         if not (listener := self._kept.pop((address, port), None)):
             listener = make()
-            self._tell("FDSTORE", address, port, listener.fileno())
+            notify_service_manager(f"FDSTORE=1\nFDNAME={address.replace(':', '.')}-{port}", listener.fileno())
         listener.setblocking(False)
         return listener
 
     def forget(self, address: str, port: int) -> None:
         """Tell the service manager to keep a socket no longer."""
-        self._tell("FDSTOREREMOVE", address, port)
-
-    @staticmethod
-    def _tell(what: str, address: str, port: int, *descriptors: int) -> None:
-        notify_service_manager(f"{what}=1\nFDNAME={address.replace(':', '.')}-{port}", *descriptors)
+        notify_service_manager(f"FDSTOREREMOVE=1\nFDNAME={address.replace(':', '.')}-{port}")
 
     def forget_unclaimed(self) -> None:
         """Close the sockets that were kept, but have not been opened."""
@@ -10329,10 +10320,9 @@ class Daemon:
 
     async def _serve(self, answers: Answers, token: bytes) -> None:
         """Bring the functions back, and let clients in."""
-        async def open_api() -> TcpControlServer:
-            return TcpControlServer(self._settings.api, token, self._settings.api_host, answers,
-                                    self._deploys.attachments.listeners)
         if self._settings.api:          # clients wait until we are ready
+            open_api = functools.partial(asyncio.to_thread, TcpControlServer, self._settings.api, token,
+                                         self._settings.api_host, answers, self._deploys.attachments.listeners)
             self._servers.append(await self._restart.bind(open_api, self._settings.api[1]))
         await self._restart.restore()
         self._servers.insert(0, ControlServer(self._settings.run_dir / "faasd.sock", answers))
@@ -10661,7 +10651,6 @@ def check_directory(option: str, directory: Path) -> None:
     """Raise UsageError if another user could replace a directory of ours, or put files of their own in it.
 
     The path has no links: if there is one now, somebody has just made it. Nobody else can change a path that passes.
-    An access list shows as a right of the group (acl(5)).
     """
     status = directory.lstat()
     if not stat.S_ISDIR(status.st_mode) or status.st_uid != 0 or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
@@ -10671,7 +10660,7 @@ def check_directory(option: str, directory: Path) -> None:
         status = parent.lstat()
         mode = status.st_mode
         writers = stat.S_IWOTH if status.st_gid in (0, sudo_id("GID")) else stat.S_IWOTH | stat.S_IWGRP
-        with contextlib.suppress(OSError):      # there is none
+        with contextlib.suppress(OSError):      # no access list; what it allows shows as the group's (acl(5))
             writers |= stat.S_IWGRP if os.getxattr(parent, ACL_XATTRS[0]) else 0
         if mode & writers and not mode & stat.S_ISVTX:
             raise UsageError(f"{option} {directory}: others than root can rename what is in {parent}: chmod go-w "
@@ -10708,7 +10697,7 @@ def lock_directory(directory: Path) -> BinaryIO:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                holder = noted_holder(path) if private else lock_holder(path)
+                holder = lock_holder(path)
                 if private or holder and is_roots(holder):
                     ours = "/faasd.service\n" in read_text(f"/proc/{holder}/cgroup")
                     service = " as a service (systemctl status faasd)" if ours else ""
@@ -10725,17 +10714,15 @@ def lock_directory(directory: Path) -> BinaryIO:
         raise UsageError(f"cannot write to {directory}: {error.strerror}") from error
 
 
-def noted_holder(path: Path) -> int:
-    """Return the pid that whoever locked a file last has written there; 0 if there is none. Raises OSError."""
-    return int(path.read_text() or 0)
-
-
 def lock_holder(path: Path) -> int:
-    """Return the pid of the process that has locked a file, 0 if none has: for locks of faasd 0.1.0. Raises OSError.
+    """Return the pid of the process that has locked a file: the last to do so has written it there. Raises OSError.
 
-    /proc/locks has everybody's. A user who makes 200,000 has whoever reads it wait for half a minute.
+    0 if none has. /proc/locks has everybody's: whoever reads it waits half a minute for a user who makes 200,000. So
+    only a lock that others can open, of faasd 0.1.0, is looked up there.
     """
     status = path.stat()
+    if status.st_mode & 0o077 == 0:
+        return int(path.read_text() or 0)
     file = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}:{status.st_ino}"
     holder = re.search(rf"FLOCK .* ([0-9]+) {file} ", Path("/proc/locks").read_text())
     return int(holder[1]) if holder else 0
@@ -10747,7 +10734,7 @@ def is_dead_with_lock(path: Path) -> bool:
         try:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
-            return Path(f"/proc/{noted_holder(path)}/stat").read_bytes().rpartition(b")")[2].split()[0] == b"Z"
+            return Path(f"/proc/{lock_holder(path)}/stat").read_bytes().rpartition(b")")[2].split()[0] == b"Z"
     return False
 
 
