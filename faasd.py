@@ -1864,7 +1864,13 @@ class Pool:
             moments.append(max(oldest.ready_at + MAX_WARM_SECONDS, now + 1))
             if len(self.idle) > target:
                 moments.append(since + SURPLUS_SECONDS)
-        self._set_timer(now, min(moments))
+        moment = min(moments)
+        # Later than needed is a mistake, earlier only a wake-up: a busy pool would otherwise set one for each client.
+        if self._timer and now < self._timer.when() <= moment:
+            return
+        if self._timer:
+            self._timer.cancel()
+        self._timer = None if moment == math.inf else self._loop.call_at(moment + 0.001, self.reconcile)
 
     def _end_surplus(self, now: float, target: int) -> None:
         """End containers that nobody asks for any more, after a while in which somebody might."""
@@ -1878,14 +1884,6 @@ class Pool:
             self.give_up_one()
         if len(self.idle) < before:
             self._services.limit.freed()
-
-    def _set_timer(self, now: float, moment: float) -> None:
-        # Later than needed is a mistake, earlier only a wake-up: a busy pool would otherwise set one for each client.
-        if self._timer and now < self._timer.when() <= moment:
-            return
-        if self._timer:
-            self._timer.cancel()
-        self._timer = None if moment == math.inf else self._loop.call_at(moment + 0.001, self.reconcile)
 
     # -- containers --
 
@@ -5179,6 +5177,8 @@ SYN, ACK = 0x02, 0x10               # in the flags of a TCP header
 def listener_filter(address: str, port: int, mark: int | None) -> list[tuple[int, int, int, int]]:
     """Return the filter of a listening socket, and of all that it accepts, as instructions (struct sock_filter).
 
+    It costs an invocation nothing, and is locked: neither a handler nor another daemon can take it off.
+
     They receive nothing but what is sent to their address and port. A handler gets a socket of the host's network.
     connect(2) can dissolve its connection, and then it could go anywhere that the host can, or listen. Its new port
     would not be this one, so that it would hear nothing.
@@ -5187,9 +5187,6 @@ def listener_filter(address: str, port: int, mark: int | None) -> list[tuple[int
     rules give (--net egress, --publish). The address alone would not keep neighbours out, because Linux answers for it
     on every interface. A socket that is bound to lo would, but it would let another program have the same address on
     other interfaces.
-
-    The filter is inherited by what is accepted, and costs an invocation nothing. It is locked: no handler can take it
-    off, and no other daemon.
     """
     return [
         (BPF_LOAD_HALF, 0, 0, 2),                                       # destination port, in the TCP header
