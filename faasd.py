@@ -6404,10 +6404,7 @@ class FunctionLog:
             if self._to_remove:
                 self._to_remove = False         # once: the next are another's
                 for path in (self.path, self._previous):
-                    try:
-                        path.unlink(missing_ok=True)
-                    except OSError as error:    # the next start tries again
-                        log.error("cannot remove %s: %s", path, error.strerror)
+                    try_remove(path)            # or the next start does
             self._grown.notify_all()
 
     def _append_part(self, lines: list[bytes]) -> None:
@@ -9321,10 +9318,7 @@ class Secrets:
     def remove(self, function: str, files: Iterable[str]) -> None:
         """Remove files of a function. Failure is logged: the next start tries again."""
         for path in (self._directory / function / file for file in files):
-            try:
-                path.unlink(missing_ok=True)
-            except OSError as error:
-                log.error("cannot remove %s: %s", path, error.strerror)
+            try_remove(path)
 
     def keep(self, function: str, files: Collection[str]) -> None:
         """Remove all files of a function but these. Failure is logged: the next start tries again."""
