@@ -1440,7 +1440,10 @@ class Invocation:
             await container.exits()
         if gone:
             container.look_for_memory()         # now: its cgroups are about to be removed
-        state = await (self._ask() if gone else self._call(self._ask_and_close))
+        asking = self._ask() if gone else self._call(self._ask_and_close)
+        if not self.pool.may_reuse(container):
+            container.close_sockets()           # with the same turn of the worker's
+        state = await asking
         killed = container.killed and self.client.fileno() >= 0         # else after its answer was whole
         if state.can_answer or state.is_open and (
                 killed or gone and (container.out_of_memory or container.may_have_run_out_of_memory)):
@@ -2429,7 +2432,7 @@ class Container:
         os.chmod(path, 0o666)           # the image's user connects; on the host the directory keeps others out
         self._listener.listen(1)
         self._listener.setblocking(False)
-        self._host.loop.add_reader(self._listener, self._on_connect)
+        self._host.loop.add_reader(self._listener.fileno(), self._on_connect)       # of a socket, asyncio makes a repr
 
     def on_listen(self, port: int) -> None:
         """The program listens; on a port that is not the one we would like best, it may yet do so on a better one."""
@@ -2442,7 +2445,7 @@ class Container:
             self.contract = "server"
             self.port = next((port for port in self._bundle.ports if port in self._ports), self._ports[0])
             self._supervisor.settle(self.port)
-            self._close_sockets()
+            self.close_sockets()
             self._become_ready()
 
     def on_begin(self) -> None:
@@ -2461,17 +2464,17 @@ class Container:
         except BlockingIOError:
             return
         except OSError as error:        # out of descriptors; trying again at once would spin
-            self._close_sockets()
+            self.close_sockets()
             self._connected.set_exception(error)
             return
         self._listener.shutdown(socket.SHUT_RD)         # a second connection is refused
-        self._close_sockets()
+        self.close_sockets()
         self.contract = "handler"
         self._control = control
         control.setblocking(False)
         # A handler may send out-of-band data, which keeps the connection readable, and no MSG_PEEK shows it.
         control.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
-        self._host.loop.add_reader(control, self._on_control)
+        self._host.loop.add_reader(control.fileno(), self._on_control)
         self._become_ready()
 
     # -- work --
@@ -2547,7 +2550,7 @@ class Container:
         except ConnectionResetError:    # it closed the connection with our message still unread in it
             release = Release.UNTAKEN
         if release != Release.READY or self.said.done():        # done: it talks out of turn
-            self._close_sockets()
+            self.close_sockets()
         settle(self.said, release)
 
     def _on_output(self, text: str) -> None:
@@ -2624,7 +2627,7 @@ class Container:
         self._exited.set_result(status)
         if self._control is not None:
             self._on_control()                  # UNTAKEN is worth knowing
-        self._close_sockets()                   # somebody outside may have the other end, or runc alone was killed
+        self.close_sockets()                   # somebody outside may have the other end, or runc alone was killed
         settle(self.said, Release.GONE)
 
     def _unwatch(self) -> None:
@@ -2634,10 +2637,10 @@ class Container:
                 os.close(descriptor)
         self._pidfd = self._memory = -1
 
-    def _close_sockets(self) -> None:
+    def close_sockets(self) -> None:
         """Close what the handler connects to, or is connected to, in a thread: see _on_control."""
         for ours in filter(None, (self._listener, self._control)):
-            self._host.loop.remove_reader(ours)
+            self._host.loop.remove_reader(ours.fileno())
             self._host.workers.run(ours.close)
         self._listener = self._control = None
 
@@ -2657,7 +2660,7 @@ class Container:
             return
         self._left = True
         self._unwatch()
-        self._close_sockets()
+        self.close_sockets()
         joined = True
         if supervisor := self._stop_supervisor():
             joining = self._host.workers.run(supervisor.join)
@@ -2674,7 +2677,7 @@ class Container:
 
     async def finish(self) -> int | None:
         """End a container whose handler is done: it has EXIT_GRACE to exit by itself. Returns what kill does."""
-        self._close_sockets()                   # no more work
+        self.close_sockets()                   # no more work
         if self._pid and (self.contract == "handler" or self.contract == "stdio" and self.served):  # others have no end
             await asyncio.wait([self._exited], timeout=EXIT_GRACE)
         return await self.kill()
@@ -2687,7 +2690,7 @@ class Container:
         """
         if self._left:
             return None
-        self._close_sockets()
+        self.close_sockets()
         if not self._pid and self._spawning is not None:
             await self._catch_spawned()
         if self._pid:
@@ -5854,7 +5857,7 @@ class ContainerHost:
         self.closed = ClosedConnections(self.workers, subnet)
         self.killers = Workers(self.loop)       # apart, because killing a container is what ends the wait of workers
         self._dying: dict[str, DyingCgroups] = {}
-        self._spawning: collections.Counter[str] = collections.Counter()        # threads, by function
+        self._spawning: dict[str, set[asyncio.Future]] = collections.defaultdict(set)   # by function
 
     def prepare(self) -> None:
         """Make RUN_DIR/containers, on a tmpfs, and the place of containers' roots. Raises FaasdError."""
@@ -5871,7 +5874,7 @@ class ContainerHost:
     def begin_spawn(self, bundle: Bundle, directory: str, container_id: str, files: list[tuple],
                     given: contextlib.ExitStack) -> asyncio.Future:
         """Have a thread spawn a container. Raises OSError, also if a function's volume holds up too many already."""
-        if self._spawning[bundle.name] >= 64:           # threads
+        if len(self._spawning[bundle.name]) >= 64:      # threads
             raise OSError(errno.EAGAIN, "earlier starts of it wait for its files: does a volume hang?")
         future = self.loop.create_future()
 
@@ -5887,8 +5890,8 @@ class ContainerHost:
             _thread.start_new_thread(work, ())          # who starts a threading.Thread waits until it runs
         except RuntimeError as error:
             raise OSError(errno.EAGAIN, "no thread is to be had") from error
-        self._spawning[bundle.name] += 1
-        future.add_done_callback(lambda _: self._spawning.subtract([bundle.name]))
+        self._spawning[bundle.name].add(future)
+        future.add_done_callback(self._spawning[bundle.name].discard)
         return future
 
     def _spawn(self, bundle: Bundle, directory: str, container_id: str, files: list[tuple]) -> int:
