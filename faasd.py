@@ -2086,7 +2086,7 @@ class Starter:
 
     def __init__(self, slots: int, loop: asyncio.AbstractEventLoop):
         """slots is how many starts there may be at a time, the one that is kept for others not counted."""
-        self._free = slots + 1
+        self._most = slots + 1
         self._loop = loop
         # For each line, by the test whether a pool still needs a start: its pools. Whose turn is next comes first.
         self._lines: dict[Callable[[Pool], bool], dict[Pool, None]] = {Pool.lacks_now: {}, Pool.lacks_ahead: {}}
@@ -2105,8 +2105,7 @@ class Starter:
 
     def _fill(self) -> None:
         self._timer = None
-        while self._free > 0 and (pool := self._next()):
-            self._free -= 1
+        while len(self._slots) < self._most and (pool := self._next()):
             start = pool.start()        # one that takes long sleeps more than it computes, and frees its slot
             self._slots[start] = self._loop.call_later(START_SLOT_SECONDS, self._release, start)
             start.add_done_callback(self._release)
@@ -2114,7 +2113,7 @@ class Starter:
     def _next(self) -> Pool | None:
         for lacks, line in list(self._lines.items()):
             for pool in list(line):
-                if self._free == 1 and pool.starting:
+                if len(self._slots) == self._most - 1 and pool.starting:
                     continue                    # the last slot is for others
                 del line[pool]
                 if lacks(pool):
@@ -2126,7 +2125,6 @@ class Starter:
     def _release(self, start: asyncio.Task) -> None:
         if timer := self._slots.pop(start, None):
             timer.cancel()
-            self._free += 1
             self._fill()
 
 
