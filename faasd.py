@@ -9250,15 +9250,13 @@ class Answers:
 
     async def versions(self, name: str, query: dict) -> dict:
         """Return the versions of a function, the one that runs first."""
-        documents = []
-        for number, entry in enumerate(self.deploys.get(name).record.versions):
-            image = self.deploys.images.look(name, entry.image)
-            documents.append({"version": entry.number, "digest": image["digest"], "size": image["size"],
-                              "image": image["tag"] or entry.image, "deployed": entry.deployed,
-                              "created": entry.created or entry.deployed,
-                              "current": number == 0, "options": entry.options.to_json(),
-                              "chosen": entry.options.chosen()})
-        return {"versions": documents}
+        versions, look = self.deploys.get(name).record.versions, functools.partial(self.deploys.images.look, name)
+        images = {image: await asyncio.to_thread(look, image) for image in {entry.image for entry in versions}}
+        return {"versions": [{
+            "version": entry.number, "digest": images[entry.image]["digest"], "size": images[entry.image]["size"],
+            "image": images[entry.image]["tag"] or entry.image, "deployed": entry.deployed,
+            "created": entry.created or entry.deployed, "current": entry is versions[0],
+            "options": entry.options.to_json(), "chosen": entry.options.chosen()} for entry in versions]}
 
     async def statistics(self, *names: str, query: dict) -> dict:
         """Return counts and percentiles of the named functions, or of all."""

@@ -695,8 +695,8 @@ def waits(pid: int | str = "self") -> list[str]:
     return found
 
 
-def cpu_ticks(pid: int) -> int:
-    """Return the CPU time that a process has used, in units of SC_CLK_TCK (proc_pid_stat(5))."""
+def cpu_ticks(pid: int | str) -> int:
+    """Return the CPU time that a process, or PID/task/TID, has used, in units of SC_CLK_TCK (proc_pid_stat(5))."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return int(fields[11]) + int(fields[12])
 

@@ -1,6 +1,7 @@
 """The control API on the wire: routes, bodies, errors. Raw sockets where a client library would be too polite."""
 
 import json
+import os
 import socket
 import subprocess
 import unittest
@@ -123,6 +124,18 @@ class Deploy(ApiCase):
                 self.assertEqual((document["address"], document["port"]), ("10.0.0.10", 80))
                 self.assertEqual(document["options"]["env"], ["A=1", "B=2"])
         self.assertEqual(support.get("10.0.0.10")[0], 200)
+
+    def test_versions_whose_images_say_much(self):
+        """Another thread than the loop's reads it, once for each image; here they say a megabyte."""
+        labels = {f"l{number}": "\x01" * 7 for number in range(15_000)}
+        self.daemon.deploy("v", support.handler_image(Labels=labels))
+        for memory in ("100m", "101m", "102m", "103m"):
+            self.daemon.set("v", "--memory", memory)
+        loop = f"{self.daemon.process.pid}/task/{self.daemon.process.pid}"
+        before = support.cpu_ticks(loop)
+        for _ in range(100):
+            self.assertEqual(self.daemon.versions("v"), [5, 4, 3, 2, 1])
+        self.assertLess(support.cpu_ticks(loop) - before, os.sysconf("SC_CLK_TCK") // 2)
 
     def test_logs_are_streamed_as_text(self):
         self.daemon.deploy("g")
