@@ -24,11 +24,8 @@ import select
 import socket
 import struct
 import sys
-import tempfile
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
 
 # name → its number on x86_64 and on arm64 (None: not there), and which arguments are paths.
 CALLS = {"rename": (82, None, (0, 1)), "renameat": (264, 38, (1, 3)), "renameat2": (316, 276, (1, 3)),
@@ -54,13 +51,12 @@ CLONE_THREAD = 0x10000
 libc = ctypes.CDLL(None, use_errno=True)
 
 
-@dataclass
 class Call:
     """One system call that waits at the gate."""
-    name: str
-    pid: int                    # of the thread
-    of: str                     # "daemon", "unpack" for its unpacking child, or the name of another program
-    arguments: tuple[int, ...]
+
+    def __init__(self, name: str, pid: int, of: str, arguments: tuple[int, ...]):
+        """pid is the thread's; of is "daemon", "unpack" for its unpacking child, or the name of another program."""
+        self.name, self.pid, self.of, self.arguments = name, pid, of, arguments
 
     @functools.cached_property
     def paths(self) -> list[str]:
@@ -92,9 +88,10 @@ class Gate:
     def __init__(self, decide: Callable[[Call], int | None]):
         self.decide = decide
         self.daemon = 0                                 # pid
+        import tempfile     # here: a wrapper, which is started with each daemon, does without it
         self._directory = tempfile.TemporaryDirectory(prefix="gate.")
         path = f"{self._directory.name}/gate"
-        self.wrapper = (sys.executable, __file__, path)
+        self.wrapper = (sys.executable, "-I", "-S", __file__, path)
         self._server = socket.socket(socket.AF_UNIX)
         self._server.bind(path)
         self._server.listen()
@@ -170,7 +167,8 @@ class Gate:
     def _whose(self, pid: int) -> str:
         if os.path.exists(f"/proc/{self.daemon}/task/{pid}"):
             return "daemon"
-        command = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+        with open(f"/proc/{pid}/cmdline", "rb") as file:
+            command = file.read().split(b"\0")
         return "unpack" if b"unpack" in command[:6] else os.path.basename(command[0]).decode() or "?"
 
 

@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import unittest
+import urllib.parse
 from pathlib import Path
 
 import archives
@@ -165,21 +166,21 @@ class Chosen(unittest.TestCase):
         return self.facts()
 
     def change(self, *options: str) -> dict:
-        self.daemon.faas("set", "f", *options)
+        self.daemon.set("f", *options)
         return self.facts()
 
     def facts(self) -> dict:
-        return json.loads(get(self.daemon.faas("ip", "f").stdout.strip(), "/facts")[1])
+        return json.loads(get(self.daemon.info("f")["address"], "/facts")[1])
 
     def shown(self) -> dict[str, str]:
         """What `faas info` says."""
         return dict(re.split(": +", line, maxsplit=1) for line in self.daemon.faas("info", "f").stdout.splitlines())
 
-    def refuse(self, *options: str, status: int = 1) -> str:
-        result = self.daemon.faas("set", "f", *options, check=False)
-        self.assertEqual((result.returncode, result.stdout), (status, ""))
-        line, = result.stderr.splitlines()
-        return line
+    def refuse(self, *options: str) -> str:
+        query = urllib.parse.urlencode(support.option_query(options), doseq=True)
+        status, body = self.daemon.api("PATCH", f"/functions/f?{query}")
+        self.assertIn(status, (400, 422), body)
+        return json.loads(body)["error"]
 
     def test_user(self):
         facts = self.deploy("--user", "app")
@@ -209,12 +210,14 @@ class Chosen(unittest.TestCase):
         for text, where in (("/etc", "/etc"), ("/read/only", "/read/only"), ("//etc/../tmp/", "/tmp"),
                             ("/links/data", "/data/x"), ("", "/")):
             with self.subTest(text):
-                self.assertEqual(self.change("--workdir", text, "--read-only")["cwd"], where)
+                self.assertEqual(self.change("--workdir", text, "--read-only", "true")["cwd"], where)
         for text, complaint in (("/a-file", "a-file of the image is not a directory"), ("/a-file/x", "not a directory"),
                                 ("/proc/self/fd/7", "lies in /proc"), ("/links/fd/7", "CVE-2024-21626"),
                                 ("/" + "n" * 300, "too long"), ("/dev/shm", "lies in /dev")):
             self.assertIn(complaint, self.refuse("--workdir", text))
-        self.assertIn("absolute path", self.refuse("--workdir", "relative", status=2))
+        result = self.daemon.faas("set", "f", "--workdir", "relative", check=False)
+        self.assertEqual((result.returncode, result.stdout, len(result.stderr.splitlines())), (2, "", 1))
+        self.assertIn("absolute path", result.stderr)
 
     def test_entrypoint(self):
         facts = self.deploy("--entrypoint", support.PYTHON, "--", "/handler.py", "a", Cmd=["image's"])
