@@ -8510,7 +8510,7 @@ class ControlServer:
 
     def _listen(self, listener: socket.socket, answers: Answers) -> None:
         self.answers, self._listener = answers, listener
-        self._connections: set[socket.socket] = set()
+        self.connections: set[socket.socket] = set()
         listener.listen()
         listener.setblocking(False)
 
@@ -8547,17 +8547,17 @@ class ControlServer:
             self.answers.loop.call_later(ACCEPT_PAUSE, self.open)
             return
         client = self.describe_client(connection, address)
-        if len(self._connections) >= MAX_CONNECTIONS:
+        if len(self.connections) >= MAX_CONNECTIONS:
             log.warning("control API: %s turned away: over %d connections", client, MAX_CONNECTIONS)
             connection.close()
             return
-        self._connections.add(connection)
+        self.connections.add(connection)
         try:
             # A daemon thread: a client that never finishes must not keep us from stopping.
             threading.Thread(target=self._answer, args=(connection, client), daemon=True).start()
         except RuntimeError as error:   # no more threads
             log.error("control API: %s", error)
-            self._connections.discard(connection)
+            self.connections.discard(connection)
             connection.close()
 
     def _answer(self, connection: socket.socket, client: str) -> None:
@@ -8572,12 +8572,8 @@ class ControlServer:
             while (room > 0 and is_readable(connection, deadline - time.monotonic())
                    and (data := connection.recv(COPY_CHUNK))):
                 room -= len(data)
-        self._connections.discard(connection)
+        self.connections.discard(connection)
         connection.close()
-
-    @property
-    def busy(self) -> bool:
-        return bool(self._connections)
 
     def close(self, end: Callable[[socket.socket], None]) -> None:
         """Accept no more. Threads that read from a client meet the end of file, so that they clean up before we go."""
@@ -8588,7 +8584,7 @@ class ControlServer:
                 self.answers.loop.remove_reader(self._watch)
                 os.close(self._watch)
         end(self._listener)
-        for connection in list(self._connections):
+        for connection in list(self.connections):
             with contextlib.suppress(OSError):          # the client was faster
                 connection.shutdown(socket.SHUT_RD)
 
@@ -9693,7 +9689,7 @@ class Deploys:
         self.registry = Registry(settings.state_dir / "registry.json")
         self._settings, self._services, self._host = settings, services, services.host
         self.events = services.events
-        self._changes: dict[str, str] = {}              # name → what is being done to it
+        self.changes: dict[str, str] = {}              # name → what is being done to it
         self._claimed: dict[str, str] = {}              # name → the address that it will have
         self._commit = asyncio.Lock()                   # from choosing an address to writing it down
         self._tasks = Tasks("a change")                 # and inspections, and removals of what is old
@@ -9849,7 +9845,7 @@ class Deploys:
                     removed += old
             except Conflict:
                 busy.append(entry["name"])      # a change may need what it has
-        if not self._changes:                   # else it is theirs
+        if not self.changes:                   # else it is theirs
             await self.images.empty_tmp()
         changed = [self.functions[name] for name in {image["function"] for image in removed} & {*self.functions}]
         if tasks := [task for function in changed for task in function.retirements]:
@@ -9857,7 +9853,7 @@ class Deploys:
         holding = {function.record.name for function in changed if function.retirements}   # an image that is removed
         held = sum(image["size"] for image in removed if image["function"] in holding)
         return {"removed": removed, "busy": busy, "held": held,
-                "freed": sum(image["size"] for image in removed) - held + (0 if self._changes else usage["tmp"])}
+                "freed": sum(image["size"] for image in removed) - held + (0 if self.changes else usage["tmp"])}
 
     async def _forget_versions(self, name: str, images: Collection[str]) -> bool:
         """Forget a function's versions with these images, which are then removed. Raises FaasdError."""
@@ -9914,12 +9910,12 @@ class Deploys:
     async def _changing(self, name: str, what: str) -> AsyncIterator[Undo]:
         """Have a name for one change; yield what takes it back if it fails. Raises FaasdError: 409, 503."""
         with self._until_stop():
-            if name in self._changes:
-                raise Conflict(f"function {name}: a {self._changes[name]} is under way, try again when it is done")
-            if what == "deploy" and list(self._changes.values()).count(what) >= self._settings.max_uploads:
+            if name in self.changes:
+                raise Conflict(f"function {name}: a {self.changes[name]} is under way, try again when it is done")
+            if what == "deploy" and list(self.changes.values()).count(what) >= self._settings.max_uploads:
                 raise FaasdError(f"{self._settings.max_uploads} deploys are under way already (--max-uploads): "
                                  "try again later", status=503)
-            self._changes[name] = what
+            self.changes[name] = what
             undo = Undo()
             try:
                 yield undo
@@ -9927,7 +9923,7 @@ class Deploys:
                 try:
                     await to_the_end(undo.aclose())
                 finally:
-                    del self._changes[name]
+                    del self.changes[name]
                     self._claimed.pop(name, None)
                     self.remove_old_soon(name)
 
@@ -10115,7 +10111,7 @@ class Deploys:
         if function := self.functions.get(name):
             await function.retirements.finish()
             # What a change under way may need stays: it comes here again when it ends. So there is no await in between.
-            if self.functions.get(name) is function and name not in self._changes:
+            if self.functions.get(name) is function and name not in self.changes:
                 if function.record.options.net != "egress":
                     self.attachments.withdraw(name)
                 await self.images.keep(name, [entry.image for entry in function.record.versions])
@@ -10141,10 +10137,6 @@ class Deploys:
         function = self.get(name)
         with self._until_stop():
             return await function.execute(*arguments)
-
-    @property
-    def busy(self) -> bool:
-        return bool(self._changes)
 
     async def stop(self) -> list[asyncio.Task]:
         """Begin no more changes; cancel those under way, unless being written down, and return their tasks."""
@@ -10374,7 +10366,8 @@ class Daemon:
         for one in (*(function.log for function in functions.values()), self._services.events):
             one.end()
         deadline = self._loop.time() + 5        # by which everybody has their answer
-        while any(one.busy for one in (self._deploys, *self._servers)) and self._loop.time() < deadline:
+        while ((self._deploys.changes or any(server.connections for server in self._servers))
+               and self._loop.time() < deadline):
             await asyncio.sleep(0.01)
         self._deploys.attachments.close()
         await self._deploys.images.empty_tmp()
@@ -10408,7 +10401,6 @@ class Settings(argparse.Namespace):
 
 class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        """Print one line, as every other error of ours is."""
         self.exit(2, f"faasd: {escape_controls(message)} (see {self.prog} --help)\n")
 
 
