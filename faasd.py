@@ -8511,11 +8511,22 @@ class ControlServer:
     def _listen(self, listener: socket.socket, answers: Answers) -> None:
         self.answers, self._listener = answers, listener
         self.connections: set[socket.socket] = set()
+        self._time = self._count = 0            # of lines about those who are not admitted
         listener.listen()
         listener.setblocking(False)
 
     def __str__(self) -> str:
         return self._name
+
+    def note(self, line: str, admitted: bool) -> None:
+        """Log what a client did: of those who are not admitted so few lines that they cannot fill a disk."""
+        if self._time != (now := int(time.monotonic() / WARNING_SECONDS)):
+            self._time, self._count = now, 0
+        self._count += not admitted
+        if admitted or self._count <= MAX_WARNINGS:
+            log.info("control API: %s", line)
+        elif self._count == MAX_WARNINGS + 1:
+            log.warning("control API: more clients that are not admitted are left out for a moment")
 
     def check(self, headers: http.client.HTTPMessage, connection: socket.socket) -> None:
         """Raise Refused unless the sender of these headers may use the API."""
@@ -8548,7 +8559,7 @@ class ControlServer:
             return
         client = self.describe_client(connection, address)
         if len(self.connections) >= MAX_CONNECTIONS:
-            log.warning("control API: %s turned away: over %d connections", client, MAX_CONNECTIONS)
+            self.note(f"{client} turned away: over {MAX_CONNECTIONS} connections", admitted=False)
             connection.close()
             return
         self.connections.add(connection)
@@ -8851,6 +8862,7 @@ class ControlHandler(http.server.BaseHTTPRequestHandler):
     server: ControlServer
     client_address: str                     # as the log shows it
     requestline = command = ""              # until http.server has read them; its own error answers may come before
+    _admitted = False                       # whether who sent it may use the API
 
     # -- the head of a request --
 
@@ -8864,10 +8876,10 @@ class ControlHandler(http.server.BaseHTTPRequestHandler):
         try:
             super().handle()
         except (ConnectionError, TimeoutError):
-            log.info("control API: %s left in the middle of %r", self.client_address, self._subject())
+            self.server.note(f"{self.client_address} left in the middle of {self._subject()!r}", self._admitted)
 
     def handle_one_request(self) -> None:
-        self._reader.deadline = time.monotonic() + MAX_HEADER_SECONDS
+        self._reader.deadline, self._admitted = time.monotonic() + MAX_HEADER_SECONDS, False
         super().handle_one_request()
 
     def parse_request(self) -> bool:
@@ -8908,6 +8920,7 @@ class ControlHandler(http.server.BaseHTTPRequestHandler):
     def _admit(self) -> None:
         """Raise FaasdError unless we may answer this request, and know where it ends."""
         self.server.check(self.headers, self.connection)
+        self._admitted = True
         if "Origin" in self.headers or "Sec-Fetch-Site" in self.headers:       # sent by browsers alone
             raise Refused(403, "this API is not for web pages")
         if "Content-Type" in self.headers and self.headers.get_content_type() in FORM_TYPES:
@@ -9172,7 +9185,7 @@ class ControlHandler(http.server.BaseHTTPRequestHandler):
         log.debug("control API: " + format, *args)
 
     def log_request(self, code="-", size="-") -> None:
-        log.info("control API: %s %r %d", self.client_address, self._subject(), code)
+        self.server.note(f"{self.client_address} {self._subject()!r} {int(code)}", self._admitted)
 
 
 def is_set(query: dict[str, list[str]], key: str) -> bool:
