@@ -37,6 +37,9 @@ LONGEST = ("hostile_clients", "server", "docker", "crash", "cluster", "invocatio
            "volume", "cut", "output", "readme", "cli", "look", "api_tcp", "archive", "nodes", "root", "machine",
            "soak", "bench", "troubleshooting", "examples", "packaging", "secret", "save", "quickstart")
 MAX_WORKERS = 4
+# Of the shell's, what tests have; besides FAASD_* of their own. What else there may be changes what Python, faasd, its
+# client and programs do: PYTHONOPTIMIZE, NOTIFY_SOCKET, FAAS_API, COLUMNS …
+ENVIRONMENT = ("HOME", "LANG", "LD_LIBRARY_PATH", "PATH", "TMPDIR")
 PR_SET_PDEATHSIG = 1
 TEST_SECONDS = 600 * int(os.environ.get("FAASD_TEST_PATIENCE", "1"))      # for one test; only a hang takes longer
 
@@ -217,8 +220,9 @@ class Runner:
             os.kill(pid, signal.SIGTERM)
 
     def _start(self, path: Path) -> None:
-        environment = {**os.environ, "FAASD_TEST_CACHE": self.directory}
-        environment.pop("PYTHONDONTWRITEBYTECODE", None)
+        environment = {name: value for name, value in os.environ.items()
+                       if name in ENVIRONMENT or name.startswith("FAASD_") and name != "FAASD_TOKEN"}
+        environment["FAASD_TEST_CACHE"] = self.directory
         command = ["unshare", "--net", "--", "sh", "-c", 'ip link set lo up && exec "$@"', "sh", sys.executable, "-X",
                    f"pycache_prefix={self.directory}/byte-code", __file__, *self.options,
                    "--report", self._file(path, "report"), str(path)]
@@ -290,6 +294,7 @@ def main() -> int:
     if missing := [path for path in files if not path.is_file()]:
         parser.error(f"no such test file: {missing[0]}")
     reset_signals()
+    os.umask(0o022)
     os.chdir(TESTS.parent)
     if arguments.report:
         return run_inside(files[0], arguments.verbose, arguments.report)

@@ -90,10 +90,11 @@ class Pack(unittest.TestCase):
 
     def test_other_pythons_of_this_machine(self):
         """The handler answers from an image of each: what `faas` runs with is what it packs."""
-        found = {os.path.realpath(path) for path in ("/usr/bin/python3", shutil.which("python3"), PYTHON)
-                 if path and os.path.exists(path)}
-        pythons = {path for path in found if subprocess.run(
-            [path, "-c", "import sys; sys.exit(sys.version_info < (3, 11))"], check=False).returncode == 0}
+        asked = [subprocess.run([path, "-c", "import os, sys; sys.version_info < (3, 11) or "
+                                             "print(os.path.realpath(sys.executable))"],        # PATH may have a script
+                                capture_output=True, text=True, check=True).stdout.strip()
+                 for path in ("/usr/bin/python3", "python3", PYTHON) if shutil.which(path)]
+        pythons = {python for python in asked if python}
         with support.Daemon() as daemon:
             for number, python in enumerate(sorted(pythons)):
                 image = pack(HANDLER, python=python)

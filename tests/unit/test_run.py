@@ -1,5 +1,6 @@
 """The runner itself: what tests start must not depend on what started them, and every skip is told with its reason."""
 
+import os
 import re
 import signal
 import subprocess
@@ -15,6 +16,14 @@ class Signals(unittest.TestCase):
     def test_child(self):
         status = subprocess.run(["cat", "/proc/self/status"], capture_output=True, text=True, check=True).stdout
         self.assertEqual({int(mask, 16) for mask in re.findall(r"Sig(?:Blk|Ign):\\s+(\\w+)", status)}, {0})
+'''
+SHELL = '''
+import os, unittest
+class Shell(unittest.TestCase):
+    def test_what_is_left_of_it(self):
+        odd = {"COLUMNS", "FAAS_API", "FAASD_TOKEN", "NOTIFY_SOCKET", "PYTHONOPTIMIZE"} & set(os.environ)
+        self.assertEqual((odd, os.umask(0), __debug__), (set(), 0o022, True))
+        self.assertEqual(os.environ["FAASD_SOAK_SECONDS"], "7")
 '''
 SKIPS = '''
 import unittest
@@ -69,6 +78,11 @@ class Runner(unittest.TestCase):
             signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGUSR1, signal.SIGCHLD})
         ignoring = ("sh", "-c", "trap '' HUP INT QUIT USR2; exec \"$@\"", "sh", "nohup")
         self.run_tests(SIGNALS, *ignoring, preexec_fn=block)
+
+    def test_environment_and_umask_of_the_shell_are_not_those_of_tests(self):
+        odd = {"COLUMNS": "30", "FAAS_API": "http://127.0.0.1:1", "FAASD_TOKEN": "x", "NOTIFY_SOCKET": "/nowhere",
+               "PYTHONOPTIMIZE": "1", "FAASD_SOAK_SECONDS": "7"}
+        self.run_tests(SHELL, "sh", "-c", 'umask 077; exec "$@"', "sh", env={**os.environ, **odd})
 
     def test_skips_are_summed_by_reason(self):
         out = self.run_tests(SKIPS)
