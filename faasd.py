@@ -1416,9 +1416,10 @@ class Invocation:
         if container.handovers or said is Release.READY and state.sent and pool.may_reuse(container):
             pool.put(container)
         else:
-            ending = function.loop.create_task(pool.end(container, container.finish))
+            ending = pool.end(container, container.finish)
             function.dispatch()
         if state.unacknowledged:
+            ending = ending and function.loop.create_task(ending)        # meanwhile
             await self._drain(state)
         if ending:
             ended = await ending
@@ -4577,7 +4578,7 @@ class Cgroups:
         directory = f"{self._memory}{path}"
         event = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         try:
-            with open(f"{directory}/memory.oom_control", "rb") as file:
+            with open(f"{directory}/memory.oom_control", "rb", 0) as file:
                 Path(f"{directory}/cgroup.event_control").write_text(f"{event} {file.fileno()}")
         except OSError:
             os.close(event)
@@ -4592,7 +4593,7 @@ class Cgroups:
         """Return how many processes of a cgroup, on v2 of all below it, were killed for memory; 0 once it is gone."""
         file = "memory.events" if self.kills_whole else "memory.oom_control"
         with contextlib.suppress(OSError), open(f"{self._memory}{path}/{file}", "rb", 0) as fields:
-            return int(re.search(rb"^oom_kill (\d+)|\Z", fields.read(), re.MULTILINE)[1] or 0)
+            return int(re.search(rb"^oom_kill (\d+)|\Z", fields.read(KIB), re.MULTILINE)[1] or 0)
         return 0
 
     def refused_processes(self, path: str) -> bool:
@@ -6244,7 +6245,7 @@ def is_roots(pid: int) -> bool:
 def start_time(pid: int) -> str:
     """Return when a process started, as proc_pid_stat(5) has it: with its pid it names one process since the boot."""
     with open(f"/proc/{pid}/stat", "rb", 0) as file:
-        return file.read().rpartition(b")")[2].split()[19].decode()
+        return file.read(KIB).rpartition(b")")[2].split()[19].decode()
 
 
 SYS_PIDFD_GETFD = 438               # the same on every architecture (pidfd_getfd(2), Linux 5.6)
