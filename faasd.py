@@ -2878,6 +2878,7 @@ MAX_LINE = 8 * KIB                  # a longer line of a handler is cut into sev
 MAX_OUTPUT = MIB                    # bytes of log kept of one container's output; the rest is read and dropped
 LINE_OVERHEAD = 48                  # bytes that the log adds to each line
 OUTPUT_CHUNK = 4 * KIB              # bytes of output read at a time
+FREE_READS = 16                     # of a container's output, until more of it gathers before each
 LOG_DELAY = 0.02                    # seconds in which output gathers before it is read, and lines before writing
 TAIL_LINES = 20                     # lines of output shown when a deploy fails
 
@@ -2904,7 +2905,7 @@ class OutputReader:
 
     async def _follow(self) -> None:
         """Read until nobody holds the other end, or we are stopped."""
-        over, pause_at = False, MAX_OUTPUT - OUTPUT_CHUNK
+        over, reads, pause_at = False, 0, MAX_OUTPUT - OUTPUT_CHUNK
         while not over and not self._stopping:
             failed = False
             try:
@@ -2914,10 +2915,10 @@ class OutputReader:
                 if self._stopping:
                     break
                 self._wake.clear()
-                over = await self._workers.run(self._read)
+                reads, over = reads + 1, await self._workers.run(self._read)
             except (OSError, MemoryError):      # out of descriptors, or of memory: the handler must not wait for long
                 failed = True
-            if failed or self._room <= pause_at:            # it prints much: so that each read finds much
+            if failed or reads > FREE_READS or self._room <= pause_at:      # so that each read finds much
                 pause_at = self._room - OUTPUT_CHUNK
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._wake.wait(), LOG_DELAY)
@@ -4352,9 +4353,10 @@ def socket_rules() -> Iterator[dict]:
 SO_ATTACH_FILTER, SO_LOCK_FILTER = 26, 44   # socket(7); the numbers are those of include/uapi/asm-generic/socket.h
 SO_ATTACH = (SO_ATTACH_FILTER, 50, 51, 52)      # SO_ATTACH_BPF, SO_ATTACH_REUSEPORT_CBPF, SO_ATTACH_REUSEPORT_EBPF
 SO_BIND_TO = (25, 62)               # SO_BINDTODEVICE, SO_BINDTOIFINDEX
-IP_ELSEWHERE = (4, 39, 42, 46)      # IP_OPTIONS, IP_ADD_SOURCE_MEMBERSHIP, MCAST_JOIN_GROUP, MCAST_JOIN_SOURCE_GROUP:
-                                    # those that a TCP socket may set as well (linux/in.h)
-TCP_OF_MODULES = (31, 38, 39, 40, 41)       # TCP_ULP, TCP_AO_… (linux/tcp.h): the kernel loads what they name
+IP_REFUSED = (4, IP_MINTTL, 39, 42, 46)     # IP_OPTIONS, …, IP_ADD_SOURCE_MEMBERSHIP, MCAST_JOIN_GROUP and
+                                    # MCAST_JOIN_SOURCE_GROUP: those that a TCP socket may set as well (linux/in.h)
+IPV6_REFUSED = (73,)                # IPV6_MINHOPCOUNT
+TCP_REFUSED = (14, 31, 32, 38, 39, 40, 41)      # TCP_MD5SIG, TCP_ULP, TCP_MD5SIG_EXT, TCP_AO_… (linux/tcp.h)
 INT = 0xFFFF_FFFF                   # musl's ioctl extends the sign of what it is asked for
 IOCTLS_OF_MODULES = ((termios.TIOCSETD, 1), (0x8940, 2), (0x8980, 64))      # first, how many: SIOC…BR, SIOC…VLAN
 PR_SET_SECCOMP, PR_SET_VMA, PR_SET_PTRACER = 22, 0x53564D41, 0x59616D61     # prctl(2)
@@ -4368,19 +4370,19 @@ def option_rules() -> Iterator[dict]:
     (net.core.bpf_jit_limit); programs that would confine themselves find no seccomp (EINVAL). A lease on a file of the
     image would hold up every other container of the function, and F_NOTIFY reveals what they do. Threads of no weight
     can hold a lock for ever while others have the CPU. A client's socket, which is the host's, must not be bound to
-    another device, where its bytes would go out, be routed elsewhere, or have the host join a multicast group. Line
-    disciplines of terminals, TLS in TCP, bridges and VLANs are modules, which the kernel would load for anybody.
+    another device, where its bytes would go out, be routed elsewhere, or have the host join a multicast group. A socket
+    that drops what comes, by its TTL or for want of a signature, keeps the other end's data for minutes after the last
+    process. Line disciplines of terminals, TLS in TCP, bridges and VLANs are modules, which the kernel would load for
+    anybody.
     """
-    level, ip_level, tcp_level = (compare(1, number) for number in (
-        socket.SOL_SOCKET, socket.IPPROTO_IP, socket.IPPROTO_TCP))
-    yield refuse("setsockopt", level, compare(2, socket.SO_LINGER), error=0)
-    refused = [(level, [*SO_ATTACH, *SO_BIND_TO], [socket.SO_LINGER]), (ip_level, IP_ELSEWHERE, []),
-               (tcp_level, TCP_OF_MODULES, [])]
-    for condition, numbers, others in refused:
-        yield from (refuse("setsockopt", condition, compare(2, number)) for number in numbers)
-        yield from (allow("setsockopt", condition, number) for number in all_but(2, [*numbers, *others], 8))
-    levels = [socket.IPPROTO_IP, socket.IPPROTO_TCP, socket.SOL_SOCKET]
-    yield from (allow("setsockopt", condition) for condition in all_but(1, levels, 9))
+    yield refuse("setsockopt", compare(1, socket.SOL_SOCKET), compare(2, socket.SO_LINGER), error=0)
+    refused = {socket.IPPROTO_IP: IP_REFUSED, socket.IPPROTO_IPV6: IPV6_REFUSED, socket.IPPROTO_TCP: TCP_REFUSED,
+               socket.SOL_SOCKET: (*SO_ATTACH, *SO_BIND_TO)}
+    for level, numbers in refused.items():
+        others = [socket.SO_LINGER] if level == socket.SOL_SOCKET else []
+        yield from (refuse("setsockopt", compare(1, level), compare(2, number)) for number in numbers)
+        yield from (allow("setsockopt", compare(1, level), other) for other in all_but(2, [*numbers, *others], 8))
+    yield from (allow("setsockopt", condition) for condition in all_but(1, list(refused), 9))
     yield from (refuse("ioctl", compare(1, first, INT & -count)) for first, count in IOCTLS_OF_MODULES)
     numbers = [number for first, count in IOCTLS_OF_MODULES for number in range(first, first + count)]
     yield from (allow("ioctl", condition) for condition in all_but(1, numbers, 32, INT))

@@ -49,6 +49,22 @@ time.sleep(3600)
 """
 
 
+# Prints 5000 bytes, one by one.
+DRIBBLER = """
+import os, socket, time
+control = socket.socket(socket.AF_UNIX)
+control.connect("/control.sock")
+_, descriptors, _, _ = socket.recv_fds(control, 1, 1)
+with socket.socket(fileno=descriptors[0]) as client:
+    client.sendall(client.recv(65536))
+    client.recv(65536)
+    for _ in range(5000):
+        os.write(1, b"x")
+        time.sleep(0.0002)
+    client.sendall(b"printed")
+"""
+
+
 class OutputCase(unittest.TestCase):
     def start(self, *arguments: str, **more) -> support.Daemon:
         daemon = support.Daemon(*arguments, **more).start()
@@ -88,6 +104,17 @@ class Handlers(OutputCase):
     @staticmethod
     def output(daemon: support.Daemon, container: str) -> Path:
         return daemon.run_dir / "containers" / container / "output"
+
+    def test_bytes_that_come_one_by_one_are_not_read_one_by_one(self):
+        daemon = self.start()
+        client, _ = self.working(daemon, image=support.handler_image(DRIBBLER))
+
+        def reads() -> int:
+            return int(re.search(r"syscr: (\d+)", Path(f"/proc/{daemon.process.pid}/io").read_text())[1])
+        before = reads()
+        client.sendall(b"go")
+        self.assertEqual(client.recv(65536), b"printed")
+        self.assertLess(reads() - before, 5000)
 
     def test_who_holds_the_lock_of_its_pipe_stops_nobody(self):
         daemon = self.start()

@@ -45,7 +45,7 @@ NUMBERS = {
     "modify_ldt": (154, None), "uselib": (134, None), "nfsservctl": (180, 42),
     "landlock_create_ruleset": 444, "cachestat": 451, "map_shadow_stack": 453, "listmount": 458, "mseal": 462,
     "no such call": 999, "sched_setattr": (314, 274),
-    "mknodat": (259, 33), "ioctl": (16, 29), "getpid": (39, 172),
+    "mknodat": (259, 33), "ioctl": (16, 29), "setsockopt": (54, 208), "getpid": (39, 172),
 }
 CLONE = {"NEWNS": 0x20000, "NEWCGROUP": 0x2000000, "NEWUTS": 0x4000000, "NEWIPC": 0x8000000, "NEWUSER": 0x10000000,
          "NEWPID": 0x20000000, "NEWNET": 0x40000000}       # clone(2)
@@ -217,6 +217,16 @@ def attach_filter(option: int):
 for label, option in (("SO_ATTACH_FILTER", 26), ("SO_ATTACH_BPF", 50), ("SO_ATTACH_REUSEPORT_CBPF", 51),
                       ("SO_ATTACH_REUSEPORT_EBPF", 52)):
     attempt(BLOCKED, FILTER, label)(lambda option=option: attach_filter(option))
+
+# With these, a connection drops what comes, and the other end of it keeps its data when all processes are gone.
+for label, level, option, value in (
+        ("a least TTL", socket.IPPROTO_IP, 21, b"\xff\0\0\0"),
+        ("a least hop limit", socket.IPPROTO_IPV6, 73, b"\xff\0\0\0"),
+        ("TCP-MD5", socket.IPPROTO_TCP, 14, bytes(216)), ("TCP-MD5 of a network", socket.IPPROTO_TCP, 32, bytes(216))):
+    attempt(BLOCKED, FILTER, label)(lambda level=level, option=option, value=value: syscall(
+        "setsockopt", socket.socket(socket.AF_INET6).detach(), level, option, value, len(value)))
+attempt("ENOSYS", FILTER, "a least TTL, with other bits")(lambda: syscall(
+    "setsockopt", socket.socket().detach(), socket.IPPROTO_IP, 21 + (1 << 32), b"\xff\0\0\0", 4))
 
 
 # -- what has the kernel load a module --
