@@ -4573,6 +4573,14 @@ class Cgroups:
                     duplicate.close()
         return None
 
+    def limit_sockets(self, path: str, size: int) -> None:
+        """Limit what a container's sockets have in their buffers: v1 counts that apart, if told to before the first."""
+        if not self.kills_whole:                # and no runtime tells it
+            limit = Path(f"{self._memory}{path}/memory.kmem.tcp.limit_in_bytes")
+            limit.parent.mkdir(parents=True)
+            if limit.exists():                  # the kernel has had it for as long as v1 has memory
+                limit.write_text(str(size))
+
     def watch_memory(self, path: str) -> int:
         """Return an eventfd that tells when memory may have run out (v1, memory.rst), else -1. Raises OSError."""
         if self.kills_whole:
@@ -5903,6 +5911,7 @@ class ContainerHost:
             mount_secrets(f"{place}/root", bundle)
         for volume in bundle.volumes:           # last: nothing is looked up where containers can make links
             self.volumes.mount(volume, bundle, f"{place}/root")
+        self.cgroups.limit_sockets(self.cgroups.path(bundle.name, container_id), bundle.options.memory)
         return self.runtime.spawn(directory, container_id, files)
 
     def inspect(self, container: Container) -> dict:

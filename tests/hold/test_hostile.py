@@ -503,6 +503,10 @@ class Resources(HostileCase):
                 self.assertEqual(status, 502, body)
                 self.assertIn("out of memory", body)
 
+    def test_buffers_of_sockets_are_memory(self):
+        status, body = get(self.address, "/sockets")
+        self.assertTrue(status == 200 and int(body) < 250 or status == 502 and "out of memory" in body, body)
+
     def test_open_files(self):
         error, count = self.ask("/open_files")
         self.assertEqual(error, "EMFILE")

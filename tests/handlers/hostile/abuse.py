@@ -383,6 +383,19 @@ def open_files(client, control):
         os._exit(0)
 
 
+def sockets(client, control):
+    """Leave as much as goes, up to 400 MiB, in the buffers of connections to itself; return how many MiB."""
+    pairs, held = [], 0
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        while len(pairs) < 400 and held < 400 << 20:
+            pairs.append((socket.create_connection(listener.getsockname()), listener.accept()[0]))
+            pairs[-1][0].setblocking(False)
+            with contextlib.suppress(BlockingIOError):
+                while held < 400 << 20:
+                    held += pairs[-1][0].send(bytes(1 << 20))
+    return held >> 20
+
+
 def exhaust(client, control):
     """Take what is counted by user rather than by container, and hold it until the client hangs up."""
     counts = {name: count_until_error(action) for name, action in COUNTED.items()}
