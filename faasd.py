@@ -2907,7 +2907,6 @@ class OutputReader:
         """Read until nobody holds the other end, or we are stopped."""
         over, reads, pause_at = False, 0, MAX_OUTPUT - OUTPUT_CHUNK
         while not over and not self._stopping:
-            failed = False
             try:
                 self._workers.loop.add_reader(self._descriptor, self._wake.set)
                 await self._wake.wait()
@@ -2916,9 +2915,9 @@ class OutputReader:
                     break
                 self._wake.clear()
                 reads, over = reads + 1, await self._workers.run(self._read)
-            except (OSError, MemoryError):      # out of descriptors, or of memory: the handler must not wait for long
-                failed = True
-            if failed or reads > FREE_READS or self._room <= pause_at:      # so that each read finds much
+            except (OSError, MemoryError):      # out of descriptors, or of memory: try again in a moment
+                reads += FREE_READS
+            if reads >= FREE_READS or self._room <= pause_at:       # it prints much: so that each read finds much
                 pause_at = self._room - OUTPUT_CHUNK
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._wake.wait(), LOG_DELAY)
@@ -4351,12 +4350,13 @@ def socket_rules() -> Iterator[dict]:
 
 
 SO_ATTACH_FILTER, SO_LOCK_FILTER = 26, 44   # socket(7); the numbers are those of include/uapi/asm-generic/socket.h
-SO_ATTACH = (SO_ATTACH_FILTER, 50, 51, 52)      # SO_ATTACH_BPF, SO_ATTACH_REUSEPORT_CBPF, SO_ATTACH_REUSEPORT_EBPF
-SO_BIND_TO = (25, 62)               # SO_BINDTODEVICE, SO_BINDTOIFINDEX
-IP_REFUSED = (4, IP_MINTTL, 39, 42, 46)     # IP_OPTIONS, …, IP_ADD_SOURCE_MEMBERSHIP, MCAST_JOIN_GROUP and
-                                    # MCAST_JOIN_SOURCE_GROUP: those that a TCP socket may set as well (linux/in.h)
-IPV6_REFUSED = (73,)                # IPV6_MINHOPCOUNT
-TCP_REFUSED = (14, 31, 32, 38, 39, 40, 41)      # TCP_MD5SIG, TCP_ULP, TCP_MD5SIG_EXT, TCP_AO_… (linux/tcp.h)
+REFUSED_OPTIONS = {             # by level (linux/in.h, in6.h, tcp.h); of IP's, those that a TCP socket may set as well
+    # SO_LINGER; SO_ATTACH_FILTER, _BPF, _REUSEPORT_CBPF and _REUSEPORT_EBPF; SO_BINDTODEVICE, SO_BINDTOIFINDEX
+    socket.SOL_SOCKET: (socket.SO_LINGER, SO_ATTACH_FILTER, 50, 51, 52, 25, 62),
+    # IP_OPTIONS, IP_MINTTL, IP_ADD_SOURCE_MEMBERSHIP, MCAST_JOIN_GROUP, MCAST_JOIN_SOURCE_GROUP
+    socket.IPPROTO_IP: (4, IP_MINTTL, 39, 42, 46),
+    socket.IPPROTO_IPV6: (73,),                         # IPV6_MINHOPCOUNT
+    socket.IPPROTO_TCP: (14, 31, 32, 38, 39, 40, 41)}   # TCP_MD5SIG, TCP_ULP, TCP_MD5SIG_EXT, TCP_AO_…
 INT = 0xFFFF_FFFF                   # musl's ioctl extends the sign of what it is asked for
 IOCTLS_OF_MODULES = ((termios.TIOCSETD, 1), (0x8940, 2), (0x8980, 64))      # first, how many: SIOC…BR, SIOC…VLAN
 PR_SET_SECCOMP, PR_SET_VMA, PR_SET_PTRACER = 22, 0x53564D41, 0x59616D61     # prctl(2)
@@ -4370,19 +4370,15 @@ def option_rules() -> Iterator[dict]:
     (net.core.bpf_jit_limit); programs that would confine themselves find no seccomp (EINVAL). A lease on a file of the
     image would hold up every other container of the function, and F_NOTIFY reveals what they do. Threads of no weight
     can hold a lock for ever while others have the CPU. A client's socket, which is the host's, must not be bound to
-    another device, where its bytes would go out, be routed elsewhere, or have the host join a multicast group. A socket
-    that drops what comes, by its TTL or for want of a signature, keeps the other end's data for minutes after the last
-    process. Line disciplines of terminals, TLS in TCP, bridges and VLANs are modules, which the kernel would load for
-    anybody.
+    another device, where its bytes would go out, be routed elsewhere, or have the host join a multicast group. One that
+    drops what comes, by its TTL or unsigned, has the other end keep its data for minutes after the last process. Line
+    disciplines of terminals, TLS in TCP, bridges and VLANs are modules, which the kernel would load for anybody.
     """
-    yield refuse("setsockopt", compare(1, socket.SOL_SOCKET), compare(2, socket.SO_LINGER), error=0)
-    refused = {socket.IPPROTO_IP: IP_REFUSED, socket.IPPROTO_IPV6: IPV6_REFUSED, socket.IPPROTO_TCP: TCP_REFUSED,
-               socket.SOL_SOCKET: (*SO_ATTACH, *SO_BIND_TO)}
-    for level, numbers in refused.items():
-        others = [socket.SO_LINGER] if level == socket.SOL_SOCKET else []
-        yield from (refuse("setsockopt", compare(1, level), compare(2, number)) for number in numbers)
-        yield from (allow("setsockopt", compare(1, level), other) for other in all_but(2, [*numbers, *others], 8))
-    yield from (allow("setsockopt", condition) for condition in all_but(1, list(refused), 9))
+    for level, numbers in REFUSED_OPTIONS.items():
+        yield from (refuse("setsockopt", compare(1, level), compare(2, number),
+                           error=0 if number == socket.SO_LINGER else errno.EPERM) for number in numbers)
+        yield from (allow("setsockopt", compare(1, level), other) for other in all_but(2, numbers, 8))
+    yield from (allow("setsockopt", condition) for condition in all_but(1, REFUSED_OPTIONS, 9))
     yield from (refuse("ioctl", compare(1, first, INT & -count)) for first, count in IOCTLS_OF_MODULES)
     numbers = [number for first, count in IOCTLS_OF_MODULES for number in range(first, first + count)]
     yield from (allow("ioctl", condition) for condition in all_but(1, numbers, 32, INT))
@@ -4578,8 +4574,7 @@ class Cgroups:
         if not self.kills_whole:                # and no runtime tells it
             limit = Path(f"{self._memory}{path}/memory.kmem.tcp.limit_in_bytes")
             limit.parent.mkdir(parents=True)
-            if limit.exists():                  # the kernel has had it for as long as v1 has memory
-                limit.write_text(str(size))
+            limit.write_text(str(size))
 
     def watch_memory(self, path: str) -> int:
         """Return an eventfd that tells when memory may have run out (v1, memory.rst), else -1. Raises OSError."""
@@ -6220,13 +6215,13 @@ class Leftovers:
 
         All at once: a container may take seconds to end, for which nobody should wait, to close its million files.
         """
-        host, removing = self._host, []
-        cgroups = host.cgroups.containers()
+        host, cgroups = self._host, self._host.cgroups.containers()
         left = {*os.listdir(host.containers_dir), *host.runtime.containers(), *cgroups}
-        for container_id in set(filter(CONTAINER_ID.fullmatch, left)) - {entry.container_id for entry in survivors}:
+        left = set(filter(CONTAINER_ID.fullmatch, left)) - {entry.container_id for entry in survivors}
+        for container_id in left:
             log.warning("container=%s removing what the daemon before left of it", container_id)
-            cgroup = cgroups.get(container_id, host.cgroups.path("", container_id))
-            removing.append(host.workers.run(host.remove_remains, container_id, cgroup))
+        removing = [host.workers.run(host.remove_remains, container_id, cgroups.get(
+            container_id, host.cgroups.path("", container_id))) for container_id in left]
         if not removing or not (await asyncio.wait(removing, timeout=seconds))[1]:
             host.cgroups.remove_groups({survivor.function for survivor in survivors})
 
