@@ -331,8 +331,9 @@ class Spec(unittest.TestCase):
         for name, before, count, refused in (
                 ("setsockopt", [0, socket.SOL_SOCKET], 256,
                  {socket.SO_LINGER: 0, 25: 1, 26: 1, 50: 1, 51: 1, 52: 1, 62: 1}),
-                ("setsockopt", [0, socket.IPPROTO_IP], 256, {4: 1, 39: 1, 42: 1, 46: 1}),
-                ("setsockopt", [0, socket.IPPROTO_TCP], 256, dict.fromkeys((31, 38, 39, 40, 41), 1)),
+                ("setsockopt", [0, socket.IPPROTO_IP], 256, dict.fromkeys((4, 21, 39, 42, 46), 1)),
+                ("setsockopt", [0, socket.IPPROTO_IPV6], 256, {73: 1}),
+                ("setsockopt", [0, socket.IPPROTO_TCP], 256, dict.fromkeys((14, 31, 32, 38, 39, 40, 41), 1)),
                 ("fcntl", [0], 2048, {1024: 1, 1026: 1}), ("prctl", [], 128, {22: errno.EINVAL})):
             for number in range(count):
                 expected = [("SCMP_ACT_ERRNO", refused[number])] if number in refused else allowed
