@@ -80,7 +80,7 @@ class Engine:
 
     def wait_until_ready(self) -> None:
         deadline = time.monotonic() + 60
-        while self.docker("version", check=False).returncode != 0:
+        while not (self.directory / "docker.sock").exists() or self.docker("version", check=False).returncode != 0:
             if self.process.poll() is not None or time.monotonic() > deadline:
                 log = self.directory / "dockerd.log"
                 last = log.read_text().strip().splitlines()[-1:] if log.exists() else []
@@ -654,7 +654,7 @@ class DaemonSetTest(EngineTest):
 
         def answers() -> bool:
             return support.curl("http://10.250.0.10/", check=False) == "1"
-        support.wait_until(lambda: faas("list"), "faasd answers")
+        support.wait_until(lambda: (node / "run/faasd/faasd.sock").exists() and faas("list"), "faasd answers")
         (node / "image.tar").write_bytes(support.small_image("1"))
         with (node / "image.tar").open("rb") as image:
             self.assertTrue(faas("new", "f", "--publish", "8080", stdin=image))

@@ -73,7 +73,7 @@ class ClientLeaves(CutCase):
         self.assertIn("is under way", daemon.faas("new", "f", stdin=support.handler_image(), check=False).stderr)
         daemon.release("f", "go")
         self.assertIn(b"200 OK", client.recv(65536))
-        wait_until(lambda: daemon.faas("info", "f", check=False).returncode == 1, "it is removed")
+        wait_until(lambda: daemon.api("GET", "/functions/f")[0] == 404, "it is removed")
         self.assertEqual(support.addresses(), [])
         # Its files go last, and until they have gone its name is not free.
         wait_until(lambda: daemon.faas("new", "f", stdin=support.handler_image(), check=False).returncode == 0,
