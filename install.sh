@@ -74,10 +74,10 @@ uninstall() {
     # A daemon that was killed has left containers. The next one takes them over, and when it stops nothing is left.
     if [ -d /run/faasd/containers ] && flock --nonblock /run/faasd/faasd.lock true; then
         rm -f /run/faasd/faasd.sock
-        # As systemd reads it, which knows no shell.
-        options=$(sed -n 's/^FAASD_OPTIONS=["'"'"']\{0,1\}\([^"'"'"']*\)["'"'"']\{0,1\}$/\1/p' /etc/default/faasd 2>/dev/null || true)
-        # shellcheck disable=SC2086  # it is several words
-        /usr/local/sbin/faasd $options --state-dir /var/lib/faasd --run-dir /run/faasd &
+        # As systemd reads it, which knows no shell: nor does a file of root's that is named 1:9000 match [::1]:9000.
+        read -ra options < <(sed -n 's/^FAASD_OPTIONS=["'"'"']\{0,1\}\([^"'"'"']*\)["'"'"']\{0,1\}$/\1/p' /etc/default/faasd \
+            2>/dev/null) || true
+        /usr/local/sbin/faasd "${options[@]}" --state-dir /var/lib/faasd --run-dir /run/faasd &
         while [ ! -e /run/faasd/faasd.sock ] && kill -0 $! 2>/dev/null; do
             sleep 0.1
         done
