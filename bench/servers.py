@@ -18,7 +18,8 @@ from pathlib import Path
 
 import lab
 
-BARE_PORT, PROXY_PORT, ENGINE_PORT = 8001, 8002, 8080
+BARE_PORT, PROXY_PORT, ENGINE_PORT, GROUPED_PORT = 8001, 8002, 8080, 8003
+GROUPED_ADDRESS = "10.255.0.1"      # not 127.0.0.1, which the kernel treats as nearer than a function's address
 START_SECONDS = 60
 NGINX, GO = "nginx -g 'daemon off;'", "./hello"
 COLD = {"nginx": "nginx -c /srv/nginx.conf -g 'daemon off;'", "node": "node server.js", "java": "java Hello http"}
@@ -33,11 +34,13 @@ listen bench
     bind 127.0.0.1:{PROXY_PORT}
     server nginx 127.0.0.1:{BARE_PORT}
 """
-# nginx of the image with its own configuration, but for the port, and a root that it may write, as in a container.
-BARE_NGINX = f"""mount -t tmpfs tmpfs "$2" && mkdir "$2/upper" "$2/work" "$2/root" &&
+# nginx of the image with its own configuration, but for address and port ($3), and a root that it may write, as in a
+# container; in the cgroups that the other words name.
+BARE_NGINX = """for group in "${@:4}"; do echo $$ >"$group/cgroup.procs"; done
+mount -t tmpfs tmpfs "$2" && mkdir "$2/upper" "$2/work" "$2/root" &&
 mount -t overlay -o "lowerdir=$1,upperdir=$2/upper,workdir=$2/work" overlay "$2/root" && cd "$2/root" &&
 mount --bind /dev dev && exec chroot . sh -c "
-    sed -i 's/listen 80 /listen 127.0.0.1:{BARE_PORT} /; /listen \\[/d' /etc/nginx/sites-available/default
+    sed -i 's/listen 80 /listen $3 /; /listen \\[/d' /etc/nginx/sites-available/default
     exec nginx -g 'daemon off;'" """
 
 
@@ -100,13 +103,27 @@ def running(command: list, **options):
 
 
 @contextlib.contextmanager
-def bare_nginx(rootfs: Path, directory: Path):
-    place = directory / "bare"
+def bare_nginx(rootfs: Path, directory: Path, address: str = "127.0.0.1", port: int = BARE_PORT, groups=()):
+    place = directory / f"bare-{port}"
     place.mkdir()
-    with running(["unshare", "--mount", "--propagation", "private", "sh", "-c", BARE_NGINX, "sh", rootfs,
-                  place]) as process:
-        wait_for("127.0.0.1", BARE_PORT, process)
+    with running(["unshare", "--mount", "--propagation", "private", "bash", "-c", BARE_NGINX, "bash", rootfs, place,
+                  f"{address}:{port}", *groups]) as process:
+        wait_for(address, port, process)
         yield
+
+
+@contextlib.contextmanager
+def cgroups_of_a_container():
+    """Have cgroups beside those of a container of web, without limits: what any container pays for being in some."""
+    groups = {path.parent / "bench" for path in Path("/sys/fs/cgroup").glob("**/function-web/*/")
+              if "cpuset" not in path.parts}            # which takes nobody before it has CPUs
+    for group in groups:
+        group.mkdir()
+    try:
+        yield groups
+    finally:
+        for group in groups:
+            group.rmdir()
 
 
 @contextlib.contextmanager
@@ -165,11 +182,14 @@ def measure_shared(report, daemon: lab.Faasd, directory: Path, rounds: int, seco
     daemon.wait_warm("web", 1)
     rootfs, = (daemon.state_dir / "images/web").glob("*/rootfs")
     close = ("-H", "Connection: close")
-    kept: tuple[list[float], list[float]] = ([], [])
+    kept: tuple[list[float], list[float], list[float]] = ([], [], [])
     new: tuple[list[float], list[float]] = ([], [])
     cpu, errors = [], set()
-    with bare_nginx(rootfs, directory), haproxy(directory):
+    subprocess.run(["ip", "address", "add", f"{GROUPED_ADDRESS}/32", "dev", "lo"], check=True)
+    with (bare_nginx(rootfs, directory), haproxy(directory), cgroups_of_a_container() as groups,
+          bare_nginx(rootfs, directory, GROUPED_ADDRESS, GROUPED_PORT, groups)):
         for _ in range(rounds):
+            kept[2].append(wrk(f"{GROUPED_ADDRESS}:{GROUPED_PORT}", seconds)[0])
             kept[1].append(wrk(f"127.0.0.1:{BARE_PORT}", seconds)[0])
             kept[0].append(wrk(daemon.address, seconds)[0])
             new[1].append(wrk(f"127.0.0.1:{PROXY_PORT}", seconds, *close)[0])
@@ -179,7 +199,9 @@ def measure_shared(report, daemon: lab.Faasd, directory: Path, rounds: int, seco
             cpu.append((daemon.cpu_seconds() - before) / max(1, daemon.stats("web")["requests"] - requests))
             errors.add(error)
     report.figure("server: nginx, keep-alive", round(statistics.median(kept[0])), "requests/s")
-    report.ratio("server: nginx, keep-alive ÷ the same nginx on the bare host", lab.ratios(*kept))
+    report.ratio("server: nginx, keep-alive ÷ the same nginx on the bare host", lab.ratios(*kept[:2]))
+    report.ratio("server: nginx, keep-alive ÷ the same, in cgroups and at an address like a function's",
+                 lab.ratios(kept[0], kept[2]))
     report.figure("server: nginx, --reuse 0 --share 64, new connections", round(statistics.median(new[0])),
                   "requests/s")
     report.ratio("server: nginx, new connections ÷ HAProxy (TCP) before the bare one", lab.ratios(*new))
