@@ -3320,18 +3320,14 @@ class Supervisor:
             is_readable(self._wake, min(ANSWER_PAUSE * (self._useless - FREE_ANSWERS), MAX_ANSWER_PAUSE))
         return True
 
-    def _ioctl(self, request: int, data: ctypes.Array) -> int:
-        return succeeded(libc.ioctl(self._notify, ctypes.c_ulong(request), data))
-
     def _answer(self) -> None:
         """Answer one call."""
-        buffer = ctypes.create_string_buffer(NOTIFICATION.size)
         try:
-            self._ioctl(NOTIFY_RECEIVE, buffer)
+            received = fcntl.ioctl(self._notify, NOTIFY_RECEIVE, bytes(NOTIFICATION.size))
         except FileNotFoundError:               # its caller was killed, or met a signal, and calls again
             self._useless += 1
             return
-        identity, thread, _, number, _, _, *arguments = NOTIFICATION.unpack(buffer.raw)
+        identity, thread, _, number, _, _, *arguments = NOTIFICATION.unpack(received)
         call = Call(identity, thread, SERVER_CALLS[number], tuple(arguments))
         if call.name == "execve":
             self._useless += EXECUTION
@@ -3353,11 +3349,11 @@ class Supervisor:
 
     def _respond(self, call: Call, error: int = 0, flags: int = 0) -> None:
         with contextlib.suppress(FileNotFoundError):            # it is gone
-            self._ioctl(NOTIFY_SEND, ctypes.create_string_buffer(RESPONSE.pack(call.id, 0, -error, flags)))
+            fcntl.ioctl(self._notify, NOTIFY_SEND, RESPONSE.pack(call.id, 0, -error, flags))
 
     def _check(self, call: Call) -> None:
         """Raise FileNotFoundError if the caller is gone: what was looked up by its number may be another's."""
-        self._ioctl(NOTIFY_IS_VALID, ctypes.create_string_buffer(struct.pack("=Q", call.id)))
+        fcntl.ioctl(self._notify, NOTIFY_IS_VALID, struct.pack("=Q", call.id))
 
     def _duplicate(self, call: Call) -> int:
         """Return a duplicate of the descriptor that a call is about. Raises OSError."""
@@ -3392,8 +3388,8 @@ class Supervisor:
             os.set_blocking(handover.client.fileno(), True)
             try:
                 for number in (0, 1):
-                    self._ioctl(NOTIFY_ADD, ctypes.create_string_buffer(
-                        ADDED_DESCRIPTOR.pack(call.id, ADD_AS_NUMBER, handover.client.fileno(), number, 0)))
+                    fcntl.ioctl(self._notify, NOTIFY_ADD, ADDED_DESCRIPTOR.pack(
+                        call.id, ADD_AS_NUMBER, handover.client.fileno(), number, 0))
             except FileNotFoundError:           # a signal has ended the call, and it comes again
                 os.set_blocking(handover.client.fileno(), False)
                 return
@@ -3541,8 +3537,8 @@ class Supervisor:
         if call.arguments[1]:
             self._write_address(call, address)
         descriptor_flags = os.O_CLOEXEC if flags & socket.SOCK_CLOEXEC else 0
-        self._ioctl(NOTIFY_ADD, ctypes.create_string_buffer(
-            ADDED_DESCRIPTOR.pack(call.id, ADD_AND_SEND, connection, 0, descriptor_flags)))
+        fcntl.ioctl(self._notify, NOTIFY_ADD, ADDED_DESCRIPTOR.pack(
+            call.id, ADD_AND_SEND, connection, 0, descriptor_flags))
 
     def _write_address(self, call: Call, address: bytes) -> None:
         """Write a peer's address where the caller wants it, cut to its room (accept(2)). Raises OSError."""
