@@ -2196,9 +2196,14 @@ class Descriptors:
         self._check(CONTAINER_DESCRIPTORS, self._spare)
 
     def _check(self, needed: int, spare: int) -> None:
-        lowest = os.dup(self._probe)
-        os.close(lowest)
-        if lowest + needed > self.limit - spare:
+        taken: list[int] = []
+        try:
+            while len(taken) < needed:          # for what has ended has left holes below
+                taken.append(os.dup(self._probe))
+        finally:
+            for descriptor in taken:
+                os.close(descriptor)
+        if taken[-1] >= self.limit - spare:
             raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 
 
@@ -2491,7 +2496,8 @@ class Container:
             else:
                 handover = self._await_close(client, peer, client.getsockname()[0])
         except OSError as error:        # EPIPE, ECONNRESET: it is gone; ETOOMANYREFS: the kernel takes no more
-            log.info("container=%s cannot be handed a client: %s", self.id, error.strerror)
+            log.log(logging.INFO if handler else logging.ERROR, "container=%s cannot be handed a client: %s", self.id,
+                    error.strerror)
             return None
         self.served += 1
         if not handler:
@@ -5902,8 +5908,13 @@ class ContainerHost:
             mount_secrets(f"{place}/root", bundle)
         for volume in bundle.volumes:           # last: nothing is looked up where containers can make links
             self.volumes.mount(volume, bundle, f"{place}/root")
-        self.cgroups.limit_sockets(self.cgroups.path(bundle.name, container_id), bundle.options.memory)
-        return self.runtime.spawn(directory, container_id, files)
+        cgroup = self.cgroups.path(bundle.name, container_id)
+        try:
+            self.cgroups.limit_sockets(cgroup, bundle.options.memory)
+            return self.runtime.spawn(directory, container_id, files)
+        except OSError:                         # a volume may have held us up until nobody waits for this container
+            self.cgroups.remove(cgroup)
+            raise
 
     def inspect(self, container: Container) -> dict:
         """Return how a running container is isolated. Blocks. Raises Conflict if it ends meanwhile."""
@@ -6218,7 +6229,11 @@ class Leftovers:
             log.warning("container=%s removing what the daemon before left of it", container_id)
         removing = [host.workers.run(host.remove_remains, container_id, cgroups.get(
             container_id, host.cgroups.path("", container_id))) for container_id in left]
-        if not removing or not (await asyncio.wait(removing, timeout=seconds))[1]:
+        ended, going_on = await asyncio.wait(removing, timeout=seconds) if removing else ((), ())
+        failed = [error for error in (future.exception() for future in ended) if error]
+        for error in failed:
+            log.error("a container that the daemon before left cannot be removed: %s", error)
+        if not failed and not going_on:
             host.cgroups.remove_groups({survivor.function for survivor in survivors})
 
     def end(self, survivor: Survivor) -> None:
@@ -8223,7 +8238,9 @@ def unpack_main(daemon: str, directory: str, tag: str, length: str, *limits: str
         document = unpack_image(archive, Path(directory), tag, *map(int, limits))
     except FaasdError as error:
         document = {"error": str(error), "status": error.status}
-    except (MemoryError, RuntimeError):     # of a thread that cannot start
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "new thread" not in str(error):
+            raise
         document = {"error": "the image's archive needs too much memory to read (CHILD_ADDRESS_SPACE)", "status": 413}
     end_child(document)
 
@@ -8529,7 +8546,7 @@ class ControlServer:
         if admitted or self._count <= MAX_WARNINGS:
             log.info("control API: %s", line)
         elif self._count == MAX_WARNINGS + 1:
-            log.warning("control API: more clients that are not admitted are left out for a moment")
+            log.warning("control API: further lines about clients that are not admitted are left out for a second")
 
     def check(self, headers: http.client.HTTPMessage, connection: socket.socket) -> None:
         """Raise Refused unless the sender of these headers may use the API."""
@@ -10661,7 +10678,7 @@ def check_directory(option: str, directory: Path) -> None:
         with contextlib.suppress(OSError):      # no access list; what it allows shows as the group's (acl(5))
             writers |= stat.S_IWGRP if os.getxattr(parent, ACL_XATTRS[0]) else 0
         if mode & writers and not mode & stat.S_ISVTX:
-            raise UsageError(f"{option} {directory}: others than root can rename what is in {parent}: chmod go-w "
+            raise UsageError(f"{option} {directory}: somebody other than root can rename what is in {parent}: chmod go-w "
                              f"{parent}, or choose another directory")
         if not stat.S_ISDIR(mode) or status.st_uid not in (0, sudo_id("UID")):
             raise UsageError(f"{option} {directory}: {parent} belongs to another user (uid {status.st_uid}), who can "

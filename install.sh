@@ -76,7 +76,7 @@ uninstall() {
         rm -f /run/faasd/faasd.sock
         # As systemd reads it, which knows no shell: nor does a file of root's that is named 1:9000 match [::1]:9000.
         read -ra options < <(sed -n 's/^FAASD_OPTIONS=["'"'"']\{0,1\}\([^"'"'"']*\)["'"'"']\{0,1\}$/\1/p' /etc/default/faasd \
-            2>/dev/null) || true
+            2>/dev/null | tail -n 1) || true
         /usr/local/sbin/faasd "${options[@]}" --state-dir /var/lib/faasd --run-dir /run/faasd &
         while [ ! -e /run/faasd/faasd.sock ] && kill -0 $! 2>/dev/null; do
             sleep 0.1

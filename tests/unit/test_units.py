@@ -504,6 +504,27 @@ class TcpState(unittest.TestCase):
             self.assertEqual((faasd.TcpState.of(client).sent, faasd.TcpState.of(client).can_answer), (0, False))
 
 
+class Descriptors(unittest.TestCase):
+    def test_starts_take_nothing_that_is_for_ending_containers(self):
+        """Each end leaves a hole low down, while all above is taken: one hole is no room for a start."""
+        descriptors = faasd.Descriptors()
+        with contextlib.ExitStack() as files:
+            def take() -> int:
+                return files.enter_context(open(os.devnull, "rb")).fileno()
+            holes = [open(os.devnull, "rb") for _ in range(20)]
+            descriptors.limit = take() + 100
+            with self.assertRaises(OSError):
+                while True:
+                    descriptors.check_start()
+                    take()
+            for hole in holes:
+                hole.close()
+                with contextlib.suppress(OSError):
+                    descriptors.check_start()
+                    for _ in range(faasd.CONTAINER_DESCRIPTORS):
+                        self.assertLess(take(), descriptors.limit - descriptors._spare)
+
+
 class Workers(unittest.IsolatedAsyncioTestCase):
     async def test_calls_that_do_not_come_back_hold_up_nobody(self):
         workers, letting_go = faasd.Workers(asyncio.get_running_loop()), threading.Event()
