@@ -10678,7 +10678,7 @@ def check_directory(option: str, directory: Path) -> None:
         with contextlib.suppress(OSError):      # no access list; what it allows shows as the group's (acl(5))
             writers |= stat.S_IWGRP if os.getxattr(parent, ACL_XATTRS[0]) else 0
         if mode & writers and not mode & stat.S_ISVTX:
-            raise UsageError(f"{option} {directory}: somebody other than root can rename what is in {parent}: chmod go-w "
+            raise UsageError(f"{option} {directory}: not only root can rename what is in {parent}: chmod go-w "
                              f"{parent}, or choose another directory")
         if not stat.S_ISDIR(mode) or status.st_uid not in (0, sudo_id("UID")):
             raise UsageError(f"{option} {directory}: {parent} belongs to another user (uid {status.st_uid}), who can "

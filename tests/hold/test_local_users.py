@@ -743,7 +743,7 @@ class Files(LocalUserCase):
                 os.setxattr(directory, faasd.ACL_XATTRS[0], change)
             result = self.refused(daemon)
             self.assertEqual(result.returncode, 2, result.stderr)
-            self.assertIn(f"somebody other than root can rename what is in {directory}: chmod go-w {directory}", result.stderr)
+            self.assertIn(f"not only root can rename what is in {directory}: chmod go-w {directory}", result.stderr)
         os.removexattr(directory, faasd.ACL_XATTRS[0])
         os.chown(directory, 0, 65534)
         daemon.env = {"SUDO_GID": "65534"}              # the own group of the user who starts us
