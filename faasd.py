@@ -5131,8 +5131,7 @@ class ListenerStore:
         listener = self.take(address, port, functools.partial(open_listener, address, port, self._mark))
         if filter_of(listener) == listener_filter(address, port, self._mark):
             return listener
-        log.warning("opening %s:%d anew, because its filter is that of another --lan, or of an older faasd", address,
-                    port)
+        log.warning("opening %s:%d anew: its filter is that of another --lan, or of an older faasd", address, port)
         refuse_connections(listener)            # its filter is locked
         self.forget(address, port)
         return self.open(address, port)
@@ -5149,13 +5148,12 @@ class ListenerStore:
         """Tell the service manager to keep a socket no longer."""
         notify_service_manager(f"FDSTOREREMOVE=1\nFDNAME={address.replace(':', '.')}-{port}")
 
-    def forget_unclaimed(self) -> None:
-        """Close the sockets that were kept, but have not been opened."""
-        while self._kept:
-            (address, port), listener = self._kept.popitem()
-            log.warning("closing the listening socket of %s:%d, which nobody here needs any more", address, port)
-            refuse_connections(listener)
-            self.forget(address, port)
+    def forget_unclaimed(self, wanted: Callable[[tuple[str, int]], bool] = lambda place: False) -> None:
+        """Close the sockets that were kept, but have not been opened, and are not wanted."""
+        for place in [place for place in self._kept if not wanted(place)]:
+            log.warning("closing the listening socket of %s:%d, which nobody here needs any more", *place)
+            refuse_connections(self._kept.pop(place))
+            self.forget(*place)
 
 
 def listener_of(descriptor: int) -> socket.socket | None:
@@ -8630,12 +8628,11 @@ class TcpControlServer(ControlServer):
     def __init__(self, address: tuple[str, int], token: bytes, names: Iterable[str], answers: Answers,
                  listeners: ListenerStore):
         """listeners keeps the port over a restart: whoever had it in between would be sent the token."""
-        host, port = address
-        self._name = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+        self._name = ("http://[{}]:{}" if ":" in address[0] else "http://{}:{}").format(*address)
         self._token, self._names = token, names
         try:                            # of one family alone: clients of IPv4 do not come from ::ffff:127.0.0.1
             listener = listeners.take(*address, lambda: socket.create_server(
-                address, family=socket.AF_INET6 if ":" in host else socket.AF_INET))
+                address, family=socket.AF_INET6 if ":" in address[0] else socket.AF_INET))
         except OSError as error:
             raise UsageError(f"cannot listen on {self}: {os.strerror(error.errno)}; "
                              "choose another --api HOST:PORT") from error
@@ -10335,10 +10332,13 @@ class Daemon:
 
     async def _serve(self, answers: Answers, token: bytes) -> None:
         """Bring the functions back, and let clients in."""
-        if self._settings.api:          # clients wait until we are ready
-            open_api = functools.partial(asyncio.to_thread, TcpControlServer, self._settings.api, token,
-                                         self._settings.api_host, answers, self._deploys.attachments.listeners)
-            self._servers.append(await self._restart.bind(open_api, self._settings.api[1]))
+        api, attachments = self._settings.api, self._deploys.attachments
+        attachments.listeners.forget_unclaimed(         # those of another --api or --port may be in the way of ours
+            lambda place: place == api or place[1] == self._settings.port and attachments.addresses.has(place[0]))
+        if api:                         # clients wait until we are ready
+            open_api = functools.partial(asyncio.to_thread, TcpControlServer, api, token, self._settings.api_host,
+                                         answers, attachments.listeners)
+            self._servers.append(await self._restart.bind(open_api, api[1]))
         await self._restart.restore()
         self._servers.insert(0, ControlServer(self._settings.run_dir / "faasd.sock", answers))
         for server in self._servers:
@@ -10720,7 +10720,8 @@ def lock_directory(directory: Path) -> BinaryIO:
                                      "--state-dir and --run-dir") from None
             with contextlib.suppress(FileNotFoundError):
                 if private and os.path.samestat(status, path.lstat()):      # else somebody has replaced it meanwhile
-                    os.pwrite(file.fileno(), b"%-10d" % os.getpid(), 0)
+                    with contextlib.suppress(OSError):          # a full disk: then nobody can say whose lock it is
+                        os.pwrite(file.fileno(), b"%-10d" % os.getpid(), 0)
                     return file
             file.close()
             if not private:

@@ -172,6 +172,11 @@ class Space(FaultCase):
         self.assertNotEqual(daemon.faas("logs", "g", "-n", "1").stdout, lines)
         for line in daemon.function_log("g").splitlines():
             self.assertRegex(line, r"^\S+Z \S+ [|>] [^|>]+$")      # none was cut, with the next one behind it
+        self.assertEqual(daemon.stop(), 0)
+        os.truncate(daemon.state_dir / "faasd.lock", 0)
+        self.fill(0)
+        daemon.start()
+        self.assertEqual(get(self.f), (200, "1"))
 
     def test_inodes_are_used_up(self):
         daemon = self.start_on_tmpfs("size=48m,nr_inodes=200,mode=0700")

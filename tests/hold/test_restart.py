@@ -549,7 +549,7 @@ class Kept(RestartCase):
         (directory / "token").write_text("0123456789abcdef")
         (directory / "token").chmod(0o600)
         daemon, manager = self.managed("--api", "127.0.0.1:8000", "--api-token-file", str(directory / "token"),
-                                       directory=directory)
+                                       "--port", "8000", directory=directory)
         for end in (self.leave, support.Daemon.kill):
             end(daemon)
             with self.assertRaises(OSError):
@@ -559,10 +559,13 @@ class Kept(RestartCase):
                                b"Connection: close\r\n\r\n")
                 manager.start()
                 self.assertIn(b" 200 ", read_all(client))
-        self.leave(daemon)
-        daemon.arguments = ("--api", "[::1]:8000", *daemon.arguments[2:])
-        manager.start()
-        wait_until(lambda: manager.names() == ["..1-8000"], "the other one is closed")
+        self.assertEqual(get(self.deploy(daemon), port=8000), (200, "1"))
+        for api, name in (("0.0.0.0:8000", "0.0.0.0-8000"), ("127.0.0.1:8000", "127.0.0.1-8000"),
+                          ("[::1]:8000", "..1-8000")):
+            self.leave(daemon)
+            daemon.arguments = ("--api", api, *daemon.arguments[2:4])       # what listened there before is in the way
+            manager.start()
+            wait_until(lambda name=name: set(manager.names()) == {name, "10.0.0.10-80"}, "the others are closed")
         self.assertEqual(daemon.stop(), 0)
         with self.assertRaises(ConnectionRefusedError):
             socket.create_connection(("::1", 8000)).close()
