@@ -631,7 +631,7 @@ HOLDER = """
 import ctypes, fcntl, mmap, os, select, struct, sys, threading
 USERFAULTFD, UFFDIO_API, UFFDIO_REGISTER = {"x86_64": 323, "aarch64": 282}[os.uname().machine], 0xC018AA3F, 0xC020AA00
 libc = ctypes.CDLL(None, use_errno=True)
-fault = libc.syscall(USERFAULTFD, os.O_CLOEXEC)
+fault = libc.syscall(USERFAULTFD, os.O_CLOEXEC | os.O_NONBLOCK)       # else poll(2) returns an error at once
 if fault < 0:
     sys.exit(f"userfaultfd: {os.strerror(ctypes.get_errno())}")
 fcntl.ioctl(fault, UFFDIO_API, struct.pack("QQQ", 0xAA, 0, 0))
@@ -645,7 +645,7 @@ else:
     os.write(held, b"printed\\n")
 threading.Thread(target=libc.write, args=(held, ctypes.c_void_p(address), ctypes.c_size_t(1)), daemon=True).start()
 poll = select.poll()
-poll.register(fault)
+poll.register(fault, select.POLLIN)
 poll.poll()
 print("held", flush=True)
 threading.Event().wait()
