@@ -2632,7 +2632,7 @@ class Container:
         self._exited.set_result(status)
         if self._control is not None:
             self._on_control()                  # UNTAKEN is worth knowing
-        self.close_sockets()                   # somebody outside may have the other end, or runc alone was killed
+        self.close_sockets()                    # somebody outside may have the other end, or runc alone was killed
         settle(self.said, Release.GONE)
 
     def _unwatch(self) -> None:
@@ -2682,7 +2682,7 @@ class Container:
 
     async def finish(self) -> int | None:
         """End a container whose handler is done: it has EXIT_GRACE to exit by itself. Returns what kill does."""
-        self.close_sockets()                   # no more work
+        self.close_sockets()                    # no more work
         if self._pid and (self.contract == "handler" or self.contract == "stdio" and self.served):  # others have no end
             await asyncio.wait([self._exited], timeout=EXIT_GRACE)
         return await self.kill()
@@ -4574,9 +4574,10 @@ class Cgroups:
     def limit_sockets(self, path: str, size: int) -> None:
         """Limit what a container's sockets have in their buffers: v1 counts that apart, if told to before the first."""
         if not self.kills_whole:                # and no runtime tells it
-            limit = Path(f"{self._memory}{path}/memory.kmem.tcp.limit_in_bytes")
-            limit.parent.mkdir(parents=True)
-            limit.write_text(str(size))
+            os.makedirs(f"{self._memory}{path}")
+            with contextlib.suppress(FileNotFoundError), open(      # it is to go: then it is done without
+                    f"{self._memory}{path}/memory.kmem.tcp.limit_in_bytes", "r+b", 0) as limit:
+                limit.write(b"%d" % size)
 
     def watch_memory(self, path: str) -> int:
         """Return an eventfd that tells when memory may have run out (v1, memory.rst), else -1. Raises OSError."""
