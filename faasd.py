@@ -5129,13 +5129,14 @@ class ListenerStore:
 
     def open(self, address: str, port: int) -> socket.socket:
         """Return a listening socket with our filter. Raises as open_listener does."""
-        listener = self.take(address, port, functools.partial(open_listener, address, port, self._mark))
+        make = functools.partial(open_listener, address, port, self._mark)
+        listener = self.take(address, port, make)
         if filter_of(listener) == listener_filter(address, port, self._mark):
             return listener
         log.warning("opening %s:%d anew: its filter is that of another --lan, or of an older faasd", address, port)
         refuse_connections(listener)            # its filter is locked
         self.forget(address, port)
-        return self.open(address, port)
+        return self.take(address, port, make)
 
     def take(self, address: str, port: int, make: Callable[[], socket.socket]) -> socket.socket:
         """Return the listening socket that was kept, or what make returns, which is kept from now on."""
