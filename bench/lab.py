@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 import collections
+import concurrent.futures
 import contextlib
 import json
 import os
 import secrets
+import selectors
 import shutil
 import socket
 import statistics
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 TOP = Path(__file__).resolve().parent.parent
@@ -107,8 +109,9 @@ class BareRuns:
     """Runs a function's bundle with nothing but an OCI runtime."""
 
     def __init__(self, directory: Path, faasd_state: Path, name: str, runtime: str = "runc"):
-        self.run_dir = directory / "bare"
-        (self.run_dir / "containers").mkdir(parents=True)
+        self.run_dir = Path(tempfile.mkdtemp(prefix="bare.", dir=directory))
+        self.run_dir.chmod(0o711)
+        (self.run_dir / "containers").mkdir()
         self.rootfs, = (faasd_state / "images" / name).glob("*/rootfs")
         self.image = json.loads((self.rootfs.parent / "image.json").read_text())
         self.cgroups = faasd.Cgroups(self.run_dir)
@@ -121,15 +124,13 @@ class BareRuns:
         directory = self.run_dir / "containers" / container
         directory.mkdir()
         os.chown(directory, 0, self.bundle.first_id)
-        config = self.bundle.render(container).replace(bytes(self.run_dir / faasd.ROOT / "root"),
-                                                       bytes(self.rootfs))         # no root of its own
-        (directory / "config.json").write_bytes(config)
+        (directory / "config.json").write_bytes(self._config(container))
         with socket.socket(socket.AF_UNIX) as listener:
             listener.bind(str(directory / "control.sock"))
             (directory / "control.sock").chmod(0o666)
             listener.listen(1)
             start = time.perf_counter()
-            process = subprocess.Popen(self.runtime.run_argv(str(directory), container), stdin=subprocess.DEVNULL)
+            process = self._spawn(self.runtime.run_argv(str(directory), container))
             connection, _ = listener.accept()
             ready = time.perf_counter() - start
             connection.close()
@@ -139,9 +140,37 @@ class BareRuns:
         shutil.rmtree(directory)
         return ready, done
 
+    def _config(self, container: str) -> bytes:
+        """Return its config.json, whose root is the image itself: the runtime alone makes no other."""
+        config = self.bundle.render(container)
+        return config.replace(bytes(self.run_dir / faasd.ROOT / "root"), bytes(self.rootfs))
+
+    def _spawn(self, argv: list[str]) -> subprocess.Popen:
+        return subprocess.Popen(argv, stdin=subprocess.DEVNULL)
+
     def close(self) -> None:
         self.cgroups.remove_groups()
         self.cgroups.remove(self.cgroups.parent)
+
+
+class WritableRuns(BareRuns):
+    """The same with the bundle's own root, which can be written: each run gets one first, as faasd makes it."""
+
+    def __init__(self, *arguments: object):
+        super().__init__(*arguments)
+        (self.run_dir / faasd.ROOT).mkdir()
+        (self.run_dir / faasd.NAMES).parent.mkdir()
+        (self.run_dir / faasd.NAMES).touch()
+
+    def _config(self, container: str) -> bytes:
+        return self.bundle.render(container)
+
+    def _spawn(self, argv: list[str]) -> subprocess.Popen:
+        def spawn() -> subprocess.Popen:
+            faasd.mount_root(str(self.run_dir / faasd.ROOT), self.bundle)
+            return super(WritableRuns, self)._spawn(argv)
+        with concurrent.futures.ThreadPoolExecutor(1) as thread:        # a thread with a mount namespace of its own
+            return thread.submit(spawn).result()
 
 
 class NotRun(Exception):
@@ -203,7 +232,10 @@ def request(address: str, port: int = 80) -> float:
 
 
 class Load:
-    """Clients in a closed loop: each sends its next request, on a new connection, when it has the last answer."""
+    """Clients in a closed loop: each sends its next request, on a new connection, when it has the last answer.
+
+    Without asyncio, whose streams take twice the CPU: what is measured needs it.
+    """
 
     def __init__(self, address: str):
         self.address = address
@@ -212,41 +244,52 @@ class Load:
 
     def run(self, clients: int, seconds: float) -> float:
         """Return the rate of answers; those under way when the time is over count in neither."""
-        asyncio.run(self._run(clients, seconds))
-        return len(self.latencies) / seconds
-
-    async def _run(self, clients: int, seconds: float) -> None:
-        self._end = time.perf_counter() + seconds
-        await asyncio.gather(*(self._client() for _ in range(clients)))
-
-    async def _client(self) -> None:
-        while time.perf_counter() < self._end:
-            await self.one()
-
-    async def one(self) -> None:
-        start = time.perf_counter()
-        try:
-            async with asyncio.timeout(CLIENT_SECONDS):
-                reader, writer = await asyncio.open_connection(self.address, 80)
-                writer.write(REQUEST)
-                answer = await reader.read(-1)
-                writer.close()
-        except (OSError, TimeoutError) as error:
-            self.errors[type(error).__name__] += 1
-            return
-        done = time.perf_counter()
-        if not answer.startswith(b"HTTP/1.1 200 "):
-            self.errors[answer[9:12].decode() or "empty"] += 1
-        elif done < getattr(self, "_end", float("inf")):
-            self.latencies.append(done - start)
+        end = time.perf_counter() + seconds
+        latencies = [latency for done, latency in self._answers(clients, end) if done < end]
+        self.latencies += latencies
+        return len(latencies) / seconds
 
     def burst(self, count: int) -> list[float]:
         """Send so many at once; return the times until each was answered, in order."""
-        async def together() -> None:
-            await asyncio.gather(*(self.one() for _ in range(count)))
-        self.latencies = []
-        asyncio.run(together())
-        return sorted(self.latencies)
+        self.latencies = sorted(latency for _, latency in self._answers(count, until=0))
+        return self.latencies
+
+    def _answers(self, clients: int, until: float) -> Iterator[tuple[float, float]]:
+        """Send requests until then; yield when each was answered, and after how many seconds."""
+        with selectors.DefaultSelector() as selector:
+            for _ in range(clients):
+                self._send(selector)
+            while under_way := selector.get_map():
+                ready = [key for key, _ in selector.select(CLIENT_SECONDS)]
+                for key in ready or list(under_way.values()):
+                    start, answer = key.data
+                    try:
+                        if not ready:
+                            raise TimeoutError
+                        answer.append(key.fileobj.recv(65536))
+                    except OSError as error:
+                        self.errors[type(error).__name__] += 1
+                    else:
+                        if answer[-1]:              # there may be more
+                            continue
+                        done, status = time.perf_counter(), b"".join(answer)[9:12]
+                        if status == b"200":
+                            yield done, done - start
+                        else:
+                            self.errors[status.decode() or "empty"] += 1
+                    selector.unregister(key.fileobj)
+                    key.fileobj.close()
+                    if time.perf_counter() < until:
+                        self._send(selector)
+
+    def _send(self, selector: selectors.BaseSelector) -> None:
+        start = time.perf_counter()
+        try:
+            client = socket.create_connection((self.address, 80), CLIENT_SECONDS)
+            client.sendall(REQUEST)
+            selector.register(client, selectors.EVENT_READ, (start, []))
+        except OSError as error:
+            self.errors[type(error).__name__] += 1
 
 
 def percentile(values: list[float], percent: float) -> float:
