@@ -2417,8 +2417,7 @@ class Container:
         files = [(os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0), (os.POSIX_SPAWN_OPEN, 1, output, os.O_RDWR, 0),
                  (os.POSIX_SPAWN_DUP2, 1, 2)]
         if self._supervisor:            # the runtime keeps its deposit for us until it ends
-            deposit = given.enter_context(self._supervisor.deposit.dup())
-            files.append((os.POSIX_SPAWN_DUP2, deposit.fileno(), DEPOSIT))
+            files.append((os.POSIX_SPAWN_DUP2, given.enter_context(self._supervisor.deposit.dup()).fileno(), DEPOSIT))
         return files
 
     def _note(self, bundle: Bundle) -> None:
@@ -3114,7 +3113,6 @@ CONTINUE, ADD_AS_NUMBER, ADD_AND_SEND = 1, 1, 2         # flags: the call goes o
                                     # a number that we choose; it is the call's result
 PIDFD_THREAD = os.O_EXCL            # pidfd_open(2)
 SO_DOMAIN, SO_BUF_LOCK = 39, 72     # socket(7)
-SOCKADDR_SIZE = 28                  # of struct sockaddr_in6, the larger one
 INHERITED_OPTIONS = (socket.TCP_NODELAY, socket.TCP_USER_TIMEOUT)       # of TCP, unless 0
 KEEPALIVE_TIMES = (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT)
 INHERITED_BUFFERS = [(1, socket.SO_SNDBUF), (2, socket.SO_RCVBUF)]      # by the bit of SO_BUF_LOCK that says it was set
@@ -3180,7 +3178,7 @@ class Supervisor:
         self._asked: dict[int, int] = {}        # ports that were asked for in a network that others share, by inode
         self._ports: dict[int, int] = {}        # of listeners, as the program knows them, by inode
         self._addresses: dict[int, tuple] = {}  # of listeners, by inode
-        self._bells: dict[int, socket.socket] = {}      # connections of ours to a listener, by their port
+        self._bells: dict[bytes, socket.socket] = {}    # connections of ours to a listener, by their own address
         self._answered: list[socket.socket] = []        # those that the program has accepted
         self._silent: dict[int, socket.socket] = {}     # one that was such, to be so again, by address family
         self._held: dict[int, HeldAccepts] = {}         # by the listener's inode
@@ -3191,18 +3189,17 @@ class Supervisor:
         self._useless = 0.0                     # answers in a row by which no client was served, as they count …
         self._turned = 0.0                      # … at this time
         self._stopping = False
-        self._receiver: socket.socket | None = None
-        self.deposit: socket.socket | None = None       # the runtime's end of a pair, until it has it
         self._poll = select.poll()
         with contextlib.ExitStack() as undo:
             self._wake = os.eventfd(0, os.EFD_CLOEXEC)
             undo.callback(os.close, self._wake)
             self._poll.register(self._wake, select.POLLIN)
+            self._receiving = undo.enter_context(contextlib.ExitStack())        # what is closed when that has come
             if path:
-                self._receiver = undo.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
+                self._receiver = self._receiving.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
                 self._receiver.bind(path)
                 self._receiver.listen(1)
-                self._depositing, self.deposit = map(undo.enter_context, socket.socketpair())
+                self._depositing, self.deposit = map(self._receiving.enter_context, socket.socketpair())
             try:
                 self._thread = threading.Thread(target=self._run, name="supervisor", daemon=True)
                 self._thread.start()
@@ -3258,7 +3255,7 @@ class Supervisor:
             self._respond(call, flags=CONTINUE)
         for held in self._held.values():
             os.close(held.listener)
-        self._close_receiver()
+        self._receiving.close()
         for bell in (*self._bells.values(), *self._answered, *self._silent.values()):
             bell.close()
         if self._notify >= 0:
@@ -3276,8 +3273,7 @@ class Supervisor:
             self._loop.call_soon_threadsafe(callback, *arguments)
 
     def _hear(self) -> None:
-        if os.eventfd_read(self._wake) >= STOP:
-            self._stopping = True
+        self._stopping = os.eventfd_read(self._wake) >= STOP
 
     def _receive_descriptor(self) -> None:
         """Wait for the runtime, which sends the descriptor with the container's state (runtime-spec, config-linux)."""
@@ -3293,13 +3289,7 @@ class Supervisor:
                     self._notify = receive_descriptor(connection)
         self._poll.unregister(self._receiver)
         socket.send_fds(self._depositing, [b"\0"], [self._notify])
-        self._close_receiver()
-
-    def _close_receiver(self) -> None:
-        if self._receiver:
-            self._receiver.close()
-            self._depositing.close()
-            self.deposit.close()
+        self._receiving.close()
 
     def _turn(self) -> bool:
         """Wait for something, and do it. Return whether there is a process left."""
@@ -3310,9 +3300,9 @@ class Supervisor:
         for inode, held in list(self._held.items()):
             if self._clients or held.listener in events or not self._may_serve(inode):
                 self._resume(inode)
-        for port in [port for port, bell in self._bells.items() if bell.fileno() in events]:
+        for address in [address for address, bell in self._bells.items() if bell.fileno() in events]:
             self._useless += 1
-            self._silence(self._bells.pop(port))        # nobody took it: its listener is closed
+            self._silence(self._bells.pop(address))     # nobody took it: its listener is closed
         if events.get(self._notify, 0) & select.POLLIN:
             self._answer()
         elif self._notify in events:            # POLLHUP
@@ -3472,13 +3462,13 @@ class Supervisor:
                 self._useless -= 1 - INTERNAL   # somebody is served, or will be
             return functools.partial(self._respond, call, flags=CONTINUE)
         while len(self._clients) <= 1 and is_readable(listener, 0):
-            with kept_open(self._take_from_queue(listener, address := bytearray(SOCKADDR_SIZE))) as connection:
-                port, = struct.unpack_from(">H", address, 2)
-                if port not in self._bells:     # the program has connected to itself
-                    self._inject(call, connection, bytes(address))
+            connection, address = self._take_from_queue(listener)
+            with kept_open(connection):
+                if address not in self._bells:  # the program has connected to itself
+                    self._inject(call, connection, address)
                     self._useless -= 1 - INTERNAL
                     return lambda: None
-            self._answered.append(self._bells.pop(port))
+            self._answered.append(self._bells.pop(address))
             if self._clients:
                 break
         if self._clients:
@@ -3497,12 +3487,11 @@ class Supervisor:
             return functools.partial(self._respond, call, flags=CONTINUE)
         return lambda: None
 
-    def _take_from_queue(self, listener: int, address: bytearray) -> int:
-        """Accept a connection, and put its peer's address there. It waits if others took it first, until stop()."""
+    def _take_from_queue(self, listener: int) -> tuple[int, bytes]:
+        """Accept a connection; return it and its peer's address. It waits if others took it first, until stop()."""
         self.accepting = listener
         try:
-            where = (ctypes.c_char * len(address)).from_buffer(address)
-            return succeeded(libc.accept4(listener, where, ctypes.byref(ctypes.c_uint(len(address))), os.O_CLOEXEC))
+            return with_address(libc.accept4, listener, os.O_CLOEXEC)
         finally:
             with self._giving:
                 self.accepting = -1
@@ -3521,12 +3510,10 @@ class Supervisor:
                 for option in options:
                     set_option(handover.client.fileno(), *option)
                 host, port = handover.peer.rsplit(":", 1)
-                address = struct.pack(">H4s8x", int(port), socket.inet_aton(host))
-                if len(self._addresses[inode]) == 4:            # IPv6: mapped (ip(7), ipv6(7))
-                    address = struct.pack("=H", socket.AF_INET6) + address[:2] + bytes(14) + b"\xff\xff" + address[2:6]
-                    address += bytes(4)
-                else:
-                    address = struct.pack("=H", socket.AF_INET) + address
+                port, host = struct.pack(">H", int(port)), socket.inet_aton(host)
+                address = struct.pack("=H2s4s8x", socket.AF_INET, port, host)
+                if len(self._addresses[inode]) == 4:    # IPv6: mapped (ip(7), ipv6(7))
+                    address = struct.pack("=H2s14x2s4s4x", socket.AF_INET6, port, b"\xff\xff", host)
                 self._inject(call, handover.client.fileno(), address)
             except OSError:
                 os.set_blocking(handover.client.fileno(), False)
@@ -3610,7 +3597,7 @@ class Supervisor:
                     bell.connect((host, *address[1:]))
                 with contextlib.suppress(OSError):      # the queue is full; or this one of several listeners is closed
                     bell.send(b"\0")            # TCP_DEFER_ACCEPT, where the program has set it, waits for that
-                self._bells[bell.getsockname()[1]] = bell
+                self._bells[with_address(libc.getsockname, bell.fileno())[1]] = bell
                 self._poll.register(bell, 0)    # tells when it is reset
             except OSError:                     # the listener is closed
                 bell.close()
@@ -3637,6 +3624,12 @@ def as_socket(descriptor: int, domain: int) -> Iterator[socket.socket]:
     with socket.socket(domain, socket.SOCK_STREAM) as held:
         os.dup2(descriptor, held.fileno(), inheritable=False)
         yield held
+
+
+def with_address(call: Callable, descriptor: int, *flags: int) -> tuple[int, bytes]:
+    """Return the result of a system call on a socket, and the address that it tells. Raises OSError."""
+    address = ctypes.create_string_buffer(28)           # struct sockaddr_in6, the largest
+    return succeeded(call(descriptor, address, ctypes.byref(ctypes.c_uint(len(address))), *flags)), address.raw
 
 
 def inherited_options(listener: int) -> list[tuple[int, int, int]]:
@@ -7590,8 +7583,11 @@ class Rootfs:
         directory, _, name = path.rpartition(b"/")
         try:
             real = self.find_directory(directory) + b"/" + name
-        except NotADirectoryError:
+            end = self.trace_path(real)
+        except (NotADirectoryError, ImageError):        # ImageError: its links go round in circles
             return b""
+        if end.startswith(b"/dev/") and end != b"/dev/null":
+            raise ImageError(f"{show(path)} of the image leads to {show(end)}, which the runtime would read for it")
         if self.kind(real) != stat.S_IFREG:
             return b""
         with open(self.host(real), "rb") as file:
@@ -9029,7 +9025,7 @@ class ControlHandler(http.server.BaseHTTPRequestHandler):
     def execute(self, name: str, query: dict) -> None:
         """Run a command; what it reads and writes goes over this connection, which becomes one of frames: see Relay."""
         if self.headers.get("Upgrade", "").lower() != FRAMES:
-            raise Refused(426, f"this needs `Upgrade: {FRAMES}` and `Connection: Upgrade`", Upgrade=FRAMES)
+            raise Refused(426, f"this needs `Upgrade: {FRAMES}`, which a proxy on the way may drop", Upgrade=FRAMES)
         size = tuple(parse_amount(query.get(key, ["0"])[-1]) & 0xFFFF for key in ("lines", "columns"))
         env = Options().changed({"env": query.get("env", [])}).env
         command = query.get("cmd") or [DEFAULT_COMMAND]
@@ -9807,9 +9803,11 @@ class Deploys:
             raise BadRequest(f"a function has at most {MAX_SECRETS} secrets (MAX_SECRETS)")
         if not new:
             return kept
+        writing = self._host.workers.run(self.images.secrets.write, name, new)
         undo.push_async_callback(self._host.workers.run, self.images.secrets.keep, name, before.values())
+        undo.push_async_callback(asyncio.wait, [writing])       # first: if we are cancelled, it goes on
         try:
-            return kept | await self._host.workers.run(self.images.secrets.write, name, new)
+            return kept | await asyncio.shield(writing)
         except OSError as error:
             raise storage_error(error, "writing secrets") from error
 
@@ -10409,9 +10407,11 @@ class Daemon:
 
     async def _end_invocations(self, left: set[Function], changes: list[asyncio.Task]) -> None:
         """Drain functions, or leave them; until a second signal, clients have the drain timeout."""
+        ends = Tasks("the end of a function")
         def end_all(timeout: float) -> asyncio.Future:
-            return asyncio.gather(*(function.pass_on(timeout) if function in left else function.drain(timeout)
-                                    for function in self._deploys.functions.values()))
+            for function in self._deploys.functions.values():
+                ends.start(function.pass_on(timeout) if function in left else function.drain(timeout))
+            return asyncio.ensure_future(ends.finish())
         first = end_all(self._settings.drain_timeout)
         second = asyncio.ensure_future(self._stop_signals.get())
         limit = self._settings.drain_timeout + STOP_SECONDS
@@ -10420,8 +10420,7 @@ class Daemon:
             log.warning("stopping at once")
             await asyncio.wait([end_all(0)], timeout=STOP_SECONDS)
         second.cancel()
-        done = asyncio.gather(first, *changes, return_exceptions=True)
-        if not (await asyncio.wait([done], timeout=STOP_SECONDS))[0]:
+        if (await asyncio.wait([first, *changes], timeout=STOP_SECONDS))[1]:
             log.error("not everything has ended: what is left of it is removed, or is for the next daemon")
 
 
@@ -10494,6 +10493,8 @@ def parse_arguments(argv: list[str]) -> Settings:
         parser.error(f"--api needs --api-token-file FILE; {MAKE_TOKEN}")
     if settings.api_token_file and not settings.api:
         parser.error("--api-token-file is of use with --api HOST:PORT only")
+    if settings.api == ("0.0.0.0", settings.port):
+        parser.error(f"--api 0.0.0.0:{settings.port} takes --port {settings.port} from functions: change one of them")
     return settings
 
 

@@ -1,5 +1,6 @@
 """What an image says about its process, and what faasd prepares in the rootfs: rules G and H.1 of UNPACKING.md."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -228,6 +229,14 @@ class Processes(Sandbox):
                 self.assertEqual((child.returncode, child.stderr), (0, ""), child)
                 self.assertIn("HOME=/", child.document["process"]["env"])
                 shutil.rmtree(self.image)
+
+    def test_G3_accounts_on_a_device(self):
+        """The runtime would read them there, whoever the user is."""
+        for entries, refused in (([symlink("etc/group", "/dev/urandom")], "group of the image leads to /dev/urandom"),
+                                 ([symlink("etc/passwd", "../a"), symlink("a", "/dev/zero")], "leads to /dev/zero"),
+                                 ([symlink("etc/passwd", "/dev/null")], "")):
+            with self.subTest(refused), self.refused(400, refused) if refused else contextlib.nullcontext():
+                self.process(*entries)
 
     def test_G3_accounts_through_links_of_the_image(self):
         entries = [file("usr/etc/passwd", PASSWD), file("usr/etc/group", GROUP), symlink("etc", "/usr/etc")]

@@ -358,6 +358,9 @@ class Usage(unittest.TestCase):
         self.assertEqual(line, f"faasd: cannot listen on {URL}: Address already in use; choose another --api HOST:PORT")
         line = self.refuse("--api", "192.0.2.1:9000", "--api-token-file", token_file(type(self)))
         self.assertIn("Cannot assign requested address", line)
+        for port, options in (("80", ()), ("9000", ("--port", "9000"))):
+            line = self.refuse("--api", f"0.0.0.0:{port}", *options, "--api-token-file", "/x")
+            self.assertRegex(line, f"--api 0.0.0.0:{port} .*--port {port} ")
 
     def test_the_command_that_makes_a_token(self):
         directory = support.temporary_directory()

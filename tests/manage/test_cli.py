@@ -245,6 +245,14 @@ class Conversation(unittest.TestCase):
         self.assertEqual((result.returncode, result.stderr),
                          (1, "faas: the daemon is too old to print logs as JSON: upgrade it\n"))
 
+    def test_exec_through_a_proxy_that_drops_the_upgrade(self):
+        for status in (200, 204):
+            with self.subTest(status):
+                result = self.talk(response(status, {}), "exec", "f")
+                self.assertEqual((result.returncode, result.stdout), (1, ""), result.stderr)
+                self.assertRegex(result.stderr, rf"\Afaas: a proxy on the way [^\n]* \(status {status}\)\n\Z")
+                self.socket.unlink()            # before the next one
+
     def test_rm_of_nothing_prints_nothing(self):
         result = self.talk(response(404, {"error": "no function"}), "rm", "nope")
         self.assertEqual((result.returncode, result.stdout, result.stderr), (1, "", "faas: no function\n"))

@@ -96,6 +96,20 @@ class Stop(CutCase):
         daemon.process.send_signal(signal.SIGCONT)
         self.assertEqual({client.recv(15) for client in clients}, {b"HTTP/1.1 200 OK"})
 
+    def test_a_function_whose_end_fails_ends_no_other(self):
+        failing = ("lambda function, timeout, drain=faasd.Function.drain: "
+                   "faasd.asyncio.sleep('it fails') if function.record.name == 'bad' else drain(function, timeout)")
+        daemon = self.start(constants={"Function.drain": failing})
+        daemon.deploy("bad")
+        client = request(daemon.deploy("f"), "/label?go:")
+        self.addCleanup(client.close)
+        wait_until(lambda: daemon.info("f")["running"] == 1, "it is in flight")
+        daemon.process.send_signal(signal.SIGTERM)
+        wait_until(lambda: "the end of a function failed inside faasd" in daemon.log(), "that is logged")
+        daemon.release("f", "go")
+        self.assertIn(b"200 OK", client.recv(65536))
+        self.assertEqual(daemon.process.wait(support.READY_SECONDS), 0)
+
     def test_second_signal_while_containers_are_being_killed_leaves_nothing(self):
         daemon = self.start("--drain-timeout", "100ms")
         address = daemon.deploy("f", None, "--warm", "2")

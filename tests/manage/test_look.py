@@ -490,7 +490,8 @@ class ExecHostile(ExecCase):
                 self.assertIn(b" 101 ", sock.recv(65536))
                 sock.sendall(data)
                 self.assertIn(b"the command was ended", read_all(sock))
-        self.assertEqual(self.daemon.api("POST", "/functions/f/exec")[0], 426)
+        status, body = self.daemon.api("POST", "/functions/f/exec")     # a proxy may have dropped the header
+        self.assertEqual((status, b"a proxy on the way" in body), (426, True), body)
         self.assertEqual(self.daemon.api("GET", "/functions/f/exec")[0], 405)
 
     def test_end_of_the_daemon(self):

@@ -157,7 +157,11 @@ class HangingDisk(unittest.TestCase):
                 removed.append((call.paths[0].rpartition("/")[2], call.pid == keeper.daemon))
         keeper = gate.Gate(decide)
         self.addCleanup(keeper.close)
-        daemon = support.Daemon(wrapper=keeper.wrapper).start()
+        directory = support.temporary_directory()
+        hang = directory / "hang"
+        daemon = support.Daemon(wrapper=keeper.wrapper, directory=directory, constants={"secrets.token_hex": (
+            "lambda size, name=faasd.secrets.token_hex: [faasd.time.sleep(0.01) for _ in "
+            f"iter(lambda: faasd.os.path.exists({str(hang)!r}), False)] and False or name(size)")}).start()
         self.addCleanup(daemon.close)
         secret = daemon.directory / "secret"
         secret.write_text(FIRST)
@@ -178,6 +182,20 @@ class HangingDisk(unittest.TestCase):
         finally:
             path.write_text(SECOND)
             self.assertEqual(change.wait(support.READY_SECONDS), 0)
+        # A change that is cut while a secret is on its way to the disk: the file that comes late goes too.
+        path.unlink()
+        path.write_text(FIRST)
+        hang.touch()
+        change = [*support.FAAS, "--socket", daemon.socket, "set", "f", "--secret", f"db={secret}"]
+        with subprocess.Popen(change, stderr=subprocess.DEVNULL) as cut:
+            try:
+                support.wait_until(lambda: daemon.api("PATCH", "/functions/f?timeout=bad")[0] == 409, "it is under way")
+                daemon.process.send_signal(signal.SIGTERM)
+                support.wait_until(lambda: "stopping: 0 invocations" in daemon.log(), "it is cut")
+            finally:
+                hang.unlink()
+        self.assertEqual((cut.returncode, daemon.process.wait(support.READY_SECONDS)), (1, 0))
+        self.assertEqual(os.listdir(path.parent), [path.name])
 
 
 if __name__ == "__main__":

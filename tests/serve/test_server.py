@@ -75,6 +75,22 @@ class Accepting(support.SharedDaemonCase):
                 self.assertEqual(status, 200)
                 self.assertRegex(body, r"^itself: 127\.0\.0\.1 \d+$")
 
+    def test_own_connection_from_the_port_of_a_doorbell(self):
+        """From another address: only the whole address says which connection is which."""
+        address = self.daemon.deploy("f", server_image(source=b'''
+import re, select, socket
+first, second = (socket.create_server((host, 8080)) for host in ("127.0.0.1", "127.0.0.2"))
+select.select([first], [], [])
+port = int(re.search("0100007F:1F90 0100007F:(....)", open("/proc/net/tcp").read())[1], 16)
+own = socket.create_connection(("127.0.0.2", 8080), source_address=("127.0.0.2", port))
+accepted, peer = second.accept()
+client = first.accept()[0] if peer == own.getsockname() else accepted
+client.recv(65536)
+body = f"{peer == own.getsockname()} {accepted.getpeername() == own.getsockname()}"
+client.sendall(f"HTTP/1.1 200 OK\\r\\nContent-Length: {len(body)}\\r\\n\\r\\n{body}".encode())
+'''))
+        self.assertEqual(get(address), (200, "True True"))
+
     def test_servers_behind_it_are_not_held_up(self):
         address = self.daemon.deploy("f", server_image("polling", "0.0.0.0:8080"), "--timeout", "20")
         self.assertEqual(get(address, "/relay"), (200, " ".join(300 * ["within"])))
