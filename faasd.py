@@ -1778,6 +1778,7 @@ MAX_WARM_SECONDS = 3600.0           # age at which a container that waits is rep
 HEALTHY_SECONDS = 10.0              # a warm container that dies younger counts as a failed start
 FIRST_RETRY_SECONDS, MAX_RETRY_SECONDS = 1.0, 60.0     # between failed starts that nobody waits for
 BACK_OFF_EVENT_SECONDS = 60.0       # between two events of that of one function: it must not push out all others
+HEAD_START_SECONDS = 0.002          # for a program that has just got a client, before the CPUs start its replacement
 
 
 class Pool:
@@ -1803,7 +1804,6 @@ class Pool:
         self._endings = Tasks(f"function={function.record.name} the end of a container")
         self._timer: asyncio.TimerHandle | None = None
         self._closed = False
-        self._reconciles = False                # in the next turn of the loop
         self.failure = ""                       # why the last start failed, if it did
         self._failures = 0                      # in a row, of containers that nobody waited for
         self._retry_at = -math.inf              # loop time; until then none are made ahead
@@ -1844,23 +1844,30 @@ class Pool:
         return sum(1 for container in self.idle if now - container.ready_at >= MAX_WARM_SECONDS)
 
     def reconcile_soon(self) -> None:
-        """Reconcile once for all clients that come and go in one turn of the loop."""
-        if not self._reconciles:
-            self._reconciles = True
-            self._loop.call_soon(self.reconcile)
+        """Reconcile for clients that wait; without them, not before the one that was just served has its answer."""
+        self._reconcile_at(self._loop.time() + (0 if self._function.waiting else HEAD_START_SECONDS))
+
+    def _reconcile_at(self, moment: float) -> None:
+        # Later than needed is a mistake, earlier only a wake-up: a busy pool would otherwise set one for each client.
+        if self._timer and self._timer.when() <= moment:
+            return
+        if self._timer:
+            self._timer.cancel()
+        self._timer = None if moment == math.inf else self._loop.call_at(moment, self.reconcile)
 
     def reconcile(self) -> None:
         """Start missing containers, end surplus ones, and set the timer for the next look."""
-        self._reconciles = False
+        if self._timer:
+            self._timer = self._timer.cancel()
         if self._closed:
             return
         now = self._loop.time()
         target, until = self._target(now)
         self._end_surplus(now, target)
         if self._function.wanted > self.starting:
-            self._services.starter.need_now(self)
+            self._services.starter.need(self, Pool.lacks_now)
         elif self.ahead - self._old(now) < target:
-            self._services.starter.need_ahead(self)
+            self._services.starter.need(self, Pool.lacks_ahead)
         moments = [until]
         moments += [moment for moment in (self._retry_at, self._function.patient_until) if moment > now]
         if self.idle:
@@ -1868,13 +1875,7 @@ class Pool:
             moments.append(max(oldest.ready_at + MAX_WARM_SECONDS, now + 1))
             if len(self.idle) > target:
                 moments.append(since + SURPLUS_SECONDS)
-        moment = min(moments)
-        # Later than needed is a mistake, earlier only a wake-up: a busy pool would otherwise set one for each client.
-        if self._timer and now < self._timer.when() <= moment:
-            return
-        if self._timer:
-            self._timer.cancel()
-        self._timer = None if moment == math.inf else self._loop.call_at(moment + 0.001, self.reconcile)
+        self._reconcile_at(min(moments) + 0.001)
 
     def _end_surplus(self, now: float, target: int) -> None:
         """End containers that nobody asks for any more, after a while in which somebody might."""
@@ -2073,7 +2074,6 @@ class Average:
         self.seconds += (seconds - self.seconds) / 10
 
 
-HEAD_START_SECONDS = 0.002          # for a handler that has just got a client, before the CPUs start its replacement
 START_SLOT_SECONDS = 1.0            # how long a start counts against the starts allowed at a time
 
 
@@ -2091,21 +2091,14 @@ class Starter:
         self._loop = loop
         # For each line, by the test whether a pool still needs a start: its pools. Whose turn is next comes first.
         self._lines: dict[Callable[[Pool], bool], dict[Pool, None]] = {Pool.lacks_now: {}, Pool.lacks_ahead: {}}
-        self._timer: asyncio.TimerHandle | None = None
         self._slots: dict[asyncio.Task, asyncio.TimerHandle] = {}      # starts that are under way, and hold a slot
 
-    def need_now(self, pool: Pool) -> None:
-        self._lines[Pool.lacks_now].setdefault(pool)
+    def need(self, pool: Pool, lacks: Callable[[Pool], bool]) -> None:
+        """Start a container for a pool when it is its turn, if it lacks one then."""
+        self._lines[lacks].setdefault(pool)
         self._fill()
 
-    def need_ahead(self, pool: Pool) -> None:
-        """Start a container for the pool in a moment: not before the one that was just taken has got to its answer."""
-        self._lines[Pool.lacks_ahead].setdefault(pool)
-        if self._timer is None:
-            self._timer = self._loop.call_later(HEAD_START_SECONDS, self._fill)
-
     def _fill(self) -> None:
-        self._timer = None
         while len(self._slots) < self._most and (pool := self._next()):
             start = pool.start()        # one that takes long sleeps more than it computes, and frees its slot
             self._slots[start] = self._loop.call_later(START_SLOT_SECONDS, self._release, start)
