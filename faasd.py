@@ -960,6 +960,7 @@ class Entrance:
 
 
 MAX_TRIES = 2                       # hand-overs of a client whose container dies before it has taken it
+LONG_START_SECONDS = 1.0            # for a daemon that leaves, which lets clients wait for them first
 OFFER_SECONDS = 3.0                 # for a server to accept a client, when a daemon leaves: all newcomers wait for that
 SCARCE_QUEUE = 16                   # connections that wait for one function while few descriptors are left
 
@@ -9462,7 +9463,9 @@ class ImageStore:
         else:
             await self.remove(name, [image["version"]])
             directory.parent.mkdir(exist_ok=True)
-            admit_containers(directory.parent, image["first_id"])
+            # For its containers alone: it has devices and setuid files. Their root mounts it, and passes as the group.
+            os.chown(directory.parent, 0, image["first_id"])
+            directory.parent.chmod(0o710)
             unpacked.rename(directory)
             undo.push_async_callback(self.remove, name, [image["version"]])
         written = asyncio.ensure_future(asyncio.to_thread(sync_file_system, directory))
@@ -10200,8 +10203,7 @@ class Restart:
             for path in (self._settings.state_dir / "logs").glob("*.log*"):
                 if path.name.split(".")[0] not in names:
                     path.unlink()
-            attachments = self._deploys.attachments
-            attachments.egress.recover({record.name for record in self._records if record.options.net == "egress"})
+            self._deploys.attachments.egress.recover({one.name for one in self._records if one.options.net == "egress"})
         except OSError as error:
             raise storage_error(error, f"clearing what an earlier faasd left at {error.filename}") from error
 
@@ -10210,8 +10212,7 @@ class Restart:
         known = {record.address for record in self._records}
         await self._move()
         self._deploys.attachments.published.recover({
-            record.name: (record.address, places_of(record.options)) for record in self._records
-            if record.options.publish})
+            one.name: (one.address, places_of(one.options)) for one in self._records if one.options.publish})
         for record in self._records:
             await self._restore(record, [entry for entry in self.survivors if entry.function == record.name])
         if self._deploys.promised() > self._settings.max_warm:
@@ -10320,7 +10321,8 @@ class Daemon:
             await self._serve(Answers(self._settings, self._services, self._deploys, runtime), token)
             stop = self._pass_on if await self._stop_signals.get() == signal.SIGHUP else self._drain
         finally:
-            notify_service_manager("STOPPING=1")
+            longest = self._settings.drain_timeout + 5 * STOP_SECONDS      # that handlers can make this last
+            notify_service_manager(f"STOPPING=1\nEXTEND_TIMEOUT_USEC={longest * 1e6:.0f}")
             await stop()
 
     async def _serve(self, answers: Answers, token: bytes) -> None:
@@ -10329,9 +10331,8 @@ class Daemon:
         attachments.listeners.forget_unclaimed(         # those of another --api or --port may be in the way of ours
             lambda place: place == api or place[1] == self._settings.port and attachments.addresses.has(place[0]))
         if api:                         # clients wait until we are ready
-            open_api = functools.partial(asyncio.to_thread, TcpControlServer, api, token, self._settings.api_host,
-                                         answers, attachments.listeners)
-            self._servers.append(await self._restart.bind(open_api, api[1]))
+            self._servers.append(await self._restart.bind(lambda: asyncio.to_thread(
+                TcpControlServer, api, token, self._settings.api_host, answers, attachments.listeners), api[1]))
         await self._restart.restore()
         self._servers.insert(0, ControlServer(self._settings.run_dir / "faasd.sock", answers))
         for server in self._servers:
@@ -10358,7 +10359,14 @@ class Daemon:
         """Stop: leave what serves a client, and all that it needs, to the next daemon."""
         changes = await self._deploys.stop()
         left = {function for function in self._deploys.functions.values() if not function.being_removed}
-        if "NOTIFY_SOCKET" not in os.environ:           # else the service manager keeps the sockets
+        if "NOTIFY_SOCKET" in os.environ:               # the service manager keeps the sockets
+            # Where clients wait for the end of an invocation, or of a long start. The other functions go on meanwhile.
+            long = self._loop.time() - LONG_START_SECONDS
+            first = {one for one in left if any(not one.entitled or client.accepted < long for client in one.waiting)}
+            for function in first:
+                function.stop_accepting(socket.socket.close)
+            await self._end_invocations(first, first, [])
+        else:
             await self._turn_away()
         await self._end("leaving", changes, left)
         await self._deploys.attachments.finish()
@@ -10386,7 +10394,7 @@ class Daemon:
             function.stop_accepting(socket.socket.close if function in left else refuse_connections)
         running = sum(function.running for function in functions.values())
         log.info("%s: %d invocation%s running", what, running, "" if running == 1 else "s")
-        await self._end_invocations(left, changes)
+        await self._end_invocations(functions.values(), left, changes)
         await self._host.workers.finished(self._host.workers.pending)           # output that was being read
         await self._services.logs.flush()
         for one in (*(function.log for function in functions.values()), self._services.events):
@@ -10398,12 +10406,12 @@ class Daemon:
         self._deploys.attachments.close()
         await self._deploys.images.empty_tmp()
 
-    async def _end_invocations(self, left: set[Function], changes: list[asyncio.Task]) -> None:
+    async def _end_invocations(self, functions: Collection[Function], left: set[Function], changes: list) -> None:
         """Drain functions, or leave them; until a second signal, clients have the drain timeout."""
         ends = Tasks("the end of a function")
         def end_all(timeout: float) -> asyncio.Future:
-            for function in self._deploys.functions.values():
-                ends.start(function.pass_on(timeout) if function in left else function.drain(timeout))
+            for one in functions:
+                ends.start(one.pass_on(timeout) if one in left else one.drain(timeout))
             return asyncio.ensure_future(ends.finish())
         first = end_all(self._settings.drain_timeout)
         second = asyncio.ensure_future(self._stop_signals.get())
@@ -10411,6 +10419,7 @@ class Daemon:
         await asyncio.wait([first, second], timeout=limit, return_when=asyncio.FIRST_COMPLETED)
         if not first.done():
             log.warning("stopping at once")
+            self._stop_signals.put_nowait(signal.SIGTERM)       # for the functions that come after these
             await asyncio.wait([end_all(0)], timeout=STOP_SECONDS)
         second.cancel()
         if (await asyncio.wait([first, *changes], timeout=STOP_SECONDS))[1]:
@@ -10649,7 +10658,7 @@ def take_directories(settings: Settings) -> None:
 def lay_out(state: Path) -> None:
     """Make the directories in STATE_DIR, which is locked. Raises UsageError."""
     try:
-        # Containers, whose root is an unprivileged user of the host, pass through to their image: see admit_containers.
+        # Containers, whose root is an unprivileged user of the host, pass through to their image.
         state.chmod(stat.S_IMODE(state.stat().st_mode) | stat.S_IXGRP | stat.S_IXOTH)
         for name, mode in STATE_DIRECTORIES.items():
             (state / name).mkdir(exist_ok=True)
@@ -10682,15 +10691,6 @@ def check_directory(option: str, directory: Path) -> None:
         if not mode & stat.S_IXOTH:
             raise UsageError(f"{option} {directory}: containers run as unprivileged users, which {parent} does not "
                              f"let pass: chmod o+x {parent}, or choose another directory")
-
-
-def admit_containers(directory: Path, first_id: int) -> None:
-    """Let only a function's containers pass a directory: devices and setuid files of images are below it.
-
-    The mount that makes an image the root of a container is made as the container's root, which passes as the group.
-    """
-    os.chown(directory, 0, first_id)
-    directory.chmod(0o710)
 
 
 def lock_directory(directory: Path) -> BinaryIO:

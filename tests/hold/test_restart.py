@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 import unittest
 import unittest.mock
 from pathlib import Path
@@ -543,6 +544,26 @@ class Kept(RestartCase):
         self.assertTrue(client.rest().endswith("done\n"))
         self.assertEqual(daemon.process.wait(support.READY_SECONDS), 0)
 
+    def test_who_waits_in_one_function_does_not_hold_up_the_others(self):
+        daemon, manager = self.managed()
+        address = self.deploy(daemon, "--concurrency", "1", "--queue-timeout", "1h")
+        other = daemon.deploy("other", support.small_image())
+        running = self.client(address, "/work?first")
+        running.read_number()
+        waiting = self.client(address, "/work?second")
+        wait_until(lambda: daemon.info("f")["queued"] == 1, "one waits")
+        daemon.process.send_signal(signal.SIGHUP)
+        wait_until(lambda: any("STOPPING=1" in state for state in manager.states), "the daemon begins to leave")
+        self.assertEqual(get(other), (200, "1"))
+        self.release(daemon, "first")
+        self.assertTrue(running.rest().endswith("done\n"))
+        waiting.read_number()
+        self.assertEqual(daemon.process.wait(support.READY_SECONDS), 0)
+        manager.start()
+        self.release(daemon, "second")
+        self.assertTrue(waiting.rest().endswith("done\n"))
+        self.check_nothing_left(daemon)
+
     def test_port_of_the_api(self):
         """Whoever had it while no daemon runs would be sent the token, and keep the next daemon from starting."""
         directory = support.temporary_directory()
@@ -671,7 +692,7 @@ class Systemd:
         done
         mkdir -p /run/systemd/system/faasd.service.d
         cp /usr/local/lib/units/faasd.service /run/systemd/system/
-        echo "[Unit]\nDefaultDependencies=no\n[Service]\nStandardError=append:/run/stderr" \
+        echo "[Unit]\nDefaultDependencies=no\n[Service]\nStandardError=append:/run/stderr\nTimeoutStopSec=2" \
             >/run/systemd/system/faasd.service.d/no-boot.conf
         echo "[Unit]\nDefaultDependencies=no\nWants=faasd.service" >/run/systemd/system/test.target
         exec env container=test SYSTEMD_LOG_TARGET=console "$2" --system --unit=test.target --show-status=no
@@ -775,10 +796,12 @@ class UnderSystemd(RestartCase):
         pids.add(systemd.show("MainPID"))
         self.assertEqual(len(pids), 4)
         client.read_number()
+        self.assertEqual(systemd.show("NFileDescriptorStore"), "1")
+        systemd.systemctl("stop", "--no-block", "faasd")
+        time.sleep(3)                               # longer than TimeoutStopSec=
         self.release(daemon, "go")
         self.assertTrue(client.rest().endswith("done\n"))
-        self.assertEqual(systemd.show("NFileDescriptorStore"), "1")
-        systemd.systemctl("stop", "faasd")
+        wait_until(lambda: systemd.show("ActiveState") == "inactive", "it has stopped")
         self.assertEqual(systemd.show("NFileDescriptorStore"), "0")
         self.assertEqual(support.addresses(), [])
         self.assertFalse(daemon.run_dir.exists())
