@@ -1068,7 +1068,7 @@ class Function:
 
     def dispatch(self) -> None:
         """Give clients that wait containers that wait, in order, and have the pool make what is missing."""
-        limit = self.record.options.concurrency
+        limit, invocation = self.record.options.concurrency, None
         while self.waiting and self.taken < limit and (container := self.pool.take()):
             invocation = next(iter(self.waiting))
             invocation.tries += 1
@@ -1087,7 +1087,7 @@ class Function:
             self.pool.dismiss(container)
             if invocation.tries >= MAX_TRIES:
                 self.pool.failed(StartFailed(f"{who(container.contract)} was ready, but takes no client", [], 502))
-        self.pool.reconcile_soon()
+        self.pool.reconcile_soon(HEAD_START_SECONDS if invocation and not self.waiting else 0.0)
 
     def _refuse(self, invocation: Invocation, refusal: Refusal) -> None:
         del self.waiting[invocation]
@@ -1844,9 +1844,9 @@ class Pool:
         """Return how many should be replaced by new ones."""
         return sum(1 for container in self.idle if now - container.ready_at >= MAX_WARM_SECONDS)
 
-    def reconcile_soon(self) -> None:
-        """Reconcile for clients that wait; without them, not before the one that was just served has its answer."""
-        self._reconcile_at(self._loop.time() + (0 if self._function.waiting else HEAD_START_SECONDS))
+    def reconcile_soon(self, delay: float = 0.0) -> None:
+        """Reconcile once for all clients that come and go in a turn of the loop, or in delay seconds."""
+        self._reconcile_at(self._loop.time() + delay)
 
     def _reconcile_at(self, moment: float) -> None:
         # Later than needed is a mistake, earlier only a wake-up: a busy pool would otherwise set one for each client.

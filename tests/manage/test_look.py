@@ -258,7 +258,7 @@ class Top(LookCase):
         for command in ("list", "stats"):
             process = self.start(command)
             self.assertEqual(process.wait(), 0)
-            rows = os.read(self.master, 65536).decode().splitlines()
+            rows = [self.wait_shown("\r\n") for _ in range(3)]         # the kernel passes it on in pieces
             self.assertEqual([row[:6] for row in rows], ["NAME  ", "aaaaaa", "b     "])
             self.assertIn("a… ", rows[1])
             self.assertLessEqual(max(map(len, rows)), 80)
@@ -290,6 +290,7 @@ class ExecCase(LookCase):
 
     def deploy(self, *options: str) -> str:
         address = self.daemon.deploy("f", shell_image(), *options)
+        wait_until(lambda: not os.listdir(self.daemon.run_dir / "containers"), "the one that proved it has ended")
         daemon, before = self.daemon.process.pid, support.footprint(self.daemon)
         self.addCleanup(lambda: self.daemon.process.pid != daemon or wait_until(
             lambda: support.footprint(self.daemon, before) == before, "nothing is left"))
