@@ -10321,7 +10321,7 @@ class Daemon:
             await self._serve(Answers(self._settings, self._services, self._deploys, runtime), token)
             stop = self._pass_on if await self._stop_signals.get() == signal.SIGHUP else self._drain
         finally:
-            longest = self._settings.drain_timeout + 5 * STOP_SECONDS      # that handlers can make this last
+            longest = 2 * self._settings.drain_timeout + 5 * STOP_SECONDS  # that clients and handlers can make it last
             notify_service_manager(f"STOPPING=1\nEXTEND_TIMEOUT_USEC={longest * 1e6:.0f}")
             await stop()
 
