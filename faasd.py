@@ -960,7 +960,7 @@ class Entrance:
 
 
 MAX_TRIES = 2                       # hand-overs of a client whose container dies before it has taken it
-LONG_START_SECONDS = 1.0            # for a daemon that leaves, which lets clients wait for them first
+LONG_START_SECONDS = 1.0            # of waiting: such a client is served first when a daemon leaves
 OFFER_SECONDS = 3.0                 # for a server to accept a client, when a daemon leaves: all newcomers wait for that
 SCARCE_QUEUE = 16                   # connections that wait for one function while few descriptors are left
 
@@ -10417,11 +10417,13 @@ class Daemon:
         second = asyncio.ensure_future(self._stop_signals.get())
         limit = self._settings.drain_timeout + STOP_SECONDS
         await asyncio.wait([first, second], timeout=limit, return_when=asyncio.FIRST_COMPLETED)
+        at_once = second.done() or not first.done()
+        second.cancel()
+        if at_once:
+            self._stop_signals.put_nowait(signal.SIGTERM)       # for the functions that come after these
         if not first.done():
             log.warning("stopping at once")
-            self._stop_signals.put_nowait(signal.SIGTERM)       # for the functions that come after these
             await asyncio.wait([end_all(0)], timeout=STOP_SECONDS)
-        second.cancel()
         if (await asyncio.wait([first, *changes], timeout=STOP_SECONDS))[1]:
             log.error("not everything has ended: what is left of it is removed, or is for the next daemon")
 

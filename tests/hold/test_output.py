@@ -145,7 +145,7 @@ class Handlers(OutputCase):
             honest.sendall(b"still here?")
             self.assertEqual(honest.recv(65536), b"still here?")
             self.assertEqual(hostile.recv(65536), b"")
-            self.assertNotIn(container, support.list_containers(daemon))
+            wait_until(lambda: container not in support.list_containers(daemon), "it has been ended")
 
     def test_who_does_not_end_holds_up_no_restart(self):
         """A process that waits for a lock outlives SIGKILL, as one does, for seconds, that has a million open files."""

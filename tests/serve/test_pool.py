@@ -465,7 +465,7 @@ class Counted(support.SharedDaemonCase):
                      'faasd_start_seconds_bucket{function="f",le="+Inf"} 3', 'faasd_warm_containers{function="f"} 1',
                      'faasd_running_invocations{function="f"} 0', "faasd_functions 1"):
             self.assertIn(line, text.splitlines())
-        self.assertRegex(text, r"faasd_loop_lag_seconds_count [1-9]")
+        support.wait_until(lambda: re.search(r"faasd_loop_lag_seconds_count [1-9]", self.metrics()), "a timer ran out")
         resident = int(re.search(r"^process_resident_memory_bytes (\d+)$", text, re.MULTILINE)[1])
         self.assertAlmostEqual(resident, support.resident_memory(self.daemon.process.pid), delta=8 << 20)
         if shutil.which("promtool") is None:
