@@ -7316,10 +7316,11 @@ def unzstd_by_program(compressed: Iterator[bytes], budget: Budget) -> Iterator[b
         raise ImageError("zstd data in the archive is damaged, is cut short, or was made with --long over 27")
 
 
-FREE_STEPS = 100_000                # components of paths looked at, for an image; a new directory counts as …
-STEPS_PER_ENTRY = 128               # … as many more for each entry
-FREE_NUMBERS = 1_000_000            # in PAX records, sparse maps and the like, for an image; …
-BYTES_PER_NUMBER = 64               # … so many bytes count as one, and for each entry there are STEPS_PER_ENTRY more
+FREE_STEPS = 100_000                # components of paths that an image may have us look at, and …
+STEPS_PER_ENTRY = 128               # … so many more for each entry
+STEPS_PER_DIRECTORY = 16            # a directory that an entry only implies counts as so many of them
+FREE_NUMBERS = 1_000_000            # in PAX records, sparse maps and the like of an image, and STEPS_PER_ENTRY more …
+BYTES_PER_NUMBER = 64               # … for each entry; so many bytes count as one number
 FREE_DIRECTORIES = 1000             # that entries only imply, besides --max-image-entries files in all
 FRAMES_PER_ENTRY = 2                # gzip members or zstd frames, for each of --max-image-entries; estargz has as many
 
@@ -7447,7 +7448,6 @@ def unpack_error(path: bytes, error: OSError) -> FaasdError:
 
 
 MAX_PATH_DEPTH = 256                # directories above an entry; keeps recursive removal far from its limits
-STEPS_PER_DIRECTORY = 16            # … so many, if an entry only implies it; and
 
 
 class Rootfs:
@@ -8172,6 +8172,7 @@ def unpack_image(pieces: Iterator[bytes], directory: Path, tag: str, max_size: i
             rootfs.added.clear()                # of what its layers have implied
             process = resolve_process(image.config, rootfs)
             process["resolv_conf"] = prepare_mount_targets(rootfs)
+            find_user(rootfs, "")           # again: /dev may have been a link of the image's, and led past the check
         except OSError as error:            # of the target of a link, say, which may be any text
             path = os.fsencode(error.filename or "").removeprefix(rootfs.path)
             raise unpack_error(path, error) from None

@@ -234,6 +234,7 @@ class Processes(Sandbox):
         """The runtime would read them there, whoever the user is."""
         for entries, refused in (([symlink("etc/group", "/dev/urandom")], "group of the image leads to /dev/urandom"),
                                  ([symlink("etc/passwd", "../a"), symlink("a", "/dev/zero")], "leads to /dev/zero"),
+                                 ([symlink("etc/passwd", "/dev/zero"), symlink("dev", "b")], "leads to /dev/zero"),
                                  ([symlink("etc/passwd", "/dev/null")], "")):
             with self.subTest(refused), self.refused(400, refused) if refused else contextlib.nullcontext():
                 self.process(*entries)
