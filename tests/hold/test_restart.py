@@ -564,6 +564,22 @@ class Kept(RestartCase):
         self.assertTrue(waiting.rest().endswith("done\n"))
         self.check_nothing_left(daemon)
 
+    def test_a_second_signal_right_behind_the_first_is_not_lost(self):
+        """A daemon leaves in two rounds, the first of which may be over before it has looked for signals."""
+        daemon, manager = self.managed("--drain-timeout", "1h", constants={"LONG_START_SECONDS": 3600})
+        address = self.deploy(daemon, "--warm", "0", "--start-timeout", "1h", "--queue-timeout", "1h")
+        (daemon.rootfs("f") / "handler.pl").write_text("sleep")
+        waiting = self.client(address, "/")
+        wait_until(lambda: daemon.info("f")["starting"] == 1, "a start is under way that never ends")
+        for _ in range(2):              # of two that are pending at a time, the kernel drops one
+            daemon.process.send_signal(signal.SIGHUP)
+            status = Path(f"/proc/{daemon.process.pid}/status")
+            wait_until(lambda: "ShdPnd:\t0000000000000000" in status.read_text(), "it is delivered", longest_pause=0.001)
+        self.assertTrue(waiting.rest().startswith("HTTP/1.1 503 "))
+        self.assertEqual(daemon.process.wait(support.READY_SECONDS), 0)
+        manager.start()
+        self.check_nothing_left(daemon)
+
     def test_port_of_the_api(self):
         """Whoever had it while no daemon runs would be sent the token, and keep the next daemon from starting."""
         directory = support.temporary_directory()
