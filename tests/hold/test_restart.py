@@ -574,7 +574,7 @@ class Kept(RestartCase):
         for _ in range(2):              # of two that are pending at a time, the kernel drops one
             daemon.process.send_signal(signal.SIGHUP)
             status = Path(f"/proc/{daemon.process.pid}/status")
-            wait_until(lambda: "ShdPnd:\t0000000000000000" in status.read_text(), "it is delivered", longest_pause=0.001)
+            wait_until(lambda: "ShdPnd:\t0000000000000000" in status.read_text(), "it has come", longest_pause=0.001)
         self.assertTrue(waiting.rest().startswith("HTTP/1.1 503 "))
         self.assertEqual(daemon.process.wait(support.READY_SECONDS), 0)
         manager.start()
