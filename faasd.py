@@ -971,8 +971,8 @@ class Function:
     def __init__(self, record: FunctionRecord, services: Services, log_: FunctionLog, addresses: Addresses):
         self.record, self._addresses = record, addresses
         self.log = log_
-        self.pool: Pool | None = None           # None: broken, error says why
-        self.error = ""
+        self.pool: Pool | None = None           # None: it could not be brought back
+        self.error = ""                         # why that is so, or not all of it was
         self.being_removed = False              # no longer written down
         self.draining = False                   # serves those it has accepted, and nobody else
         self.told_back_off = -math.inf          # loop time of the last such event
@@ -1218,7 +1218,7 @@ class Function:
         """Make version the one for invocations that start from now on; container is one of it that is ready."""
         if self.pool:
             self._retire(self.pool)
-        self.pool = Pool(self, version)
+        self.pool, self.error = Pool(self, version), ""
         self.entrance.defer()
         if container:                           # it was started to prove a deploy
             self.demand.last_used = self.loop.time()
@@ -1240,7 +1240,7 @@ class Function:
             return {"state": "broken", "error": "somebody has taken its address from lo, and faasd cannot put it back"}
         if self.being_removed:
             return {"state": "removing"}
-        if self.pool is None:
+        if self.error:
             return {"state": "broken", "error": self.error}
         failing = self.pool.failure and not (self.pool.idle or self.in_flight)
         return {"state": "failing", "error": self.pool.failure} if failing else {"state": "ready"}
@@ -4887,6 +4887,7 @@ UCRED = struct.Struct("3i")         # struct ucred of unix(7): pid, uid, gid
 def is_roots_listener(name: bytes) -> bool:
     """Return whether root listens on a Unix socket (SO_PEERCRED in unix(7)). One that answers nobody is nobody's."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as probe:
+        probe.shutdown(socket.SHUT_RD)          # what it sends, such as a socket that lingers, would be ours to close
         try:
             probe.connect(name)
         except OSError:
@@ -4953,7 +4954,7 @@ class Addresses:
         """From now on, close the connections of daemons that look for rivals: a full queue would take no more.
 
         One after the other, because anybody can ask; and in a thread, because closing a Unix socket may mean closing
-        what was sent to it (before Linux 6.10), for which a file system of a user's may wait for ever.
+        what was sent to it, for which a file system of a user's, or a peer that takes nothing, may wait for ever.
         """
         loop = workers.loop
 

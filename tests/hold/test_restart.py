@@ -367,6 +367,21 @@ class NotAdopted(RestartCase):
         self.assertEqual(support.addresses(), [])
 
 
+    def test_a_fault_of_ours_breaks_one_function_only(self):
+        daemon = self.start()
+        client, other = self.client(self.deploy(daemon), "/work?never"), daemon.deploy("other", support.small_image())
+        client.read_number()
+        self.leave(daemon)
+        daemon.constants = {"Function.adopt": "None"}
+        daemon.start()
+        self.assertIn("faasd's log has the detail", daemon.info("f")["error"])
+        self.assertIn("Traceback", daemon.log())
+        self.assertEqual(get(other), (200, "1"))
+        log = daemon.directory / "log"
+        log.write_text(log.read_text().replace("Traceback", "traceback"))       # it has the detail, as it should
+        self.check_nothing_left(daemon)
+
+
 class Nohup(RestartCase):
     def test_a_terminal_that_closes_does_not_end_it(self):
         daemon = self.start(wrapper=("nohup",))
