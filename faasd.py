@@ -1015,7 +1015,9 @@ class Function:
         """How many containers should be started, or be starting, for clients that wait."""
         if self.loop.time() < self.patient_until:
             return max(0, self.entitled - len(self.in_flight))
-        return math.ceil(self.entitled / self.record.options.share)
+        share, reuse = self.record.options.share, self.record.options.reuse
+        at_a_time = min(share, reuse or share) if self.record.versions[0].contract == "server" else 1
+        return math.ceil(self.entitled / at_a_time)
 
     # -- clients --
 
@@ -3114,7 +3116,7 @@ MAX_LISTENERS = 64                  # of one container that are known, those tha
 FREE_ANSWERS = 32                   # in a row by which no client was served; after these each comes later …
 ANSWER_PAUSE, MAX_ANSWER_PAUSE = 0.002, 0.1     # … than the one before, by so many seconds, and so many at most
 FORGIVEN = 20.0                     # of them in a second
-INTERNAL, EXECUTION = 0.1, 0.01     # of one: what a server accepts behind another; what a script has executed
+INTERNAL = 0.01                     # of one: what a server accepts behind another, and what a script has executed
 MAX_HELD_CALLS = 1024               # of accept(2) on one listener
 STOP = 1 << 32                      # added to what wakes a Supervisor: more than it has clients
 JOIN_SECONDS = 1.0                  # for a thread to end that a container may hold up
@@ -3320,7 +3322,7 @@ class Supervisor:
         identity, thread, _, number, _, _, *arguments = NOTIFICATION.unpack(received)
         call = Call(identity, thread, SERVER_CALLS[number], tuple(arguments))
         if call.name == "execve":
-            self._useless += EXECUTION
+            self._useless += INTERNAL
             self._execute(call)
             return
         self._useless += 1

@@ -51,8 +51,8 @@ def serve(client, peer):
             body = " ".join(os.readlink(f"/proc/self/fd/{number}") for number in os.listdir("/proc/self/fd")[:-1])
         if path == "/self":
             body = talk_to_itself()
-        if path == "/relay":
-            body = " ".join(talk_within() for _ in range(300))
+        if path.startswith("/relay?"):
+            body = talk_within(int(path.partition("?")[2]))
         if path == "/interfaces":
             body = " ".join(name for _, name in socket.if_nameindex())
         head = f"HTTP/1.1 200 OK\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n"
@@ -78,15 +78,18 @@ def talk_to_itself():
         return "itself: " + own.makefile().read().splitlines()[-1]
 
 
-def talk_within():
-    """Ask a server behind this one, as nginx does php-fpm."""
-    with socket.socket(socket.AF_UNIX) as listener, socket.socket(socket.AF_UNIX) as own:
+def talk_within(count):
+    """Ask a server behind this one again and again, as nginx does php-fpm for a client that stays."""
+    with socket.socket(socket.AF_UNIX) as listener:
         listener.bind("")
         listener.listen()
-        own.connect(listener.getsockname())
-        with listener.accept()[0] as accepted:
-            accepted.sendall(b"within")
-        return own.recv(6).decode()
+        for _ in range(count):
+            with socket.socket(socket.AF_UNIX) as own:
+                own.connect(listener.getsockname())
+                with listener.accept()[0] as accepted:
+                    accepted.sendall(b"within")
+                assert own.recv(7) == b"within"
+    return "done"
 
 
 def listen(place, reuse_port=False):
