@@ -1332,7 +1332,19 @@ class Invocation:
         timer = self.function.loop.call_at(moment, self.container.end_wait, self.handover, Release.OVERDUE)
         said = await self.handover.said
         timer.cancel()
+        if said is Release.OVERDUE and self.handover.inode:
+            self.handover.said = self.function.loop.create_future()     # first: the end may be reported meanwhile
+            if not await self._take_from_server():
+                said = await self._outlast_client()
         return said
+
+    async def _outlast_client(self) -> Release:
+        """Wait for a client that does not take what its server has left to the kernel; end its connection in time."""
+        said, closed = self.handover.said, self.function.services.host.closed
+        if not (await asyncio.wait([said], timeout=self.pool.options.timeout))[0]:
+            await self._call(closed.destroy, self.handover, self.function.record.address)
+            await asyncio.wait([said], timeout=EXIT_GRACE)
+        return said.result() if said.done() else Release.OVERDUE
 
     async def _take_back(self) -> None:
         """Take the client from a container that died before it took it. Others in it may have seen the socket."""
@@ -1396,7 +1408,7 @@ class Invocation:
         pool.shared.pop(container, None)        # until it is known that it may serve another
         if said in (Release.OVERDUE, Release.STOPPED, Release.LEFT):
             container.spoiled = True
-            if self.handover.inode:
+            if self.handover.inode and said is not Release.OVERDUE:
                 await self._take_from_server()
             if not container.handovers:         # else it serves others still
                 self.exit_status = await pool.end(container, container.kill)
@@ -1431,11 +1443,12 @@ class Invocation:
         if container.out_of_memory:
             self.reason = "the container ran out of memory after its answer"
 
-    async def _take_from_server(self) -> None:
-        """Take a client back from a server, so that we can answer."""
+    async def _take_from_server(self) -> bool:
+        """Take a client back from a server, so that we can answer; return whether the server had not closed it yet."""
         if await self._call(self.container.is_taken, self.handover):
-            duplicate = self.function.services.host.cgroups.duplicate_socket   # None: the server has just closed it
+            duplicate = self.function.services.host.cgroups.duplicate_socket
             self.client = await self._call(duplicate, self.container.cgroup, self.handover.inode) or self.client
+        return self.client.fileno() >= 0
 
     async def _answered(self, gone: bool) -> TcpState:
         """Return the client's state once its handler let go, or is gone. Raises Refusal if its answer is missing."""
@@ -3132,6 +3145,7 @@ class Handover:
     inode: int = 0                      # of the client's socket, by which it is found in a server; 0: for a handler
     taken: bool = False                 # by a server, from accept(2): nobody here has a descriptor of it any more
     state: TcpState | None = None       # of its connection, when the last descriptor of a server was gone
+    cookie: int = 0                     # by which the kernel knows its connection
 
 
 class Call(NamedTuple):
@@ -3650,7 +3664,8 @@ def set_option(descriptor: int, level: int, option: int, value: int) -> None:
     succeeded(libc.setsockopt(descriptor, level, option, ctypes.byref(ctypes.c_int(value)), 4))
 
 
-NETLINK_SOCK_DIAG, SKNLGRP_INET_TCP_DESTROY = 4, 1      # linux/netlink.h, linux/sock_diag.h
+NETLINK_SOCK_DIAG, SKNLGRP_INET_TCP_DESTROY, SOCK_DESTROY = 4, 1, 21    # linux/netlink.h, linux/sock_diag.h
+NLM_F_REQUEST, NLM_F_ACK = 1, 4     # linux/netlink.h
 SO_RCVBUFFORCE, SO_COOKIE = 33, 57  # socket(7)
 DIAG_COOKIE, DIAG_ATTRIBUTES, DIAG_INFO = 60, 88, 2     # offsets in a message (linux/inet_diag.h); INET_DIAG_INFO
 DIAG_ADDRESS = 24                   # of this end
@@ -3664,8 +3679,9 @@ class ClosedConnections:
     tcp_info. A filter keeps those of other connections of this machine from waking us.
     """
 
-    def __init__(self, workers: Workers, subnet: ipaddress.IPv4Network):
-        self._workers, self._loop, self._subnet = workers, workers.loop, subnet
+    def __init__(self, workers: Workers, subnet: ipaddress.IPv4Network, port: int):
+        """port is that of our end."""
+        self._workers, self._loop, self._subnet, self._port = workers, workers.loop, subnet, port
         self._waiting: dict[int, tuple[int, str, Callable[[TcpState | None], None]]] = {}       # by cookie
         self._socket: socket.socket | None = None
         self._searching: asyncio.Task | None = None
@@ -3677,8 +3693,24 @@ class ClosedConnections:
         """
         if self._socket is None:
             self._open()
-        cookie, = struct.unpack("=Q", handover.client.getsockopt(socket.SOL_SOCKET, SO_COOKIE, 8))
-        self._waiting[cookie] = handover.inode, address, callback
+        handover.cookie, = struct.unpack("=Q", handover.client.getsockopt(socket.SOL_SOCKET, SO_COOKIE, 8))
+        self._waiting[handover.cookie] = handover.inode, address, callback
+
+    def destroy(self, handover: Handover, address: str) -> None:
+        """Reset a client's connection to address that no process has any more (linux/inet_diag.h). May block.
+
+        The last Linux before 6.11 only drop what it keeps for the client. Failure is logged.
+        """
+        host, _, port = handover.peer.rpartition(":")
+        request = struct.pack("=IHHIIBB2xI", 72, SOCK_DESTROY, NLM_F_REQUEST | NLM_F_ACK, 0, 0, socket.AF_INET,
+                              socket.IPPROTO_TCP, INT)      # in any state
+        request += struct.pack(">HH4s12x4s12x", self._port, int(port), socket.inet_aton(address),
+                               socket.inet_aton(host)) + struct.pack("=IQ", 0, handover.cookie)
+        with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_SOCK_DIAG) as diag:
+            diag.send(request)
+            error, = struct.unpack_from("=i", diag.recv(KIB), 16)
+        if error and -error != errno.ENOENT:        # it is gone
+            log.warning("cannot end a connection that %s does not take its answer on: %s", host, os.strerror(-error))
 
     def _open(self) -> None:
         self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_NONBLOCK, NETLINK_SOCK_DIAG)
@@ -5839,7 +5871,8 @@ def is_reachable(resolver: str) -> bool:
 class ContainerHost:
     """What all containers of this daemon share: directories, runtime, cgroups, ids, and threads that wait for them."""
 
-    def __init__(self, run_dir: Path, runtime: Runtime, ids: IdRanges, subnet: ipaddress.IPv4Network, volumes: Volumes):
+    def __init__(self, run_dir: Path, runtime: Runtime, ids: IdRanges, subnet: ipaddress.IPv4Network, port: int,
+                 volumes: Volumes):
         self.run_dir = run_dir
         self.volumes = volumes
         self.containers_dir = run_dir / "containers"
@@ -5850,7 +5883,7 @@ class ContainerHost:
         self.descriptors = Descriptors()
         self.loop = asyncio.get_running_loop()
         self.workers = Workers(self.loop)
-        self.closed = ClosedConnections(self.workers, subnet)
+        self.closed = ClosedConnections(self.workers, subnet, port)
         self.killers = Workers(self.loop)       # apart, because killing a container is what ends the wait of workers
         self._dying: dict[str, DyingCgroups] = {}
         self._spawning: dict[str, set[asyncio.Future]] = collections.defaultdict(set)   # by function
@@ -10293,7 +10326,7 @@ class Daemon:
         self._loop = asyncio.get_running_loop()
         # By its full name: it is started with a PATH that may differ from ours.
         self._runtime = Runtime(shutil.which(settings.runtime) or settings.runtime, settings.run_dir / "runc")
-        self._host = ContainerHost(settings.run_dir, self._runtime, ids, settings.subnet,
+        self._host = ContainerHost(settings.run_dir, self._runtime, ids, settings.subnet, settings.port,
                                    Volumes((settings.state_dir, settings.run_dir)))
         eighth, logs = self._host.descriptors.limit // 8, Writer(write_logs, 100_000, LOG_DELAY)
         self._services = Services(

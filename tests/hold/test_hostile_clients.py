@@ -582,6 +582,48 @@ class SlowReaders(HostileCase):
         self.assertEqual(len(received.partition(b"\r\n\r\n")[2]), 3_000_000)
 
 
+class SlowReadersOfServers(HostileCase):
+    """A server closes a connection for good: nobody has a descriptor of what its client has yet to take."""
+
+    options = ("--concurrency", "1", "--timeout", "2", "--reuse", "0", "--queue-timeout", "1h")
+    handler = """
+import contextlib, socket
+with socket.create_server(("", 8080)) as listener:
+    while True:
+        with listener.accept()[0] as client:
+            path = client.recv(65536).split()[1].decode()
+            if path == "/leave-much":
+                client.setblocking(False)
+                with contextlib.suppress(BlockingIOError):
+                    while client.send(bytes(65536)):
+                        continue
+            else:
+                body = f"hello {path}"
+                client.sendall(f"HTTP/1.1 200 OK\\r\\nContent-Length: {len(body)}\\r\\n"
+                               f"Connection: close\\r\\n\\r\\n{body}".encode())
+"""
+
+    def test_they_count_until_they_are_cut_and_their_server_goes_on(self):
+        client = socket.socket()
+        self.addCleanup(client.close)
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.settimeout(support.READY_SECONDS)
+        client.connect((self.address, 80))
+        client.sendall(b"GET /leave-much HTTP/1.1\r\n\r\n")
+        self.wait_counts(1, 0)
+        other = self.request("/next")
+        self.assertIn(b"hello /next", read_until_cut(other))
+        end = f":{client.getsockname()[1]:04X} 04 "         # FIN_WAIT1, which holds all that the client has not taken
+        self.assertNotIn(end, Path("/proc/net/tcp").read_text())
+        with self.assertRaises(ConnectionResetError):
+            while client.recv(1 << 20):
+                continue
+        self.settle()
+        lines = re.findall("([0-9a-f]+) > outcome=(.*?) ", self.log_of("f")[self.log_start:])
+        self.assertEqual([outcome for _, outcome in lines], ["answered"] * 2)
+        self.assertEqual(len({container for container, _ in lines}), 1)
+
+
 class LockedSocket(HostileCase):
     """A handler that never lets go of the lock of its client's socket, which whoever asks the kernel about it needs."""
 
