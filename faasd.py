@@ -1474,7 +1474,10 @@ class Invocation:
             if state.can_answer:
                 # One that let go, but stayed until we killed it, has no exit to speak of.
                 how = "let go" if container.killed else container.describe_end(self.exit_status)
-                raise self._blame("no-answer", 502, f"{how} without an answer")
+                refusal = self._blame("no-answer", 502, f"{how} without an answer")
+                if self.handover.inode and not self.handover.taken:     # a server that never got so far
+                    self.pool.failure = str(refusal)
+                raise refusal
         return state
 
     def _who_closed(self, state: TcpState) -> str:
@@ -2242,13 +2245,18 @@ class RuntimeFailed(StartFailed):
     """The runtime made no container: its handler never ran."""
 
 
+class EndedAtOnce(StartFailed):
+    """A server listened, and ended."""
+
+
 # What a program may print that was refused a process or thread, so that it is worth asking the kernel.
 REFUSED_PROCESS = re.compile("thread|fork|clone|process|resource", re.IGNORECASE)
 REFUSED_THREAD = re.compile("start new thread|temporarily unavailable|cannot fork", re.IGNORECASE)      # by itself
 MAX_LOOKS = 100                     # at a container's pids.events: it prints what it likes
 CONTROL_SOCKET = "/control.sock"
 NOTIFY_SOCKET = "notify.sock"       # beside config.json: where the runtime sends what a server's calls are answered by
-PORT_GRACE = 0.5                    # seconds for a server to listen on a better port than the first
+PORT_GRACE = 0.5                    # seconds for a server to listen on a better port than the first, and …
+STAY_SECONDS = 0.2                  # … for one that is deployed to show that it does not go into the background then
 SO_PASSRIGHTS = 83                  # Linux 6.16: whether a Unix socket takes descriptors
 KILL_RETRY = 0.02                   # seconds between two rounds of killing one container, and …
 MEMORY_LOOKS = 10                   # … between so many looks whether the kernel has, after it said that memory ran out
@@ -2326,8 +2334,8 @@ class Container:
 
     # -- start --
 
-    async def start(self, bundle: Bundle, timeout: float) -> None:
-        """Start the container, and return once it is ready. Raises StartFailed; then nothing of it is left."""
+    async def start(self, bundle: Bundle, timeout: float, must_stay: bool = False) -> None:
+        """Start the container; return once it is ready, and stays. Raises StartFailed; then nothing of it is left."""
         # runc joins a user namespace first, and from there no network that the host has made.
         joins = bundle.options.net != "egress"
         user_namespace = await self._host.ids.user_namespace(bundle.first_id) if joins else ""
@@ -2345,7 +2353,8 @@ class Container:
                 self._connected.result()
                 self.ready_at = self._host.loop.time()
                 self.start_seconds = self.ready_at - begin
-                return
+                if not must_stay or not await self.exits(STAY_SECONDS):
+                    return
         except OSError as error:
             await to_the_end(self.kill())
             raise StartFailed(f"cannot start a container: {error.strerror or error}", [], 503) from error
@@ -2370,6 +2379,9 @@ class Container:
             raise StartFailed(f"{who(bundle.contract)} did not {bundle.expected} within {timeout:g} s"
                               f"{self._listened(bundle)}", tail, 504)
         end = "ran out of memory" if out_of_memory else self.describe_end(status)
+        if self._ports:                         # on any that would do
+            advice = ": it must stay in the foreground" if status == 0 else ""
+            raise EndedAtOnce(f"{who(bundle.contract)} {end} right after it had listened{advice}", tail, 502)
         did = re.sub("(listen|connect)(?= )", r"\1ed", bundle.expected).replace("begin", "began")
         raise StartFailed(f"{who(bundle.contract)} {end} before it {did}{self._listened(bundle, status)}", tail, 502)
 
@@ -2683,9 +2695,9 @@ class Container:
             log.warning("container=%s does not let go of its output or its listener: ending it", self.id)
             await self._host.killers.run(self._host.cgroups.kill, self.cgroup)
 
-    async def exits(self) -> bool:
+    async def exits(self, within: float = EXIT_GRACE) -> bool:
         """Return whether it exits by itself, in a moment: its sockets end before we hear of it."""
-        await asyncio.wait([self._exited], timeout=0 if self.handovers else EXIT_GRACE)
+        await asyncio.wait([self._exited], timeout=0 if self.handovers else within)
         return self._exited.done()
 
     async def finish(self) -> int | None:
@@ -10059,14 +10071,17 @@ class Deploys:
         output: list[str] = []
         container = Container(self._host, name, lambda container_id, text: output.append(text))
         try:
-            await container.start(version.bundle, version.options.start_timeout)
+            await container.start(version.bundle, version.options.start_timeout, entry.contract == "server")
         except StartFailed as failure:
             exited = failure.status == 502 and not isinstance(failure, RuntimeFailed)
-            if entry.contract == "auto" and version.image["process"]["uid"] == 0 and exited:
+            retries = failure.status == 504 and not container.kinds     # what it may not do, as some do for ever
+            if entry.contract == "auto" and version.image["process"]["uid"] == 0 and (exited or retries):
                 try:                    # it may need the capabilities of a server to begin
                     return await self._prove(name, replace(entry, contract="server"), secrets)
                 except FaasdError as error:     # of the two failures, that for which we have refused it less
-                    if error.status == 422:
+                    if isinstance(error.__cause__, EndedAtOnce):
+                        raise
+                    if error.status == 422 and exited:
                         raise FaasdError(f"{error}; it did not connect to {CONTROL_SOCKET} either", error.output,
                                          422) from None
             # By now the machine may be to blame, not the image.

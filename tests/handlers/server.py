@@ -150,7 +150,7 @@ def main():
         blocking(listen(places[0]), greet)
     if how == "dying":
         listen(places[0])
-        time.sleep(0.5)
+        time.sleep(1.5)                         # longer than a deploy waits for that
         sys.exit(4)
     if how == "deaf":
         listen(places[0])

@@ -119,20 +119,24 @@ class Troubleshooting(unittest.TestCase):
     def test_what_new_says(self):
         image, one = support.small_image(Entrypoint=[]), archives.Image()
         other = archives.Image([archives.layer()], tags=("other:1",))
-        with support.Daemon() as daemon:
+        listen = 'socket S, 2, 1, 0; bind S, pack "Sna4x8", 2, 8000, ""; listen S, 1; '      # AF_INET, TCP
+        with support.Daemon(constants={"STAY_SECONDS": support.READY_SECONDS}) as daemon:
             for archive, *options in (
                     (b"",), (b"# A text",), (archives.layer(*map(archives.directory, ("bin", "etc", "usr"))),),
                     (support.docker_archive([], {}),), (archives.podman(one, other),),
                     (archives.podman(dataclasses.replace(one, architecture="s390x")),),
                     (image, "--", "/nope"), (image, "--", support.PERL, "-e", "exit 3"),
                     (image, "--", support.PERL, "-e", "exit"),
-                    (image, "--start-timeout", "1", "--port", "81", "--", support.PERL, "-e",
-                     'socket S, 2, 1, 0; bind S, pack "Sna4x8", 2, 8000, ""; listen S, 1; sleep'),     # AF_INET, TCP
+                    (image, "--start-timeout", "1", "--port", "81", "--", support.PERL, "-e", listen + "sleep"),
+                    (image, "--port", "8000", "--", support.PERL, "-e", listen + "fork and exit; sleep"),
+                    # One that has a server's capabilities the second time: nothing else is said of it.
+                    (image, "--", support.PERL, "-e", f"$< = 33; die if $< != 33; {listen} fork and exit; sleep"),
                     (image, "--start-timeout", "1", "--", *SLEEP),
                     (image, "--memory", "16m", "--", support.PERL, "-e", "my $memory = 'x' x (64 << 20); sleep")):
                 self.faas(daemon, "new", "f", *options, stdin=archive)
             with socket.create_server(("", 80)):
                 self.faas(daemon, "new", "f", stdin=support.small_image())
+        self.assertEqual("".join(self.said).count("it must stay in the foreground\n"), 2)
         self.check("What `faas new` may say:")
 
     def test_what_faas_says(self):

@@ -325,10 +325,12 @@ class Ends(support.SharedDaemonCase):
                          'without reading it all| before the program had answered)"')
 
     def test_exits_before_it_accepts(self):
-        address = self.daemon.deploy("f", server_image("dying", "0.0.0.0:8080"))
+        address = self.daemon.deploy("f", server_image("dying", "0.0.0.0:8080"), "--warm", "0")
         status, body = get(address)
         self.assertEqual(status, 502)
         self.assertIn("the program exited with status 4 without an answer", body)
+        wait_until(lambda: self.daemon.info("f")["state"] == "failing", "info says so too")
+        self.assertEqual(self.daemon.info("f")["error"], "the program exited with status 4 without an answer")
 
     def test_never_accepts(self):
         address = self.daemon.deploy("f", server_image("deaf", "0.0.0.0:8080"), "--timeout", "1")
@@ -491,6 +493,19 @@ class Deploying(support.SharedDaemonCase):
             for (_, _, said), answer in zip(cases, answers, strict=True):
                 with self.subTest(said):
                     self.assertIn(said, answer)
+
+    def test_init_that_tries_again_for_ever(self):
+        """What it may not do without a server's capabilities, as some do that start a service as another user."""
+        retrying = server_image(source=b"""import os, socket, time
+while True:
+    try:
+        os.setuid(33)
+        break
+    except PermissionError:
+        time.sleep(0.1)
+socket.create_server(("", 8080)).accept()
+""")
+        self.assertIn("(server, port 8080)\n", self.deployed(retrying, "--start-timeout", str(3 * PATIENCE)))
 
     def test_handlers_are_handlers(self):
         self.assertEqual(self.deployed(support.small_image()), "✓ Deployed f at 10.0.0.10\n")
