@@ -2362,7 +2362,7 @@ class Container:
             await to_the_end(self.kill())
             raise
         timed_out = not self._exited.done()
-        if timed_out and bundle.contract != "handler" and bundle.own_network:
+        if timed_out and bundle.contract != "handler":
             self.kinds += await self._host.workers.run(self._host.cgroups.udp_ports, self.cgroup)
         out_of_memory = self.look_for_memory()
         error = self._runtime_error()
@@ -4586,10 +4586,12 @@ class Cgroups:
                         yield pidfd, int(number), int(target[1])
 
     def udp_ports(self, cgroup: str) -> list[str]:
-        """Return the UDP ports of a container with a network of its own, in words, as far as it says. May block."""
-        for pid in self.processes(cgroup):
-            lines = read_text(f"/proc/{pid}/net/udp") + read_text(f"/proc/{pid}/net/udp6")
-            ports = {int(port, 16) for port in re.findall("^ *[0-9]+: [0-9A-F]+:([0-9A-F]{4}) ", lines, re.MULTILINE)}
+        """Return the UDP ports on which a container waits, in words, as far as it says. May block."""
+        own = {str(inode) for *_, inode in self.sockets(cgroup)}
+        for pid in self.processes(cgroup):      # 07: not connected (net/tcp_states.h)
+            rows = map(str.split, (read_text(f"/proc/{pid}/net/udp") + read_text(f"/proc/{pid}/net/udp6")).splitlines())
+            ports = {int(local[-4:], 16) for _, local, _, state, *_, inode, _, _, _ in rows
+                     if state == "07" and inode in own}
             return [f"UDP port {port}" for port in sorted(ports)]
         return []
 

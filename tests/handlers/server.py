@@ -138,6 +138,8 @@ def main():
     if how == "udp":
         datagrams = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
         datagrams.bind(("0.0.0.0", 5353))
+        asking = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        asking.connect(("127.0.0.1", 53))       # as who asks for a name
     if how in ("nothing", "udp"):
         time.sleep(3600)
     if how == "again":                          # looks whether its port is free, as some do

@@ -478,7 +478,8 @@ class Deploying(support.SharedDaemonCase):
         cases = (
             (server_image("unix"), (), "listened on a Unix socket"),
             (server_image("nothing"), (), "listened on nothing"),
-            (server_image("udp"), (), "listened on UDP port 5353"),
+            (server_image("udp"), (), "listened on UDP port 5353\n"),
+            (server_image("udp"), ("--net", "host"), "listened on UDP port 5353\n"),
             (server_image("nothing"), ("--contract", "server"), "did not listen on a TCP port within"),
             (server_image("polling", "0.0.0.0:8081"), ("--port", "80"),
              f"the program did not listen on port 80 (--port) or connect to /control.sock within {patience} s; "
@@ -487,7 +488,9 @@ class Deploying(support.SharedDaemonCase):
              "; it listened on port 8081: say --port 8081\n"),
             (server_image("polling", "0.0.0.0:8081"), ("--contract", "handler"),
              "did not connect to /control.sock"))
-        with ThreadPoolExecutor(3) as pool:         # they wait rather than work
+        with ThreadPoolExecutor(3) as pool, socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as of_the_host:
+            of_the_host.bind(("", 5354))
+            # They wait rather than work.
             answers = pool.map(lambda number, case: self.refused(case[0], *case[1], name=f"f{number}"),
                                range(len(cases)), cases)
             for (_, _, said), answer in zip(cases, answers, strict=True):
