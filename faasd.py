@@ -4146,15 +4146,13 @@ SERVER_CAPABILITIES = "CHOWN DAC_OVERRIDE FOWNER FSETID KILL SETGID SETUID NET_B
 
 def capabilities(options: Options, process: dict, contract: str) -> dict[str, list[str]]:
     """Return the capabilities of a process, within its own user namespace: a handler has those that a user adds."""
-    added, dropped = (set(CAPABILITIES if "ALL" in text else filter(None, text.split(",")))
-                      for text in (options.cap_add, options.cap_drop))
-    if "ALL" in options.cap_drop.split(","):        # those that are named stay, whatever ALL drops
-        dropped -= set(options.cap_add.split(","))
-    if contract == "server" and process["uid"] == 0:
-        added |= set(SERVER_CAPABILITIES)
-    held = [f"CAP_{name}" for name in CAPABILITIES if name in added - dropped]
-    mine = held if process["uid"] == 0 else []      # as in docker; but others cannot gain them, for no_new_privs
-    return {"bounding": held, "effective": mine, "inheritable": [], "permitted": mine, "ambient": []}
+    added, dropped = (set(text.split(",")) for text in (options.cap_add, options.cap_drop))
+    mine = SERVER_CAPABILITIES if contract == "server" and process["uid"] == 0 else ()
+    if "ALL" in added:          # as in docker, what is dropped counts against ALL, but not against names
+        added, mine = set(), CAPABILITIES
+    held = [f"CAP_{name}" for name in CAPABILITIES if name in added or name in mine and not dropped & {name, "ALL"}]
+    now = held if process["uid"] == 0 else []       # as in docker; but others cannot gain them, for no_new_privs
+    return {"bounding": held, "effective": now, "inheritable": [], "permitted": now, "ambient": []}
 
 
 MAX_ARGUMENT = 128 * KIB            # bytes of an argument or variable with its NUL (MAX_ARG_STRLEN, execve(2))

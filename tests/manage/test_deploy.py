@@ -155,7 +155,7 @@ def with_layer(layer: bytes, source: str | None = None, **config) -> bytes:
 class Deploy(DeployCase):
     def test_whole_life(self):
         self.assertEqual(self.daemon.faas("list").stdout.split(),
-                         "NAME ADDRESS STATE WARM RUNNING REQUESTS IMAGE CREATED COMMAND".split())
+                         "NAME ADDRESS STATE WARM RUNNING REQUESTS CONTRACT IMAGE CREATED COMMAND".split())
         address = self.daemon.deploy("hello", support.handler_image(), "--memory", "64m", "--cpus", "0.5")
         self.assertEqual(address, "10.0.0.10")
         self.assertEqual(support.addresses(), ["10.0.0.10/32"])
@@ -163,7 +163,7 @@ class Deploy(DeployCase):
         self.assertEqual(self.daemon.faas("ip", "hello").stdout, "10.0.0.10\n")
         self.daemon.wait_idle("hello")
         row = self.daemon.faas("list").stdout.splitlines()[1].split()
-        self.assertEqual(row[:7], ["hello", "10.0.0.10", "ready", "0", "0", "1", "test:latest"])
+        self.assertEqual(row[:8], ["hello", "10.0.0.10", "ready", "0", "0", "1", "handler", "test:latest"])
         info = self.daemon.info("hello")
         self.assertEqual((info["options"]["memory"], info["options"]["cpus"]), (64 << 20, 0.5))
         self.assertEqual(self.daemon.function_log("hello").count("outcome=answered"), 1)

@@ -153,7 +153,8 @@ class ExportTest(unittest.TestCase):
     def test_capabilities(self):
         """Those that the daemon gives to a server with the same options, and no others."""
         for uid, *texts in ((0, "", ""), (0, "", "CHOWN,KILL"), (0, "NET_RAW", ""), (0, "", "ALL"), (0, "ALL", "MKNOD"),
-                            (0, "SYS_CHROOT,CHOWN", "ALL"), (0, "CHOWN", "CHOWN"), (9, "", ""), (9, "CHOWN", "")):
+                            (0, "SYS_CHROOT,CHOWN", "ALL"), (0, "CHOWN", "CHOWN,KILL"), (0, "ALL,KILL", "KILL"),
+                            (9, "", ""), (9, "CHOWN", "")):
             with self.subTest(uid=uid, texts=texts):
                 options = faasd.Options().changed({"cap_add": texts[:1], "cap_drop": texts[1:]})
                 held = faasd.capabilities(options, {"uid": uid}, "server")["effective"]

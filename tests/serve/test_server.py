@@ -54,6 +54,7 @@ class Accepting(support.SharedDaemonCase):
     def test_addresses_of_both_ends(self):
         address = self.daemon.deploy("f", server_image("polling", "0.0.0.0:8080"))
         self.assertEqual(get(address, "/names"), (200, f"{address} {address} 8080"))
+        self.assertRegex(self.daemon.faas("list").stdout, r"(?m)^f .* server:8080  ")
 
     def test_it_has_no_descriptor_but_its_own(self):
         address = self.daemon.deploy("f", server_image("polling", "0.0.0.0:8080"))

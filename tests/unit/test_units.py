@@ -274,7 +274,8 @@ class Spec(unittest.TestCase):
     def test_capabilities_are_those_that_a_user_adds(self):
         for added, dropped, held in (("chown,CAP_Kill", "", ["CHOWN", "KILL"]), ("ALL", "kill,ALL,", []),
                                      ("all", "cap_kill", [name for name in faasd.CAPABILITIES if name != "KILL"]),
-                                     ("KILL", "ALL", ["KILL"]), ("", "ALL", []), ("KILL", "KILL", [])):
+                                     ("KILL", "ALL", ["KILL"]), ("", "ALL", []), ("KILL", "KILL", ["KILL"]),
+                                     ("KILL", "CHOWN,KILL", ["KILL"]), ("CHOWN,ALL", "CHOWN,ALL", [])):
             options = DEFAULTS.changed({"cap_add": [added], "cap_drop": [dropped]})
             for uid in (0, 1):
                 kinds = faasd.capabilities(options, {"uid": uid}, "handler")
