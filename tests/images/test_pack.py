@@ -139,6 +139,22 @@ class Pack(unittest.TestCase):
         self.assertEqual(result.returncode, 2)
         self.assertIn("faas pack FILE > image.tar", result.stderr)
 
+    def test_a_signal_leaves_no_temporary_directory(self):
+        """It comes while pack asks ldd. nohup has it ignore SIGHUP."""
+        directory = support.temporary_directory()
+        self.addCleanup(shutil.rmtree, directory)
+        (directory / "script.sh").write_text("#!/bin/sh\n")
+        (directory / "ldd").write_text(f"#!/bin/sh\nkill -$SIGNAL $PPID\nexec {shutil.which('ldd')} $1\n")
+        (directory / "ldd").chmod(0o755)
+        for prefix, number, status in (("", 15, 143), ("", 1, 129), ("trap '' HUP; ", 1, 0)):
+            result = subprocess.run(
+                ["bash", "-c", f'{prefix}exec "$@"', "bash", PYTHON, support.TOP / "faas", "pack",
+                 directory / "script.sh"], capture_output=True, check=False,
+                env={**os.environ, "TMPDIR": directory, "PATH": f"{directory}:{os.environ['PATH']}",
+                     "SIGNAL": str(number)})
+            self.assertEqual((result.returncode, result.stderr, bool(result.stdout)), (status, b"", status == 0))
+            self.assertEqual(list(directory.glob("faas-pack.*")), [])
+
     @unittest.skipUnless(shutil.which("skopeo"), "skopeo is not installed")
     def test_skopeo_takes_it(self):
         directory = support.temporary_directory()

@@ -1,6 +1,7 @@
 """The client: usage, exit statuses, and how it takes a daemon that answers early, late or not at all."""
 
 import contextlib
+import itertools
 import json
 import os
 import pty
@@ -154,6 +155,16 @@ class Usage(unittest.TestCase):
             self.assertTrue(result.stderr.endswith("faas: cannot write the output: No space left on device\n"),
                             result.stderr)
 
+    def test_interrupt_during_the_imports(self):
+        """A module in front of the standard library's sends the signal; and what ignores it goes on ignoring it."""
+        directory = support.temporary_directory()
+        self.addCleanup(shutil.rmtree, directory)
+        (directory / "tomllib.py").write_text("import os\nos.kill(os.getpid(), 2)\n")
+        for prefix, status, out in (("", -signal.SIGINT, False), ("trap '' INT; ", 0, True)):
+            result = subprocess.run(["bash", "-c", f'{prefix}exec "$@"', "bash", *FILE, "--version"], text=True,
+                                    env={**os.environ, "PYTHONPATH": str(directory)}, capture_output=True, check=False)
+            self.assertEqual((result.returncode, result.stderr, result.stdout != ""), (status, "", out))
+
     def test_broken_output_pipe_is_quiet(self):
         out = subprocess.run(f"'{FILE[0]}' '{FILE[1]}' new --help | true", shell=True, capture_output=True, text=True,
                              check=False)
@@ -244,6 +255,26 @@ class Conversation(unittest.TestCase):
         result = self.talk(b"HTTP/1.1 200 X\r\nContent-Length: 4\r\n\r\none\n", "--json", "logs", "f")
         self.assertEqual((result.returncode, result.stderr),
                          (1, "faas: the daemon is too old to print logs as JSON: upgrade it\n"))
+
+    def test_something_other_than_faasd(self):
+        """It answers 200 with a document of its own, as Docker's socket does; but a proxy may hide who answers."""
+        documents = itertools.cycle(({}, {"functions": [5], "options": 5, "versions": None}))
+        for command in ("version", "versions f", "df", "list", "stats", "info f", "ip f", "info f --isolation", "rm f",
+                        "url f", "rollback f", "set f --memory 1g", "new f", "proxy-config caddy", "export compose f"):
+            with self.subTest(command):
+                result = self.talk(response(200, next(documents)), *command.split())
+                self.socket.unlink()            # before the next one
+                self.assertEqual((result.returncode, result.stderr), (
+                    1, "faas: something other than faasd answers there (status 200): check the address\n"))
+        for body in (b"[" * 200_000, b'{"error": "x", "output": 5}'):
+            answer = b"HTTP/1.1 400 X\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body)
+            self.assertRegex(self.talk(answer, "df").stderr, r"\Afaas: something other [^\n]*\n\Z")
+            self.socket.unlink()
+        own = response(200, {}).replace(b"X\r\n", b"X\r\nServer: faasd/0.2.0\r\n")
+        self.assertIn("KeyError", self.talk(own, "df").stderr)          # a fault of ours is not hidden
+        self.socket.unlink()
+        proxied = response(200, {"address": "10.0.0.10"}).replace(b"X\r\n", b"X\r\nServer: nginx\r\n")
+        self.assertEqual(self.talk(proxied, "ip", "f").stdout, "10.0.0.10\n")
 
     def test_exec_through_a_proxy_that_drops_the_upgrade(self):
         for status in (200, 204):
