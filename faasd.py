@@ -3137,6 +3137,7 @@ SO_DOMAIN, SO_BUF_LOCK = 39, 72     # socket(7)
 INHERITED_OPTIONS = (socket.TCP_NODELAY, socket.TCP_USER_TIMEOUT)       # of TCP, unless 0
 KEEPALIVE_TIMES = (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT)
 INHERITED_BUFFERS = [(1, socket.SO_SNDBUF), (2, socket.SO_RCVBUF)]      # by the bit of SO_BUF_LOCK that says it was set
+MAPPED_LOOPBACK = "::ffff:127.0.0.1"        # ipv6(7)
 MAX_LISTENERS = 64                  # of one container that are known, those that it made last; and that are held
 FREE_ANSWERS = 32                   # in a row by which no client was served; after these each comes later …
 ANSWER_PAUSE, MAX_ANSWER_PAUSE = 0.002, 0.1     # … than the one before, by so many seconds, and so many at most
@@ -3426,11 +3427,13 @@ class Supervisor:
         with self._memory(call) as memory:
             start = os.pread(memory, 4, call.arguments[1])
             (family,), (port,) = struct.unpack("=H2x", start), struct.unpack(">2xH", start)
-        hosts = {socket.AF_INET: "127.0.0.1", socket.AF_INET6: "::1"}
+        hosts = {socket.AF_INET: "127.0.0.1", socket.AF_INET6: MAPPED_LOOPBACK}
         domain, kind = (get_option(unbound, socket.SOL_SOCKET, option) for option in (SO_DOMAIN, socket.SO_TYPE))
         if not port or family != domain or family not in hosts or kind != socket.SOCK_STREAM:
             return functools.partial(self._respond, call, flags=CONTINUE)
         with as_socket(unbound, domain) as held:
+            if family == socket.AF_INET6:       # ::1 may not be there: IPv6 can be switched off
+                held.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
             held.bind((hosts[family], 0))
         self._asked[os.fstat(unbound).st_ino] = port
         if len(self._asked) > MAX_LISTENERS:
@@ -3621,9 +3624,12 @@ class Supervisor:
                     bell.send(b"\0")            # TCP_DEFER_ACCEPT, where the program has set it, waits for that
                 self._bells[with_address(libc.getsockname, bell.fileno())[1]] = bell
                 self._poll.register(bell, 0)    # tells when it is reset
-            except OSError:                     # the listener is closed
+            except OSError:
                 bell.close()
-                self._forget(inode)
+                if address[0] == "::":          # there is no ::1
+                    self._addresses[inode] = (MAPPED_LOOPBACK, *address[1:])
+                else:                           # the listener is closed
+                    self._forget(inode)
 
     def _silence(self, bell: socket.socket) -> None:
         """End a doorbell, and keep it if there is no other: that is cheaper than a new one."""

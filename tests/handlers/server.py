@@ -93,9 +93,11 @@ def talk_within(count):
 
 
 def listen(place, reuse_port=False):
-    host, _, port = place.rpartition(":")
+    host, _, port = place.removeprefix("only ipv6").rpartition(":")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
+    if place.startswith("only ipv6"):
+        listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     if reuse_port:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)

@@ -8,6 +8,7 @@ import re
 import signal
 import socket
 import struct
+import subprocess
 import time
 import unittest
 from concurrent.futures import ThreadPoolExecutor
@@ -67,6 +68,21 @@ class Accepting(support.SharedDaemonCase):
         status, body = get(address, "/peer")
         self.assertEqual((status, body.split()[0]), (200, f"::ffff:{address}"))
         self.assertEqual(get(address, "/names"), (200, f"{address} {address} 8080"))
+
+    def test_listener_of_both_protocols_where_ipv6_is_switched_off(self):
+        """In its own network, as ipv6.disable_ipv6=1 on the kernel's command line does; and in one that it shares."""
+        off = "echo 1 > /proc/sys/net/ipv6/conf/all/disable_ipv6"
+        address = self.daemon.deploy("own", server_image("polling", ":::8080"), "--reuse", "0", "--warm", "1")
+        self.daemon.wait_warm("own", 1)
+        pid = next(iter(support.container_pids(self.daemon)))
+        subprocess.run(["nsenter", f"--net=/proc/{pid}/ns/net", "sh", "-c", off], check=True)
+        self.assertEqual(get(address, "/names"), (200, f"{address} {address} 8080"))
+        self.daemon.remove("own")
+        self.addCleanup(subprocess.run, ["sh", "-c", off.replace("1", "0", 1)], check=True)
+        subprocess.run(["sh", "-c", off], check=True)
+        for place in ":::8080", "only ipv6:::8080":
+            address = self.daemon.deploy("shared", server_image("polling", place), "--net", "host")
+            self.assertEqual(get(address, "/names"), (200, f"{address} {address} 8080"))
 
     def test_own_connections_are_the_programs(self):
         for how in ("blocking", "polling"):
