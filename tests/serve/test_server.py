@@ -63,6 +63,50 @@ class Accepting(support.SharedDaemonCase):
         self.assertEqual(kinds.count("socket"), 2)              # its listener, and its client
         self.assertLessEqual(set(kinds), {"socket", "pipe", "/dev/null"} | {kind for kind in kinds if "output" in kind})
 
+    def test_client_is_as_the_kernel_would_have_accepted_it(self):
+        """By accept(2), and accept4(2) with each of its flags: beside a connection within, to a listener like it."""
+        source = b"""import ctypes, fcntl, json, socket
+OPTIONS = [(socket.IPPROTO_TCP, option, 70 + option) for option in (
+    socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT, socket.TCP_USER_TIMEOUT)]
+OPTIONS += [(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1), (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
+            (socket.SOL_SOCKET, socket.SO_RCVBUF, 50_000), (socket.SOL_SOCKET, socket.SO_SNDBUF, 60_000)]
+libc = ctypes.CDLL(None, use_errno=True)
+listeners = []
+for port in 8080, 8081:
+    listeners.append(socket.socket())
+    for option in OPTIONS:
+        listeners[-1].setsockopt(*option)
+    listeners[-1].bind(("", port))
+    listeners[-1].listen()
+
+
+def accept(listener, flags):
+    number = listener.fileno()
+    descriptor = libc.accept(number, None, None) if flags < 0 else libc.accept4(number, None, None, flags)
+    state = [fcntl.fcntl(descriptor, fcntl.F_GETFL), fcntl.fcntl(descriptor, fcntl.F_GETFD)]
+    accepted = socket.socket(fileno=descriptor)
+    return accepted, state + [accepted.getsockopt(level, option) for level, option, _ in OPTIONS]
+
+
+for flags in -1, 0, socket.SOCK_NONBLOCK, socket.SOCK_CLOEXEC, socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC:
+    client, found = accept(listeners[0], flags)
+    with client, socket.create_connection(("127.0.0.1", 8081)):
+        client.setblocking(True)
+        client.recv(65536)
+        body = json.dumps([flags, found, accept(listeners[1], flags)[1]])
+        client.sendall(f"HTTP/1.1 200 OK\\r\\nContent-Length: {len(body)}\\r\\n\\r\\n{body}".encode())
+"""
+        address = self.daemon.deploy("f", server_image(source=source), "--reuse", "0", "--warm", "1")
+        self.daemon.wait_warm("f", 1)
+        seen = set()
+        for _ in range(5):
+            wait_until(lambda: not self.daemon.info("f")["running"], "its container is back")
+            flags, found, expected = json.loads(get(address)[1])
+            seen.add(flags)
+            with self.subTest(flags=flags):
+                self.assertEqual(found, expected)
+        self.assertEqual(len(seen), 5)
+
     def test_listener_of_both_protocols(self):
         address = self.daemon.deploy("f", server_image("polling", ":::8080"))
         status, body = get(address, "/peer")
