@@ -4592,12 +4592,11 @@ class Cgroups:
     def udp_ports(self, cgroup: str) -> list[str]:
         """Return the UDP ports on which a container waits, in words, as far as it says. May block."""
         own = {str(inode) for *_, inode in self.sockets(cgroup)}
-        for pid in self.processes(cgroup):      # 07: not connected (net/tcp_states.h)
-            rows = map(str.split, (read_text(f"/proc/{pid}/net/udp") + read_text(f"/proc/{pid}/net/udp6")).splitlines())
-            ports = {int(local[-4:], 16) for _, local, _, state, *_, inode, _, _, _ in rows
-                     if state == "07" and inode in own}
-            return [f"UDP port {port}" for port in sorted(ports)]
-        return []
+        network = f"/proc/{next(iter(self.processes(cgroup)), 0)}/net"
+        rows = map(str.split, (read_text(f"{network}/udp") + read_text(f"{network}/udp6")).splitlines())
+        ports = {int(local[-4:], 16) for _, local, _, state, *_, inode, _, _, _ in rows
+                 if state == "07" and inode in own}     # not connected (net/tcp_states.h)
+        return [f"UDP port {port}" for port in sorted(ports)]
 
     def duplicate_socket(self, cgroup: str, inode: int) -> socket.socket | None:
         """Return a duplicate of a container's socket, None if there is none or the kernel gives us none. May block."""
