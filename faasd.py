@@ -2,9 +2,10 @@
 """faasd: a serverless runtime for one Linux machine, in one process and one file.
 
 An image is unpacked once into a plain directory. A function is an image, an address on `lo` and a few limits.
-Every TCP connection accepted on that address is one invocation: it gets a container of its own, started by
-`runc run`, and the accepted socket itself travels to the handler over /control.sock with SCM_RIGHTS. From then on
-client and handler talk kernel to kernel; faasd neither parses nor copies a byte of it.
+Every TCP connection accepted on that address is one invocation. By default it has a container of its own, started by
+`runc run`. A handler gets the accepted socket itself over /control.sock with SCM_RIGHTS, a server from its own
+accept(2), and any other program as its stdin and stdout (stdio). From then on client and program talk kernel to kernel;
+faasd neither parses nor copies a byte of it.
 
     client            faasd                                 container (runc: own user, pid, mount, net, …)
       |  connect        |                                      |
@@ -24,14 +25,15 @@ One invocation, in the names used below:
                            and Pool.reconcile starts whatever is missing
     Container.start        private directory, config.json, control.sock, runc run, wait for the connect
     Container.hand_over    one sendmsg with one descriptor
-    Invocation._work       until Container.said: end of file (or a READY byte) on the control connection, or runc's exit
+    Invocation._work       until Handover.said: end of file (or a READY byte) on the control connection, or runc's exit
     Invocation._conclude   no byte sent (TCP_INFO, which only Workers may ask)? then 502 or 504 on our duplicate
     Container.finish       the container exits or is killed, runc removes its cgroups, faasd its directory
 
-One asyncio loop in the main thread owns listeners, containers, functions and the registry, so there are no locks. What
-a container, a disk or the reader of our log can hold up is left to daemon threads (Workers, Writer). The control API is
-a stdlib http.server with a thread for each connection, which calls into the loop. A child process unpacks each image
-(unpack_main): that is heavy, must not delay an invocation, and is where hostile bytes are parsed.
+One asyncio loop in the main thread owns listeners, containers, functions and the registry, so their state needs no
+locks. What a container, a disk or the reader of our log can hold up is left to daemon threads (Workers, Supervisor,
+Relay, Writer). The control API is a stdlib http.server with a thread for each connection, which calls into the loop. A
+child process unpacks each image (unpack_main), or sends one (save_main): that is heavy, must not delay an invocation,
+and is where hostile bytes are parsed.
 
 SIGTERM drains and leaves nothing. SIGHUP leaves what serves a client to the next daemon. No container depends on the
 daemon that started it, so after SIGHUP, and after a crash too, the next one finds them, takes duplicates of their
@@ -41,11 +43,13 @@ On disk:
     STATE_DIR/registry.json                   functions and their addresses
     STATE_DIR/images/NAME/IMAGE/rootfs/       an unpacked image; IMAGE = first 12 hex digits of its digest
     STATE_DIR/images/NAME/IMAGE/image.json    what the image says about the process to run
+    STATE_DIR/images/NAME/IMAGE/config.json   the image's config as it came, for `faas save`
     STATE_DIR/secrets/NAME/ID                 what --secret gave a function
     STATE_DIR/logs/NAME.log, NAME.log.1       output of the handlers and a line per invocation
     STATE_DIR/events.log, events.log.1        what became of functions, and by whom
     STATE_DIR/tmp/                            unpacking; emptied at start
-    RUN_DIR/faasd.sock, faasd.lock            control API; one daemon per run-dir
+    STATE_DIR/faasd.lock, RUN_DIR/faasd.lock  held by the one daemon of each
+    RUN_DIR/faasd.sock                        control API
     RUN_DIR/net/NAME, resolv.conf.*           network namespaces of functions with --net egress, and their resolvers
     RUN_DIR/hosts/functions                   their names and addresses, as in hosts(5)
     RUN_DIR/program/                          this program, as the unpacking child runs it
@@ -65,7 +69,7 @@ Top to bottom, in the order in which a request meets it:
     A server                    Supervisor, which answers accept(2), ClosedConnections
     What a container is made of its root, Bundle, seccomp, Runtime, Cgroups
     Its place on this machine   IdRanges, Addresses, ListenerStore, AddressGuard
-    Networks                    EgressNetworks, for --net egress
+    Networks                    EgressNetworks (--net egress), PublishedPorts (--publish)
     Where containers live       ContainerHost, the trial container at start, Leftovers of the daemon before
     Logs and metrics            FunctionLog, Events, Statistics
     Images                      Archive, LayerApplier, resolve_process in the unpacking child; SavedLayer in the saving
@@ -347,10 +351,10 @@ def timestamp() -> str:
     return datetime.now(timezone.utc).isoformat(timespec="milliseconds").removesuffix("+00:00") + "Z"
 
 
-def is_readable(sock: socket.socket | int, seconds: float) -> bool:
+def is_readable(sock: socket.socket | int, seconds: float, events: int = select.POLLIN) -> bool:
     """Return whether there is something to read within so many seconds; select(2) takes no descriptor above 1023."""
     poll = select.poll()
-    poll.register(sock, select.POLLIN)
+    poll.register(sock, events)
     return bool(poll.poll(max(seconds, 0) * 1000))
 
 
@@ -546,18 +550,16 @@ def read_capabilities(text: str) -> str:
 
 
 def split_place(text: str) -> tuple[str, int]:
-    """Return the address, "" for any, and the port of an [ADDRESS:]PORT of this machine. Raises ValueError."""
+    """Return the address, "" for any, and the port of an [ADDRESS:]PORT here. Raises ValueError, BadRequest."""
     address, _, port = text.rpartition(":")
-    if not re.fullmatch("[0-9]{1,5}", port) or not 0 < int(port) < 1 << 16:
-        raise ValueError(port)
-    return str(ipaddress.IPv4Address(address)) if address not in ("", "0.0.0.0") else "", int(port)
+    return str(ipaddress.IPv4Address(address)) if address not in ("", "0.0.0.0") else "", parse_port(port)
 
 
 def read_places(text: str) -> str:
     """Return what --publish names as we write it. Raises BadRequest."""
     try:
         places = [split_place(place) for place in text.split(",") if place]
-    except ValueError:
+    except (ValueError, BadRequest):
         raise BadRequest(f"bad place to publish {text!r}: write PORT, or ADDRESS:PORT of this machine") from None
     return ",".join(dict.fromkeys(f"{address}:{port}".removeprefix(":") for address, port in places))
 
@@ -864,7 +866,7 @@ class Tasks(set):
 
 DEFER_ACCEPT_SECONDS = 15           # TCP_DEFER_ACCEPT; the kernel rounds up to its SYN-ACK retransmissions (tcp(7))
 IP_MINTTL = 21                      # of a packet's TTL (linux/in.h)
-SO_MEMINFO = 55                     # numbers of a socket, the last of which says how many packets it has dropped
+SO_MEMINFO = 55                     # a socket's memory counters; the last is the number of packets it has dropped
 ARRIVAL_SECONDS = 0.1               # for a client whose connection is there to say something, when we stop
 SYN_SECONDS = 1.1                   # after which a client has asked again (TCP_TIMEOUT_INIT, linux/net/tcp.h)
 FIRST_BYTE_SECONDS = 75             # for what is accepted without data; load balancers keep such ready for 60 s
@@ -975,7 +977,7 @@ class Function:
         self.error = ""                         # why that is so, or not all of it was
         self.being_removed = False              # no longer written down
         self.draining = False                   # serves those it has accepted, and nobody else
-        self.told_back_off = -math.inf          # loop time of the last such event
+        self.told_back_off = -math.inf          # loop time of the last back-off event
         self.demand = Demand()
         self.statistics = Statistics()
         self.services = services
@@ -990,7 +992,7 @@ class Function:
 
     @property
     def running(self) -> int:
-        """Invocations of which something is left, other than those that wait."""
+        """Invocations that have not fully ended, other than those that wait."""
         return len(self._invocations) - len(self.waiting)
 
     @property
@@ -1000,7 +1002,7 @@ class Function:
 
     @property
     def taken(self) -> int:
-        """How many of the places are taken that --concurrency gives."""
+        """How many of the --concurrency places are in use."""
         return len(self.in_flight) + len(self.executions)
 
     @property
@@ -1089,7 +1091,7 @@ class Function:
             self.pool.dismiss(container)
             if invocation.tries >= MAX_TRIES:
                 self.pool.failed(StartFailed(f"{who(container.contract)} was ready, but takes no client", [], 502))
-        self.pool.reconcile_soon(HEAD_START_SECONDS if invocation and not self.waiting else 0.0)
+        self.pool.reconcile_at(self.loop.time() + (HEAD_START_SECONDS if invocation and not self.waiting else 0.0))
 
     def _refuse(self, invocation: Invocation, refusal: Refusal) -> None:
         del self.waiting[invocation]
@@ -1528,7 +1530,7 @@ class Invocation:
             room -= len(data)
 
     async def _drain(self, state: TcpState) -> None:
-        """Wait until the client has taken all of its answer, for that is memory which no container answers for."""
+        """Wait until the client has taken all of its answer, for that is memory charged to no container."""
         with contextlib.suppress(OSError):
             if state.unread:
                 await self._linger()
@@ -1750,7 +1752,7 @@ class HangupWatch:
             self._handled.set()
 
 
-MAX_SILENT = 1024                   # such connections of all functions; one more, and the oldest is closed
+MAX_SILENT = 1024                   # silent connections of all functions; one more, and Crowd gives one up
 MAX_ANSWERING = 1024                # clients that are read while they read our own answer; likewise
 
 
@@ -1814,7 +1816,7 @@ class Pool:
         self.demand = function.demand
         self.idle: dict[Container, float] = {}          # since when (loop time) each waits, the longest first
         self.shared: dict[Container, None] = {}         # that serve clients, and could serve others at the same time
-        self.containers: set[Container] = set()         # all of which something is left
+        self.containers: set[Container] = set()         # all that have not been removed completely
         self.empty = asyncio.Event()            # closed, and no container is left
         self._function = function
         self._services = function.services
@@ -1862,11 +1864,8 @@ class Pool:
         """Return how many should be replaced by new ones."""
         return sum(1 for container in self.idle if now - container.ready_at >= MAX_WARM_SECONDS)
 
-    def reconcile_soon(self, delay: float = 0.0) -> None:
-        """Reconcile once for all clients that come and go in a turn of the loop, or in delay seconds."""
-        self._reconcile_at(self._loop.time() + delay)
-
-    def _reconcile_at(self, moment: float) -> None:
+    def reconcile_at(self, moment: float) -> None:
+        """Reconcile at a loop time, once for all clients that come and go until then."""
         # Later than needed is a mistake, earlier only a wake-up: a busy pool would otherwise set one for each client.
         if self._timer and self._timer.when() <= moment:
             return
@@ -1894,7 +1893,7 @@ class Pool:
             moments.append(max(oldest.ready_at + MAX_WARM_SECONDS, now + 1))
             if len(self.idle) > target:
                 moments.append(since + SURPLUS_SECONDS)
-        self._reconcile_at(min(moments) + 0.001)
+        self.reconcile_at(min(moments) + 0.001)
 
     def _end_surplus(self, now: float, target: int) -> None:
         """End containers that nobody asks for any more, after a while in which somebody might."""
@@ -1948,7 +1947,7 @@ class Pool:
         delay = min(FIRST_RETRY_SECONDS * 2 ** self._failures, MAX_RETRY_SECONDS)
         self._failures += 1
         self._retry_at = now + delay
-        log.warning("function=%s a warm container was lost, next one in %g s: %s", function.record.name, delay, reason)
+        log.warning("function=%s has no warm container, next try in %g s: %s", function.record.name, delay, reason)
         if now - function.told_back_off >= BACK_OFF_EVENT_SECONDS:
             function.told_back_off = now
             self._services.events.add(function.record.name, "back-off", by="faasd", reason=reason)
@@ -2019,7 +2018,7 @@ class Pool:
             self.remove(container)
 
     def remove(self, container: Container) -> None:
-        """Nothing is left of a container."""
+        """Forget a container that is completely gone."""
         self.containers.discard(container)
         if self._closed and not self.containers:
             self.empty.set()
@@ -2052,10 +2051,10 @@ class Demand:
 
     def __init__(self) -> None:
         self.last_used = -math.inf              # loop time
-        self.start = Average(FIRST_START_SECONDS)       # from spawn to connect
+        self.start = Average(FIRST_START_SECONDS)       # from spawn to ready
         self.run = Average(0.0)                         # from hand-over to release
-        self._rate = 0.0                        # arrivals a second, an exponential average, as of …
-        self._time = 0.0                        # … the last one, in loop time
+        self._rate = 0.0                        # arrivals a second at _time, an exponential average
+        self._time = 0.0                        # loop time of the last arrival
 
     def arrived(self, now: float) -> None:
         self._rate = self.rate(now) + 1 / RATE_SECONDS
@@ -2258,8 +2257,8 @@ NOTIFY_SOCKET = "notify.sock"       # beside config.json: where the runtime send
 PORT_GRACE = 0.5                    # seconds for a server to listen on a better port than the first, and …
 STAY_SECONDS = 0.2                  # … for one that is deployed to show that it does not go into the background then
 SO_PASSRIGHTS = 83                  # Linux 6.16: whether a Unix socket takes descriptors
-KILL_RETRY = 0.02                   # seconds between two rounds of killing one container, and …
-MEMORY_LOOKS = 10                   # … between so many looks whether the kernel has, after it said that memory ran out
+KILL_RETRY = 0.02                   # seconds between two rounds of killing one container, or two looks at its memory
+MEMORY_LOOKS = 10                   # whether the kernel has killed anything, after it said that memory ran out
 KILL_TIMEOUT = 10.0                 # seconds before runc itself is killed and its remains are deleted
 EXIT_GRACE = 1.0                    # seconds a handler has between letting go of its client and being killed
 
@@ -2281,8 +2280,8 @@ class Container:
         self.served = 0                                 # clients handed over
         self.killed = False                             # by us
         self.out_of_memory = False                      # it, or one of its processes, was killed for that
-        self.ready_at = 0.0                             # loop time of the connect
-        self.start_seconds = 0.0                        # from the spawn to the connect
+        self.ready_at = 0.0                             # loop time
+        self.start_seconds = 0.0                        # from the spawn until it was ready
         self._host = host
         self._function = function
         self._directory = f"{host.containers_dir}/{self.id}"
@@ -2292,19 +2291,19 @@ class Container:
         self._spawning: asyncio.Future[int] | None = None       # of runc run, in a thread; None: it is adopted
         self._pid = 0                                   # of runc run
         self._pidfd = -1
-        self._hit_pids = ""                             # what to say of --pids, as far as was seen …
-        self._looks = MAX_LOOKS                         # … in so many looks, which are left
+        self._hit_pids = ""                             # what to say of --pids, as far as was seen
+        self._looks = MAX_LOOKS                         # at pids.events that are left
         self._memory = -1                               # tells when it may have run out of memory
         self._memory_told = False                       # that it may have
         self._killed_before = host.cgroups.memory_kills(posixpath.dirname(self.cgroup))     # of its function's
-        self._killing: asyncio.Task | None = None       # held, for the loop does not
-        self.contract = ""                              # handler or server, once it is known
+        self.contract = ""                              # handler, server or stdio, once it is known
         self.port = 0                                   # a server's
         self.handovers: set[Handover] = set()           # a server's clients
         self.spoiled = False                            # it may serve nobody else
         self.kinds: list[str] = []                      # what it has listened on, in words
         self._ports: list[int] = []                     # those of them on which it may serve clients
         self._supervisor: Supervisor | None = None      # of what may be a server, until it ends
+        self._bundle: Bundle | None = None              # … and that bundle
         self._left = False                              # to the next daemon
         self._connected: asyncio.Future[None] = host.loop.create_future()       # ready for clients
         self._exited: asyncio.Future[int | None] = host.loop.create_future()
@@ -2553,7 +2552,7 @@ class Container:
         return self.said
 
     def end_wait(self, handover: Handover, release: Release) -> None:
-        """Have nobody wait for the handler any longer, unless it has let go: that may have come before our turn."""
+        """Stop waiting for the handler, unless it has let go: that may have come before our turn."""
         if self._control is not None:
             self._on_control()
         settle(handover.said, release)
@@ -2745,7 +2744,7 @@ class Container:
 
     def kill_soon(self) -> None:
         """Kill the container's processes in the background; to remove it is still to come."""
-        self._killing = self._host.loop.create_task(self._kill_processes())
+        self._host.killings.start(self._kill_processes())
 
     async def _kill_processes(self) -> None:
         """Kill every process of the container until runc, which waits for the first of them, is done."""
@@ -3139,9 +3138,9 @@ KEEPALIVE_TIMES = (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT
 INHERITED_BUFFERS = [(1, socket.SO_SNDBUF), (2, socket.SO_RCVBUF)]      # by the bit of SO_BUF_LOCK that says it was set
 MAPPED_LOOPBACK = "::ffff:127.0.0.1"        # ipv6(7)
 MAX_LISTENERS = 64                  # of one container that are known, those that it made last; and that are held
-FREE_ANSWERS = 32                   # in a row by which no client was served; after these each comes later …
-ANSWER_PAUSE, MAX_ANSWER_PAUSE = 0.002, 0.1     # … than the one before, by so many seconds, and so many at most
-FORGIVEN = 20.0                     # of them in a second
+FREE_ANSWERS = 32                   # useless ones in a row, by which no client was served, before the next are delayed
+ANSWER_PAUSE, MAX_ANSWER_PAUSE = 0.002, 0.1     # seconds of delay for each further one, and at most
+FORGIVEN = 20.0                     # useless answers in a second
 INTERNAL = 0.01                     # of one: what a server accepts behind another, and what a script has executed
 MAX_HELD_CALLS = 1024               # of accept(2) on one listener
 STOP = 1 << 32                      # added to what wakes a Supervisor: more than it has clients
@@ -3209,8 +3208,8 @@ class Supervisor:
         self._began = not path                          # that has come
         self.accepting = -1                     # a listener whose queue the thread may be waiting for
         self._in_network = False                # the thread has joined the container's
-        self._useless = 0.0                     # answers in a row by which no client was served, as they count …
-        self._turned = 0.0                      # … at this time
+        self._useless = 0.0                     # answers in a row, weighted, by which no client was served
+        self._turned = 0.0                      # when _useless was last reduced
         self._stopping = False
         self._poll = select.poll()
         with contextlib.ExitStack() as undo:
@@ -3646,12 +3645,15 @@ def thread_group(thread: int) -> int:
     return int(group[1]) if group else 0
 
 
-@contextlib.contextmanager
-def as_socket(descriptor: int, domain: int) -> Iterator[socket.socket]:
-    """Have a socket of Python's for a descriptor's. It is given the descriptor later: see duplicate_socket."""
-    with socket.socket(domain, socket.SOCK_STREAM) as held:
-        os.dup2(descriptor, held.fileno(), inheritable=False)
-        yield held
+def as_socket(descriptor: int, domain: int) -> socket.socket:
+    """Return a socket of Python's with a duplicate of a descriptor.
+
+    Given a descriptor, Python asks for its address, and the kernel for that waits for the socket's lock. A handler can
+    hold that for as long as it lives, and Python would wait with all its threads. So it gets the descriptor later.
+    """
+    held = socket.socket(domain, socket.SOCK_STREAM)
+    os.dup2(descriptor, held.fileno(), inheritable=False)
+    return held
 
 
 def with_address(call: Callable, descriptor: int, *flags: int) -> tuple[int, bytes]:
@@ -4144,8 +4146,8 @@ def owner_map(first_id: int, user: int, owner: int) -> str:
 CPU_PERIOD = 100_000                # microseconds (cgroup cpu controller)
 DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 DEFAULT_PORT = 8080                 # what PORT says, where neither the image nor the user does, as on Cloud Run
-MAX_OPEN_FILES = (1024, 4096)       # RLIMIT_NOFILE inside, soft and hard: a container serves one client at a time, and
-                                    # much that hangs on a descriptor is the kernel's memory, and nobody's in particular
+MAX_OPEN_FILES = (1024, 4096)       # RLIMIT_NOFILE inside, soft and hard: low, because much that hangs on a descriptor
+                                    # is the kernel's memory, charged to nobody
 # What servers that begin as root need to become somebody else, and to listen.
 SERVER_CAPABILITIES = "CHOWN DAC_OVERRIDE FOWNER FSETID KILL SETGID SETUID NET_BIND_SERVICE".split()
 
@@ -4349,7 +4351,7 @@ def compare(index: int, value: int, mask: int = EVERY_BIT) -> dict:
 
 
 def all_but(index: int, numbers: Collection[int], bits: int, seen: int = EVERY_BIT) -> list[dict]:
-    """Return conditions of which one holds for each number of so many bits but these; bits not in seen do not count."""
+    """Return conditions that together match every number of so many bits but these; bits not in seen do not count."""
     # "Not equal" would not do: the kernel looks at 32 bits of most arguments, seccomp at 64.
     def within(first: int, bit: int) -> list[dict]:         # the numbers from first on that differ below this bit
         if not any(number >> bit == first >> bit for number in numbers):
@@ -4603,10 +4605,7 @@ class Cgroups:
         for pidfd, number, found in self.sockets(cgroup):
             if found == inode:
                 with contextlib.suppress(OSError):      # it is gone
-                    duplicate = duplicate_socket(pidfd, number)
-                    if os.fstat(duplicate.fileno()).st_ino == inode:    # else another file has been put there
-                        return duplicate
-                    duplicate.close()
+                    return duplicate_socket(pidfd, number, inode)
         return None
 
     def limit_sockets(self, path: str, size: int) -> None:
@@ -4728,8 +4727,8 @@ def run_dir_mark(run_dir: Path) -> str:
 
 
 MANY_ENDED = 32                     # containers of a function that end before we count the memory cgroups they left
-MANY_DYING = 64                     # so many more than there were are worth losing what is cached of the image …
-MOST_DYING = 1024                   # … or so many, where that has done no good
+MANY_DYING = 64                     # more than the fewest seen, which are worth losing what is cached of the image
+MOST_DYING = 1024                   # the same at most, after that has done no good
 
 
 class DyingCgroups:
@@ -5425,7 +5424,7 @@ class NetlinkWatch:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Networks of functions with --net egress
+# Networks: --net egress and --publish
 # ---------------------------------------------------------------------------------------------------------------------
 
 LINK_PREFIX = "faas"                # the host's ends of veth pairs: faas, 6 digits that tell the run-dir, -, a number
@@ -5582,7 +5581,7 @@ class EgressNetworks:
             self._settle()
 
     def _settle(self) -> None:
-        """Make what they share fit those there are; failure is logged."""
+        """Update the rules and files that all of them share; failure is logged."""
         with failure_logged():
             if self._numbers:
                 self._load_rules()
@@ -5902,6 +5901,8 @@ class ContainerHost:
         self.workers = Workers(self.loop)
         self.closed = ClosedConnections(self.workers, subnet, port)
         self.killers = Workers(self.loop)       # apart, because killing a container is what ends the wait of workers
+        self.killings = Tasks("killing a container")
+        self.supervises = True                  # containers' calls can be answered here: see probe_machine
         self._dying: dict[str, DyingCgroups] = {}
         self._spawning: dict[str, set[asyncio.Future]] = collections.defaultdict(set)   # by function
 
@@ -5941,7 +5942,7 @@ class ContainerHost:
         return future
 
     def _spawn(self, bundle: Bundle, directory: str, container_id: str, files: list[tuple]) -> int:
-        """Start `runc run` in a thread of its own, which gets the container's root. Return its pid. Raises OSError."""
+        """Start `runc run` in a thread in whose mount namespace the root is. Return its pid. Raises OSError."""
         place = str(self.run_dir / ROOT)
         mount_root(place, bundle)
         if bundle.secrets:
@@ -6020,7 +6021,8 @@ async def probe_machine(host: ContainerHost) -> None:
     check_controllers()
     errors = [] if may_duplicate() else ["the kernel gives us no descriptors of other processes"]
     wanted = itertools.product((False,) if errors else (True, False), (True, False) if host.ids.can_make else (False,))
-    for host.supervises, host.ids.can_make in wanted:
+    for supervises, can_make in wanted:
+        host.supervises, host.ids.can_make = supervises, can_make
         if error := await try_container(host):
             errors.append(error)
             continue
@@ -6200,13 +6202,10 @@ class Leftovers:
             host, peer = connections.get(inode, ("", ""))
             if host == address and inode not in seen:
                 try:
-                    duplicate = duplicate_socket(pidfd, number)
+                    duplicate = duplicate_socket(pidfd, number, inode)
                 except PermissionError:         # see machine_warnings: one without a connection stands for it
                     duplicate, inode = socket.socket(), 0
                 except OSError:                 # it is gone
-                    continue
-                if inode and os.fstat(duplicate.fileno()).st_ino != inode:      # the handler has put another file there
-                    duplicate.close()
                     continue
                 seen.add(inode)
                 yield duplicate, peer
@@ -6308,16 +6307,15 @@ def start_time(pid: int) -> str:
 SYS_PIDFD_GETFD = 438               # the same on every architecture (pidfd_getfd(2), Linux 5.6)
 
 
-def duplicate_socket(pidfd: int, number: int) -> socket.socket:
-    """Return a duplicate of another process's descriptor as if it were a TCP socket. Raises OSError.
+def duplicate_socket(pidfd: int, number: int, inode: int = 0) -> socket.socket:
+    """Return a duplicate of another process's descriptor as if it were a TCP socket.
 
-    Given a descriptor, Python asks for its address, and the kernel for that waits for the socket's lock. A handler can
-    hold that for as long as it lives, and Python would wait with all its threads. So it gets the descriptor later.
+    Raises OSError, also if the descriptor is no longer that of the file of an inode.
     """
     with kept_open(system_call(SYS_PIDFD_GETFD, pidfd, number, 0)) as duplicate:
-        held = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-        os.dup2(duplicate, held.fileno(), inheritable=False)
-        return held
+        if inode and os.fstat(duplicate).st_ino != inode:       # the process has put another file there
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        return as_socket(duplicate, socket.AF_INET)
 
 
 def take_deposit(pidfd: int) -> int:
@@ -6607,7 +6605,7 @@ class Failures:
             _, container, mark, text = split_line(line)
             if mark == "|":
                 self._printed.setdefault(container, collections.deque(maxlen=TAIL_LINES)).append(line)
-                if len(self._printed) > 128:            # invocations of which the end is not known yet
+                if len(self._printed) > 128:            # invocations that have not ended yet
                     self._printed.popitem(last=False)
             elif text.startswith("outcome="):
                 printed, fields = self._printed.pop(container, ()), parse_fields(text)
@@ -6724,9 +6722,9 @@ def function_metrics(functions: list[Function]) -> Iterator[str]:
                                                                  f'function="{function.record.name}"')
     for key, name, text in (("warm", "faasd_warm_containers", "Containers that wait for a client"),
                             ("starting", "faasd_starting_containers", "Containers being started"),
-                            ("running", "faasd_running_invocations", "Invocations of which something is left"),
+                            ("running", "faasd_running_invocations", "Invocations that have not fully ended"),
                             ("queued", "faasd_queued_connections", "Connections that wait for a container"),
-                            ("ready", "faasd_function_ready", "0 for a function that is broken, failing or leaving")):
+                            ("ready", "faasd_function_ready", "0 if a function is broken, failing or being removed")):
         yield from metric_header(name, "gauge", text)
         for function in functions:
             values = {**function.counts(), "ready": int(function.state["state"] == "ready")}
@@ -6923,7 +6921,7 @@ class TarReader:
             yield entry
 
     def _parse_header(self, block: bytes) -> TarInfo | None:
-        """Parse whatever headers the next entry has, of which the first is a block that was read; None at the end."""
+        """Parse whatever headers the next entry has, whose first block has been read already; None at the end."""
         self._block, self._budget = block, MAX_RECORD_SIZE
         at = self.offset
         try:
@@ -7681,7 +7679,7 @@ def host_id(number: int, first_id: int) -> int:
 
 
 class Losses:
-    """What containers will lack of their image, counted for one line of warning of each kind."""
+    """What of the image containers will not have, counted for one line of warning of each kind."""
 
     def __init__(self) -> None:
         self._found: dict[str, list] = {}       # text, with {count} → how often, and the name of the first
@@ -8763,7 +8761,7 @@ FAULTS = (                          # what of it means what, and an exit status 
 
 
 def command_fault(command: str, said: str) -> tuple[int, str] | None:
-    """Return the exit status and a line for a command of which a runtime has complained; else None."""
+    """Return the exit status and a line for a command that the runtime could not run; else None."""
     complaint = COMPLAINT.fullmatch(said.encode())
     name = posixpath.basename(command).encode()     # a shell says much the same of what it executes
     # An image chooses it, and most of what was said: no search may take long, nor hold up the loop.
@@ -8910,9 +8908,7 @@ class Relay(threading.Thread):
 
 def has_hung_up(connection: socket.socket) -> bool:
     """Return whether the other end will send nothing any more, which a command's client does not do in its life."""
-    poll = select.poll()
-    poll.register(connection, select.POLLRDHUP)
-    return bool(poll.poll(0))
+    return is_readable(connection, 0, select.POLLRDHUP)
 
 
 class ControlHandler(http.server.BaseHTTPRequestHandler):
@@ -9356,7 +9352,7 @@ class Answers:
 
 IMAGE_FIELDS = {"digest": str, "tag": str, "size": int, "first_id": int, "process": dict}
 PROCESS_FIELDS = {"cwd": str, "resolv_conf": str, "uid": int, "gid": int, "entrypoint": list, "cmd": list, "env": list}
-DISCARD_SECONDS = 3.0               # for which a start, a stop or a change waits until files are removed
+DISCARD_SECONDS = 3.0               # that a start, a stop or a change waits for files to be removed
 Undo = contextlib.AsyncExitStack    # takes back what was made for a change that fails
 
 
@@ -9614,7 +9610,7 @@ PORT_RETRY_SECONDS = 5.0            # between attempts to publish a port that so
 
 
 class Attachments:
-    """What ties functions to this machine's network: addresses on lo with listeners, and networks of --net egress.
+    """What ties functions to this machine's network: addresses on lo with listeners, egress networks, published ports.
 
     Whatever runs a command does so in a thread. What others take away is put back.
     """
@@ -9629,7 +9625,7 @@ class Attachments:
         self._address_watch = NetlinkWatch(NETLINK_ROUTE, RTMGRP_IPV4_IFADDR, RTM_DELADDR, b"", self._address_lost.set)
         self._keeper = self._loop.create_task(self._keep_addresses())
         self.egress = EgressNetworks(settings.run_dir, settings.egress_subnet, settings.subnet, settings.port)
-        self._egress_thread = concurrent.futures.ThreadPoolExecutor(1)      # one thing after the other, in order
+        self._network_thread = concurrent.futures.ThreadPoolExecutor(1)      # one thing after the other, in order
         self.published = PublishedPorts(settings.run_dir, settings.subnet, settings.port)
         self._rules_watch = NetlinkWatch(       # of both, whose tables end in this
             NETLINK_NETFILTER, 1 << NFNLGRP_NFTABLES - 1, NFT_DELTABLE, f"_{run_dir_mark(settings.run_dir)}\0".encode(),
@@ -9644,13 +9640,13 @@ class Attachments:
         self._keeper.cancel()
 
     def _restore_rules(self) -> None:
-        """Put back the rules that somebody has deleted. We do that too, whenever we replace them."""
+        """Put back the rules that somebody has deleted. Replacing our own triggers this as well."""
         self.run(self.egress.restore_rules)
         self.run(self.published.restore_rules)
 
     async def finish(self) -> None:
         """Return once nothing of egress networks is being changed: what comes now is the next daemon's."""
-        await asyncio.to_thread(self._egress_thread.shutdown)
+        await asyncio.to_thread(self._network_thread.shutdown)
 
     async def remove_all(self) -> None:
         try:
@@ -9748,10 +9744,10 @@ class Attachments:
 
     def run(self, function: Callable, *arguments) -> asyncio.Future:
         """Do something with egress networks or published ports, in their thread."""
-        return self._loop.run_in_executor(self._egress_thread, function, *arguments)
+        return self._loop.run_in_executor(self._network_thread, function, *arguments)
 
 
-MAX_OPTIONS_KEPT = 10               # versions kept of one image
+MAX_VERSIONS_KEPT = 10               # versions kept of one image
 
 
 class Deploys:
@@ -9778,7 +9774,7 @@ class Deploys:
 
     def get(self, name: str) -> Function:
         if name not in self.functions:
-            raise FaasdError(f"no function {name!r}: `faas list` shows those there are", status=404)
+            raise FaasdError(f"no function {name!r}: `faas list` shows the existing ones", status=404)
         return self.functions[name]
 
     def make_function(self, record: FunctionRecord) -> Function:
@@ -9907,7 +9903,7 @@ class Deploys:
             found = next((entry for entry in others if wanted in ("", str(entry.number), entry.image)), None)
             if not found:
                 raise FaasdError(f"function {name} has no version {wanted!r} to go back to: `faas versions {name}` "
-                                 "shows those there are", status=404)
+                                 "shows the existing ones", status=404)
             return await self._install(name, found, function.record.secrets, "rolled back", undo)
 
     async def usage(self, query: dict) -> dict:
@@ -10146,7 +10142,7 @@ class Deploys:
     def _worth_keeping(self, versions: list[VersionRecord]) -> list[VersionRecord]:
         """Return the versions of the images used last, and of each image those that ran last: images take room."""
         images = list(dict.fromkeys(entry.image for entry in versions))[:self._settings.keep_versions]
-        last = {image: [entry for entry in versions if entry.image == image][:MAX_OPTIONS_KEPT] for image in images}
+        last = {image: [entry for entry in versions if entry.image == image][:MAX_VERSIONS_KEPT] for image in images}
         return [entry for entry in versions if entry in last.get(entry.image, ())]
 
     async def _save(self, name: str, record: FunctionRecord | None) -> None:
@@ -10335,7 +10331,7 @@ class Restart:
         return await open_()
 
 
-STOP_SECONDS = 20.0                 # until a stop goes on without what should long have ended, and with it each wait
+STOP_SECONDS = 20.0                 # that each step of a stop waits for what should have ended long ago
 
 
 class Daemon:
@@ -10500,7 +10496,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Return the parser of the command line, of which packaging/generate makes the manual page too."""
+    """Return the parser of the command line; packaging/generate makes the manual page from it."""
     parser = Parser(prog=os.path.basename(sys.argv[0]), description="A serverless runtime for one Linux machine.",
                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add, none = parser.add_argument, argparse.SUPPRESS          # a default that --help does not show

@@ -205,7 +205,7 @@ class Crash(unittest.TestCase):
         versions = [(image, number, options), *(version for version in kept if version[1] != number)]
         images = [version[0] for version in versions]
         last = [version for place, version in enumerate(versions)
-                if images[:place].count(version[0]) < support.faasd.MAX_OPTIONS_KEPT]
+                if images[:place].count(version[0]) < support.faasd.MAX_VERSIONS_KEPT]
         return {**before, "f": {"address": F_ADDRESS, "state": "ready", "versions": last}}
 
     def image_of(self, label: str) -> str:

@@ -234,7 +234,7 @@ class Daemons(unittest.TestCase):
             functions = document if words == ("list",) else document["functions"]
             self.assertEqual([(one["node"], one["name"]) for one in functions], [("a", "f"), ("b", "f")])
         self.assertEqual(self.home.faas("--node", "a", "set", "g", "--memory", "1g").stderr,
-                         "faas: a: no function 'g': `faas list` shows those there are; deploy it there with "
+                         "faas: a: no function 'g': `faas list` shows the existing ones; deploy it there with "
                          "faas --node a new g\n")
         result = self.home.faas("--node", "gone", "stats", "--node", "b")
         self.assertEqual((result.returncode, [row.split()[:2] for row in result.stdout.splitlines()]),

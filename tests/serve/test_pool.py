@@ -89,7 +89,7 @@ class Warm(support.SharedDaemonCase):
             source = ("import socket, time\nc = socket.socket(socket.AF_UNIX)\nc.connect('/control.sock')\n"
                       f"time.sleep(0.3)\nc.send(b'x', {flags})\ntime.sleep(3600)\n")
             self.daemon.deploy(name, support.handler_image(source), "--warm", "1")
-            wait_until(lambda name=name: re.search(f"function={name} .*next one in 2 s", self.daemon.log()),
+            wait_until(lambda name=name: re.search(f"function={name} .*next try in 2 s", self.daemon.log()),
                        "it is tried again, less often each time")
 
     def test_redeploy_change_and_removal_end_the_old_ones_at_once(self):
