@@ -3831,6 +3831,8 @@ def mount_root(place: str, bundle: Bundle) -> None:
                            for path in (bundle.rootfs, f"{place}/upper", f"{place}/work"))
     mount_here("overlay", "faasd", f"{place}/root", MS_NOSUID | MS_NODEV,
                f"lowerdir={lower},upperdir={upper},workdir={work}")
+    for path in bundle.process.get("image_volumes", ()) if bundle.options.read_only else ():    # older ones have none
+        mount_here("", f"{place}/root{path}", f"{place}/root{path}", MS_BIND)       # as in docker, they stay writable
 
 
 NAMES = "hosts/functions"           # in RUN_DIR, in a directory where dnsmasq's hostsdir finds nothing else
@@ -8064,6 +8066,7 @@ def is_within(path: str, directory: str) -> bool:
 
 
 MAX_ACCOUNTS_SIZE = MIB             # /etc/passwd and /etc/group of an image
+MAX_IMAGE_VOLUMES = 64              # of an image with --read-only: each is a mount of each container's
 
 
 def prepare_mount_targets(rootfs: Rootfs) -> str:
@@ -8096,6 +8099,8 @@ def choose_process(process: dict, options: Options, rootfs: Rootfs) -> dict:
     missing. Raises ImageError, OSError.
     """
     chosen: dict = {}
+    if options.read_only and len(process.get("image_volumes", ())) > MAX_IMAGE_VOLUMES:
+        raise ImageError(f"leave out --read-only: the image has over {MAX_IMAGE_VOLUMES} volumes (MAX_IMAGE_VOLUMES)")
     if options.entrypoint != "auto":
         chosen.update(entrypoint=list(filter(None, [options.entrypoint])), cmd=[])
     if options.workdir:
@@ -8120,9 +8125,10 @@ def resolve_process(config: dict, rootfs: Rootfs) -> dict:
     named = {entry.partition("=")[0] for entry in env}      # of these HOME stays, whoever its user is
     defaults = {"PATH": DEFAULT_PATH, "HOME": account.home}             # G.2
     env += [f"{key}={value}" for key, value in defaults.items() if key not in named]
-    for text in json_field(settings, "Volumes", dict, what):        # which it may write as it may all of its root (G.4)
+    volumes = set()                     # which it may write as it may all of its root (G.4)
+    for text in json_field(settings, "Volumes", dict, what):
         path = config_path("/" + text, "the image's volume")
-        rootfs.trace_directory(path, "the image's volume")
+        volumes.add(rootfs.trace_directory(path, "the image's volume"))
         rootfs.make_directory(path)
     labels = json_field(settings, "Labels", dict, what)
     if not all(isinstance(value, str) for value in labels.values()):
@@ -8132,6 +8138,7 @@ def resolve_process(config: dict, rootfs: Rootfs) -> dict:
         "env": env, "has_home": "HOME" in named, "cwd": cwd, "uid": account.uid, "gid": account.gid,
         "groups": account.groups, "labels": labels, "stop_signal": json_field(settings, "StopSignal", str, what),
         "exposed_ports": sorted(json_field(settings, "ExposedPorts", dict, what)),
+        "image_volumes": [os.fsdecode(path) for path in sorted(volumes) if not in_the_way([path], RESERVED_TARGETS)],
     }
 
 
@@ -8223,6 +8230,8 @@ def unpack_image(pieces: Iterator[bytes], directory: Path, tag: str, max_size: i
             rootfs.added.clear()                # of what its layers have implied
             process = resolve_process(image.config, rootfs)
             process["resolv_conf"] = prepare_mount_targets(rootfs)
+            process["image_volumes"] = [path for path in process["image_volumes"]       # in whose place no file is now
+                                        if os.path.isdir(f"{rootfs_path}{path}")]
             find_user(rootfs, "")           # again: /dev may have been a link of the image's, and led past the check
         except OSError as error:            # of the target of a link, say, which may be any text
             path = os.fsencode(error.filename or "").removeprefix(rootfs.path)

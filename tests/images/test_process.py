@@ -153,7 +153,7 @@ class Processes(Sandbox):
             self.assertEqual(process, {
                 "entrypoint": [], "cmd": [], "env": [f"PATH={faasd.DEFAULT_PATH}", "HOME=/"], "has_home": False,
                 "cwd": "/", "uid": 0, "gid": 0, "groups": [], "labels": {}, "stop_signal": "", "exposed_ports": [],
-                "resolv_conf": "/etc/resolv.conf"})
+                "image_volumes": [], "resolv_conf": "/etc/resolv.conf"})
 
     def test_G1_everything_null(self):
         fields = ("User", "WorkingDir", "Env", "Entrypoint", "Cmd", "Volumes", "Labels", "StopSignal", "ExposedPorts")
@@ -264,9 +264,14 @@ class Processes(Sandbox):
 
     def test_G4_volumes(self):
         """They are directories of the root, which can all be written."""
-        self.process(directory("data", mode=0o1770, uid=7, gid=8), file("full/x", "x"), symlink("l", "/"),
-                     Volumes={"/full": {}, "/data": {}, "new/dir": None, "/data/": {}, "/tmp": {}, "/l": {}, "": {},
-                              "/sys/fs/cgroup": {}, **{f"/v{number}": {} for number in range(100)}})
+        numbered = [f"/v{number}" for number in range(10, 100)]
+        process = self.process(
+            directory("data", mode=0o1770, uid=7, gid=8), file("full/x", "x"), symlink("l", "/"),
+            Volumes={"/full": {}, "/data": {}, "new/dir": None, "/data/": {}, "/tmp": {}, "/l": {}, "": {},
+                     "/sys/fs/cgroup": {}, **dict.fromkeys(numbered, {})})
+        self.assertEqual(process["image_volumes"], ["/data", "/full", "/new/dir", "/tmp", *numbered])
+        with self.refused(400, "over 64 volumes"):
+            faasd.choose_process(process, faasd.Options(read_only=True), None)
         for name, mode, owner in (("data", 0o1770, 7), ("full", 0o755, 0), ("new/dir", 0o755, 0), ("v99", 0o755, 0)):
             status = os.lstat(self.image / "rootfs" / name)
             self.assertEqual((status.st_mode, status.st_uid), (stat.S_IFDIR | mode, owner), name)

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import unittest
@@ -66,9 +67,9 @@ class Root(unittest.TestCase):
         cls.daemon = support.Daemon().start()
         cls.addClassCleanup(cls.daemon.close)
 
-    def deploy(self, *options: str, **config) -> str:
+    def deploy(self, *options: str, volumes: tuple[str, ...] = ("/data",), **config) -> str:
         self.addCleanup(self.daemon.faas, "rm", "f", check=False)
-        image = support.handler_image(CHANGES.encode(), files=FILES, Volumes={"/data": {}}, **config)
+        image = support.handler_image(CHANGES.encode(), files=FILES, Volumes=dict.fromkeys(volumes, {}), **config)
         return self.daemon.faas("new", "f", *options, stdin=image).stdout.split()[-1]
 
     def changes(self, count: int = 1) -> list[dict]:
@@ -91,8 +92,16 @@ class Root(unittest.TestCase):
         self.assertEqual(less_times_of_access(content(self.daemon.rootfs("f"))), before)
 
     def test_read_only(self):
-        self.deploy("--warm", "0", "--read-only")
-        self.assertEqual({*self.changes()[0].values()}, {"Read-only file system"})
+        """All but the image's volumes, as in docker, whatever else has its place in one of them."""
+        mine = support.temporary_directory()
+        self.addCleanup(shutil.rmtree, mine)
+        os.chown(mine, 1234, 1234)
+        (mine / "secret").write_text("s")
+        self.deploy("--warm", "0", "--read-only", "--volume", f"{mine}:/data/mine:ro", "--secret", f"s={mine}/secret",
+                    volumes=("/data", "/run", "/proc", "/dev/x", "/etc/hosts", "/etc/hostname", "/control.sock/x", "/"))
+        changes = self.changes()[0]
+        self.assertEqual(changes.pop("volume"), "done")         # as in docker
+        self.assertEqual({*changes.values()}, {"Read-only file system"})
         self.daemon.faas("set", "f", "--no-read-only")
         self.assertIn("done", self.changes(2)[-1].values())
 
