@@ -118,6 +118,7 @@ class Pack(unittest.TestCase):
         for arguments, status, words in (
                 (("/nonexistent.py",), 1, "it is not there; name one file, your program"),
                 (("/",), 1, "it is a directory; name one file, your program"),
+                (("/dev/null",), 1, "it is no plain file; name one file, your program"),
                 (("-f", HANDLER), 2, "unrecognized arguments: -f" + usage), ((), 2, "are required: FILE" + usage)):
             result = subprocess.run([sys.executable, support.TOP / "faas", "pack", *arguments], capture_output=True,
                                     text=True, check=False)
@@ -217,10 +218,10 @@ class Script(unittest.TestCase):
         self.directory = support.temporary_directory()
         self.addCleanup(shutil.rmtree, self.directory)
 
-    def pack(self, name: str, text: str) -> subprocess.CompletedProcess:
+    def pack(self, name: str, text: str, *options: str) -> subprocess.CompletedProcess:
         (self.directory / name).write_text(text)
-        return subprocess.run([PYTHON, support.TOP / "faas", "pack", self.directory / name], capture_output=True,
-                              check=False)
+        return subprocess.run([PYTHON, support.TOP / "faas", "pack", self.directory / name, *options],
+                              capture_output=True, check=False)
 
     def test_programs_of_scripts(self):
         """zcat is a script itself, on most machines, and runs gzip."""
@@ -253,6 +254,11 @@ class Script(unittest.TestCase):
                                 check=False, env={**os.environ, "TMPDIR": str(place)})
         self.assertEqual((packed.returncode, packed.stderr), (0, b""))
         self.assertEqual([path for path in place.rglob("*") if path.is_file()], [])
+
+    def test_tag(self):
+        for tag, whole in (("localhost:5000/app", "localhost:5000/app:latest"), ("h.io/a_b/c.d:V1", "h.io/a_b/c.d:V1")):
+            with tarfile.open(fileobj=io.BytesIO(self.pack("one.sh", "#!/bin/sh\n", "--tag", tag).stdout)) as archive:
+                self.assertEqual(json.load(archive.extractfile("manifest.json"))[0]["RepoTags"], [whole])
 
     def test_same_bytes(self):
         self.assertEqual(self.pack("one.sh", SHELL_SCRIPT).stdout, self.pack("one.sh", SHELL_SCRIPT).stdout)

@@ -52,7 +52,14 @@ class Usage(unittest.TestCase):
                 (("list", "--", "x"), "only new, set and exec take"), (("exec", "f", "sh"), "after --: faas exec f"),
                 (("set", "f"), "nothing to change"), (("set", "f", "--warm", "x"), "write auto"),
                 (("new", "f", "--queue", "-1"), "from 0 on"), (("top", "--json"), "faas --json stats"),
-                (("list", "extra"), "unrecognized arguments")):
+                (("list", "extra"), "unrecognized arguments"),
+                (("exec", "f", "sh", "-c", "x", "-la"), "after --: faas exec f -- sh -c x -la\n"),
+                (("proxy-config",), "required: caddy|nginx|haproxy (see"), (("rollback", "f", ""), "write a number"),
+                (("rollback", "f", "zz"), "write a number"), (("top", "-d", "9" * 14), "no more than 99999"),
+                (("top", "-n", "9" * 5000), "from 1 to 999999999"), (("logs", "f", "-n", "9" * 14), "to 999999999"),
+                (("--json", "save", "f"), "no JSON document"), (("--json", "pack", "f"), "no JSON document"),
+                *((("pack", "f", "--tag", tag), "write NAME, NAME:TAG") for tag in ("A B", "a@b:c:d", "", "a:")),
+                (("--api", "http://127.0.0.1:1", "--token-file", "/dev/null", "list"), "/dev/null is empty: write")):
             with self.subTest(arguments):
                 result = faas(*arguments, stdin=b"x")
                 self.assertEqual((result.returncode, result.stdout), (2, ""), result.stderr)
@@ -108,10 +115,16 @@ class Usage(unittest.TestCase):
                 self.assertIn(option, out)
 
     def test_files_that_cannot_be_read(self):
-        for arguments in (("-f", "/nonexistent"), ("-f", "/"), ("--env-file", "/nonexistent")):
-            result = faas("new", "f", *arguments, stdin=b"x")
+        for arguments, words in (
+                ("-f /nonexistent", "/"), ("-f /", "/"), ("-f ''", "'': No such file"), ("--env-file ''", "'': No"),
+                ("--env-file /nonexistent", "/"), ("--env-file /dev/zero", "/dev/zero: it is over 64 KiB"),
+                ("--secret x=/dev/zero", "/dev/zero: it is over 64 KiB"),
+                ("--api http://127.0.0.1:1 --token-file /dev/zero", "/dev/zero: it is over 64 KiB")):
+            result = subprocess.run(        # with so little memory that a file without an end has one
+                ["bash", "-c", f'ulimit -v 1000000; "$@" {arguments}', "bash", *FILE, "new", "f"], input="x",
+                capture_output=True, text=True, check=False)
             self.assertEqual((result.returncode, result.stderr.count("\n")), (1, 1), result.stderr)
-            self.assertIn("cannot read /", result.stderr)
+            self.assertIn(f"cannot read {words}", result.stderr)
 
     def test_no_daemon(self):
         for command in (("list",), ("new", "f"), ("rm", "f")):
@@ -321,6 +334,23 @@ class Conversation(unittest.TestCase):
                                 "&env=MINE%3Dfrom+outside&memory=64m&timeout=500ms&cmd=-x&cmd=--&cmd=y+z")
         self.assertIn(b"Transfer-Encoding: chunked", self.request)
 
+    def test_environment_files(self):
+        """As editors of Windows write them, and as pipes; a name with a blank in it is none."""
+        daemon = ScriptedDaemon(self.socket, response(201, {"name": "f", "address": "10.0.0.10"}), 1)
+        done = subprocess.run(
+            ["bash", "-c", '"$@" --env-file <(printf "\\xef\\xbb\\xbfA=1\\r\\nB= 2 ") --secret x=<(echo hidden)', "sh",
+             *FAAS, "--socket", self.socket, "new", "f"], input="x", capture_output=True, text=True, check=False)
+        daemon.join()
+        self.assertEqual((done.returncode, done.stderr), (0, ""))
+        self.assertIn(b"POST /functions/f?env=A%3D1&env=B%3D+2+ HTTP", daemon.request)
+        self.assertIn(b"Faasd-Secrets: x=aGlkZGVuCg==\r\n", daemon.request)
+        env_file = self.directory / "env"
+        for line in ("export A=1", "A =1", "A ", "=1"):
+            env_file.write_text(f"# comment\n{line}\n")
+            result = faas("new", "f", "--env-file", str(env_file), stdin=b"x")
+            self.assertEqual((result.returncode, result.stderr.count("\n")), (2, 1), result.stderr)
+            self.assertIn(f"bad environment entry {line!r} ({env_file}, line 2): write KEY=value", result.stderr)
+
     def test_file_has_a_length(self):
         (self.directory / "image").write_bytes(b"abc")
         self.talk(response(201, {"name": "f", "address": "10.0.0.10"}), "new", "f", "-f", str(self.directory / "image"))
@@ -391,7 +421,7 @@ class WithDaemon(unittest.TestCase):
             entry = json.loads(daemon.faas("--json", "versions", "f").stdout)[0]
             self.assertEqual((entry["version"], entry["created"]), (1, before[1]["created"]))
             self.assertGreater(entry["deployed"], before[3]["deployed"])
-            for version, words in (("zz", "has no version 'zz' to go back to"), ("1", "runs version 1 already")):
+            for version, words in (("99", "has no version '99' to go back to"), ("1", "runs version 1 already")):
                 result = daemon.faas("rollback", "f", version, check=False)
                 self.assertEqual((result.returncode, result.stderr.count("\n")), (1, 1), result.stderr)
                 self.assertIn(words, result.stderr)

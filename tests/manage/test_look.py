@@ -348,6 +348,10 @@ class Exec(ExecCase):
         copy = subprocess.run([*FAAS, "--socket", self.daemon.socket, "exec", "-i", "f", "--", "cat"], input=data,
                               capture_output=True, check=False)
         self.assertEqual((copy.returncode, copy.stdout == data, copy.stderr), (0, True, b""))
+        with open("/dev/null", "w") as output:
+            copy = subprocess.run([*FAAS, "--socket", self.daemon.socket, "exec", "-i", "f", "--", "cat"], stdin=output,
+                                  capture_output=True, text=True, check=False)
+        self.assertEqual((copy.returncode, copy.stderr), (1, "faas: cannot read stdin: Bad file descriptor\n"))
         self.assertEqual(self.daemon.info("f")["requests"], 0)
         last = self.documents("events", "-n", "1")[0]
         self.assertEqual((last["event"], last["command"], last["by"]), ("exec", "cat", "root"))

@@ -128,6 +128,8 @@ class Generated(PackagingCase):
         page = (self.made / "faas.1").read_text()
         for command in self.commands:
             self.assertRegex(page, rf'(?m)^\.SS "faas {command} ')
+        self.assertLess(page.index("version\\fR"), page.index("Every command takes"))        # those do not take it
+        self.assertRegex(page, r"(?s)\.SH EXIT STATUS\n.*the command\\\(aqs own; 126 .*, 127 .*\.SH ENVIRONMENT")
         self.assertNotIn("SUPPRESS", page)              # argparse's word for an argument that is not shown
 
     @needs("mandoc")

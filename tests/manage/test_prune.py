@@ -75,6 +75,8 @@ class PruneTest(support.SharedDaemonCase):
         self.assertEqual(json.loads(self.daemon.faas("--json", "prune", "--force").stdout),
                          {"removed": [], "busy": [], "held": 0, "freed": 0})
 
+        self.assertEqual(self.daemon.faas("prune").stdout, "✓ Freed 0 B\n")         # there is nothing to ask
+
         # No number is used again.
         self.daemon.deploy("f", support.small_image("4"))
         self.daemon.faas("rollback", "f")
