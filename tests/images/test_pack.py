@@ -14,6 +14,7 @@ import sys
 import tarfile
 import unittest
 import zipfile
+from pathlib import Path
 
 import support
 from clients import connect
@@ -290,6 +291,18 @@ if __name__ == "__main__":
     http.server.HTTPServer(("", 8080), Handler).serve_forever()
 """
 
+WSGI = """
+def make(environ, start_response):
+    start_response("200 OK", [("Content-Type", "text/plain")])
+    return [f"{__name__} at {environ['PATH_INFO']}".encode()]
+"""
+SERVING = """
+import importlib, sys, wsgiref.simple_server
+module, _, name = sys.argv[1].partition(":")
+application = getattr(importlib.import_module(module), name)
+wsgiref.simple_server.make_server("", int(sys.argv[2]), application).serve_forever()
+"""
+
 
 class Requirements(unittest.TestCase):
     """A Python program that is a server, with what pip installs."""
@@ -301,21 +314,36 @@ class Requirements(unittest.TestCase):
         self.addCleanup(shutil.rmtree, self.directory)
         (self.directory / "app.py").write_text(APP)
 
-    def pack(self, requirements: str, file: str = "app.py", **more) -> subprocess.CompletedProcess:
+    def pack(self, requirements: str, file: str = "app.py", words=(), **more) -> subprocess.CompletedProcess:
         (self.directory / "requirements.txt").write_text(requirements)
         return subprocess.run([PYTHON, support.TOP / "faas", "pack", self.directory / file, "--requirements",
-                               self.directory / "requirements.txt"], capture_output=True, check=False,
+                               self.directory / "requirements.txt", *words], capture_output=True, check=False,
                               env={**os.environ, "PIP_NO_INDEX": "1"}, **more)
 
+    def wheel(self, name: str, files: dict[str, str]) -> Path:
+        """Return a package of one's own: there is no index here to install from."""
+        with zipfile.ZipFile(self.directory / f"{name}-1.0-py3-none-any.whl", "w") as archive:
+            for path, text in {
+                    **files, f"{name}-1.0.dist-info/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n",
+                    f"{name}-1.0.dist-info/WHEEL": "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+                    f"{name}-1.0.dist-info/RECORD": ""}.items():
+                archive.writestr(path, text)
+        return Path(archive.filename)
+
+    def test_application_that_a_server_imports(self):
+        """A server of WSGI from a package, which knows the program by a name as gunicorn does."""
+        (self.directory / "app.py").write_text(WSGI)
+        packed = self.pack(f"{self.wheel('serving', {'serving/__init__.py': '', 'serving/__main__.py': SERVING})}\n",
+                           words=("--", "serving", "app:make", "8081"))
+        self.assertEqual((packed.returncode, packed.stderr.decode()), (0, ""))
+        with support.Daemon() as daemon:
+            out = daemon.faas("new", "app", stdin=packed.stdout).stdout
+            self.assertEqual(out, "✓ Deployed app at 10.0.0.10 (server, port 8081)\n")
+            self.assertEqual(support.get("10.0.0.10", "/x"), (200, "app at /x"))
+
     def test_server_with_a_package(self):
-        wheel = self.directory / "greeting-1.0-py3-none-any.whl"
-        with zipfile.ZipFile(wheel, "w") as archive:
-            archive.writestr("greeting.py", "TEXT = 'Hello from a package'\n")
-            archive.writestr("other/of_python_2.py", "print 'no'\n")
-            archive.writestr("greeting-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: greeting\nVersion: 1.0\n")
-            archive.writestr("greeting-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\n"
-                                                             "Tag: py3-none-any\n")
-            archive.writestr("greeting-1.0.dist-info/RECORD", "")
+        wheel = self.wheel("greeting", {"greeting.py": "TEXT = 'Hello from a package'\n",
+                                        "other/of_python_2.py": "print 'no'\n"})
         (self.directory / "another's").mkdir()      # of another user, to whom root has gone
         (self.directory / "another's/pip.py").write_text("raise SystemExit('it ran')\n")
         packed = self.pack(f"{wheel}\n", cwd=self.directory / "another's")
@@ -333,11 +361,15 @@ class Requirements(unittest.TestCase):
     def test_refusals(self):
         (self.directory / "script.sh").write_text("#!/bin/sh\n")
         for file, status, words in (("app.py", 1, b"No matching distribution found for nosuch"),
-                                    ("script.sh", 2, b"--requirements is for Python")):
+                                    ("script.sh", 2, b"--requirements and a module after -- are for Python")):
             result = self.pack("nosuch\n", file)
             self.assertEqual((result.returncode, result.stdout), (status, b""))
             self.assertIn(words, result.stderr)
             self.assertRegex(result.stderr, rb"\Afaas: [^\n]+\n\Z")
+        for module in ("nosuch", "/packages/bin/x", ""):
+            result = self.pack("", words=("--", module))
+            self.assertEqual((result.returncode, result.stdout), (1, b""))
+            self.assertIn(f"the image has no module '{module}' to run".encode(), result.stderr)
 
 
 if __name__ == "__main__":
