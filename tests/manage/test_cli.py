@@ -49,7 +49,7 @@ class Usage(unittest.TestCase):
                 (("new", "f", "--cpus", "x"), "write 0.5"), (("new", "f", "--pids", "0"), "whole number"),
                 (("new", "f", "--timeout", "1d"), "write 500ms"), (("logs", "f", "-n", "x"), "whole number"),
                 (("new", "f", "-e", "=x"), "bad environment entry"),
-                (("list", "--", "x"), "only new, set, exec and pack take"), (("exec", "f", "sh"), "after --: faas exec f"),
+                (("list", "--", "x"), "exec and pack take a command"), (("exec", "f", "sh"), "after --: faas exec f"),
                 (("set", "f"), "nothing to change"), (("set", "f", "--warm", "x"), "write auto"),
                 (("new", "f", "--queue", "-1"), "from 0 on"), (("top", "--json"), "faas --json stats"),
                 (("list", "extra"), "unrecognized arguments"),

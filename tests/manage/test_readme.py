@@ -26,6 +26,7 @@ COVERED = {
     "docker save alpine | ./faas new shout --contract stdio -- tr a-z A-Z": "tests/serve/test_server.py",
     "echo hello | nc -N 10.0.0.10 80": "the same",
     "./faas pack app.py --requirements requirements.txt | ./faas new app": "tests/images/test_pack.py",
+    "./faas pack app.py --requirements requirements.txt -- gunicorn app:app | ./faas new app": "the same",
     'sudo install -d -o nobody -g nogroup /srv/notes': "tests/serve/test_volume.py, in a directory of its own",
     "docker save my-app | ./faas new notes --volume /srv/notes:/data": "the same",
     "docker build -t test-handler -f Dockerfile.test-handler .": "tests/images/test_docker.py",
