@@ -4479,12 +4479,12 @@ def runc_warning(version: str, changelog: str = "") -> str | None:
     """Return a warning of known holes of a runc that its package's changelog does not name as fixed, or None (H.2)."""
     match = re.match(r"runc version ([0-9]+)\.([0-9]+)\.([0-9]+)", version)
     number = tuple(map(int, match.groups())) if match else (math.inf,)
-    holes = ["CVE-2024-21626"] if number < (1, 1, 12) else []
+    holes = {"CVE-2024-21626": "1.1.12"} if number < (1, 1, 12) else {}
     if not (1, 2, 8) <= number < (1, 3, 0) and number < (1, 3, 3):
-        holes += ["CVE-2025-31133", "CVE-2025-52565", "CVE-2025-52881"]
-    holes = [hole for hole in holes if hole not in changelog]
-    return (f"{version} may have known holes ({', '.join(holes)}): upgrade it (runc fixed them in 1.2.8 and 1.3.3; "
-            "a distribution may have fixed an older number)") if holes else None
+        holes |= dict.fromkeys(("CVE-2025-31133", "CVE-2025-52565", "CVE-2025-52881"), "1.2.8 and 1.3.3")
+    named = [f"{hole}, fixed in {releases}" for hole, releases in holes.items() if hole not in changelog]
+    return (f"{version} may have known holes ({'; '.join(named)}): upgrade it (a distribution may have fixed an older "
+            "number)") if named else None
 
 
 def package_changelog(program: str) -> str:

@@ -173,6 +173,7 @@ CONFIG = {"schemaVersion": 2, "config": descriptor(APP.config, "config")}
 GOOD = CONFIG | {"layers": [descriptor(APP.layers[0], "layer")]}
 
 add_cases(Layouts, [
+    ("F3 a tag of 600 characters", archives.podman(Image(tags=("t" * 600,))), Refused(400, "over 512 characters")),
     # F.1: names and links among the members
     ("F1 layers that are symbolic links to each other", archives.docker_old(LAYERED), "layered"),
     ("F1 links through several members",

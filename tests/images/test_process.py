@@ -302,6 +302,7 @@ add_cases(Processes, [
                             ("/proc/self/fd/7", "CVE-2024-21626"), ("//proc/self/fd/7", "CVE-2024-21626"),
                             ("/x/../proc/self/fd/8", "CVE-2024-21626"),
                             ("/./proc/", "CVE-2024-21626"), ("/../proc/1/cwd", "CVE-2024-21626"))],
+    ("G2 WorkingDir of 4,000 bytes", [], {"WorkingDir": "/x" * 2000}, 400, "WorkingDir is too long"),
     ("G2 WorkingDir is a link to /proc", [symlink("w", "/proc/self/fd/7")], {"WorkingDir": "/w"}, 400,
      "CVE-2024-21626"),
     ("G2 WorkingDir lies below a link to /proc", [symlink("w", "proc")], {"WorkingDir": "/w/self/fd/7"}, 400,

@@ -37,6 +37,7 @@ ODD = layer(
     archives.sparse_pax("odd/holes", 5 << 20, [(1 << 20, b"x" * 4096), (3 << 20, b"y" * 8192)], "1.0"),
     archives.sparse_pax("odd/hole", 1 << 20, [], "1.0"),
     symlink("odd/link", "../etc/passwd", uid=5, gid=6), symlink(b"odd/link\xff", b"\xfd/" + b"t" * 200),
+    file("odd/late/x", "x"), directory("odd/late", mode=0o700),         # which its file has implied
     archives.device("odd/null", b"3", 1, 3, mode=0o666), archives.device("odd/block", b"4", 7, 0))
 CONFIG = {"Labels": {"l": "v", "faasd.memory": "300m", "faasd.x": "of another's"}, "Env": ["A=b c"],
           "StopSignal": "INT",
@@ -97,7 +98,8 @@ class SaveTest(support.SharedDaemonCase):
         ours = {".", *(path[1:] for path in added)}         # made anew, with its directory's time
         self.assertEqual({path for path in before if before[path] != after.get(path) and path not in ours}, set())
         self.assertEqual((before.keys(), before["odd/holes"][2:4]), (after.keys(), (0, 0)))
-        self.assertEqual(len([path for path in before if path.startswith("odd/")]), 20)
+        self.assertEqual(len([path for path in before if path.startswith("odd/")]), 22)
+        self.assertEqual((before["odd/late"], after["odd/late"][1]), (after["odd/late"], "0o40700"))
         for name in ("holes", "hole"):
             self.assertLess(os.stat(self.daemon.rootfs("g") / "odd" / name).st_blocks * 512, 1 << 19)
         f, g = self.daemon.info("f"), self.daemon.info("g")

@@ -222,8 +222,8 @@ class RuntimeWarnings(unittest.TestCase):
                                 ("runc version 1.3.2", True), ("runc version 1.3.3", False),
                                 ("runc version 1.4.0", False), ("crun version 1.8.1", False), ("", False)):
             self.assertEqual(faasd.runc_warning(version) is not None, warned, version)
-        self.assertIn("CVE-2024-21626", faasd.runc_warning("runc version 1.1.11"))
-        self.assertIn("fixed them in 1.2.8 and 1.3.3; a distribution", faasd.runc_warning("runc version 1.1.12"))
+        self.assertIn("CVE-2024-21626, fixed in 1.1.12;", faasd.runc_warning("runc version 1.1.11"))
+        self.assertIn("CVE-2025-52881, fixed in 1.2.8 and 1.3.3)", faasd.runc_warning("runc version 1.1.12"))
         self.assertNotIn("CVE-2024-21626", faasd.runc_warning("runc version 1.1.5", "  * Fix CVE-2024-21626"))
         fixes = "CVE-2024-21626 CVE-2025-31133 CVE-2025-52565 CVE-2025-52881"
         self.assertIsNone(faasd.runc_warning("runc version 1.1.5+ds1", fixes))
