@@ -111,6 +111,8 @@ class Root(unittest.TestCase):
         facts = json.loads(get(address, "/facts")[1])
         self.assertEqual((facts["env"]["HOSTNAME"], int(facts["status"]["CapEff"], 16)), ("h.example", 1 << 0 | 1 << 5))
         self.assertIn(f"shm {3 << 20}\n", self.daemon.function_log("f"))
+        self.assertRegex(self.daemon.faas("info", "f", "--isolation").stdout,
+                         r"\ncapabilities: +capeff=CHOWN,KILL capprm=CHOWN,KILL capbnd=CHOWN,KILL\n")
 
     def test_nothing_is_mounted_for_others_to_see_and_nothing_is_left(self):
         before = support.footprint(self.daemon)["mounts"]
