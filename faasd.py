@@ -8123,12 +8123,10 @@ def resolve_process(config: dict, rootfs: Rootfs) -> dict:
     rootfs.make_directory(cwd.encode())
     env = [entry for entry in json_strings(settings, "Env", what) if entry.find("=") > 0]      # runc refuses others
     named = {entry.partition("=")[0] for entry in env}      # of these HOME stays, whoever its user is
-    defaults = {"PATH": DEFAULT_PATH, "HOME": account.home}             # G.2
-    env += [f"{key}={value}" for key, value in defaults.items() if key not in named]
-    volumes = set()                     # which it may write as it may all of its root (G.4)
-    for text in json_field(settings, "Volumes", dict, what):
-        path = config_path("/" + text, "the image's volume")
-        volumes.add(rootfs.trace_directory(path, "the image's volume"))
+    env += [f"{key}={value}" for key, value in (("PATH", DEFAULT_PATH), ("HOME", account.home)) if key not in named]
+    volumes = sorted({rootfs.trace_directory(config_path(f"/{text}", "the image's volume"), "the image's volume")
+                      for text in json_field(settings, "Volumes", dict, what)})
+    for path in volumes:                # which it may write as it may all of its root (G.4)
         rootfs.make_directory(path)
     labels = json_field(settings, "Labels", dict, what)
     if not all(isinstance(value, str) for value in labels.values()):
@@ -8138,7 +8136,7 @@ def resolve_process(config: dict, rootfs: Rootfs) -> dict:
         "env": env, "has_home": "HOME" in named, "cwd": cwd, "uid": account.uid, "gid": account.gid,
         "groups": account.groups, "labels": labels, "stop_signal": json_field(settings, "StopSignal", str, what),
         "exposed_ports": sorted(json_field(settings, "ExposedPorts", dict, what)),
-        "image_volumes": [os.fsdecode(path) for path in sorted(volumes) if not in_the_way([path], RESERVED_TARGETS)],
+        "image_volumes": [os.fsdecode(path) for path in volumes if not in_the_way([path], RESERVED_TARGETS)],
     }
 
 
