@@ -115,7 +115,7 @@ class Pack(unittest.TestCase):
         self.assertEqual(pack(HANDLER, python=directory / "venv/bin/python3"), self.image)
 
     def test_refusals(self):
-        usage = " (usage: faas pack [options] FILE > image.tar; see faas pack --help)"
+        usage = " (usage: faas pack [options] FILE [-- MODULE ARGUMENT…] > image.tar; see faas pack --help)"
         for arguments, status, words in (
                 (("/nonexistent.py",), 1, "it is not there; name one file, your program"),
                 (("/",), 1, "it is a directory; name one file, your program"),
