@@ -3717,10 +3717,7 @@ class ClosedConnections:
         self._waiting[handover.cookie] = handover.inode, address, callback
 
     def destroy(self, handover: Handover, address: str) -> None:
-        """Reset a client's connection to address that no process has any more (linux/inet_diag.h). May block.
-
-        The last Linux before 6.11 only drop what it keeps for the client. Failure is logged.
-        """
+        """Reset a client's connection to address (linux/inet_diag.h). May block. Failure is logged."""
         host, _, port = handover.peer.rpartition(":")
         request = struct.pack("=IHHIIBB2xI", 72, SOCK_DESTROY, NLM_F_REQUEST | NLM_F_ACK, 0, 0, socket.AF_INET,
                               socket.IPPROTO_TCP, INT)      # in any state
@@ -3729,8 +3726,8 @@ class ClosedConnections:
         with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_SOCK_DIAG) as diag:
             diag.send(request)
             error, = struct.unpack_from("=i", diag.recv(KIB), 16)
-        if error and -error != errno.ENOENT:        # it is gone
-            log.warning("cannot end a connection that %s does not take its answer on: %s", host, os.strerror(-error))
+        if error not in (0, -errno.ENOENT):         # it is gone
+            log.warning("cannot end the connection of %s, which takes no answer: %s", host, os.strerror(-error))
 
     def _open(self) -> None:
         self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_NONBLOCK, NETLINK_SOCK_DIAG)
@@ -9632,7 +9629,7 @@ class Attachments:
         self._address_watch = NetlinkWatch(NETLINK_ROUTE, RTMGRP_IPV4_IFADDR, RTM_DELADDR, b"", self._address_lost.set)
         self._keeper = self._loop.create_task(self._keep_addresses())
         self.egress = EgressNetworks(settings.run_dir, settings.egress_subnet, settings.subnet, settings.port)
-        self._network_thread = concurrent.futures.ThreadPoolExecutor(1)      # one thing after the other, in order
+        self._network_thread = concurrent.futures.ThreadPoolExecutor(1)     # one thing after the other, in order
         self.published = PublishedPorts(settings.run_dir, settings.subnet, settings.port)
         self._rules_watch = NetlinkWatch(       # of both, whose tables end in this
             NETLINK_NETFILTER, 1 << NFNLGRP_NFTABLES - 1, NFT_DELTABLE, f"_{run_dir_mark(settings.run_dir)}\0".encode(),
@@ -9754,7 +9751,7 @@ class Attachments:
         return self._loop.run_in_executor(self._network_thread, function, *arguments)
 
 
-MAX_VERSIONS_KEPT = 10               # versions kept of one image
+MAX_VERSIONS_KEPT = 10              # versions kept of one image
 
 
 class Deploys:
