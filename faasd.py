@@ -1321,6 +1321,10 @@ class Invocation:
             except Refusal as refusal:
                 await self._refuse(refusal)
             self.function.write_down(self)
+        except Exception:               # a fault of ours, which Tasks logs: nobody else would end the container
+            if self.container:
+                self.pool.dismiss(self.container)
+            raise
         finally:
             self._close()
 
@@ -1346,6 +1350,7 @@ class Invocation:
         if not (await asyncio.wait([said], timeout=self.pool.options.timeout))[0]:
             await self._call(closed.destroy, self.handover, self.function.record.address)
             await asyncio.wait([said], timeout=EXIT_GRACE)
+        closed.forget(self.handover)
         return said.result() if said.done() else Release.OVERDUE
 
     async def _take_back(self) -> None:
@@ -1450,7 +1455,10 @@ class Invocation:
         if await self._call(self.container.is_taken, self.handover):
             duplicate = self.function.services.host.cgroups.duplicate_socket
             self.client = await self._call(duplicate, self.container.cgroup, self.handover.inode) or self.client
-        return self.client.fileno() >= 0
+        if self.client.fileno() >= 0:
+            return True
+        # It may be in flight in a Unix socket, say; one that is closed for good shows no inode any more.
+        return self.handover.inode in await self._call(read_connections, [self.function.record.address])
 
     async def _answered(self, gone: bool) -> TcpState:
         """Return the client's state once its handler let go, or is gone. Raises Refusal if its answer is missing."""
@@ -2362,7 +2370,7 @@ class Container:
             raise
         timed_out = not self._exited.done()
         if timed_out and bundle.contract != "handler":
-            self.kinds += await self._host.workers.run(self._host.cgroups.udp_ports, self.cgroup)
+            self.kinds += await to_the_end(self._host.workers.run(self._host.cgroups.udp_ports, self.cgroup))
         out_of_memory = self.look_for_memory()
         error = self._runtime_error()
         status = await to_the_end(self.kill())
@@ -3141,7 +3149,7 @@ MAX_LISTENERS = 64                  # of one container that are known, those tha
 FREE_ANSWERS = 32                   # useless ones in a row, by which no client was served, before the next are delayed
 ANSWER_PAUSE, MAX_ANSWER_PAUSE = 0.002, 0.1     # seconds of delay for each further one, and at most
 FORGIVEN = 20.0                     # useless answers in a second
-INTERNAL = 0.01                     # of one: what a server accepts behind another, and what a script has executed
+INTERNAL = 0.03                     # of one: what a server accepts behind another, and what a script has executed
 MAX_HELD_CALLS = 1024               # of accept(2) on one listener
 STOP = 1 << 32                      # added to what wakes a Supervisor: more than it has clients
 JOIN_SECONDS = 1.0                  # for a thread to end that a container may hold up
@@ -3432,7 +3440,7 @@ class Supervisor:
             return functools.partial(self._respond, call, flags=CONTINUE)
         with as_socket(unbound, domain) as held:
             if family == socket.AF_INET6:       # ::1 may not be there: IPv6 can be switched off
-                held.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+                set_option(unbound, socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
             held.bind((hosts[family], 0))
         self._asked[os.fstat(unbound).st_ino] = port
         if len(self._asked) > MAX_LISTENERS:
@@ -3482,7 +3490,10 @@ class Supervisor:
         """
         inode = os.fstat(listener).st_ino
         if not self._may_serve(inode):
-            if os.get_blocking(listener) or is_readable(listener, 0):
+            flags = call.arguments[3] if call.name == "accept4" else 0
+            waits = os.get_blocking(listener) or is_readable(listener, 0)
+            if (waits and not flags & ~(socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+                    and get_option(listener, socket.SOL_SOCKET, socket.SO_ACCEPTCONN)):
                 self._useless -= 1 - INTERNAL   # somebody is served, or will be
             return functools.partial(self._respond, call, flags=CONTINUE)
         while len(self._clients) <= 1 and is_readable(listener, 0):
@@ -3681,6 +3692,7 @@ def get_option(descriptor: int, level: int, option: int) -> int:
 
 
 def set_option(descriptor: int, level: int, option: int, value: int) -> None:
+    """Set an option of a socket, whose lock others may hold: see get_option. Raises OSError."""
     succeeded(libc.setsockopt(descriptor, level, option, ctypes.byref(ctypes.c_int(value)), 4))
 
 
@@ -3716,6 +3728,9 @@ class ClosedConnections:
         handover.cookie, = struct.unpack("=Q", handover.client.getsockopt(socket.SOL_SOCKET, SO_COOKIE, 8))
         self._waiting[handover.cookie] = handover.inode, address, callback
 
+    def forget(self, handover: Handover) -> None:
+        self._waiting.pop(handover.cookie, None)
+
     def destroy(self, handover: Handover, address: str) -> None:
         """Reset a client's connection to address (linux/inet_diag.h). May block. Failure is logged."""
         host, _, port = handover.peer.rpartition(":")
@@ -3723,11 +3738,14 @@ class ClosedConnections:
                               socket.IPPROTO_TCP, INT)      # in any state
         request += struct.pack(">HH4s12x4s12x", self._port, int(port), socket.inet_aton(address),
                                socket.inet_aton(host)) + struct.pack("=IQ", 0, handover.cookie)
-        with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_SOCK_DIAG) as diag:
-            diag.send(request)
-            error, = struct.unpack_from("=i", diag.recv(KIB), 16)
-        if error not in (0, -errno.ENOENT):         # it is gone
-            log.warning("cannot end the connection of %s, which takes no answer: %s", host, os.strerror(-error))
+        try:
+            with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_SOCK_DIAG) as diag:
+                diag.send(request)
+                result, = struct.unpack_from("=i", diag.recv(KIB), 16)
+            if result not in (0, -errno.ENOENT):        # it is gone
+                raise OSError(-result, os.strerror(-result))
+        except OSError as error:
+            log.warning("cannot end the connection of %s, which takes no answer: %s", host, error.strerror)
 
     def _open(self) -> None:
         self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_NONBLOCK, NETLINK_SOCK_DIAG)
@@ -4581,13 +4599,15 @@ class Cgroups:
         """Yield a pidfd, the number and the inode of each socket that a container's processes have."""
         searched = 0
         for pid, pidfd in self.members(cgroup):
-            with contextlib.suppress(FileNotFoundError, ProcessLookupError):    # closed, or its process is gone
-                for number in os.listdir(f"/proc/{pid}/fd"):
-                    searched += 1
-                    if searched > 10_000:       # a container may have millions
-                        return
-                    target = re.fullmatch(r"socket:\[([0-9]+)\]", os.readlink(f"/proc/{pid}/fd/{number}"))
-                    if target:
+            numbers: list[str] = []
+            with contextlib.suppress(OSError):          # its process is gone
+                numbers = os.listdir(f"/proc/{pid}/fd")
+            for number in numbers:
+                searched += 1
+                if searched > 10_000:           # a container may have millions
+                    return
+                with contextlib.suppress(OSError):      # it is closed, or has a longer name than can be told
+                    if target := re.fullmatch(r"socket:\[([0-9]+)\]", os.readlink(f"/proc/{pid}/fd/{number}")):
                         yield pidfd, int(number), int(target[1])
 
     def udp_ports(self, cgroup: str) -> list[str]:

@@ -585,7 +585,7 @@ class SlowReaders(HostileCase):
 class SlowReadersOfServers(HostileCase):
     """A server closes a connection for good: nobody has a descriptor of what its client has yet to take."""
 
-    options = ("--concurrency", "1", "--timeout", "2", "--reuse", "0", "--queue-timeout", "1h")
+    options = ("--concurrency", "1", "--timeout", str(2 * support.PATIENCE), "--reuse", "0", "--queue-timeout", "1h")
     handler = """
 import contextlib, socket
 with socket.create_server(("", 8080)) as listener:

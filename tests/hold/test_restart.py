@@ -377,8 +377,19 @@ class NotAdopted(RestartCase):
         self.assertIn("faasd's log has the detail", daemon.info("f")["error"])
         self.assertIn("Traceback", daemon.log())
         self.assertEqual(get(other), (200, "1"))
+        self.expect_traceback(daemon)
+        self.check_nothing_left(daemon)
+
+    def expect_traceback(self, daemon: support.Daemon) -> None:
+        """The log has the detail, as it should; the end of a test looks for others."""
         log = daemon.directory / "log"
-        log.write_text(log.read_text().replace("Traceback", "traceback"))       # it has the detail, as it should
+        log.write_text(log.read_text().replace("Traceback", "traceback"))
+
+    def test_container_of_an_invocation_that_a_fault_of_ours_has_cut_is_ended(self):
+        daemon = self.start(constants={"Invocation._conclude": "None"})
+        self.assertEqual(get(self.deploy(daemon, "--warm", "0", "--reuse", "0"))[0], 200)
+        daemon.wait_log("an invocation failed inside faasd")
+        self.expect_traceback(daemon)
         self.check_nothing_left(daemon)
 
 

@@ -31,6 +31,16 @@ def server_image(*arguments: str, source: bytes | None = None, **config) -> byte
                                   {**settings, **config})
 
 
+# What a process has open there, readlink(2) does not tell: the path is longer than a path may be.
+DEEP = b"""import os, socket, time
+os.chdir("/tmp")
+for _ in range(30):
+    os.mkdir("d" * 200)
+    os.chdir("d" * 200)
+file = open("file", "w")
+"""
+
+
 class Accepting(support.SharedDaemonCase):
     """However a program accepts, it gets the client's own connection."""
 
@@ -305,7 +315,8 @@ listener = os.path.exists("/misbehave") or socket.create_server(("", 8080))
 time.sleep(3600)""")
         for number, (image, *reuse) in enumerate(((server,), (support.handler_image(), "--reuse", "0"))):
             name = f"f{number}"
-            address = self.daemon.deploy(name, image, "--share", "8", "--warm", "0", "--start-timeout", "5", *reuse)
+            address = self.daemon.deploy(name, image, "--share", "8", "--warm", "0", "--start-timeout",
+                                         str(5 * PATIENCE), *reuse)
             (self.daemon.rootfs(name) / "misbehave").write_text("never-connect")
 
             def ended() -> bool:
@@ -400,6 +411,11 @@ class Ends(support.SharedDaemonCase):
     def test_never_answers(self):
         address = self.daemon.deploy("f", server_image("blocking", "0.0.0.0:8080"), "--timeout", "1")
         self.assertEqual(get(address, "/never")[0], 504)
+        image = server_image(source=DEEP + b"""
+with socket.create_server(("", 8080)) as listener:
+    client, _ = listener.accept()
+    time.sleep(3600)""")
+        self.assertEqual(get(self.daemon.deploy("f", image, "--timeout", "1"))[0], 504)
 
     def test_half_an_answer_ends_in_a_reset(self):
         address = self.daemon.deploy("f", server_image("blocking", "0.0.0.0:8080"), "--timeout", "1")
@@ -539,6 +555,7 @@ class Deploying(support.SharedDaemonCase):
         cases = (
             (server_image("unix"), (), "listened on a Unix socket"),
             (server_image("nothing"), (), "listened on nothing"),
+            (server_image(source=DEEP + b"time.sleep(3600)"), (), "listened on nothing"),
             (server_image("udp"), (), "listened on UDP port 5353\n"),
             (server_image("udp"), ("--net", "host"), "listened on UDP port 5353\n"),
             (server_image("nothing"), ("--contract", "server"), "did not listen on a TCP port within"),
@@ -569,7 +586,7 @@ while True:
         time.sleep(0.1)
 socket.create_server(("", 8080)).accept()
 """)
-        self.assertIn("(server, port 8080)\n", self.deployed(retrying, "--start-timeout", str(3 * PATIENCE)))
+        self.assertIn("(server, port 8080)\n", self.deployed(retrying, "--start-timeout", str(10 * PATIENCE)))
 
     def test_handlers_are_handlers(self):
         self.assertEqual(self.deployed(support.small_image()), "✓ Deployed f at 10.0.0.10\n")
