@@ -160,8 +160,9 @@ class HangingDisk(unittest.TestCase):
         directory = support.temporary_directory()
         hang = directory / "hang"
         daemon = support.Daemon(wrapper=keeper.wrapper, directory=directory, constants={"secrets.token_hex": (
-            "lambda size, name=faasd.secrets.token_hex: [faasd.time.sleep(0.01) for _ in "
-            f"iter(lambda: faasd.os.path.exists({str(hang)!r}), False)] and False or name(size)")}).start()
+            "lambda size, name=faasd.secrets.token_hex, threads=faasd.threading: [faasd.time.sleep(0.01) for _ in iter("
+            "lambda: threads.current_thread() is not threads.main_thread() "       # whose names are containers'
+            f"and faasd.os.path.exists({str(hang)!r}), False)] and False or name(size)")}).start()
         self.addCleanup(daemon.close)
         secret = daemon.directory / "secret"
         secret.write_text(FIRST)
