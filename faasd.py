@@ -2593,7 +2593,7 @@ class Container:
             if self._host.cgroups.refused_processes(self.cgroup):
                 self._looks, self._hit_pids = 0, " after it had hit --pids"
                 self.write_line(self.id, "(it has hit --pids: a process or thread was refused)")
-            elif REFUSED_THREAD.search(text) and not self._host.cgroups.exists(self.cgroup):
+            elif REFUSED_THREAD.search(text) and not self._host.cgroups.counts_processes(self.cgroup):
                 self._hit_pids = " (did it hit --pids?)"
 
     def describe_end(self, status: int | None) -> str:
@@ -4663,6 +4663,10 @@ class Cgroups:
     def refused_processes(self, path: str) -> bool:
         return any(read_fields(directory / "pids.events").get("max", "0") != "0"
                    for directory in self._directories(path))
+
+    def counts_processes(self, path: str) -> bool:
+        """Return whether a pids cgroup is still there, as counts_memory does for memory."""
+        return any((directory / "pids.events").exists() for directory in self._directories(path))
 
     def limits(self, path: str) -> dict[str, str]:
         return {name: " ".join((directory / name).read_text().split())
