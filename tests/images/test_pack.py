@@ -366,7 +366,7 @@ class Requirements(unittest.TestCase):
             self.assertEqual((result.returncode, result.stdout), (status, b""))
             self.assertIn(words, result.stderr)
             self.assertRegex(result.stderr, rb"\Afaas: [^\n]+\n\Z")
-        for module in ("nosuch", "/packages/bin/x", ""):
+        for module in ("nosuch", "idlelib", "/packages/bin/x", ""):
             result = self.pack("", words=("--", module))
             self.assertEqual((result.returncode, result.stdout), (1, b""))
             self.assertIn(f"the image has no module '{module}' to run".encode(), result.stderr)
